@@ -1,0 +1,475 @@
+"""The harness's segment: configuration, process table, clock, counters, serials, tasks, the host's mirror.
+
+No guest reaches `control`. The launcher makes it and writes the process table's states of life; each actor
+writes its own row and its own counters; the host writes the mirror. What each part is for stands at its
+offset below; sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+
+from emu.ipc.atomics import AtomicView
+from emu.ipc.clock import MachineClock
+from emu.ipc.segments import Segment
+
+CONTROL_MAGIC: Final = int.from_bytes(b"VMBUSCTL", "little")
+ACTORS: Final = 160
+ACTOR_ROW: Final = 128
+COUNTER_WORDS: Final = 32
+TASKS: Final = 64
+TASK_ROW: Final = 512
+MIRROR_CHANNELS: Final = 2_048
+MIRROR_CHANNEL_ROW: Final = 64
+MIRROR_HEAD: Final = 1_024
+CONFIG_BYTES: Final = 1 << 18
+REFUSALS_BYTES: Final = 1 << 16
+
+_HEAD: Final = 0
+_CLOCK: Final = 256
+_ACTORS: Final = 4_096
+_COUNTERS: Final = _ACTORS + ACTORS * ACTOR_ROW
+_SERIALS: Final = _COUNTERS + ACTORS * COUNTER_WORDS * 8
+_TASKS: Final = _SERIALS + 64 * 16 * 8
+_MIRROR: Final = _TASKS + TASKS * TASK_ROW
+_MIRROR_CHANNELS: Final = _MIRROR + MIRROR_HEAD
+_REFUSALS: Final = _MIRROR_CHANNELS + MIRROR_CHANNELS * MIRROR_CHANNEL_ROW
+_REFUSALS_CHANGE: Final = _REFUSALS + 4
+_CONFIG: Final = _REFUSALS + REFUSALS_BYTES
+CONTROL_BYTES: Final = _CONFIG + CONFIG_BYTES
+
+_MOST_LOOKS: Final = 20_000
+"""How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
+
+# Words of the head, after the magic (u64 at 0).
+_CONFIG_LENGTH: Final = 8
+_READY: Final = 16
+_RECORDING: Final = 20
+_BOOTED_NS: Final = 24
+_SHUTDOWN: Final = 32
+_SHUTDOWN_DONE: Final = 36
+_LEAKED: Final = 40
+_FORMATTED: Final = 56
+_STATE: Final = 44
+
+
+class ActorState(IntEnum):
+    """Life of a row in the process table; only the launcher writes DEAD."""
+
+    FREE = 0
+    STARTING = 1
+    ALIVE = 2
+    DEAD = 3
+
+
+class ActorKind(IntEnum):
+    """What sort of process or thread a row stands for."""
+
+    NONE = 0
+    LAUNCHER = 1
+    ZYGOTE = 2
+    SWEEPER = 3
+    HYPERVISOR = 4
+    VCPU = 5
+    WORKQUEUE = 6
+    WORKER = 7
+    FOREIGN = 8
+
+
+class Ready(IntEnum):
+    """How far the machine has come; each stage is reached once and never left."""
+
+    MADE = 0
+    HOST_RUNS = 1
+    CONNECTED = 2
+    OFFERS_DELIVERED = 3
+    CHANNELS_OPEN = 4
+
+
+_ROW: Final = struct.Struct("<IIIIIIQ40s")
+"""state, generation, pid, kind, cpu, exit status, start time (clock ticks since boot), name."""
+
+COUNTERS: Final = (
+    "requested",
+    "merged",
+    "kicks_semaphore",
+    "kicks_signal",
+    "kicks_none",
+    "interrupts",
+    "spurious",
+    "blocks",
+    "polls_paid",
+    "polls_vain",
+    "watchdogs",
+    "exits",
+    "doorbells",
+    "messages_posted",
+    "messages_taken",
+    "events_signaled",
+    "tasklets",
+    "works",
+    "preemptions",
+    "packets",
+    "bytes",
+)
+"""Names of the counters an actor may keep, in the order of their words; unused ones stay 0."""
+
+_COUNTER_INDEX: Final = {name: index for index, name in enumerate(COUNTERS)}
+
+
+def start_time_of(pid: int) -> int:
+    """When a process started, in clock ticks since boot (0 when it is gone): tells a reused pid apart."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActorRow:
+    """One row of the process table, copied out."""
+
+    slot: int
+    state: ActorState
+    generation: int
+    pid: int
+    kind: ActorKind
+    cpu: int
+    status: int
+    start_time: int
+    name: str
+
+    @property
+    def number(self) -> int:
+        """The actor number that locks and waiters carry: generation over slot, never 0."""
+        return actor_number(self.slot, self.generation)
+
+
+def actor_number(slot: int, generation: int) -> int:
+    """Actor number (u32) of a slot (12 bits) in a generation (20 bits, from 1, so never 0)."""
+    return (generation & 0xFFFFF) << 12 | slot
+
+
+def slot_of(number: int) -> int:
+    """Slot in the process table of an actor number."""
+    return number & 0xFFF
+
+
+class Counters:
+    """An actor's own counters: plain integers that `flush` publishes; attributes are named in `COUNTERS`."""
+
+    __slots__ = (*COUNTERS, "_base", "_memory", "_pack")
+
+    requested: int
+    merged: int
+    kicks_semaphore: int
+    kicks_signal: int
+    kicks_none: int
+    interrupts: int
+    spurious: int
+    blocks: int
+    polls_paid: int
+    polls_vain: int
+    watchdogs: int
+    exits: int
+    doorbells: int
+    messages_posted: int
+    messages_taken: int
+    events_signaled: int
+    tasklets: int
+    works: int
+    preemptions: int
+    packets: int
+    bytes: int
+
+    def __init__(self, memory: Any, base: int) -> None:
+        self._memory = memory
+        self._base = base
+        self._pack = struct.Struct(f"<{len(COUNTERS)}Q").pack_into
+        for name in COUNTERS:
+            setattr(self, name, 0)
+
+    def flush(self) -> None:
+        """Publish all counters (about 1 us); called before a block and at the end."""
+        self._pack(
+            self._memory,
+            self._base,
+            self.requested,
+            self.merged,
+            self.kicks_semaphore,
+            self.kicks_signal,
+            self.kicks_none,
+            self.interrupts,
+            self.spurious,
+            self.blocks,
+            self.polls_paid,
+            self.polls_vain,
+            self.watchdogs,
+            self.exits,
+            self.doorbells,
+            self.messages_posted,
+            self.messages_taken,
+            self.events_signaled,
+            self.tasklets,
+            self.works,
+            self.preemptions,
+            self.packets,
+            self.bytes,
+        )
+
+
+class Control:
+    """Typed access to the `control` segment."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.memory = segment.memory
+        self.view: AtomicView = segment.view
+        self.clock = MachineClock(self.view, _CLOCK)
+        self._ready = self.view.cell_u32(_READY)
+        self._recording = self.view.cell_u32(_RECORDING)
+        self.state_word = self.view.cell_u32(_STATE)
+        """A MachineState that no guest can write; the machine page holds a copy for guests to read."""
+
+    @classmethod
+    def create(cls, name: str, config: dict[str, Any]) -> Control:
+        """Make the segment and store the configuration (a msgpack map of at most 256 KiB)."""
+        blob = msgpack.packb(config)
+        assert len(blob) <= CONFIG_BYTES, f"configuration of {len(blob)} bytes"
+        control = cls(Segment.create(name, CONTROL_BYTES, reserved=CONTROL_BYTES))
+        control.memory[_CONFIG : _CONFIG + len(blob)] = blob
+        control.view.store_u64(_CONFIG_LENGTH, len(blob))
+        control.clock.start()
+        control.view.store_u64(_HEAD, CONTROL_MAGIC)
+        return control
+
+    @classmethod
+    def attach(cls, name: str) -> Control:
+        """Attach to the segment of a running machine."""
+        return cls(Segment.attach(name))
+
+    @property
+    def made(self) -> bool:
+        """Whether the launcher has finished making this segment."""
+        return self.view.load_u64(_HEAD) == CONTROL_MAGIC
+
+    def config(self) -> dict[str, Any]:
+        """The machine's configuration as the launcher stored it."""
+        length = self.view.load_u64(_CONFIG_LENGTH)
+        value: dict[str, Any] = msgpack.unpackb(self.memory[_CONFIG : _CONFIG + length])
+        return value
+
+    def close(self) -> None:
+        """Unmap."""
+        self.segment.close()
+
+    # -- progress ---------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> Ready:
+        """How far the machine has come."""
+        return Ready(self._ready.load())
+
+    def reach(self, stage: Ready) -> None:
+        """Note that a stage is reached (stages only rise; every writer reaches them in order)."""
+        current = self._ready.load()
+        if stage == Ready.CHANNELS_OPEN and current < stage:
+            # Before the stage: whoever sees it reached reads the time as well. The first writer's counts.
+            self.view.cas_u64(_BOOTED_NS, 0, self.clock.now())
+        while current < stage and (previous := self._ready.cas(current, stage)) != current:
+            current = previous
+
+    @property
+    def booted_ns(self) -> int:
+        """Machine time when all channels were open; 0 before."""
+        return self.view.load_u64(_BOOTED_NS)
+
+    @property
+    def recording(self) -> bool:
+        """Whether processes shall record from the moment they attach."""
+        return self._recording.load() != 0
+
+    def set_recording(self) -> None:
+        """Ask every process that attaches from now on to record."""
+        self._recording.store(1)
+
+    @property
+    def guest_formatted(self) -> bool:
+        """Whether the boot CPU has laid guest RAM out, so that others may attach to it."""
+        return self.view.load_u32(_FORMATTED) != 0
+
+    def set_guest_formatted(self) -> None:
+        """The boot CPU's word that RAM is laid out."""
+        self.view.store_u32(_FORMATTED, 1)
+
+    # -- shutting the guest down ------------------------------------------------------------------
+
+    def request_shutdown(self) -> None:
+        """Ask the guest to remove its devices and unload (the launcher; like a power button)."""
+        self.view.store_u32(_SHUTDOWN, 1)
+
+    @property
+    def shutdown_requested(self) -> bool:
+        """Whether the guest is to shut down."""
+        return self.view.load_u32(_SHUTDOWN) != 0
+
+    def shutdown_complete(self, leaked: int) -> None:
+        """The guest's word that it unloaded, and how many pages, records or relids it could not give back."""
+        self.view.store_u32(_LEAKED, leaked)
+        self.view.store_u32(_SHUTDOWN_DONE, 1)
+
+    @property
+    def shutdown_done(self) -> bool:
+        """Whether the guest has unloaded."""
+        return self.view.load_u32(_SHUTDOWN_DONE) != 0
+
+    @property
+    def leaked(self) -> int:
+        """What the guest could not give back; 0 before it has unloaded."""
+        return self.view.load_u32(_LEAKED)
+
+    # -- process table ----------------------------------------------------------------------------
+
+    def _row_offset(self, slot: int) -> int:
+        return _ACTORS + slot * ACTOR_ROW
+
+    def row(self, slot: int) -> ActorRow:
+        """Copy one row out."""
+        state, generation, pid, kind, cpu, status, start, name = _ROW.unpack_from(
+            self.memory, self._row_offset(slot)
+        )
+        # A name cut at 40 bytes, or copied while it is being written, may end in half a character.
+        text = name.rstrip(b"\0").decode(errors="replace")
+        return ActorRow(slot, ActorState(state), generation, pid, ActorKind(kind), cpu, status, start, text)
+
+    def rows(self) -> Iterator[ActorRow]:
+        """All rows in use, dead ones included."""
+        for slot in range(ACTORS):
+            if self.view.load_u32(self._row_offset(slot)) != ActorState.FREE:
+                yield self.row(slot)
+
+    def enlist(self, kind: ActorKind, name: str, *, cpu: int = 0, pid: int | None = None) -> ActorRow:
+        """Claim a free row for the calling thread, or for `pid`; AssertionError when all 160 are taken."""
+        pid = os.getpid() if pid is None else pid
+        for slot in range(ACTORS):
+            at = self._row_offset(slot)
+            if self.view.cas_u32(at, ActorState.FREE, ActorState.STARTING) != ActorState.FREE:
+                continue
+            generation = self.view.load_u32(at + 4) + 1
+            text = name.encode()[:40]
+            # pack_into starts with the state: STARTING until the row is whole, then a store says ALIVE.
+            _ROW.pack_into(
+                self.memory, at, ActorState.STARTING, generation, pid, kind, cpu, 0, start_time_of(pid), text
+            )
+            self.view.store_u32(at, ActorState.ALIVE)
+            return self.row(slot)
+        raise AssertionError(f"process table full: no row for {name}")
+
+    def set_dead(self, slot: int, status: int) -> None:
+        """The launcher's word that an actor is gone; `status` is its wait status."""
+        at = self._row_offset(slot)
+        struct.pack_into("<I", self.memory, at + 20, status & 0xFFFFFFFF)
+        self.view.store_u32(at, ActorState.DEAD)
+
+    def is_dead(self, number: int) -> bool:
+        """Whether the launcher wrote this actor off, or its row has gone to a later generation.
+
+        A number that no row ever had (it may come from guest RAM) is dead.
+        """
+        if slot_of(number) >= ACTORS:
+            return True
+        at = self._row_offset(slot_of(number))
+        generation = self.view.load_u32(at + 4)
+        return self.view.load_u32(at) == ActorState.DEAD or (generation & 0xFFFFF) != number >> 12
+
+    def name_of(self, number: int) -> str:
+        """The name of an actor for a report."""
+        if number >> 12 == 0 or slot_of(number) >= ACTORS:
+            return f"nobody ({number:#x})"
+        return self.row(slot_of(number)).name
+
+    # -- counters ---------------------------------------------------------------------------------
+
+    def counters(self, slot: int) -> Counters:
+        """The counters of the actor in `slot`, for that actor alone to write."""
+        return Counters(self.memory, _COUNTERS + slot * COUNTER_WORDS * 8)
+
+    def counter_values(self, slot: int) -> dict[str, int]:
+        """What an actor has published so far."""
+        values = struct.unpack_from(f"<{len(COUNTERS)}Q", self.memory, _COUNTERS + slot * COUNTER_WORDS * 8)
+        return dict(zip(COUNTERS, values, strict=True))
+
+    def counter_totals(self) -> dict[str, int]:
+        """Sums over all actors that ever were in this machine."""
+        totals = dict.fromkeys(COUNTERS, 0)
+        for row in self.rows():
+            for name, value in self.counter_values(row.slot).items():
+                totals[name] += value
+        return totals
+
+    # -- serials ----------------------------------------------------------------------------------
+
+    def serial_offset(self, position: int, sint: int) -> int:
+        """Where the serial of the message in a slot stands: written before the type, read with the copy."""
+        return _SERIALS + (position * 16 + sint) * 8
+
+    # -- guest tasks ------------------------------------------------------------------------------
+
+    def task_offset(self, index: int) -> int:
+        """Where the board's row for guest task `index` begins (see `emu.task_board`)."""
+        return _TASKS + index * TASK_ROW
+
+    # -- the host's mirror ------------------------------------------------------------------------
+
+    @property
+    def mirror_offset(self) -> int:
+        """Where the mirror's head begins (see `emu.mirror`)."""
+        return _MIRROR
+
+    def mirror_channel_offset(self, relid: int) -> int:
+        """Where the mirror's row for `relid` begins."""
+        return _MIRROR_CHANNELS + relid * MIRROR_CHANNEL_ROW
+
+    def store_refusals(
+        self, refusals: dict[str, int], last: list[dict[str, Any]], ignored: dict[str, int] | None = None
+    ) -> None:
+        """Publish what the host refused, what was legal and led to nothing, and the newest records (host only)."""
+        ignored = ignored or {}
+        # `str` for a value of more than 64 bits: what a peer broke a rule with may be anything.
+        blob = msgpack.packb([refusals, last, ignored], default=str)
+        if len(blob) > REFUSALS_BYTES - 8:
+            blob = msgpack.packb([refusals, [], ignored])
+        if len(blob) <= REFUSALS_BYTES - 8:
+            # Odd while it is being written.
+            self.view.fetch_add_u32(_REFUSALS_CHANGE, 1)
+            self.memory[_REFUSALS + 8 : _REFUSALS + 8 + len(blob)] = blob
+            self.view.store_u32(_REFUSALS, len(blob))
+            self.view.fetch_add_u32(_REFUSALS_CHANGE, 1)
+
+    def refusals(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """What the host refused so far: counts by rule, and the newest full records."""
+        counts, last, _ignored = self._refusals()
+        return counts, last
+
+    def ignored(self) -> dict[str, int]:
+        """What was legal and led to nothing (it crossed something of the host's), by rule."""
+        return self._refusals()[2]
+
+    def _refusals(self) -> tuple[dict[str, int], list[dict[str, Any]], dict[str, int]]:
+        for _ in range(_MOST_LOOKS):
+            change = self.view.load_u32(_REFUSALS_CHANGE)
+            length = self.view.load_u32(_REFUSALS)
+            blob = self.memory[_REFUSALS + 8 : _REFUSALS + 8 + length]
+            if not change & 1 and self.view.load_u32(_REFUSALS_CHANGE) == change:
+                counts, last, ignored = msgpack.unpackb(blob) if length else ({}, [], {})
+                return counts, last, ignored
+            os.sched_yield()
+        return {}, [], {}  # the host died while it wrote

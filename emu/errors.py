@@ -1,0 +1,71 @@
+"""What can go wrong, sorted by whose fault it is.
+
+The peer's fault (`ProtocolViolation`) is refused, counted and traced; nobody's fault (`RingFull`,
+`ChannelRescinded`) is part of an interface; the user's (`UserError`) is one clear line; ours is an `assert`.
+"""
+
+from __future__ import annotations
+
+
+class VmbusError(Exception):
+    """Root of everything the emulator raises on purpose."""
+
+
+class ProtocolViolation(VmbusError):
+    """The peer broke a rule: refuse what it sent, count it under `rule`, go on.
+
+    `rule` is a short kebab-case name for counting, `field` the offending field and `value` what it held.
+    """
+
+    def __init__(self, text: str, *, rule: str, field: str = "", value: int | str | bytes | None = None) -> None:
+        super().__init__(text)
+        self.rule = rule
+        self.field = field
+        self.value = value
+
+
+class RingFull(VmbusError):
+    """A packet needs more room than the ring has free; both numbers are bytes, trailer included."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"ring full: packet needs {needed} bytes, {free} free")
+        self.needed = needed
+        self.free = free
+
+
+class ChannelRescinded(VmbusError):
+    """The host took the channel back; nothing sent on it is answered any more."""
+
+
+class GeneralProtection(VmbusError):
+    """A #GP: the guest touched a register in a way the processor refuses (a fault, not a status)."""
+
+    def __init__(self, operation: str, register: int, value: int = 0) -> None:
+        super().__init__(f"#GP: {operation} of {register:#x} (value {value:#x})")
+        self.register = register
+        self.value = value
+
+
+class MachineStopping(VmbusError):
+    """The machine's state word says STOPPING; whoever waits gives up and leaves."""
+
+
+class OutOfMemory(VmbusError):
+    """No memory for what was asked: guest RAM is used up, or the tmpfs behind it is full."""
+
+
+class DeadlinePassed(VmbusError):
+    """A wait ended by its deadline; `what` names the thing waited for."""
+
+    def __init__(self, what: str, timeout_ns: int) -> None:
+        super().__init__(f"{what}: no answer within {timeout_ns / 1e9:.3g} s")
+        self.what = what
+        self.timeout_ns = timeout_ns
+
+
+class UserError(VmbusError):
+    """Somebody typed something wrong: one line that names the thing and the cure; exit code 2."""
+
+
+class MissingPrerequisite(VmbusError):
+    """This computer lacks something: one line that says what and how to get it; exit code 3."""

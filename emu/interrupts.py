@@ -1,0 +1,275 @@
+"""Interrupt words of a virtual processor: request, take, end; and the halt and kick protocol.
+
+The truth is the bit in the request words, never the kick. Whoever requests sets the bit, then looks at the
+run state; whoever goes where it looks less often stores the new state, then looks for a bit. Both sides are
+full barriers, so one of the two always sees the other. Owner of request, in-service and run-state words.
+
+    AWAKE, IN_ISR, INTERRUPTS_OFF   will look by itself: no kick
+    HALTED                          exchanged away; the winner posts exactly one token
+    COMPUTING                       a real-time signal: the ISR runs between two bytecodes
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from emu.control import Counters
+from emu.ipc.atomics import AtomicView
+from emu.ipc.semaphores import WATCHDOG_S, Wakeup
+from emu.layout import (
+    VECTOR_WORDS,
+    VP_AUTO_EOI,
+    VP_IN_SERVICE,
+    VP_REQUEST,
+    VP_RUN_STATE,
+    RunState,
+    vp_page_offset,
+)
+
+# Module-level ints: an enum look-up costs 70 ns more on the hot path.
+AWAKE: Final = int(RunState.AWAKE)
+HALTED: Final = int(RunState.HALTED)
+COMPUTING: Final = int(RunState.COMPUTING)
+IN_ISR: Final = int(RunState.IN_ISR)
+INTERRUPTS_OFF: Final = int(RunState.INTERRUPTS_OFF)
+
+LOOKS_BEFORE_YIELD: Final = 20
+LONG_YIELD_NS: Final = 100_000
+POLL_START_NS: Final = 10_000
+
+_ALL: Final = (1 << 64) - 1
+
+
+class Kick(Protocol):
+    """How to reach a VP that would not look by itself."""
+
+    def post(self) -> None:
+        """Post one token to the VP's semaphore."""
+
+    def interrupt(self) -> bool:
+        """Send the real-time signal; False when there is nobody to send it to."""
+
+
+class InterruptRequester:
+    """Requests interrupts of one VP on behalf of one actor, and counts how it had to kick."""
+
+    __slots__ = ("_counters", "_kick", "_or", "_state_cas", "_state_load")
+
+    def __init__(self, vps: AtomicView, position: int, kick: Kick, counters: Counters) -> None:
+        base = vp_page_offset(position)
+        self._or = tuple(vps.cell_u64(base + VP_REQUEST + 8 * word).fetch_or for word in range(VECTOR_WORDS))
+        state = vps.cell_u32(base + VP_RUN_STATE)
+        self._state_load = state.load
+        self._state_cas = state.cas
+        self._kick = kick
+        self._counters = counters
+
+    def request(self, vector: int) -> None:
+        """Request `vector` (16..255) and kick the VP if it would not look by itself."""
+        bit = 1 << (vector & 63)
+        counters = self._counters
+        counters.requested += 1
+        # seq_cst or: the bit is visible before the run state is read. Otherwise this side sees AWAKE, the VP
+        # sees no bit and halts, and the interrupt is lost.
+        if self._or[vector >> 6](bit) & bit:
+            # Whoever set it owes the kick; requests merge.
+            counters.merged += 1
+            return
+        self.kick()
+
+    def kick(self) -> None:
+        """Wake the VP if its run state asks for it."""
+        state = self._state_load()
+        if state == HALTED:
+            if self._state_cas(HALTED, AWAKE) == HALTED:
+                self._kick.post()
+                self._counters.kicks_semaphore += 1
+                return
+        elif state == COMPUTING and self._kick.interrupt():
+            self._counters.kicks_signal += 1
+            return
+        self._counters.kicks_none += 1
+
+
+class Lapic:
+    """The VP's own side of its interrupt words; used by the one thread that is this processor."""
+
+    __slots__ = ("_and", "_auto_eoi", "_in_service", "_in_service_words", "_load")
+
+    def __init__(self, vps: AtomicView, position: int) -> None:
+        base = vp_page_offset(position)
+        request = [vps.cell_u64(base + VP_REQUEST + 8 * word) for word in range(VECTOR_WORDS)]
+        self._load = tuple(cell.load for cell in request)
+        self._and = tuple(cell.fetch_and for cell in request)
+        words = range(VECTOR_WORDS)
+        self._auto_eoi = tuple(vps.cell_u64(base + VP_AUTO_EOI + 8 * word).load for word in words)
+        self._in_service_words = tuple(vps.cell_u64(base + VP_IN_SERVICE + 8 * word) for word in words)
+        self._in_service: list[int] = []
+
+    def highest_request(self) -> int:
+        """The highest requested vector, or 0."""
+        load = self._load
+        if bits := load[3]():
+            return 191 + bits.bit_length()
+        if bits := load[2]():
+            return 127 + bits.bit_length()
+        if bits := load[1]():
+            return 63 + bits.bit_length()
+        if bits := load[0]():
+            return bits.bit_length() - 1
+        return 0
+
+    def deliverable(self) -> bool:
+        """Whether a request waits whose class is above the highest in service."""
+        vector = self.highest_request()
+        if not vector:
+            return False
+        return not self._in_service or vector >> 4 > self._in_service[-1] >> 4
+
+    def take(self) -> int:
+        """Take the highest deliverable vector: clear its request, put it in service; 0 when there is none."""
+        vector = self.highest_request()
+        if not vector or (self._in_service and vector >> 4 <= self._in_service[-1] >> 4):
+            return 0
+        word, bit = vector >> 6, 1 << (vector & 63)
+        # Cleared before the handler looks at pages: a request that comes later sets the bit anew.
+        self._and[word](bit ^ _ALL)
+        if not self._auto_eoi[word]() & bit:
+            in_service = self._in_service_words[word]
+            in_service.store(in_service.load() | bit)
+            self._in_service.append(vector)
+        return vector
+
+    def eoi(self) -> None:
+        """End the highest vector in service; nothing happens when there is none (TLFS "EOI Register")."""
+        if self._in_service:
+            vector = self._in_service.pop()
+            word = self._in_service_words[vector >> 6]
+            word.store(word.load() & ~(1 << (vector & 63)))
+
+    @property
+    def in_service(self) -> tuple[int, ...]:
+        """Vectors in service, lowest class first."""
+        return tuple(self._in_service)
+
+
+class PollPolicy:
+    """How long a halting processor polls first: `off`, a fixed time, or adaptive like KVM's halt_poll_ns.
+
+    `expecting` says whether an answer is due (a request is pending, a message was just posted): then an
+    adaptive processor polls for the whole maximum, whatever the past says. Waking a halted core costs 30 to
+    60 us; a bring-up of a channel has six such waits.
+    """
+
+    __slots__ = ("adaptive", "expecting", "maximum_ns", "window_ns")
+
+    def __init__(self, poll: str | int, expecting: Callable[[], object] | None = None) -> None:
+        """`poll` is "off", "adaptive", or microseconds."""
+        self.adaptive = poll == "adaptive"
+        self.maximum_ns = 0 if poll == "off" else 200_000 if poll == "adaptive" else int(poll) * 1_000
+        self.window_ns = 0 if self.adaptive else self.maximum_ns
+        self.expecting = expecting
+
+    def next_window_ns(self) -> int:
+        """How long to poll now."""
+        if self.adaptive and self.expecting is not None and self.expecting():
+            return self.maximum_ns
+        return self.window_ns
+
+    def blocked_for(self, nanoseconds: int) -> None:
+        """Adapt after a block: grow when the wake came soon, shrink when polling was in vain."""
+        if not self.adaptive:
+            return
+        if nanoseconds <= self.maximum_ns:
+            self.window_ns = min(self.maximum_ns, self.window_ns * 2 or POLL_START_NS)
+        else:
+            self.window_ns //= 2
+            if self.window_ns < POLL_START_NS:
+                self.window_ns = 0
+
+
+class Halt:
+    """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
+
+    `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads.
+    `owed_s` bounds the wait for a token from somebody who took the announcement away: where guests may write
+    the run state, nobody may have meant to post.
+    """
+
+    __slots__ = ("_block", "_counters", "_look", "_owed_s", "_state", "policy")
+
+    def __init__(
+        self,
+        view: AtomicView,
+        state_offset: int,
+        wakeup: Wakeup,
+        look: Callable[[], object],
+        policy: PollPolicy,
+        counters: Counters,
+        *,
+        owed_s: float = WATCHDOG_S,
+    ) -> None:
+        self._owed_s = owed_s
+        self._state = view.cell_u32(state_offset)
+        self._block = wakeup.block
+        self._look = look
+        self.policy = policy
+        self._counters = counters
+
+    def halt(self, timeout_ns: int) -> None:
+        """Return when `look` is true, a token came, a signal handler ran, or `timeout_ns` passed."""
+        look = self._look
+        if look():
+            return
+        window_ns = self.policy.next_window_ns()
+        if window_ns and self._poll(look, window_ns):
+            return
+        # Announce, then look: a requester that came between has set its bit before it read our state, so
+        # either it sees HALTED and posts, or we see its bit here (lost 101 of 139,000 the other way round).
+        self._state.store(HALTED)
+        if look() and self._state.cas(HALTED, AWAKE) == HALTED:
+            return  # taken back: no token will come
+        self._counters.blocks += 1
+        self._counters.flush()
+        before = time.monotonic_ns()
+        self._sleep(min(timeout_ns / 1e9, WATCHDOG_S))
+        self.policy.blocked_for(time.monotonic_ns() - before)
+
+    def _sleep(self, timeout_s: float) -> None:
+        """Block until a token, the timeout or a signal; leave HALTED by an atomic exchange only."""
+        if self._block(timeout_s):
+            # A token that nobody's exchange stands behind (the launcher's nudge, a guest's) leaves us HALTED:
+            # taken back here, or we would run as HALTED and be sent another one.
+            self._state.cas(HALTED, AWAKE)
+            return
+        # Timed out, or a signal ran a handler. If the state is still HALTED nobody owes us a token.
+        if self._state.cas(HALTED, AWAKE) == HALTED:
+            self._counters.watchdogs += 1
+            return
+        # Somebody exchanged it away and posts now; its death between the two costs the time we wait here. A
+        # signal ends a block, not the debt: a token left behind would wake the next halt for nothing.
+        now = time.monotonic
+        end = now() + self._owed_s
+        while not self._block(max(0.0, end - now())) and now() < end:
+            pass
+
+    def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
+        """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""
+        now = time.monotonic_ns
+        end = (before := now()) + window_ns
+        while before < end:
+            for _ in range(LOOKS_BEFORE_YIELD):
+                if look():
+                    self._counters.polls_paid += 1
+                    return True
+            # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
+            yielded = now()
+            os.sched_yield()
+            before = now()
+            if before - yielded > LONG_YIELD_NS:
+                break  # the core is wanted: this poll ends, the window stays
+        self._counters.polls_vain += 1
+        return False

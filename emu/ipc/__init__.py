@@ -1,0 +1,1 @@
+"""What only processes may do: open, map, wait, read clocks."""

@@ -1,0 +1,145 @@
+"""POSIX shared memory segments: one owner creates and unlinks, everybody else attaches by name.
+
+`multiprocessing.shared_memory` is not used: in Python 3.11 an attaching process unlinks the owner's segment
+when it exits. Creation is refused when the name exists, and leaves nothing behind when it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from pathlib import Path
+from typing import Final
+
+import posix_ipc
+
+from emu.errors import MissingPrerequisite, UserError
+from emu.ipc.atomics import AtomicView
+
+PREFIX: Final = "/vmbus-emu."
+SHM: Final = Path("/dev/shm")
+"""Where Linux keeps the objects: a segment under its name, a semaphore under `sem.` and its name."""
+
+
+def object_name(machine: str, part: str) -> str:
+    """Name of a machine's shared object (`part` is `ram`, `host`, `vp.0`, …), as every process forms it."""
+    return f"{PREFIX}{machine}.{part}"
+
+
+class Segment:
+    """A mapped segment: `memory` (mmap of `size` bytes), `view` (atomic access to it), `fd`."""
+
+    __slots__ = ("fd", "memory", "name", "size", "view")
+
+    def __init__(self, name: str, fd: int, size: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.size = size
+        self.memory = mmap.mmap(fd, size)
+        self.view = AtomicView(self.memory)
+
+    @classmethod
+    def create(cls, name: str, size: int, *, reserved: int = 0) -> Segment:
+        """Make a sparse segment of `size` zero bytes, or say in one line why that is not possible.
+
+        The first `reserved` bytes get their memory now: a first touch of a full tmpfs is SIGBUS.
+        """
+        try:
+            shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+        except posix_ipc.ExistentialError:
+            # posix_ipc says the same of a name that exists and of a directory that does not.
+            if SHM.is_dir():
+                cure = "`vmbus-emu clean` removes what a dead machine left"
+                raise UserError(f"shared memory {name} exists already; {cure}") from None
+            raise MissingPrerequisite(f"no {SHM} for shared memory {name}; mount a tmpfs there") from None
+        except (OSError, posix_ipc.Error) as error:
+            cure = f"is {SHM} mounted and writable?"
+            raise MissingPrerequisite(f"cannot create shared memory {name}: {error}; {cure}") from None
+        try:
+            os.ftruncate(shm.fd, size)
+            if reserved:
+                os.posix_fallocate(shm.fd, 0, reserved)
+            return cls(name, shm.fd, size)
+        except BaseException as error:
+            shm.close_fd()
+            unlink_segment(name)
+            if not isinstance(error, OSError):
+                raise
+            what = "is full" if error.errno == errno.ENOSPC else f"refused {size} bytes: {error.strerror}"
+            cure = "free some of it or ask for less RAM"
+            raise MissingPrerequisite(f"{SHM} {what} ({name}); {cure}") from None
+
+    @classmethod
+    def attach(cls, name: str) -> Segment:
+        """Map an existing segment whole; UserError when no machine has one of that name."""
+        try:
+            shm = posix_ipc.SharedMemory(name)
+        except posix_ipc.ExistentialError:
+            cure = "no such machine is running; `vmbus-emu ps` lists them"
+            raise UserError(f"no shared memory {name}: {cure}") from None
+        except posix_ipc.PermissionsError:
+            raise UserError(f"shared memory {name} is another user's") from None
+        try:
+            size = os.fstat(shm.fd).st_size
+            if size == 0:
+                raise UserError(f"shared memory {name} is still being made; try again")
+            return cls(name, shm.fd, size)
+        except BaseException:
+            shm.close_fd()
+            raise
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Make sure these bytes have memory behind them; OSError(ENOSPC) instead of a later SIGBUS."""
+        os.posix_fallocate(self.fd, offset, nbytes)
+
+    def close(self) -> None:
+        """Unmap and close; views that were handed out must be released before."""
+        self.view.close()
+        self.memory.close()
+        os.close(self.fd)
+
+
+def unlink_segment(name: str) -> bool:
+    """Remove a segment's name; False when it was gone already."""
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
+def unlink_semaphore(name: str) -> bool:
+    """Remove a semaphore's name; False when it was gone already."""
+    try:
+        posix_ipc.unlink_semaphore(name)
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
+def objects_of(machine: str) -> list[str]:
+    """Every shared object (segments and `sem.` files) of a machine that exists now, as /dev/shm names."""
+    wanted = (f"vmbus-emu.{machine}.", f"sem.vmbus-emu.{machine}.")
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(entry.name for entry in SHM.iterdir() if entry.name.startswith(wanted))
+    return []
+
+
+def unlink_objects(machine: str) -> int:
+    """Unlink every object of a machine; how many there were."""
+    count = 0
+    # `control` last: its name is what keeps a new machine from taking this one's half-removed names.
+    for entry in sorted(objects_of(machine), key=lambda entry: entry.endswith(".control")):
+        name = "/" + entry.removeprefix("sem.")
+        count += unlink_semaphore(name) if entry.startswith("sem.") else unlink_segment(name)
+    return count
+
+
+def machines() -> list[str]:
+    """Names of all machines that have a control segment, sorted."""
+    with contextlib.suppress(FileNotFoundError):
+        entries = (entry.name for entry in SHM.glob("vmbus-emu.*.control"))
+        return sorted(entry.removeprefix("vmbus-emu.").removesuffix(".control") for entry in entries)
+    return []

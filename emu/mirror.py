@@ -1,0 +1,140 @@
+"""The host's mirror in `control`: what the hypervisor's heap says, for reports and "until settled".
+
+The host writes a row after each transition of a channel and the head at the end of each round with changes;
+nothing in the machine reads it back. A sequence word is odd while the head is being written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any, Final
+from uuid import UUID
+
+from emu.control import MIRROR_CHANNELS, Control
+
+_ROW: Final = Struct("<IIIIIIII16s16s")
+_HEAD: Final = Struct("<QIIIIIIIII")
+_MOST_LOOKS: Final = 20_000
+"""How often a reader looks again for a host that is just writing, before it takes it for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorHead:
+    """The partition in numbers: `version` is 0 while nobody is connected; queue lengths are messages."""
+
+    sequence: int
+    version: int
+    offers: int
+    open: int
+    gpadls: int
+    to_slots: int
+    outgoing: int
+    incoming: int
+    attached_pid: int
+    disconnects: int
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorChannel:
+    """One channel as the host sees it; `state` is a `ChannelState` value of hostproc.protocol."""
+
+    relid: int
+    state: int
+    generation: int
+    sub_channel_index: int
+    ring_gpadl: int
+    gpadl_count: int
+    target_vp: int
+    connection_id: int
+    flags: int
+    if_type: UUID
+    if_instance: UUID
+
+
+class Mirror:
+    """Writing (host only) and reading of the mirror."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._sequence = 0
+
+    def write_head(
+        self,
+        *,
+        version: int,
+        offers: int,
+        open_channels: int,
+        gpadls: int,
+        to_slots: int,
+        outgoing: int,
+        incoming: int,
+        attached_pid: int,
+        disconnects: int,
+    ) -> None:
+        """Publish the partition's numbers."""
+        at = self._control.mirror_offset
+        view = self._control.view
+        view.store_u64(at, self._sequence + 1)
+        _HEAD.pack_into(
+            self._control.memory,
+            at,
+            self._sequence + 1,
+            version,
+            offers,
+            open_channels,
+            gpadls,
+            to_slots,
+            outgoing,
+            incoming,
+            attached_pid,
+            disconnects,
+        )
+        self._sequence += 2
+        view.store_u64(at, self._sequence)
+
+    def head(self) -> MirrorHead:
+        """The newest whole head (that of a host which died while it wrote may be mixed)."""
+        at = self._control.mirror_offset
+        view = self._control.view
+        for _ in range(_MOST_LOOKS):
+            before = view.load_u64(at)
+            values = _HEAD.unpack_from(self._control.memory, at)
+            if not before & 1 and view.load_u64(at) == before:
+                break
+            os.sched_yield()
+        return MirrorHead(*values)
+
+    def write_channel(self, channel: MirrorChannel) -> None:
+        """Publish one channel's row."""
+        _ROW.pack_into(
+            self._control.memory,
+            self._control.mirror_channel_offset(channel.relid),
+            # Stored one higher, so that a row never written reads as nothing.
+            channel.state + 1,
+            channel.generation,
+            channel.sub_channel_index,
+            channel.ring_gpadl,
+            channel.gpadl_count,
+            channel.target_vp,
+            channel.connection_id,
+            channel.flags,
+            channel.if_type.bytes_le,
+            channel.if_instance.bytes_le,
+        )
+
+    def clear_channel(self, relid: int) -> None:
+        """The host has no channel of this id any more."""
+        at = self._control.mirror_channel_offset(relid)
+        self._control.view.store_u32(at, 0)
+
+    def channels(self) -> Iterator[MirrorChannel]:
+        """Every channel that the host has offered and not forgotten, by relid."""
+        for relid in range(1, MIRROR_CHANNELS):
+            at = self._control.mirror_channel_offset(relid)
+            state, *words, if_type, if_instance = _ROW.unpack_from(self._control.memory, at)
+            if state:
+                values: list[Any] = [state - 1, *words, UUID(bytes_le=if_type), UUID(bytes_le=if_instance)]
+                yield MirrorChannel(relid, *values)

@@ -1,0 +1,293 @@
+"""The memory of one ring: a control page with the shared words, and a data area behind it.
+
+Mapped from shared memory, the data area appears twice in a row (as in Linux, `hv_ringbuffer_init`), so that a
+packet that wraps is still one piece; over a `bytearray`, or page by page, packets are cut and joined instead.
+Producer and consumer see no difference: for each shape of packet they ask here, once, for the function that
+packs or unpacks it. Where the words lie: `emu.wire.ring_layout`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any, Final, Protocol
+
+from emu.errors import ProtocolViolation
+from emu.ipc.atomics import AtomicView
+from emu.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory, stitch
+from emu.wire.packets import DESCRIPTOR_SIZE
+from emu.wire.ring_layout import (
+    FEAT_PENDING_SEND_SZ,
+    FEATURE_BITS,
+    INTERRUPT_MASK,
+    PENDING_SEND_SZ,
+    READ_INDEX,
+    WRITE_INDEX,
+)
+
+# Above this a slice assignment is cheaper than `pack_into`, which first clears the bytes it will write.
+_LARGE_PAYLOAD: Final = 4096
+# Offsets stay below 2**30, where Python's integers are quickest.
+_MOST_PAGES: Final = 1 << 17
+
+Payload = bytes | bytearray | memoryview
+Load = Callable[[], int]
+Store = Callable[[int], None]
+Pack = Callable[..., None]
+Unpack = Callable[..., tuple[int, Any]]
+
+
+class Headers(Protocol):
+    """The data as little-endian u64 words: `headers[offset >> 3]` is *the* fetch of a descriptor word."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+
+@dataclass(slots=True)
+class RingWords:
+    """The shared words as bound operations, each one atomic instruction, sequentially consistent.
+
+    Less would do for some of them, and cost the same on x86-64; where an order matters, the line that uses
+    the word says which.
+
+    This is also where a ring is instrumented: replace fields by functions that do the same and something
+    more (record, reach a sync point), and hand that to `RingProducer` or `RingConsumer`. There is one
+    `store_write` a publish, one `store_read` a release, one `store_mask` for each mask and unmask, one
+    `store_pending` for each wish, so that a plain ring pays nothing for the possibility.
+    """
+
+    load_write: Load
+    store_write: Store
+    load_read: Load
+    store_read: Store
+    load_mask: Load
+    store_mask: Store
+    load_pending: Load
+    store_pending: Store
+    load_features: Load
+    store_features: Store
+
+    @classmethod
+    def on(cls, view: AtomicView, base: int) -> RingWords:
+        """Bind the words of the control page at byte `base` of the viewed buffer."""
+        write = view.cell_u32(base + WRITE_INDEX)
+        read = view.cell_u32(base + READ_INDEX)
+        mask = view.cell_u32(base + INTERRUPT_MASK)
+        pending = view.cell_u32(base + PENDING_SEND_SZ)
+        features = view.cell_u32(base + FEATURE_BITS)
+        return cls(
+            load_write=write.load,
+            store_write=write.store,
+            load_read=read.load,
+            store_read=read.store,
+            load_mask=mask.load,
+            store_mask=mask.store,
+            load_pending=pending.load,
+            store_pending=pending.store,
+            load_features=features.load,
+            store_features=features.store,
+        )
+
+
+class RingMemory(ABC):
+    """A ring's pages in this process. Every process that works on the ring has its own, over the same pages.
+
+    `data_size` is in bytes. `buffer` and `headers` are for use with the functions that `packer` and
+    `unpacker` return; an index of the ring is an offset into them, and goes on past the end of the data by as
+    much again, where the same bytes are seen a second time. After `close` whoever still uses the ring gets a
+    ValueError and touches nothing.
+    """
+
+    buffer: object
+    headers: Headers
+    words: RingWords
+    data_size: int
+    closed: bool
+
+    @staticmethod
+    def map(
+        fd: int, runs: Sequence[tuple[int, int]], on_close: Callable[[], None] | None = None
+    ) -> RingMemory:
+        """Map a ring whose pages, control page first, are these (offset, length) runs of `fd`.
+
+        Raises ProtocolViolation (`ring-size`), OSError (ENOMEM: the process has no mappings left).
+        `on_close` is called once, at the end.
+        """
+        return _MirroredRing(fd, runs, on_close)
+
+    @staticmethod
+    def of_pages(memory: GuestMemory, gpas: Sequence[int]) -> RingMemory:
+        """A ring accessed page by page through `memory`; `gpas` are its pages, checked, control page first."""
+        return _SplitRing(memory, gpas)
+
+    @staticmethod
+    def on(buffer: bytearray) -> RingMemory:
+        """A ring in a `bytearray` of whole pages, for tests of logic."""
+        return _SplitRing(GuestMemory.on(buffer), range(0, len(buffer), PAGE_SIZE))
+
+    def init(self) -> None:
+        """Zero the control page and set the feature bit: the guest's part, before it sends OPENCHANNEL."""
+        self.clear_control_page()
+        self.words.store_features(FEAT_PENDING_SEND_SZ)
+
+    @abstractmethod
+    def packer(self, length: int, padding: int) -> Pack:
+        """Return what stores a packet: `(buffer, offset, descriptor word, trans_id, payload, write_index)`.
+
+        `payload` has `length` bytes; `padding` zero bytes follow it, then the trailer with write_index.
+        """
+
+    @abstractmethod
+    def unpacker(self, start: int, length: int) -> Unpack:
+        """Return what copies a packet out: `(buffer, offset) -> (trans_id, payload)`.
+
+        The payload is `length` bytes from byte `start` of the packet on.
+        """
+
+    @abstractmethod
+    def clear_control_page(self) -> None:
+        """Fill it with zeros; only for a ring that nobody uses yet."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release every view of the ring, then its mapping. May be called twice."""
+
+
+class _MirroredRing(RingMemory):
+    """Data, data again, control page: a packet is one piece wherever it begins, at the offset of its index."""
+
+    def __init__(self, fd: int, runs: Sequence[tuple[int, int]], on_close: Callable[[], None] | None) -> None:
+        self.data_size = _data_size(sum(length for _, length in runs))
+        data = _without_first_page(runs)
+        self._mapping = stitch(fd, [*data, *data, (runs[0][0], PAGE_SIZE)])
+        self.closed = False
+        self.buffer = self._mapping
+        self._view = AtomicView(self._mapping)
+        self.words = RingWords.on(self._view, 2 * self.data_size)
+        # A cast holds the mapping by itself: releasing its parent neither releases it nor complains.
+        with memoryview(self._mapping) as whole:
+            self._words64 = whole.cast("Q")
+        self.headers = self._words64
+        self._on_close = on_close
+
+    def packer(self, length: int, padding: int) -> Pack:
+        if length <= _LARGE_PAYLOAD:
+            # The trailer is a u64, write_index << 32: a zero half ("4x") and the index.
+            return Struct(f"<QQ{length + padding}s4xI").pack_into
+        pack_descriptor = Struct("<QQ").pack_into
+        pack_end = Struct(f"<{padding + 4}xI").pack_into
+
+        def pack(
+            buffer: mmap.mmap, offset: int, word: int, trans_id: int, payload: Payload, write_index: int
+        ) -> None:
+            pack_descriptor(buffer, offset, word, trans_id)
+            begin = offset + DESCRIPTOR_SIZE
+            end = begin + length
+            buffer[begin:end] = payload
+            pack_end(buffer, end, write_index)
+
+        return pack
+
+    def unpacker(self, start: int, length: int) -> Unpack:
+        return Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack_from
+
+    def clear_control_page(self) -> None:
+        self._mapping[2 * self.data_size :] = bytes(PAGE_SIZE)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._words64.release()
+        self._view.close()
+        self._mapping.close()
+        if self._on_close is not None:
+            self._on_close()
+
+
+class _SplitRing(RingMemory):
+    """Pages anywhere in guest memory, copied one by one: several times slower, but no mapping of its own."""
+
+    def __init__(self, memory: GuestMemory, gpas: Sequence[int]) -> None:
+        self.data_size = _data_size(len(gpas) * PAGE_SIZE)
+        self.closed = False
+        self._memory = memory
+        self._gpas = gpas
+        self._view = AtomicView(memory.buffer)
+        self.words = RingWords.on(self._view, gpas[0])
+        self.buffer = None
+        self.headers = self
+
+    def __getitem__(self, index: int, /) -> int:
+        """The u64 word `index` of the data, in one copy: words do not cross pages."""
+        return int.from_bytes(self._copy_out(index << 3, 8), "little")
+
+    def packer(self, length: int, padding: int) -> Pack:
+        pack_whole = Struct(f"<QQ{length + padding}s4xI").pack
+
+        def pack(
+            _buffer: None, offset: int, word: int, trans_id: int, payload: Payload, write_index: int
+        ) -> None:
+            self._copy_in(offset, pack_whole(word, trans_id, payload, write_index))
+
+        return pack
+
+    def unpacker(self, start: int, length: int) -> Unpack:
+        unpack_whole = Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack
+
+        def unpack(_buffer: None, offset: int) -> tuple[Any, ...]:
+            return unpack_whole(self._copy_out(offset, start + length))
+
+        return unpack
+
+    def clear_control_page(self) -> None:
+        self._memory.write(self._gpas[0], bytes(PAGE_SIZE))
+
+    def close(self) -> None:
+        self.closed = True
+        self._view.close()
+
+    def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The (gpa, length) pieces, none across a page, of `length` bytes from `offset` on, which wrap."""
+        if self.closed:
+            raise ValueError("operation on a closed ring")
+        pieces = []
+        while length > 0:
+            page, in_page = divmod(offset % self.data_size, PAGE_SIZE)
+            step = min(length, PAGE_SIZE - in_page)
+            pieces.append((self._gpas[1 + page] + in_page, step))
+            offset += step
+            length -= step
+        return pieces
+
+    def _copy_out(self, offset: int, length: int) -> bytes:
+        return b"".join([self._memory.read(gpa, step) for gpa, step in self._pieces(offset, length)])
+
+    def _copy_in(self, offset: int, data: bytes) -> None:
+        done = 0
+        for gpa, step in self._pieces(offset, len(data)):
+            self._memory.write(gpa, data[done : done + step])
+            done += step
+
+
+def _data_size(ring_bytes: int) -> int:
+    """The size of the data area of a ring of `ring_bytes`; one that cannot be is the peer's fault."""
+    pages, rest = ring_bytes >> PAGE_SHIFT, ring_bytes % PAGE_SIZE
+    if rest or not 2 <= pages <= _MOST_PAGES:
+        raise ProtocolViolation(
+            f"a ring of {ring_bytes} bytes is not a control page and whole pages of data",
+            rule="ring-size",
+            field="byte_count",
+            value=ring_bytes,
+        )
+    return ring_bytes - PAGE_SIZE
+
+
+def _without_first_page(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The runs of the data area alone: the control page is the first page of the first run."""
+    offset, length = runs[0]
+    rest = [(offset + PAGE_SIZE, length - PAGE_SIZE)] if length > PAGE_SIZE else []
+    return [*rest, *runs[1:]]

@@ -1,0 +1,409 @@
+"""A scenario: which machine to build and which devices to offer, as frozen values.
+
+It is read from TOML (`Scenario.load`), changed by flags (`with_overrides`: flags beat the file), and travels
+to the machine's processes as plain data (`to_config`, `from_config`). Whatever exists was checked: a value
+that cannot be meant, an unknown key, more than the machine can hold: a UserError names source, key and cure.
+
+    [machine]   name vcpus ram era host_version poll numa vp_order ring_memory exit_deadline_s
+    [[device]]  class backend instance count ring_pages subchannels
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from emu.layout import MAX_VPS, PAGE_SIZE
+from emu.scenario_text import (
+    Nonsense,
+    Table,
+    byte_count,
+    complaint,
+    guid,
+    machine_name,
+    nearest,
+    one_of,
+    page_count,
+    read_toml,
+    seconds,
+    shown,
+    type_name,
+    whole_number,
+)
+from emu.wire.device_classes import BY_NAME, SINGLETON_INSTANCES
+from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN10_V5_3, version_from_text, version_text
+
+MAX_OFFERS: Final = 2047
+"""relid 0 is nobody's and 2,047 is the last flag of an event-flag page: so many channels can be offered."""
+
+MIN_RAM: Final = 32 << 20
+MAX_RAM: Final = 1 << 40
+KERNEL_RAM: Final = 16 << 20
+"""What the guest kernel's records take at most, beside its 1/128 of RAM for a line on each page."""
+
+MIN_RING_PAGES: Final = 2  # one of indices, one of data
+MAX_RING_PAGES: Final = 1 << 15
+
+ERAS: Final = ("current", "seed")
+SUPPORTED_ERAS: Final = frozenset({"current"})
+SUPPORTED_HOST_VERSIONS: Final = frozenset({VERSION_WIN10_V5_3})
+SUPPORTED_SUBCHANNELS: Final = 0
+
+BACKENDS: Final = ("echo",)
+_INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """How long a halting processor looks before it blocks: `limit_us` (0: not at all), or up to that."""
+
+    limit_us: int = 200
+    adaptive: bool = True
+
+    @classmethod
+    def read(cls, value: object) -> Poll:
+        """Read "off", "adaptive" or a number of microseconds (also as text, as a flag gives it)."""
+        if value == "off":
+            return cls(0, adaptive=False)
+        if value == "adaptive":
+            return cls()
+        number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise Nonsense(f"{shown(value)} is no way to poll", 'set it to "off", "adaptive" or microseconds')
+        limit_us = whole_number(1, 1_000_000, 'microseconds to poll for, or to "off" or "adaptive"')(number)
+        return cls(limit_us, adaptive=False)
+
+    def text(self) -> int | str:
+        """The value as a scenario spells it."""
+        if self.adaptive:
+            return "adaptive"
+        return self.limit_us or "off"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """The `[machine]` table: processors, memory, how they behave; `name` None lets the launcher pick one."""
+
+    name: str | None = None
+    vcpus: int = 2
+    ram_bytes: int = 1 << 30
+    era: str = "current"
+    host_version: int = VERSION_WIN10_V5_3
+    poll: Poll = field(default_factory=Poll)
+    numa: int = 1
+    vp_order: str = "identity"
+    ring_memory: str = "contiguous"
+    exit_deadline_ns: int = 5_000_000_000
+
+    def vp_indices(self) -> list[int]:
+        """VP index of each VP page, by position."""
+        order = range(self.vcpus)
+        return list(reversed(order)) if self.vp_order == "reverse" else list(order)
+
+    @property
+    def ring_room(self) -> int:
+        """Bytes of RAM that may become rings."""
+        return self.ram_bytes - self.ram_bytes // 128 - KERNEL_RAM
+
+    def numa_node(self, cpu: int) -> int:
+        """NUMA node of a CPU: the CPUs are dealt out in runs, as evenly as they go."""
+        return cpu * self.numa // self.vcpus
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One `[[device]]` table: `count` equal devices; `instance` names a single one, else it is derived."""
+
+    class_name: str = "echo"
+    backend: str = "echo"
+    instance: UUID | None = None
+    count: int = 1
+    ring_pages: int = 16
+    subchannels: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Channels of all these devices together, sub-channels included."""
+        return self.count * (1 + self.subchannels)
+
+    def ring_bytes(self, *, scattered: bool = False) -> int:
+        """Guest RAM that the rings of all these channels need, both ways.
+
+        The guest takes the rings of a channel out of one block, a power of two of pages; twice as large when
+        no two pages shall lie beside each other.
+        """
+        pages = 2 * self.ring_pages * (2 if scattered else 1)
+        return self.channels * (1 << (pages - 1).bit_length()) * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device to offer: what a `DeviceSpec` means, each of its devices by itself."""
+
+    class_name: str
+    backend: str
+    instance: UUID
+    ring_pages: int
+    subchannels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A machine and its devices, checked; `source` is what a complaint names."""
+
+    machine: MachineSpec
+    device_specs: tuple[DeviceSpec, ...]
+    source: str = field(default="the default scenario", compare=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @classmethod
+    def default(cls) -> Scenario:
+        """2 vCPUs and 8 echo devices."""
+        return cls(MachineSpec(), (DeviceSpec(count=8),))
+
+    @classmethod
+    def load(cls, path: Path) -> Scenario:
+        """Read a scenario file; UserError names the file, the key and the cure."""
+        return cls._read(read_toml(path), str(path))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Scenario:
+        """The scenario that `to_config` gave; what did not come from there is a UserError as in a file."""
+        return cls._read(config, "configuration")
+
+    @classmethod
+    def _read(cls, document: Mapping[str, Any], source: str) -> Scenario:
+        top = Table(dict(document), source, "")
+        machine = _read_machine(Table(top.take("machine", _as_it_is, {}), source, "machine"))
+        blocks = top.take("device", _array, None)
+        top.not_yet("switches", "step", "expect", "plugins")
+        top.end()
+        specs = cls.default().device_specs
+        if blocks is not None:
+            specs = tuple(
+                _read_device(Table(block, source, f"device#{n}")) for n, block in enumerate(blocks, 1)
+            )
+        return cls(machine, specs, source)
+
+    def with_overrides(
+        self,
+        *,
+        name: str | None = None,
+        vcpus: int | None = None,
+        devices: Sequence[DeviceSpec] = (),
+        poll: str | None = None,
+    ) -> Scenario:
+        """The scenario with what the flags say instead; `devices` replaces all of the file's."""
+        flags = Table({}, "command line", "")
+        machine = self.machine
+        if name is not None:
+            machine = replace(machine, name=flags.read("--name", machine_name, name))
+        if vcpus is not None:
+            machine = replace(machine, vcpus=flags.read("--vcpus", _vcpus, vcpus))
+        if poll is not None:
+            machine = replace(machine, poll=flags.read("--poll", Poll.read, poll))
+        source = f"{self.source} and the command line" if machine != self.machine or devices else self.source
+        return replace(self, machine=machine, device_specs=tuple(devices) or self.device_specs, source=source)
+
+    def devices(self) -> list[Device]:
+        """Every device to offer, one by one; the n-th of a class has the same GUID on every machine."""
+        seen: Counter[str] = Counter()
+        devices = []
+        for spec in self.device_specs:
+            for _ in range(spec.count):
+                instance = spec.instance or derived_instance(spec.class_name, seen[spec.class_name])
+                seen[spec.class_name] += 1
+                devices.append(
+                    Device(spec.class_name, spec.backend, instance, spec.ring_pages, spec.subchannels)
+                )
+        return devices
+
+    def to_config(self) -> dict[str, Any]:
+        """The scenario as plain values (msgpack, JSON), in the shape and the words of a scenario file."""
+        machine = self.machine
+        table = {
+            "vcpus": machine.vcpus,
+            "ram": machine.ram_bytes,
+            "era": machine.era,
+            "host_version": version_text(machine.host_version),
+            "poll": machine.poll.text(),
+            "numa": machine.numa,
+            "vp_order": machine.vp_order,
+            "ring_memory": machine.ring_memory,
+            "exit_deadline_s": machine.exit_deadline_ns / 1e9,
+        }
+        if machine.name is not None:
+            table["name"] = machine.name
+        return {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+
+    def _check(self) -> None:
+        """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
+        offers = sum(spec.channels for spec in self.device_specs)
+        if offers > MAX_OFFERS:
+            problem = Nonsense(
+                f"{offers} channels (with sub-channels) are more than the {MAX_OFFERS} there are relids for",
+                "lower a count",
+            )
+            raise complaint(self.source, "device.count", problem)
+        scattered = self.machine.ring_memory == "scattered"
+        rings = sum(spec.ring_bytes(scattered=scattered) for spec in self.device_specs)
+        if rings > self.machine.ring_room:
+            room = self.machine.ring_room >> 20
+            problem = Nonsense(
+                f"the rings take {_mib(rings)} MiB, RAM has room for {room} MiB of them",
+                "raise machine.ram, or lower count or ring_pages",
+            )
+            raise complaint(self.source, "device.ring_pages", problem)
+        if self.machine.numa > self.machine.vcpus:
+            problem = Nonsense(
+                f"{self.machine.numa} nodes are more than the {self.machine.vcpus} vCPUs", "lower it"
+            )
+            raise complaint(self.source, "machine.numa", problem)
+        twice = [instance for instance, n in Counter(d.instance for d in self.devices()).items() if n > 1]
+        if twice:
+            problem = Nonsense(
+                f"{twice[0]} names more than one device", "give each device an instance of its own"
+            )
+            raise complaint(self.source, "device.instance", problem)
+
+
+def parse_device(text: str) -> DeviceSpec:
+    """Read `CLASS[:COUNT]`, as `--device` takes it; UserError otherwise."""
+    class_name, colon, count = text.partition(":")
+    flags = Table({}, "command line", "")
+    spec = DeviceSpec(flags.read("--device", _device_class, class_name))
+    if not colon:
+        return spec
+    number: object = int(count) if count.isascii() and count.isdigit() and len(count) < 19 else count
+    return replace(spec, count=flags.read("--device", _count, number))
+
+
+def derived_instance(class_name: str, index: int) -> UUID:
+    """Instance GUID of the `index`-th device of a class: the same in every machine, so that runs compare."""
+    if index == 0 and class_name in SINGLETON_INSTANCES:
+        return SINGLETON_INSTANCES[class_name]
+    return uuid.uuid5(_INSTANCES, f"{class_name}/{index}")
+
+
+_vcpus = whole_number(1, MAX_VPS, "the number of virtual CPUs you want")
+_count = whole_number(1, MAX_OFFERS, "the number of such devices")
+
+
+def _read_machine(table: Table) -> MachineSpec:
+    default = MachineSpec()
+    machine = MachineSpec(
+        name=table.take("name", machine_name, default.name),
+        vcpus=table.take("vcpus", _vcpus, default.vcpus),
+        ram_bytes=table.take("ram", _ram, default.ram_bytes),
+        era=table.take("era", _era, default.era),
+        host_version=table.take("host_version", _host_version, default.host_version),
+        poll=table.take("poll", Poll.read, default.poll),
+        numa=table.take("numa", whole_number(1, MAX_VPS, "the number of NUMA nodes"), default.numa),
+        vp_order=table.take("vp_order", one_of("identity", "reverse"), default.vp_order),
+        ring_memory=table.take("ring_memory", one_of("contiguous", "scattered"), default.ring_memory),
+        exit_deadline_ns=table.take("exit_deadline_s", seconds(0.1, 3600), default.exit_deadline_ns),
+    )
+    table.end()
+    return machine
+
+
+def _read_device(table: Table) -> DeviceSpec:
+    if "class" not in table:
+        raise table.complaint("class", Nonsense("missing", nearest("", BY_NAME)))
+    default = DeviceSpec()
+    spec = DeviceSpec(
+        class_name=table.take("class", _device_class, default.class_name),
+        backend=table.take("backend", one_of(*BACKENDS), default.backend),
+        instance=table.take("instance", guid, default.instance),
+        count=table.take("count", _count, default.count),
+        ring_pages=table.take("ring_pages", page_count(MIN_RING_PAGES, MAX_RING_PAGES), default.ring_pages),
+        subchannels=table.take("subchannels", _subchannels, default.subchannels),
+    )
+    table.end()
+    if spec.instance is not None and spec.count > 1:
+        raise table.complaint(
+            "instance", Nonsense(f"names one device, count is {spec.count}", "leave one of them out")
+        )
+    return spec
+
+
+def _as_it_is(value: object) -> Any:
+    return value
+
+
+def _array(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise Nonsense(
+            f"{shown(value)} is {type_name(value)}, not an array of tables", "write it as [[device]]"
+        )
+    return value
+
+
+def _ram(value: object) -> int:
+    ram_bytes = byte_count(value)
+    if not MIN_RAM <= ram_bytes <= MAX_RAM:
+        raise Nonsense(f"{shown(value)} is not between 32MiB and 1TiB", 'write a size such as "1GiB"')
+    if ram_bytes % PAGE_SIZE:
+        raise Nonsense(f"{shown(value)} is not a multiple of a page", 'write a size such as "1GiB"')
+    return ram_bytes
+
+
+def _era(value: object) -> str:
+    era = one_of(*ERAS)(value)
+    if era not in SUPPORTED_ERAS:
+        raise Nonsense(
+            f'era "{era}" is not supported yet by this version', f"set it to {_either(SUPPORTED_ERAS)}"
+        )
+    return era
+
+
+def _host_version(value: object) -> int:
+    version = version_from_text(one_of(*map(version_text, KNOWN_VERSIONS))(value))
+    if version not in SUPPORTED_HOST_VERSIONS:
+        what = f"VMBus {version_text(version)} is not supported yet by this version"
+        raise Nonsense(what, f"set it to {_either(map(version_text, SUPPORTED_HOST_VERSIONS))}")
+    return version
+
+
+def _subchannels(value: object) -> int:
+    count = whole_number(0, MAX_OFFERS - 1, "the number of sub-channels of each device")(value)
+    if count > SUPPORTED_SUBCHANNELS:
+        raise Nonsense("sub-channels are not supported yet by this version", "leave it out")
+    return count
+
+
+def _device_class(value: object) -> str:
+    if not isinstance(value, str):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", nearest("", BY_NAME))
+    if value not in BY_NAME:
+        raise Nonsense(f"{shown(value)} is not a device class", nearest(value, BY_NAME))
+    return value
+
+
+def _device_config(spec: DeviceSpec) -> dict[str, Any]:
+    """A [[device]] table without what it leaves at its default: there may be 2,047 of them."""
+    table = {
+        "backend": spec.backend,
+        "instance": spec.instance and str(spec.instance),
+        "count": spec.count,
+        "ring_pages": spec.ring_pages,
+        "subchannels": spec.subchannels,
+    }
+    default = DeviceSpec()
+    changed = {key: value for key, value in table.items() if value != getattr(default, key)}
+    return {"class": spec.class_name, **changed}
+
+
+def _either(words: Iterable[str]) -> str:
+    return " or ".join(f'"{word}"' for word in sorted(words))
+
+
+def _mib(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))

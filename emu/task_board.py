@@ -1,0 +1,150 @@
+"""The board of guest tasks in `control`: the harness orders a program on a CPU, the vCPU reports back.
+
+A row is written by the launcher while it is FREE, then by the vCPU that runs it. The programs are the
+guest's user space (`guestproc.tasks`); a path is a file of this computer that the program reads.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+from typing import Final
+
+from emu.control import TASKS, Control
+from emu.errors import UserError
+
+_ROW: Final = Struct("<IIIIQQQQ32s256s")
+_STATE: Final = 0
+PATH_BYTES: Final = 256
+
+
+class TaskState(IntEnum):
+    """Life of a row."""
+
+    FREE = 0
+    FILLING = 1
+    ORDERED = 2
+    RUNNING = 3
+    DONE = 4
+    FAILED = 5
+
+
+class Program(IntEnum):
+    """What a guest task does: the first and the last have safe points, CRUNCH is pre-emptible."""
+
+    ECHO_CHECK = 1
+    CRUNCH = 2
+    STREAM = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """One row, copied out: `relid` 0 means every channel of that CPU; counts are the task's own."""
+
+    index: int
+    state: TaskState
+    program: Program
+    cpu: int
+    relid: int
+    wanted: int
+    packets: int
+    nbytes: int
+    errors: int
+    digest: bytes
+    path: str
+
+
+class TaskBoard:
+    """All rows of one machine."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def order(self, program: Program, cpu: int, *, relid: int = 0, wanted: int = 0, path: str = "") -> int:
+        """Put a program on the board for `cpu`; `wanted` is its amount of work. Returns the row's index.
+
+        UserError for a path longer than a row holds; AssertionError when all rows are taken.
+        """
+        encoded = os.fsencode(path)
+        if len(encoded) > PATH_BYTES:
+            raise UserError(f"{path}: a path of more than {PATH_BYTES} bytes; use a shorter (relative) one")
+        view = self._control.view
+        for index in range(TASKS):
+            at = self._control.task_offset(index)
+            if view.cas_u32(at + _STATE, TaskState.FREE, TaskState.FILLING) == TaskState.FREE:
+                _ROW.pack_into(
+                    self._control.memory,
+                    at,
+                    TaskState.FILLING,
+                    program,
+                    cpu,
+                    relid,
+                    wanted,
+                    0,
+                    0,
+                    0,
+                    bytes(32),
+                    encoded,
+                )
+                view.store_u32(at + _STATE, TaskState.ORDERED)
+                return index
+        raise AssertionError(f"all {TASKS} rows of the task board are taken")
+
+    def row(self, index: int) -> TaskRow:
+        """Copy one row out (a FREE one reads as program ECHO_CHECK)."""
+        state, program, cpu, relid, wanted, packets, nbytes, errors, digest, path = _ROW.unpack_from(
+            self._control.memory, self._control.task_offset(index)
+        )
+        text = os.fsdecode(path.rstrip(b"\0"))
+        return TaskRow(
+            index,
+            TaskState(state),
+            Program(program or 1),
+            cpu,
+            relid,
+            wanted,
+            packets,
+            nbytes,
+            errors,
+            digest,
+            text,
+        )
+
+    def rows(self) -> list[TaskRow]:
+        """All rows in use."""
+        return [row for row in map(self.row, range(TASKS)) if row.state != TaskState.FREE]
+
+    def take(self, cpu: int) -> TaskRow | None:
+        """The next program ordered for `cpu`, now RUNNING (the vCPU)."""
+        view = self._control.view
+        for index in range(TASKS):
+            at = self._control.task_offset(index) + _STATE
+            if view.load_u32(at) != TaskState.ORDERED:
+                continue
+            row = self.row(index)
+            if row.cpu == cpu and view.cas_u32(at, TaskState.ORDERED, TaskState.RUNNING) == TaskState.ORDERED:
+                return row
+        return None
+
+    def report(
+        self, row: TaskRow, state: TaskState, *, packets: int, nbytes: int, errors: int, digest: bytes = b""
+    ) -> None:
+        """Write a task's figures, then its state (the vCPU that runs it)."""
+        at = self._control.task_offset(row.index)
+        _ROW.pack_into(
+            self._control.memory,
+            at,
+            TaskState.RUNNING,
+            row.program,
+            row.cpu,
+            row.relid,
+            row.wanted,
+            packets,
+            nbytes,
+            errors,
+            digest,
+            os.fsencode(row.path),
+        )
+        self._control.view.store_u32(at + _STATE, state)

@@ -1,0 +1,80 @@
+"""`Current`: what a thread of the guest kernel can reach, handed to every kernel-named function first.
+
+It stands for the kernel's `current` and its globals at once: the actor, guest RAM's records, the thread's way
+to the hypervisor, and this process's caches of rings. One object a thread; records are shared, this is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from emu.memory import GuestMemory
+from guestproc.kernel.actors import Actor
+from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
+from guestproc.protocol.era import Era
+
+if TYPE_CHECKING:
+    from guestproc.kernel.tasklet import TaskletQueue
+    from guestproc.vcpu import Vcpu, WorkerThread
+    from guestproc.vmbus.percpu import PerCpuContext
+    from guestproc.vmbus.ring_buffer import RingCache
+
+
+class Current:
+    """One thread of the guest kernel. `log` is its printk: text, for the launcher's log."""
+
+    def __init__(
+        self,
+        hooks: Vcpu | WorkerThread,
+        tables: KernelTables,
+        era: Era,
+        rings: RingCache,
+        memory: GuestMemory,
+        report: Callable[..., None],
+    ) -> None:
+        self.hooks: Final = hooks
+        self.machine: Final = hooks.machine
+        self.tables: Final = tables
+        self.era: Final = era
+        self.rings: Final = rings
+        self.memory: Final = memory
+        self.counters: Final = hooks.counters
+        self.actor: Final = Actor(
+            hooks.row.number,
+            hooks,
+            tables.waiters,
+            cpu=hooks.cpu,
+            is_vcpu=hooks.is_vcpu,
+            name=hooks.row.name,
+        )
+        self.cpu: Final = hooks.cpu
+        self.exit: Final = hooks.exit
+        self.trace: Final = hooks.trace
+        self._report: Final = report
+        self.connection: Final[Connection] = tables.connection
+        self.bells: Final[dict[int, Callable[[], None]]] = {}
+        self.percpu: PerCpuContext | None = None
+        """This processor's SynIC pages and tasklets, once they are up (a worker has none)."""
+        self.tasklets: TaskletQueue | None = None
+        self.serial: int = 0
+        """Serial of the message that this thread works for now (0: none); travels beside the data."""
+
+    def cpu_record(self, cpu: int | None = None) -> Cpu:
+        """The record of a processor, by default of the one this thread carries."""
+        record: Cpu = self.tables.cpus.at(self.cpu if cpu is None else cpu)
+        return record
+
+    def channel(self, handle: int) -> Channel:
+        """The channel that a handle names; an assertion when it is gone."""
+        channel: Channel = self.tables.channels.from_handle(handle)
+        return channel
+
+    def log(self, text: str) -> None:
+        """printk: a line for the launcher's log."""
+        self._report("log", self.hooks.row.name, text)
+
+    def record(self, event: int, *arguments: Any) -> None:
+        """Record an event when this machine records."""
+        if self.trace:
+            self.trace.record(event, *arguments)

@@ -1,0 +1,1 @@
+"""Drivers of the guest, one a module; `guestproc.drivers.table` lists them."""

@@ -1,0 +1,12 @@
+"""All drivers that every process of the guest knows; a new one is a line here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from guestproc.drivers.driver import HvDriver, add_drivers
+from guestproc.drivers.echo import EchoDriver
+
+BUILT_IN: Final[tuple[HvDriver, ...]] = (EchoDriver(),)
+
+add_drivers(BUILT_IN)

@@ -1,0 +1,288 @@
+"""Spinlocks and mutexes: a word in guest RAM that holds the number of the actor that has the lock.
+
+A **spinlock** covers a few lines with no wait, IPI, VM exit or driver callback inside (`assert_may_wait`).
+It is taken with interrupts off and given back before they come on again: an ISR that waited for the task it
+interrupted would wait for ever. A **mutex** may be held across waits; who finds it taken sleeps.
+
+Locks have ranks, and are taken in rising rank only; taking one out of rank is our bug and an assertion. A
+lock whose owner died, or that is not had within its time, stops the machine by the lock's name.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from types import TracebackType
+from typing import Final
+
+from emu.errors import DeadlinePassed, MachineStopping, VmbusError
+from guestproc.kernel.actors import Actor
+from guestproc.kernel.records import INDEX_MASK, Part, Ram
+from guestproc.kernel.wait import SECOND_NS, WaitWord, assert_may_wait, new_waiter, sleep, wake_chain
+
+LOOKS_BEFORE_YIELD: Final = 20
+SPINLOCK_TIMEOUT_NS: Final = 10 * SECOND_NS
+MUTEX_TIMEOUT_NS: Final = 60 * SECOND_NS
+
+
+class Rank(IntEnum):
+    """The order in which locks are taken; an actor takes only ranks above all it holds."""
+
+    # Mutexes.
+    DRIVER_LIST = 10
+    DEVICE = 20  # device_lock: held across probe and remove, which open and close channels
+    CPUS = 30  # cpus_read_lock, before channel_mutex (vmbus_process_offer)
+    CHANNEL = 40  # vmbus_connection.channel_mutex
+    DRIVER_STATE = 50  # a driver's own mutex, taken in probe and in its work
+    # Spinlocks. The order below is the one in which one function holds two of them.
+    CHANNELMSG = 60  # vmbus_connection.channelmsg_lock: completes requests inside
+    SCHED = 70  # channel.sched_lock: the ISR, around an HV_CALL_ISR callback
+    DRIVER_RING = 80  # a driver's transmit lock, around a packet
+    REQUESTOR = 90  # vmbus_requestor.req_lock, inside a packet's write
+    QUEUE = 100  # a work queue's list: queued from under any of the above
+    PAGES = 110  # the page allocator's free lists
+    LEAF = 120  # nothing is taken inside
+
+
+class LockStuck(DeadlinePassed):
+    """A lock was not had in its time: names the lock, its owner and who else waits."""
+
+    def __init__(self, name: str, owner: int, waiters: list[int], timeout_ns: int) -> None:
+        others = ", ".join(f"{number:#x}" for number in waiters) or "nobody"
+        super().__init__(f"lock {name}: held by actor {owner:#x}, waited for by {others}", timeout_ns)
+        self.owner = owner
+        self.waiters = waiters
+
+
+class LockOwnerDied(VmbusError):
+    """The actor that holds a lock is dead, so what the lock covers may be half changed."""
+
+    def __init__(self, name: str, owner: int) -> None:
+        super().__init__(f"lock {name}: its owner, actor {owner:#x}, died holding it")
+        self.owner = owner
+
+
+class Lock:
+    """What both kinds share: a name, a rank, and the check of ranks."""
+
+    __slots__ = ("name", "rank")
+
+    def __init__(self, name: str, rank: Rank) -> None:
+        self.name: Final = name
+        self.rank: Final = rank
+
+    def acquire(self, actor: Actor) -> None:
+        """Take the lock."""
+        raise NotImplementedError
+
+    def release(self, actor: Actor) -> None:
+        """Give the lock back."""
+        raise NotImplementedError
+
+    def hold(self, actor: Actor) -> Held:
+        """`with lock.hold(actor):` takes the lock for the block."""
+        return Held(self, actor)
+
+    def is_held_by(self, actor: Actor) -> bool:
+        """Whether this actor holds the lock."""
+        raise NotImplementedError
+
+    def assert_held(self, actor: Actor) -> None:
+        """`lockdep_assert_held`."""
+        assert self.is_held_by(actor), f"{actor} needs {self.name} and does not hold it"
+
+    def out_of_rank(self, actor: Actor) -> AssertionError:
+        """The error for taking this lock above one of a higher or equal rank."""
+        names = ", ".join(f"{lock.name} ({lock.rank.name})" for lock, _ in actor.held)
+        return AssertionError(f"{actor} takes {self.name} ({self.rank.name}) while holding {names}")
+
+
+class Held:
+    """The block of a `with lock.hold(actor)`."""
+
+    __slots__ = ("_actor", "_lock")
+
+    def __init__(self, lock: Lock, actor: Actor) -> None:
+        self._lock = lock
+        self._actor = actor
+
+    def __enter__(self) -> None:
+        self._lock.acquire(self._actor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release(self._actor)
+
+
+class Spinlock(Lock):
+    """A u32 word: 0, or the number of the actor that holds it, with interrupts off."""
+
+    SIZE: Final = 4
+
+    __slots__ = ("_word",)
+
+    def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.LEAF) -> None:
+        super().__init__(name, rank)
+        self._word: Final = ram.u32(gpa)
+
+    @property
+    def owner(self) -> int:
+        """Number of the holder, 0 if it is free."""
+        return self._word.load()
+
+    def is_held_by(self, actor: Actor) -> bool:
+        """Whether this actor holds the lock."""
+        return self._word.load() == actor.number
+
+    def acquire(self, actor: Actor) -> None:
+        """`spin_lock_irqsave`: interrupts off first, so that no ISR of this processor finds it taken."""
+        flags = actor.irq_save()
+        held = actor.held
+        if held and held[-1][0].rank >= self.rank:
+            raise self.out_of_rank(actor)
+        if self._word.cas(0, actor.number):
+            self._spin(actor)
+        actor.spinning += 1
+        held.append((self, flags))
+
+    def try_acquire(self, actor: Actor) -> bool:
+        """`spin_trylock_irqsave`: True if it was free (the rank does not matter: nobody waits)."""
+        flags = actor.irq_save()
+        if self._word.cas(0, actor.number):
+            actor.irq_restore(flags)
+            return False
+        actor.spinning += 1
+        actor.held.append((self, flags))
+        return True
+
+    def release(self, actor: Actor) -> None:
+        """`spin_unlock_irqrestore`: the word first, then the interrupts."""
+        lock, flags = actor.held.pop()
+        assert lock is self or lock.name == self.name, f"{actor} gives {self.name} back before {lock.name}"
+        actor.spinning -= 1
+        owner = self._word.exchange(0)
+        assert owner == actor.number, f"{actor} gave back {self.name}, which {owner:#x} held"
+        actor.irq_restore(flags)
+
+    def _spin(self, actor: Actor) -> None:
+        """Look until the word is 0; every 20 looks let the holder run, and see whether it still can."""
+        cas = self._word.cas
+        number = actor.number
+        deadline_ns = actor.now() + SPINLOCK_TIMEOUT_NS
+        while True:
+            for _ in range(LOOKS_BEFORE_YIELD):
+                owner = cas(0, number)
+                if not owner:
+                    return
+            assert owner != number, f"{actor} takes {self.name} twice"
+            actor.yield_processor()
+            if actor.stopping():
+                raise MachineStopping(f"{actor} waited for {self.name}")
+            if actor.is_dead(owner):
+                raise LockOwnerDied(self.name, owner)
+            if actor.now() > deadline_ns:
+                raise LockStuck(self.name, owner, [number], SPINLOCK_TIMEOUT_NS)
+
+
+class Mutex(Lock):
+    """A u64 word: its owner's number above, the chain of those who sleep for it below (`wait`).
+
+    Giving it back takes the chain out in the same swap and wakes all of it, oldest first; who is too late
+    announces itself again. The chains are short: workers, and the tasks that open or close.
+    """
+
+    SIZE: Final = 8
+
+    __slots__ = ("_chain", "_word")
+
+    def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.DRIVER_STATE) -> None:
+        super().__init__(name, rank)
+        self._word: Final = ram.u64(gpa)
+        self._chain: Final = WaitWord(ram, gpa, name)
+
+    @property
+    def owner(self) -> int:
+        """Number of the holder, 0 if it is free."""
+        return self._word.load() >> 32
+
+    def is_held_by(self, actor: Actor) -> bool:
+        """Whether this actor holds the mutex."""
+        return self._word.load() >> 32 == actor.number
+
+    def waiters(self, actor: Actor) -> list[int]:
+        """Who sleeps for it, oldest first."""
+        return self._chain.waiters(actor.waiters)
+
+    def acquire(self, actor: Actor) -> None:
+        """`mutex_lock`; raises LockStuck when its time passed, LockOwnerDied, MachineStopping."""
+        assert_may_wait(actor, self.name)
+        held = actor.held
+        if held and held[-1][0].rank >= self.rank:
+            raise self.out_of_rank(actor)
+        word = self._word.cas(0, actor.number << 32)
+        if word:
+            self._wait(actor)
+        held.append((self, 0))
+
+    def try_acquire(self, actor: Actor) -> bool:
+        """`mutex_trylock`: True if it was free."""
+        assert_may_wait(actor, self.name)
+        while not (word := self._word.load()) >> 32:
+            if self._word.cas(word, word | actor.number << 32) == word:
+                actor.held.append((self, 0))
+                return True
+        return False
+
+    def release(self, actor: Actor) -> None:
+        """`mutex_unlock`; mutexes may be given back in any order."""
+        for position in range(len(actor.held) - 1, -1, -1):
+            if actor.held[position][0].name == self.name:
+                del actor.held[position]
+                break
+        word = self._word.exchange(0)
+        assert word >> 32 == actor.number, f"{actor} gave back {self.name}, which {word >> 32:#x} held"
+        if word & INDEX_MASK:
+            wake_chain(actor, word & INDEX_MASK)
+
+    def _wait(self, actor: Actor) -> None:
+        """Sleep until the word has no owner and we are it."""
+        deadline_ns = actor.now() + MUTEX_TIMEOUT_NS
+        while not self._take_or_sleep(actor, deadline_ns):
+            if actor.stopping():
+                raise MachineStopping(f"{actor} waited for {self.name}")
+            owner = self.owner
+            if owner and actor.is_dead(owner):
+                raise LockOwnerDied(self.name, owner)
+            if actor.now() >= deadline_ns:
+                waiters = [*self.waiters(actor), actor.number]
+                raise LockStuck(self.name, owner, waiters, MUTEX_TIMEOUT_NS)
+
+    def _take_or_sleep(self, actor: Actor, deadline_ns: int) -> bool:
+        """One round: take it if it is free, else join the chain (in the same swap) and sleep."""
+        while True:
+            word = self._word.load()
+            if not word >> 32:
+                if self._word.cas(word, word | actor.number << 32) == word:
+                    return True
+                continue
+            assert word >> 32 != actor.number, f"{actor} takes {self.name} twice"
+            waiter = new_waiter(actor, self.name)
+            waiter.next = word & INDEX_MASK
+            if self._word.cas(word, word & ~INDEX_MASK | waiter.index + 1) == word:
+                break
+            actor.waiters.free(waiter)
+        sleep(actor, waiter, deadline_ns)
+        self._chain.retract(actor, waiter)
+        return False
+
+
+def spinlock(rank: Rank) -> Part[Spinlock]:
+    """A `Spinlock` as a field of a record."""
+    return Part(
+        lambda ram, gpa, name: Spinlock(ram, gpa, name, rank), Spinlock.SIZE, "atomic: it is the lock", 4
+    )
+
+
+def mutex(rank: Rank) -> Part[Mutex]:
+    """A `Mutex` as a field of a record."""
+    return Part(lambda ram, gpa, name: Mutex(ram, gpa, name, rank), Mutex.SIZE, "atomic: it is the lock")

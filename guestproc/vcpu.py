@@ -1,0 +1,419 @@
+"""One virtual processor: takes interrupts, runs tasklets on their way out, and guest tasks in between.
+
+One thread. Interrupts are taken at safe points (every call into the guest kernel is one), by the kick signal
+between two bytecodes of a computing task, and when the processor halts. The truth is the request bit: every
+change to a state in which the VP looks less often stores the new state first and looks for a bit then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from emu.control import ActorKind
+from emu.errors import MachineStopping
+from emu.interrupts import (
+    AWAKE,
+    COMPUTING,
+    IN_ISR,
+    INTERRUPTS_OFF,
+    Halt,
+    InterruptRequester,
+    Lapic,
+    PollPolicy,
+)
+from emu.layout import VP_RUN_STATE, vp_page_offset
+from emu.machine import KICK_SIGNAL, Machine, VpKick
+from emu.tracing import E_ISR_ENTER, E_ISR_EXIT
+from emu.tracing import Context as TraceContext
+from emu.vmexit import ExitClient, HostBell
+from guestproc.kernel.actors import Context
+
+CALL_FUNCTION_VECTOR: Final = 0xFB
+RESCHEDULE_VECTOR: Final = 0xFD
+
+Report = Callable[..., None]
+
+
+class Peers:
+    """Other processors and threads as one actor reaches them: interrupts to VPs, tokens to workers."""
+
+    def __init__(self, machine: Machine, counters: Any) -> None:
+        self._machine = machine
+        self._counters = counters
+        self._positions: list[int] = machine.config["cpu_positions"]
+        self._requesters: dict[int, InterruptRequester] = {}
+        self._wakes: dict[int, Callable[[], None]] = {}
+
+    def request(self, cpu: int, vector: int) -> None:
+        """Request an interrupt of another guest CPU."""
+        requester = self._requesters.get(cpu)
+        if requester is None:
+            position = self._positions[cpu]
+            requester = InterruptRequester(
+                self._machine.vps.view, position, VpKick(self._machine, position, cpu), self._counters
+            )
+            self._requesters[cpu] = requester
+        requester.request(vector)
+
+    def wake(self, actor: int) -> None:
+        """Wake an actor from its block: a worker by its semaphore, a processor by the reschedule interrupt."""
+        wake = self._wakes.get(actor)
+        if wake is None:
+            wake = self._wakes[actor] = self._resolve(actor)
+        wake()
+
+    def _resolve(self, actor: int) -> Callable[[], None]:
+        row = self._machine.control.row(actor & 0xFFF)
+        if row.kind == ActorKind.VCPU:
+            return lambda: self.request(row.cpu, RESCHEDULE_VECTOR)
+        return self._machine.wakeup(f"actor.{row.cpu}").post
+
+
+class Vcpu:
+    """The processor of guest CPU `cpu`; also the `ActorHooks` of its thread."""
+
+    is_vcpu: Final = True
+
+    def __init__(self, machine: Machine, cpu: int, report: Report) -> None:
+        self.machine = machine
+        self.cpu = cpu
+        self.position: int = machine.config["cpu_positions"][cpu]
+        self.row, self.counters = machine.enlist(ActorKind.VCPU, f"vcpu{cpu}", cpu=cpu)
+        vps = machine.vps.view
+        self.vp_index = machine.vp_index(self.position)
+        self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
+        self.lapic = Lapic(vps, self.position)
+        self.vectors: dict[int, Callable[[], None]] = {
+            RESCHEDULE_VECTOR: self._reschedule,
+        }
+        self.softirqs: Callable[[], object] = _no_softirqs
+        self.softirq_pending: Callable[[], bool] = _never
+        self.expecting: Callable[[], bool] = _never
+        """Whether an answer of the host's is due on this processor: then polling for it pays."""
+        self.peers = Peers(machine, self.counters)
+        state = vps.cell_u32(vp_page_offset(self.position) + VP_RUN_STATE)
+        self._set_state = state.store
+        self._report = report
+        self._irqs_off = False
+        self._hardirq = 0
+        self._softirq = False
+        self._computing = False
+        self._stopping = machine.vps.view.cell_u32(12).load
+        self._halt = Halt(
+            vps,
+            vp_page_offset(self.position) + VP_RUN_STATE,
+            machine.wakeup(f"vp.{self.position}"),
+            self._look,
+            PollPolicy(machine.config["machine"]["poll"], lambda: self.expecting()),
+            self.counters,
+        )
+        self.now = machine.clock.now
+        self.exits = ExitClient(
+            vps,
+            machine.vps_memory,
+            machine.doorbells.view,
+            self.position,
+            HostBell(machine.doorbells.view, machine.wakeup("host")),
+            machine.exit_wakeups(self.position),
+            claimer=self.row.number,
+            stopping=self.stopping,
+            deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
+        )
+        signal.signal(KICK_SIGNAL, self._on_kick)
+
+    # -- interrupts ---------------------------------------------------------------------------------
+
+    def take_interrupts(self) -> None:
+        """Dispatch everything deliverable; returns with interrupts on (or as they were, inside an ISR)."""
+        while vector := self.lapic.take():
+            self._dispatch(vector)
+
+    def _dispatch(self, vector: int) -> None:
+        """Run the handler of one vector; a vector without one is counted and ended."""
+        counters = self.counters
+        counters.interrupts += 1
+        trace = self.trace
+        if trace:
+            before, trace.context = trace.context, TraceContext.ISR
+            trace.record(E_ISR_ENTER, vector)
+        handler = self.vectors.get(vector)
+        if handler is None:
+            counters.spurious += 1
+            self.lapic.eoi()
+        else:
+            handler()
+        if trace:
+            trace.record(E_ISR_EXIT, vector)
+            trace.context = before
+
+    def entering_irq(self) -> None:
+        """Enter hard-interrupt context: interrupts are off until `exiting_irq`."""
+        self._hardirq += 1
+        self._set_state(IN_ISR)
+
+    def exiting_irq(self) -> None:
+        """Leave it; from the outermost one pending tasklets run, with interrupts on again."""
+        self._hardirq -= 1
+        if self._hardirq:
+            return
+        # The state before the look (lost-wakeup rule); the caller's loop in `take_interrupts` looks.
+        self._set_state(AWAKE)
+        if not self._softirq and self.softirq_pending():
+            self.run_softirqs()
+
+    def run_softirqs(self) -> None:
+        """Run scheduled tasklets with interrupts on; a nested ISR only schedules."""
+        self._softirq = True
+        trace = self.trace
+        if trace:
+            before, trace.context = trace.context, TraceContext.TASKLET
+        try:
+            self.softirqs()
+        finally:
+            self._softirq = False
+            if trace:
+                trace.context = before
+
+    def _reschedule(self) -> None:
+        """The reschedule interrupt has done its work by arriving."""
+        self.lapic.eoi()
+
+    def _on_kick(self, _number: int, _frame: FrameType | None) -> None:
+        """The kick signal: an interrupt between two bytecodes of a computing task."""
+        if not self._computing:
+            return  # whoever runs now looks by itself
+        self._computing = False
+        self._set_state(IN_ISR)
+        self.counters.preemptions += 1
+        try:
+            while True:
+                self.take_interrupts()
+                if self.softirq_pending():
+                    self.run_softirqs()
+                # Announce, then look: a requester that saw IN_ISR sent no signal.
+                self._computing = True
+                self._set_state(COMPUTING)
+                if not self.lapic.deliverable():
+                    return
+                self._computing = False
+        except BaseException:
+            self._die_of_isr()
+
+    def _die_of_isr(self) -> None:
+        """An exception out of an ISR ends the process; it never unwinds into the task it interrupted."""
+        self._report("crashed", f"vcpu{self.cpu}", traceback.format_exc())
+        self.counters.flush()
+        os._exit(4)
+
+    # -- safe points, waiting -----------------------------------------------------------------------
+
+    def safe_point(self) -> None:
+        """Take what is due; does nothing with interrupts off or inside an ISR."""
+        if not (self._irqs_off or self._hardirq):
+            if self.lapic.deliverable():
+                self.take_interrupts()
+            if not self._softirq and self.softirq_pending():
+                self.run_softirqs()
+
+    def compute(self, task: Callable[[], None]) -> None:
+        """Run a pre-emptible piece of a task: interrupts come by signal while it computes."""
+        assert not (self._irqs_off or self._hardirq or self._softirq or self._computing)
+        self._computing = True
+        # Announce, then look: a request that came while we were AWAKE was not kicked.
+        self._set_state(COMPUTING)
+        if self.lapic.deliverable():
+            self._on_kick(0, None)
+        try:
+            task()
+        finally:
+            self._computing = False
+            self._set_state(AWAKE)
+        self.safe_point()
+
+    def idle(self, timeout_ns: int) -> None:
+        """Halt until an interrupt, a tasklet, a token or the timeout; then take what came."""
+        self._halt.halt(timeout_ns)
+        self.safe_point()
+
+    def _look(self) -> bool:
+        return self.lapic.deliverable() or self.softirq_pending() or self._stopping() == 2
+
+    # -- ActorHooks ---------------------------------------------------------------------------------
+
+    def block(self, deadline_ns: int) -> bool:
+        """Wait like a blocked kernel task: halted, with interrupts taken meanwhile."""
+        left = deadline_ns - self.now()
+        if left <= 0:
+            return False
+        self.idle(left)
+        return True
+
+    def wake(self, actor: int) -> None:
+        """Wake another actor, or this one (nothing to do: it is running)."""
+        if actor != self.row.number:
+            self.peers.wake(actor)
+
+    def yield_processor(self) -> None:
+        """Give this computer's core away."""
+        os.sched_yield()
+
+    def is_dead(self, actor: int) -> bool:
+        """Whether the launcher wrote this actor off."""
+        return self.machine.control.is_dead(actor)
+
+    def stopping(self) -> bool:
+        """Whether the machine's state word says STOPPING."""
+        return self._stopping() == 2
+
+    def irq_save(self) -> int:
+        """Interrupts off; the former state."""
+        if self._irqs_off:
+            return 1
+        self._irqs_off = True
+        if not self._hardirq:
+            self._set_state(INTERRUPTS_OFF)
+        return 0
+
+    def irq_restore(self, flags: int) -> None:
+        """Interrupts as they were; when on again, what came meanwhile is taken here."""
+        if flags:
+            return
+        self._irqs_off = False
+        if self._hardirq:
+            return
+        # Store, then look: requests that came with interrupts off were not kicked.
+        self._set_state(AWAKE)
+        if self.lapic.deliverable():
+            self.take_interrupts()
+
+    def irqs_disabled(self) -> bool:
+        """Whether interrupts are off now."""
+        return self._irqs_off or self._hardirq > 0
+
+    def context(self) -> Context:
+        """TASK, SOFTIRQ or HARDIRQ."""
+        if self._hardirq:
+            return Context.HARDIRQ
+        return Context.SOFTIRQ if self._softirq else Context.TASK
+
+    def kick_cpu(self, cpu: int) -> None:
+        """Let a processor look at its tasklets again; this one will anyway."""
+        if cpu != self.cpu:
+            self.peers.request(cpu, RESCHEDULE_VECTOR)
+
+    def send_ipi(self, cpu: int) -> None:
+        """Request the call-function interrupt on another CPU."""
+        self.peers.request(cpu, CALL_FUNCTION_VECTOR)
+
+    def exit(self, operation: int, a0: int = 0, a1: int = 0, a2: int = 0) -> tuple[int, int]:
+        """A VM exit: one instruction to the guest, so with interrupts off."""
+        flags = self.irq_save()
+        try:
+            self.counters.exits += 1
+            return self.exits.exit(operation, a0, a1, a2)
+        finally:
+            self.irq_restore(flags)
+
+
+class WorkerThread:
+    """`ActorHooks` of one thread of the workqueue process: blocks on its own semaphore, never polls.
+
+    It carries a CPU number for `smp_processor_id()` and for its exits, but is not that processor.
+    """
+
+    is_vcpu: Final = False
+
+    def __init__(self, machine: Machine, name: str, semaphore: int, *, cpu: int = 0) -> None:
+        self.machine = machine
+        self.cpu = cpu
+        self.row, self.counters = machine.enlist(ActorKind.WORKER, name, cpu=semaphore)
+        position: int = machine.config["cpu_positions"][cpu]
+        self.position = position
+        self.vp_index = machine.vp_index(position)
+        self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.QUEUE)
+        self.peers = Peers(machine, self.counters)
+        self._wakeup = machine.wakeup(f"actor.{semaphore}")
+        self.now = machine.clock.now
+        self.wake = self.peers.wake
+        self.exits = ExitClient(
+            machine.vps.view,
+            machine.vps_memory,
+            machine.doorbells.view,
+            position,
+            HostBell(machine.doorbells.view, machine.wakeup("host")),
+            machine.exit_wakeups(position),
+            claimer=self.row.number,
+            stopping=self.stopping,
+            deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
+        )
+
+    def block(self, deadline_ns: int) -> bool:
+        """Sleep on this thread's semaphore until a token, for at most a watchdog period; False: deadline."""
+        left = deadline_ns - self.now()
+        if left <= 0:
+            return False
+        self.counters.blocks += 1
+        self.counters.flush()
+        self._wakeup.block(min(left / 1e9, 1.0))
+        return True
+
+    def yield_processor(self) -> None:
+        """Let another thread have the interpreter, or another process the core."""
+        # os.sched_yield keeps the interpreter lock in Python 3.11; sleeping for no time gives it away.
+        time.sleep(0)
+
+    def is_dead(self, actor: int) -> bool:
+        """Whether the launcher wrote this actor off."""
+        return self.machine.control.is_dead(actor)
+
+    def stopping(self) -> bool:
+        """Whether the machine's state word says STOPPING."""
+        return self.machine.stopping
+
+    def irq_save(self) -> int:
+        """A worker is no processor: it has no interrupts to switch off."""
+        return 0
+
+    def irq_restore(self, flags: int) -> None:
+        """Nothing was switched off."""
+
+    def irqs_disabled(self) -> bool:
+        """Never."""
+        return False
+
+    def context(self) -> Context:
+        """A worker is always a task."""
+        return Context.TASK
+
+    def kick_cpu(self, cpu: int) -> None:
+        """Let a processor look at its tasklets again."""
+        self.peers.request(cpu, RESCHEDULE_VECTOR)
+
+    def send_ipi(self, cpu: int) -> None:
+        """Request the call-function interrupt on a CPU."""
+        self.peers.request(cpu, CALL_FUNCTION_VECTOR)
+
+    def exit(self, operation: int, a0: int = 0, a1: int = 0, a2: int = 0) -> tuple[int, int]:
+        """A VM exit through the page of the CPU this thread carries."""
+        self.counters.exits += 1
+        return self.exits.exit(operation, a0, a1, a2)
+
+
+def _no_softirqs() -> None:
+    """No tasklets yet."""
+
+
+def _never() -> bool:
+    return False
+
+
+def raise_if_stopping(hooks: Vcpu | WorkerThread) -> None:
+    """MachineStopping once the state word says so."""
+    if hooks.stopping():
+        raise MachineStopping("the machine is stopping")

@@ -1,0 +1,163 @@
+"""The process of one virtual processor: boots (CPU 0) or comes online, then takes interrupts and runs tasks.
+
+`python -m guestproc vcpu CPU --machine NAME` starts one by hand; the launcher forks it from the zygote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from emu.control import Ready
+from emu.errors import MachineStopping, VmbusError
+from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
+from emu.machine import Machine
+from emu.memory import GuestMemory
+from emu.task_board import TaskBoard
+from guestproc.current import Current
+from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
+from guestproc.kernel.layout import Era as EraNumber
+from guestproc.kernel.layout import KernelTables
+from guestproc.kernel.tasklet import TaskletQueue
+from guestproc.kernel.wait import SECOND_NS
+from guestproc.protocol.era import ERAS
+from guestproc.tasks import run_task
+from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu
+from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
+from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
+from guestproc.vmbus.hv import hv_synic_cleanup, hv_synic_free, hv_synic_init
+from guestproc.vmbus.percpu import PerCpuContext
+from guestproc.vmbus.ring_buffer import RingCache
+from guestproc.vmbus.vector import Gate
+
+IDLE_NS: Final = SECOND_NS
+BOOT_CPU: Final = 0
+
+Report = Callable[..., None]
+
+
+class BootFailed(VmbusError):
+    """The guest could not come up; the text says at which step and why."""
+
+
+def run(machine: Machine, cpu: int, report: Report) -> int:
+    """Boot or come online, then serve until the machine stops; the process's exit status."""
+    vcpu = Vcpu(machine, cpu, report)
+    try:
+        current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
+        board = TaskBoard(machine.control)
+        while not vcpu.stopping():
+            vcpu.safe_point()
+            if (row := board.take(cpu)) is not None:
+                run_task(current, vcpu, board, row)
+            elif cpu == BOOT_CPU and machine.control.shutdown_requested and not machine.control.shutdown_done:
+                _shut_down(current)
+            else:
+                vcpu.idle(IDLE_NS)
+    except MachineStopping:
+        pass
+    vcpu.counters.flush()
+    return 0
+
+
+def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
+    """This processor as the kernel code sees it; its tasklets and its vectors are in place afterwards."""
+    machine = vcpu.machine
+    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+    era = ERAS[machine.config["machine"]["era"]]
+    current = Current(vcpu, tables, era, RingCache(memory, lambda: vcpu.trace), memory, report)
+    tasklets = TaskletQueue(current.actor, tables.connection.tasklet_idle, owner=current)
+    vcpu.softirqs = tasklets.run
+    vcpu.softirq_pending = tasklets.runnable
+    record = current.cpu_record()
+    record.actor.store(current.actor.number)
+    if vcpu.cpu == BOOT_CPU:
+        # The connect CPU takes every reply, so it expects one while a request is pending.
+        pending = tables.connection.chn_msg_list.words
+        vcpu.expecting = lambda: pending[0] != 0
+
+    def call_function() -> None:
+        vcpu.entering_irq()
+        record.call.run(current.actor, current)
+        vcpu.lapic.eoi()
+        vcpu.exiting_irq()
+
+    vcpu.vectors[CALL_FUNCTION_VECTOR] = call_function
+    current.tasklets = tasklets
+    return current
+
+
+def _boot(vcpu: Vcpu, report: Report) -> Current:
+    """The boot CPU: attach, format RAM, bring the bus up, connect, and see all offers through."""
+    machine = vcpu.machine
+    vcpu.exit(ExitOperation.ATTACH, vcpu.row.pid, ABI_MAJOR << 16 | ABI_MINOR)
+    positions: list[int] = machine.config["cpu_positions"]
+    vp_indices = [machine.vp_index(position) for position in positions]
+    tables = KernelTables.format(machine.ram.memory, machine.vp_count, EraNumber.CURRENT, vp_indices)
+    _note_numa(machine, tables)
+    current = _current(vcpu, tables, report)
+    result = vmbus_bus_init(current, machine.vp_count)
+    if result:
+        raise BootFailed(f"vmbus_bus_init: {result}")
+    machine.control.set_guest_formatted()
+    for cpu in range(machine.vp_count):
+        vcpu.kick_cpu(cpu)
+    _synic_online(current, vcpu)
+    connection = tables.connection
+    connection.state_wait.wait_until(
+        current.actor, lambda: all(one.online.load() for one in tables.cpus.live()), 30 * SECOND_NS, "CPUs to come online"
+    )
+    result = vmbus_start(current)
+    if result:
+        raise BootFailed(f"vmbus_connect: {result}")
+    machine.control.reach(Ready.CONNECTED)
+    report("stage", f"vcpu{vcpu.cpu}", int(Ready.CONNECTED))
+    vmbus_wait_for_offers(current, lambda: machine.control.ready >= Ready.OFFERS_DELIVERED)
+    machine.control.reach(Ready.CHANNELS_OPEN)
+    report("stage", f"vcpu{vcpu.cpu}", int(Ready.CHANNELS_OPEN))
+    return current
+
+
+def _note_numa(machine: Machine, tables: KernelTables) -> None:
+    """Which CPU is on which node, dealt out in runs as the scenario says."""
+    nodes: int = machine.config["machine"].get("numa", 1)
+    tables.connection.nr_numa_nodes = nodes
+    for cpu in range(machine.vp_count):
+        tables.connection.numa_cpus[cpu * nodes // machine.vp_count] |= 1 << cpu
+
+
+def _come_online(vcpu: Vcpu, report: Report) -> Current:
+    """Another CPU: wait until the boot CPU has laid RAM out, then bring this SynIC up."""
+    machine = vcpu.machine
+    while not machine.control.guest_formatted:
+        if vcpu.stopping():
+            raise MachineStopping("the machine stopped before it booted")
+        vcpu.idle(IDLE_NS)
+    current = _current(vcpu, KernelTables.attach(machine.ram.memory), report)
+    _synic_online(current, vcpu)
+    return current
+
+
+def _synic_online(current: Current, vcpu: Vcpu) -> None:
+    """`hv_synic_init` on this CPU, with its gate and its pages at hand before the first interrupt."""
+    assert current.tasklets is not None
+    Gate(current, vcpu).install()
+    current.percpu = PerCpuContext(current, current.tasklets)
+    hv_synic_init(current)
+    current.connection.state_wait.wake_all(current.actor)
+
+
+def _shut_down(current: Current) -> None:
+    """Drivers, bus, SynIC of this CPU; then say what could not be given back."""
+    tables, machine = current.tables, current.machine
+    vmbus_exit(current)
+    hv_synic_cleanup(current)
+    hv_synic_free(current, machine.vp_count)
+    # The hypercall page and the boot CPU's own waiters stay until the processor is off.
+    leaks = {what: count for what, count in tables.leaks().items() if not what.startswith("HYPERCALL")}
+    for what, count in leaks.items():
+        current.log(f"leaked: {count} of {what}")
+    for line in tables.damage():
+        current.log(f"damaged: {line}")
+    machine.control.shutdown_complete(sum(leaks.values()))
+    current.counters.flush()

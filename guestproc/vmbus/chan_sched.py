@@ -1,0 +1,103 @@
+"""`vmbus_chan_sched` and `vmbus_on_event`: from an event flag to a channel's callback (reference 3.4, 3.5).
+
+Each flag is cleared by an atomic operation *before* its ring is looked at: a flag that is set again later
+means data that this look may miss. The relid table is read without a lock; a channel that is being rescinded,
+or whose callback is gone, is passed over.
+
+    ISR       the callback right here; masking is the driver's
+    BATCHED   mask the ring, then the tasklet; the tasklet unmasks and looks again
+    DIRECT    the tasklet alone
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from emu.ipc.atomics import AtomicU64
+from emu.tracing import E_FLAG_CLEAR, E_MASK, E_TASKLET_RUN, E_TASKLET_SCHED, E_UNMASK
+from emu.wire.synic import VMBUS_MESSAGE_SINT
+from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
+from guestproc.kernel.layout import CallbackMode, Channel
+from guestproc.vmbus.numbers import Tasklets
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+    from guestproc.vmbus.percpu import PerCpuContext
+
+_ISR: Final = int(CallbackMode.ISR)
+_BATCHED: Final = int(CallbackMode.BATCHED)
+INBOUND: Final = 1
+_ALL: Final = (1 << 64) - 1
+"""The `side` of a trace record for the host-to-guest ring."""
+
+
+def sync_test_and_clear_bit(number: int, words: tuple[AtomicU64, ...]) -> bool:
+    """Clear one bit by a locked operation (also on one processor: the host is the other); whether it was set."""
+    bit = 1 << (number & 63)
+    return bool(words[number >> 6].fetch_and(_ALL ^ bit) & bit)
+
+
+def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
+    """Schedule every channel whose event flag is set on this processor."""
+    words = hv_cpu.event_words
+    octets = current.tables.ram.octets
+    # One look at the whole page half; whatever is set after it brings an interrupt of its own.
+    flags = int.from_bytes(octets[hv_cpu.event_gpa : hv_cpu.event_gpa + 256], "little")
+    while flags:
+        low = flags & -flags
+        flags ^= low
+        relid = low.bit_length() - 1
+        if not sync_test_and_clear_bit(relid, words):
+            continue
+        current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
+        # Relid 0 is the legacy shared flag, never a channel.
+        if relid:
+            channel = current.tables.relids.lookup(relid)
+            if channel is not None and not channel.rescind.load():
+                _schedule(current, hv_cpu, channel)
+
+
+def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None:
+    """What one channel's flag means, under its sched_lock, which keeps the callback from being taken away."""
+    with channel.sched_lock.hold(current.actor):
+        callback = channel.onchannel_callback
+        if not callback:
+            return
+        channel.interrupts += 1
+        mode = channel.callback_mode
+        if mode == _ISR:
+            CHANNEL_CALLBACKS.lookup(callback)(current, channel)
+            return
+        if mode == _BATCHED:
+            current.rings.of(channel).inbound.begin_read()
+            current.record(E_MASK, channel.relid, INBOUND)
+        if hv_cpu.tasklets.schedule(channel.callback_event):
+            current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, channel.relid)
+
+
+@TASKLET_FUNCTIONS.register(Tasklets.VMBUS_ON_EVENT)
+def vmbus_on_event(current: Current, handle: int) -> None:
+    """The channel's tasklet: one callback; in BATCHED mode unmask, look again, and go on if bytes came.
+
+    A callback that was taken away leaves the mask as it is: nobody reads that ring any more.
+    """
+    channel = current.tables.channels.find(handle)
+    if channel is None:
+        return
+    callback = channel.onchannel_callback
+    if not callback:
+        return
+    current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
+    current.counters.tasklets += 1
+    CHANNEL_CALLBACKS.lookup(callback)(current, channel)
+    if channel.callback_mode != _BATCHED or not channel.onchannel_callback:
+        return
+    inbound = current.rings.of(channel).inbound
+    left = inbound.end_read()
+    current.record(E_UNMASK, channel.relid, INBOUND, left)
+    if left:
+        # Bytes slipped in before the unmask: no interrupt will come for them.
+        inbound.begin_read()
+        current.record(E_MASK, channel.relid, INBOUND)
+        assert current.percpu is not None
+        current.percpu.tasklets.schedule(channel.callback_event)

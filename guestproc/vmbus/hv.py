@@ -1,0 +1,181 @@
+"""The guest's hypervisor layer: hypercalls and registers, SynIC pages, bring-up and shut-down of a CPU's SynIC.
+
+Stands for drivers/hv/hv.c and the register order of reference 3.1: SIMP, SIEFP, SINT2, SCONTROL on the way
+up; SINT2 masked, SIMP, SIEFP, SCONTROL on the way down.
+"""
+
+from __future__ import annotations
+
+import errno
+from struct import Struct
+from typing import TYPE_CHECKING, Final
+
+from emu.errors import OutOfMemory
+from emu.layout import ExitOperation
+from emu.tracing import E_CPU_OFFLINE, E_CPU_ONLINE
+from emu.wire.hypercalls import HV_HYPERCALL_FAST, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, HvStatus
+from emu.wire.synic import (
+    CPUID_ENLIGHTENMENT_INFO,
+    CPUID_FEATURES,
+    CPUID_VENDOR_AND_MAX_FUNCTIONS,
+    HV_DEPRECATING_AEOI_RECOMMENDED,
+    HV_MSR_HYPERCALL_AVAILABLE,
+    HV_MSR_VP_INDEX_AVAILABLE,
+    HV_SYNIC_CONTROL_ENABLE,
+    HV_SYNIC_SIEFP_ENABLE,
+    HV_SYNIC_SIMP_ENABLE,
+    HV_SYNIC_SINT_AUTO_EOI,
+    HV_SYNIC_SINT_MASKED,
+    HV_SYNIC_SINT_VECTOR_MASK,
+    HV_VENDOR,
+    HV_X64_MSR_EOM,
+    HV_X64_MSR_GUEST_OS_ID,
+    HV_X64_MSR_HYPERCALL,
+    HV_X64_MSR_HYPERCALL_ENABLE,
+    HV_X64_MSR_SCONTROL,
+    HV_X64_MSR_SIEFP,
+    HV_X64_MSR_SIMP,
+    HV_X64_MSR_SINT0,
+    HV_X64_MSR_VP_INDEX,
+    HVMSG_CHANNEL_MESSAGE,
+    HYPERVISOR_CALLBACK_VECTOR,
+    VMBUS_MESSAGE_SINT,
+)
+from guestproc.kernel.pages import PageOwner, owned_by
+from guestproc.vmbus.numbers import Tasklets
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+
+_HYPERCALL: Final = int(ExitOperation.HYPERCALL)
+_RDMSR: Final = int(ExitOperation.RDMSR)
+_WRMSR: Final = int(ExitOperation.WRMSR)
+_CPUID: Final = int(ExitOperation.CPUID)
+
+_SINT2: Final = HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT
+_PAGE_BASE: Final = ~0xFFF
+_LINUX_GUEST_OS_ID: Final = 0x8100 << 48 | 0x060C75 << 16
+"""Open source, Linux 6.12.117 (reference 1.1)."""
+_POST_HEAD: Final = Struct("<IIII")
+MAX_MESSAGE_PAYLOAD: Final = 240
+
+
+def rdmsr(current: Current, msr: int) -> int:
+    """Read a register of the processor this thread carries."""
+    return current.exit(_RDMSR, msr)[0]
+
+
+def wrmsr(current: Current, msr: int, value: int) -> None:
+    """Write a register of the processor this thread carries."""
+    current.exit(_WRMSR, msr, value)
+
+
+def cpuid(current: Current, leaf: int) -> tuple[int, int, int, int]:
+    """EAX, EBX, ECX, EDX of a hypervisor leaf."""
+    low, high = current.exit(_CPUID, leaf)
+    return low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF, high >> 32
+
+
+def hyperv_init(current: Current) -> None:
+    """Boot CPU: look whether this is Hyper-V, say who we are, enable the hypercall page."""
+    highest, *vendor = cpuid(current, CPUID_VENDOR_AND_MAX_FUNCTIONS)
+    features = cpuid(current, CPUID_FEATURES)[0]
+    needed = HV_MSR_HYPERCALL_AVAILABLE | HV_MSR_VP_INDEX_AVAILABLE
+    assert tuple(vendor) == HV_VENDOR and highest >= CPUID_ENLIGHTENMENT_INFO, "not on Hyper-V"
+    assert features & needed == needed, f"privileges {features:#x} lack hypercall or VP index"
+    wrmsr(current, HV_X64_MSR_GUEST_OS_ID, _LINUX_GUEST_OS_ID)
+    page = current.tables.pages.alloc_pages(current.actor, 0, PageOwner.HYPERCALL)
+    wrmsr(current, HV_X64_MSR_HYPERCALL, page.gpa | HV_X64_MSR_HYPERCALL_ENABLE)
+
+
+def hv_synic_alloc(current: Current, ncpus: int) -> int:
+    """Per CPU: the msg_dpc tasklet and a zeroed page each for messages, events and posting. 0 or -ENOMEM."""
+    pages = current.tables.pages
+    try:
+        for number in range(ncpus):
+            cpu = current.cpu_record(number)
+            cpu.msg_dpc.init(Tasklets.VMBUS_ON_MSG_DPC, number)
+            owner = owned_by(PageOwner.SYNIC, number)
+            cpu.synic_message_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
+            cpu.synic_event_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
+            cpu.post_msg_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
+    except OutOfMemory:
+        hv_synic_free(current, ncpus)
+        return -errno.ENOMEM
+    return 0
+
+
+def hv_synic_free(current: Current, ncpus: int) -> None:
+    """Give the pages of `hv_synic_alloc` back, those that were had."""
+    pages = current.tables.pages
+    for number in range(ncpus):
+        cpu = current.cpu_record(number)
+        for gpa in (cpu.synic_message_page_gpa, cpu.synic_event_page_gpa, cpu.post_msg_page_gpa):
+            if gpa:
+                pages.free(current.actor, pages.run_at(gpa >> 12))
+        cpu.synic_message_page_gpa = cpu.synic_event_page_gpa = cpu.post_msg_page_gpa = 0
+
+
+def hv_synic_init(current: Current) -> None:
+    """Bring this CPU's SynIC up; runs on that CPU. After SCONTROL messages and events may come."""
+    cpu = current.cpu_record()
+    assert rdmsr(current, HV_X64_MSR_VP_INDEX) == cpu.vp_index, f"CPU {current.cpu} is another VP than it thought"
+    simp = rdmsr(current, HV_X64_MSR_SIMP) & 0xFFE
+    wrmsr(current, HV_X64_MSR_SIMP, simp | cpu.synic_message_page_gpa | HV_SYNIC_SIMP_ENABLE)
+    siefp = rdmsr(current, HV_X64_MSR_SIEFP) & 0xFFE
+    wrmsr(current, HV_X64_MSR_SIEFP, siefp | cpu.synic_event_page_gpa | HV_SYNIC_SIEFP_ENABLE)
+    sint = rdmsr(current, _SINT2) & ~(HV_SYNIC_SINT_VECTOR_MASK | HV_SYNIC_SINT_MASKED | HV_SYNIC_SINT_AUTO_EOI)
+    if not cpuid(current, CPUID_ENLIGHTENMENT_INFO)[0] & HV_DEPRECATING_AEOI_RECOMMENDED:
+        sint |= HV_SYNIC_SINT_AUTO_EOI
+    wrmsr(current, _SINT2, sint | HYPERVISOR_CALLBACK_VECTOR)
+    wrmsr(current, HV_X64_MSR_SCONTROL, rdmsr(current, HV_X64_MSR_SCONTROL) | HV_SYNIC_CONTROL_ENABLE)
+    cpu.online.store(1)
+    current.record(E_CPU_ONLINE, current.cpu, cpu.vp_index)
+
+
+def hv_synic_disable_regs(current: Current) -> None:
+    """This CPU's SynIC down again, in the order of reference 3.1."""
+    wrmsr(current, _SINT2, rdmsr(current, _SINT2) | HV_SYNIC_SINT_MASKED)
+    wrmsr(current, HV_X64_MSR_SIMP, rdmsr(current, HV_X64_MSR_SIMP) & ~_PAGE_BASE & ~HV_SYNIC_SIMP_ENABLE)
+    wrmsr(current, HV_X64_MSR_SIEFP, rdmsr(current, HV_X64_MSR_SIEFP) & ~_PAGE_BASE & ~HV_SYNIC_SIEFP_ENABLE)
+    wrmsr(current, HV_X64_MSR_SCONTROL, rdmsr(current, HV_X64_MSR_SCONTROL) & ~HV_SYNIC_CONTROL_ENABLE)
+
+
+def hv_synic_cleanup(current: Current) -> None:
+    """Take this CPU's SynIC down when nothing is connected any more (module unload)."""
+    cpu = current.cpu_record()
+    hv_synic_disable_regs(current)
+    cpu.online.store(0)
+    current.record(E_CPU_OFFLINE, current.cpu, cpu.vp_index)
+
+
+def hv_post_message(current: Current, connection_id: int, payload: bytes) -> int:
+    """HvCallPostMessage through the CPU's page: the hypercall status, or -EMSGSIZE without a call.
+
+    The page belongs to the CPU; the kernel switches interrupts off, we take the per-CPU lock, because a
+    worker that carries this CPU number is another process.
+    """
+    if len(payload) > MAX_MESSAGE_PAYLOAD:
+        return -errno.EMSGSIZE
+    cpu = current.cpu_record()
+    with cpu.post_msg_mutex.hold(current.actor):
+        page = cpu.post_msg_page_gpa
+        current.memory.write(page, _POST_HEAD.pack(connection_id, 0, HVMSG_CHANNEL_MESSAGE, len(payload)) + payload)
+        status = current.exit(_HYPERCALL, HVCALL_POST_MESSAGE, page)[0] & 0xFFFF
+    current.counters.messages_posted += 1
+    return status
+
+
+def hv_do_fast_hypercall8(current: Current, code: int, argument: int) -> int:
+    """A fast hypercall with one 8-byte input; its status."""
+    return current.exit(_HYPERCALL, code | HV_HYPERCALL_FAST, argument)[0] & 0xFFFF
+
+
+def hv_signal_event(current: Current, connection_id: int) -> HvStatus:
+    """HvCallSignalEvent, flag 0, as an exit (the doorbell is its fast form)."""
+    return HvStatus(hv_do_fast_hypercall8(current, HVCALL_SIGNAL_EVENT, connection_id))
+
+
+def write_eom(current: Current) -> None:
+    """Tell the hypervisor to scan its message queues for this CPU."""
+    wrmsr(current, HV_X64_MSR_EOM, 0)

@@ -1,0 +1,45 @@
+"""`vmbus_isr`: events first, then the message slot (reference 3.3).
+
+Events before messages, as Windows guests do it. One interrupt may mean events, a message, both or neither;
+a spurious one is harmless. The slot is only looked at here: its message is the tasklet's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from emu.tracing import E_TASKLET_SCHED
+from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
+from guestproc.vmbus.chan_sched import vmbus_chan_sched
+from guestproc.vmbus.numbers import Handlers, Tasklets
+from guestproc.vmbus.vector import VMBUS_HANDLERS
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+    from guestproc.vmbus.percpu import PerCpuContext
+
+SLOT_OFFSET: Final = VMBUS_MESSAGE_SINT * 256
+
+
+@VMBUS_HANDLERS.register(Handlers.VMBUS_ISR)
+def vmbus_isr(current: Current) -> None:
+    """Schedule the channels whose flags are set, then the message tasklet if the slot holds a message."""
+    hv_cpu = current.percpu
+    if hv_cpu is None:
+        return
+    vmbus_chan_sched(current, hv_cpu)
+    message_type = hv_cpu.load_message_type()
+    if message_type != HVMSG_NONE:
+        if message_type == HVMSG_TIMER_EXPIRED:
+            hv_process_timer_expiration(current, hv_cpu)
+        elif hv_cpu.tasklets.schedule(hv_cpu.msg_dpc):
+            current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_MSG_DPC)
+    hv_cpu.add_interrupt_randomness()
+
+
+def hv_process_timer_expiration(current: Current, hv_cpu: PerCpuContext) -> None:
+    """A timer message is handled right here: its clock event, then the end of the message."""
+    from guestproc.vmbus.message_dpc import vmbus_signal_eom
+
+    hv_cpu.clock_events += 1
+    vmbus_signal_eom(current, hv_cpu, HVMSG_TIMER_EXPIRED)

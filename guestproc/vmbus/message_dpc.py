@@ -1,0 +1,97 @@
+"""`vmbus_on_msg_dpc`: takes the message out of the slot, runs or queues its handler, ends it (reference 3.6).
+
+The slot is copied whole before anything in it is believed, and only the copy is used. A blocking message
+becomes a work record with that copy; if there is none to be had the message stays in the slot, without EOM,
+until the tasklet is scheduled again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_WORK_QUEUE
+from emu.wire.messages import MessageType
+from emu.wire.synic import HVMSG_NONE, VMBUS_MESSAGE_SINT
+from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
+from guestproc.kernel.layout import ConnectionState
+from guestproc.kernel.workqueue import WorkItem
+from guestproc.protocol.triage import MESSAGE_BYTES, Triage, triage
+from guestproc.vmbus.hv import write_eom
+from guestproc.vmbus.numbers import Tasklets, Works
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+    from guestproc.vmbus.percpu import PerCpuContext
+
+
+@TASKLET_FUNCTIONS.register(Tasklets.VMBUS_ON_MSG_DPC)
+def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
+    """The tasklet of this processor's SINT2 slot."""
+    hv_cpu = current.percpu
+    assert hv_cpu is not None
+    serial = hv_cpu.serial_gate()
+    copy = bytes(current.tables.ram.octets[hv_cpu.slot_gpa : hv_cpu.slot_gpa + MESSAGE_BYTES])
+    message = triage(current.era, copy)
+    if message.message_type == HVMSG_NONE:
+        return
+    current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_MSG_DPC)
+    current.record(E_SLOT_READ, VMBUS_MESSAGE_SINT, message.message_type, message.msgtype, serial)
+    current.counters.messages_taken += 1
+    current.counters.tasklets += 1
+    if message.complaint:
+        current.log(message.complaint)
+    if message.blocking:
+        if not _queue(current, message, copy, serial):
+            return  # no EOM: the slot stays full until this tasklet runs again
+    elif message.entry is not None:
+        from guestproc.vmbus.channel_mgmt import MESSAGE_HANDLERS
+
+        current.serial = serial
+        MESSAGE_HANDLERS[message.entry.message_handler](current, message.payload)
+    vmbus_signal_eom(current, hv_cpu, message.message_type, serial)
+
+
+def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
+    """Hand a blocking message to its queue; False when no work record was to be had."""
+    connection = current.connection
+    ignored = message.msgtype in (MessageType.OFFERCHANNEL, MessageType.RESCIND_CHANNELOFFER)
+    if ignored and connection.ignore_any_offer_msg.load():
+        return True
+    queues = current.tables.work_queues
+    item = queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), copy, serial)
+    if item is None:
+        return False
+    queue = current.era.rescind_queue if message.msgtype == MessageType.RESCIND_CHANNELOFFER else current.era.offer_queue
+    if message.is_offer:
+        # Counted before it is queued: a rescind that runs on its own queue waits for this to come down to 0.
+        connection.offer_in_progress.fetch_add(1)
+    current.record(E_WORK_QUEUE, queue, Works.VMBUS_ONMESSAGE_WORK, serial)
+    queues.queue_work(current.actor, queue, item)
+    return True
+
+
+def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, serial: int = 0) -> None:
+    """Empty the slot, then tell the hypervisor if it has more (reference 1.3).
+
+    Emptied by compare-and-swap: if the type changed, somebody else emptied or refilled it, and it is theirs.
+    The swap is a full barrier between the clear and the load of the pending bit; the host sets that bit and
+    then looks at the type again. Without either half both sides may wait for each other.
+    """
+    if hv_cpu.cas_message_type(old_type, HVMSG_NONE) != old_type:
+        return
+    pending = hv_cpu.load_message_flags() & 1
+    current.record(E_SLOT_FREE, VMBUS_MESSAGE_SINT, old_type, serial, pending)
+    if pending:
+        write_eom(current)
+        current.record(E_EOM, current.cpu, VMBUS_MESSAGE_SINT)
+
+
+@WORK_FUNCTIONS.register(Works.VMBUS_ONMESSAGE_WORK)
+def vmbus_onmessage_work(current: Current, item: WorkItem) -> None:
+    """A queued message: handled, unless the connection is gone by now."""
+    from guestproc.vmbus.channel_mgmt import vmbus_onmessage
+
+    if current.connection.conn_state.load() == ConnectionState.DISCONNECTED:
+        return
+    copy = item.message
+    vmbus_onmessage(current, copy[16 : 16 + copy[4]])

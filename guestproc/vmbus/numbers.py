@@ -1,0 +1,33 @@
+"""Numbers of the bus driver's functions, by which guest RAM names code (see `guestproc.kernel.functions`)."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Tasklets(IntEnum):
+    """Numbers in TASKLET_FUNCTIONS."""
+
+    VMBUS_ON_MSG_DPC = 1
+    VMBUS_ON_EVENT = 2
+
+
+class Works(IntEnum):
+    """Numbers in WORK_FUNCTIONS."""
+
+    VMBUS_ONMESSAGE_WORK = 1
+    VMBUS_ADD_CHANNEL_WORK = 2
+    VMBUS_SHUTDOWN_WORK = 3
+    VMBUS_BUS_INIT_WORK = 4
+
+
+class Handlers(IntEnum):
+    """Numbers in VMBUS_HANDLERS."""
+
+    VMBUS_ISR = 1
+
+
+class Callbacks(IntEnum):
+    """Numbers in CHANNEL_CALLBACKS; drivers begin at 16."""
+
+    ECHO_ONCHANNELCALLBACK = 16

@@ -1,0 +1,107 @@
+"""A channel's two rings as one process sees them; mapped at first use, keyed by the life of their pages.
+
+The record in guest RAM says which pages; producer and consumer objects belong to this process. A channel
+that was closed and opened again has pages of a new generation, so an old mapping is never used for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from emu.gpadl import MapBudget, map_ring
+from emu.memory import PAGE_SHIFT, GuestMemory
+from emu.ring import RingConsumer, RingMemory, RingProducer, RingWords
+from emu.ring_trace import recorded
+from emu.tracing import Recorder
+from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ, FEATURE_BITS
+
+if TYPE_CHECKING:
+    from guestproc.kernel.layout import Channel
+
+FRESH_CONTROL_PAGE: Final = (
+    bytes(FEATURE_BITS) + FEAT_PENDING_SEND_SZ.to_bytes(4, "little") + bytes(4096 - FEATURE_BITS - 4)
+)
+OUTBOUND: Final = 0
+INBOUND: Final = 1
+
+
+class ChannelRings:
+    """`outbound` (guest to host) and `inbound` (host to guest) of one opened channel."""
+
+    __slots__ = ("inbound", "key", "memories", "outbound")
+
+    def __init__(self, key: tuple[int, int], memories: tuple[RingMemory, RingMemory], words: list[RingWords]) -> None:
+        self.key = key
+        self.memories = memories
+        # Several processes may send and, after a retarget, receive: indices are read afresh each time.
+        self.outbound = RingProducer(memories[OUTBOUND], sole=False, words=words[OUTBOUND])
+        self.inbound = RingConsumer(memories[INBOUND], sole=False, words=words[INBOUND])
+
+    def close(self) -> None:
+        """Unmap both rings."""
+        for memory in self.memories:
+            memory.close()
+
+
+class RingCache:
+    """The rings that this process has mapped, by channel record."""
+
+    def __init__(self, memory: GuestMemory, recorder: Callable[[], Recorder | None]) -> None:
+        self._memory = memory
+        self._budget = MapBudget.of_system()
+        self._rings: dict[int, ChannelRings] = {}
+        self._recorder = recorder
+
+    def of(self, channel: Channel) -> ChannelRings:
+        """The rings of an opened channel; maps them if this process has not yet (about 30 us)."""
+        rings = self._rings.get(channel.index)
+        key = (channel.generation, channel.ring_generation)
+        if rings is None or rings.key != key:
+            if rings is not None:
+                rings.close()
+            rings = self._rings[channel.index] = self._map(channel, key)
+        return rings
+
+    def drop(self, channel: Channel) -> None:
+        """Forget a channel's rings in this process."""
+        rings = self._rings.pop(channel.index, None)
+        if rings is not None:
+            rings.close()
+
+    def init(self, channel: Channel) -> None:
+        """`hv_ringbuffer_init` for outbound, then inbound: zero control pages, feature bit, indices 0.
+
+        Straight into RAM: whoever opens a channel need not map its rings.
+        """
+        pfns = self.pfns(channel)
+        for first in (0, channel.ring_send_pages):
+            self._memory.write(pfns[first] << PAGE_SHIFT, FRESH_CONTROL_PAGE)
+
+    def _map(self, channel: Channel, key: tuple[int, int]) -> ChannelRings:
+        memories = self._map_memories(channel)
+        recorder = self._recorder()
+        words = [memory.words for memory in memories]
+        if recorder is not None:
+            words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(words)]
+        return ChannelRings(key, memories, words)
+
+    def _map_memories(self, channel: Channel) -> tuple[RingMemory, RingMemory]:
+        pfns = self.pfns(channel)
+        send, receive = channel.ring_send_pages, channel.ring_recv_pages
+        outbound = map_ring(self._memory, pfns, 0, send, self._budget)
+        return outbound, map_ring(self._memory, pfns, send, receive, self._budget)
+
+    def pfns(self, channel: Channel) -> list[int]:
+        """Every page of both rings in order, send first."""
+        count = channel.ring_send_pages + channel.ring_recv_pages
+        if channel.ring_pfns_gpa:
+            raw = self._memory.read(channel.ring_pfns_gpa, 8 * count)
+            return list(memoryview(raw).cast("Q"))
+        first = channel.ring_gpa >> PAGE_SHIFT
+        return list(range(first, first + count))
+
+    def close(self) -> None:
+        """Unmap everything."""
+        while self._rings:
+            self._rings.popitem()[1].close()

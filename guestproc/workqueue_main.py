@@ -1,0 +1,91 @@
+"""The workqueue process: where the guest may sleep. A thread for each ordered queue, two for `system`.
+
+Workers block, they do not poll. An exception in one ends the process, loudly. They carry CPU number 0, the
+connect CPU, but are not that processor.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from collections.abc import Callable
+
+from emu.control import ActorKind
+from emu.errors import MachineStopping
+from emu.ipc.semaphores import Wakeup
+from emu.machine import Machine
+from emu.memory import GuestMemory
+from emu.tracing import E_WORK_RUN
+from guestproc.current import Current
+from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
+from guestproc.kernel.functions import WORK_FUNCTIONS
+from guestproc.kernel.layout import KernelTables
+from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
+from guestproc.protocol.era import ERAS
+from guestproc.vcpu import WorkerThread
+from guestproc.vmbus import message_dpc as _message_dpc  # noqa: F401 (registers its work functions)
+from guestproc.vmbus.ring_buffer import RingCache
+
+Report = Callable[..., None]
+
+
+def run(machine: Machine, report: Report) -> int:
+    """Wait until RAM is laid out, then run every queue until the machine stops; the exit status."""
+    _row, counters = machine.enlist(ActorKind.WORKQUEUE, "workqueue")
+    gate = machine.wakeup("actor.0")
+    if not _wait_for_ram(machine, gate):
+        return 0
+    tables = KernelTables.attach(machine.ram.memory)
+    threads = []
+    semaphore = 1
+    for queue in QueueNumber:
+        for worker in range(WORKERS[queue]):
+            name = f"kworker/{queue.name.lower()}" + (f"/{worker}" if WORKERS[queue] > 1 else "")
+            thread = threading.Thread(
+                target=_worker, args=(machine, tables, queue, worker, name, semaphore, report), name=name, daemon=True
+            )
+            threads.append(thread)
+            semaphore += 1
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counters.flush()
+    return 0
+
+
+def _wait_for_ram(machine: Machine, gate: Wakeup) -> bool:
+    """Block until the boot CPU has laid RAM out; False when the machine stops before that."""
+    while not machine.control.guest_formatted:
+        if machine.stopping:
+            return False
+        gate.block(0.05)
+    return True
+
+
+def _worker(
+    machine: Machine, tables: KernelTables, queue: QueueNumber, worker: int, name: str, semaphore: int, report: Report
+) -> None:
+    """One worker thread: take, run, finish, until the machine stops."""
+    try:
+        hooks = WorkerThread(machine, name, semaphore)
+        memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+        era = ERAS[machine.config["machine"]["era"]]
+        current = Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
+        while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
+            _run(current, queue, item)
+            tables.work_queues.finish(current.actor, item, worker)
+        hooks.counters.flush()
+    except MachineStopping:
+        return
+    except BaseException:
+        report("crashed", "workqueue", f"in {name}:\n{traceback.format_exc()}")
+        os._exit(4)
+
+
+def _run(current: Current, queue: QueueNumber, item: WorkItem) -> None:
+    current.counters.works += 1
+    current.serial = item.serial
+    current.record(E_WORK_RUN, queue, item.function, item.serial)
+    WORK_FUNCTIONS.lookup(item.function)(current, item)

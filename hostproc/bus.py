@@ -1,0 +1,435 @@
+"""The bus: carries out what the VMBus server decides, and runs the devices.
+
+Ports, slots and interrupts are the partition's, tasks are the loop's, memory is the guest's: the bus only
+brings them together, in the order of the effects. It touches no guest page that was not checked and reserved
+first, and what a guest does wrong, on the wire or in a ring, ends up in `refusals`.
+
+While a message to the guest waits for a buffer, `ready` is false: whoever feeds `deliver` stops then, the
+guest's posts fill up, and it is told INSUFFICIENT_BUFFERS. So the queue here is bounded by the answers to one
+message and by what the host does of its own accord.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol, assert_never
+
+from emu.errors import OutOfMemory, ProtocolViolation
+from emu.gpadl import Gpadl, MapBudget
+from emu.memory import GuestMemory
+from emu.ring import RingConsumer, RingProducer
+from emu.ring_memory import RingMemory, RingWords
+from emu.tracing import (
+    E_GPADL_ADD,
+    E_GPADL_DROP,
+    E_MAP,
+    E_OFFER,
+    E_RESCIND,
+    E_TARGET_CHANGE,
+    E_UNMAP,
+    Recorder,
+)
+from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
+from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN8, VERSION_WIN10_V5_3
+from hostproc.devices.backend import Backend, DeviceRefused
+from hostproc.devices.channel import HostChannel
+from hostproc.loop import TaskBody
+from hostproc.protocol.effects import (
+    BindEvent,
+    CloseDevice,
+    CloseDoorbell,
+    Connected,
+    ConnectSocket,
+    Disconnected,
+    DropDevice,
+    Effect,
+    MapGpadl,
+    MonitorPages,
+    OpenDevice,
+    OpenDoorbell,
+    Refused,
+    RetargetEvent,
+    SendMessage,
+    UnbindEvent,
+    UnmapGpadl,
+)
+from hostproc.protocol.offers import OfferParameters
+from hostproc.protocol.refusals import Refusals
+from hostproc.protocol.server import Server
+
+CARRIED_VERSIONS: Final = frozenset(
+    version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
+)
+"""The versions that this bus carries out: those with event flags, without the features of 6.0."""
+
+Instrument = Callable[[int, str, RingWords], RingWords]
+"""Replaces the words of a ring (relid, "incoming" or "outgoing", words) by ones that record what they do."""
+
+
+class BoundEvent(Protocol):
+    """An event flag of the guest's, as the host signals it."""
+
+    def signal(self) -> object:
+        """Set the flag, and interrupt if it was clear."""
+
+    def retarget(self, vp_index: int) -> None:
+        """Set it on another VP from now on."""
+
+    def close(self) -> None:
+        """Signal nobody any more."""
+
+
+class BusPartition(Protocol):
+    """What the bus needs of the partition. VPs are named by index; all of them exist."""
+
+    def post_message(self, vp_index: int, sint: int, payload: bytes) -> bool:
+        """Post a channel message; False: no buffer is free, try again when one is (`flush`)."""
+
+    def bind_event(self, vp_index: int, sint: int, flag: int) -> BoundEvent:
+        """Make an event port for this flag."""
+
+    def open_doorbell(self, connection_id: int, wake: Callable[[], None]) -> None:
+        """Call `wake` for each signal on `connection_id`."""
+
+    def close_doorbell(self, connection_id: int) -> None:
+        """Undo `open_doorbell`."""
+
+
+class DeviceTask(Protocol):
+    """A task of the loop."""
+
+    def wake(self) -> None:
+        """Resume it in the next round."""
+
+    def close(self) -> None:
+        """End it at its yield."""
+
+
+class Tasks(Protocol):
+    """What the bus needs of the loop."""
+
+    def task(self, name: str, body: TaskBody) -> DeviceTask:
+        """Add a task; it runs in the next round."""
+
+
+class _Device:
+    """One offered channel and what is open of it."""
+
+    __slots__ = ("backend", "channel", "event", "gpadls", "parameters", "relid", "task")
+
+    def __init__(self, parameters: OfferParameters, backend: Backend) -> None:
+        self.parameters = parameters
+        self.backend = backend
+        self.relid = 0  # of the last GPADL
+        self.gpadls: dict[int, Gpadl] = {}
+        self.event: BoundEvent | None = None
+        self.channel: HostChannel | None = None
+        self.task: DeviceTask | None = None
+
+    def wake(self) -> None:
+        """Ring: resume the task, if there is one."""
+        if self.task is not None:
+            self.task.wake()
+
+
+class Bus:
+    """A partition's bus. Its server's limits must say CARRIED_VERSIONS."""
+
+    def __init__(
+        self,
+        server: Server,
+        partition: BusPartition,
+        tasks: Tasks,
+        memory: GuestMemory,
+        *,
+        budget: MapBudget | None = None,
+        trace: Recorder | None = None,
+        instrument: Instrument | None = None,
+    ) -> None:
+        assert server.limits.spoken <= CARRIED_VERSIONS
+        self.server = server
+        self.refusals = Refusals()
+        self.connects = 0
+        self.disconnects = 0
+        self._partition = partition
+        self._tasks = tasks
+        self._memory = memory
+        self._budget = budget
+        self._trace = trace
+        self._instrument = instrument
+        self._devices: dict[int, _Device] = {}
+        self._last_key = 0
+        self._effects: deque[Effect] = deque()
+        self._carrying_out = False
+        self._outgoing: deque[SendMessage] = deque()
+
+    # -- from outside -------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether a guest's next message may be delivered."""
+        return not self._outgoing
+
+    @property
+    def outgoing(self) -> int:
+        """How many messages wait for a buffer."""
+        return len(self._outgoing)
+
+    def deliver(self, payload: bytes, connection_id: int) -> None:
+        """Take a message that the guest posted."""
+        self._take(self.server.receive(payload, connection_id=connection_id))
+
+    def flush(self) -> None:
+        """Post what waits, as far as there are buffers: to be called when one is free again."""
+        outgoing, post = self._outgoing, self._partition.post_message
+        while outgoing:
+            first = outgoing[0]
+            if not post(first.vp_index, first.sint, first.message.pack()):
+                return
+            outgoing.popleft()
+
+    def add(self, parameters: OfferParameters, backend: Backend) -> int:
+        """Offer a device; returns its key. No device that is there may have the same identity (`offered`)."""
+        assert not self.server.offered(parameters.identity), parameters
+        self._last_key += 1
+        key = self._last_key
+        self._devices[key] = _Device(parameters, backend)
+        self._take(self.server.offer(key, parameters))
+        return key
+
+    def remove(self, key: int) -> None:
+        """Take a device away, at any moment, with its sub-channels."""
+        self._take(self.server.revoke(key))
+
+    def guest_gone(self) -> None:
+        """The guest is gone without UNLOAD: disconnect, and drop what was to be sent to it."""
+        self._outgoing.clear()
+        self._take(self.server.reset())
+
+    def backends(self) -> dict[int, Backend]:
+        """Return the devices that are there, by key."""
+        return {key: device.backend for key, device in self._devices.items()}
+
+    def channel(self, key: int) -> HostChannel | None:
+        """Return a device's open channel."""
+        return self._devices[key].channel
+
+    def close(self) -> None:
+        """The machine stops: end every task and give the rings' memory back."""
+        for device in self._devices.values():
+            self._stop(device)
+
+    # -- effects ------------------------------------------------------------------------------------
+
+    def _take(self, effects: Iterable[Effect]) -> None:
+        """Carry out effects, and those that follow, in their order; while that goes on, only note them."""
+        self._effects.extend(effects)
+        if self._carrying_out:
+            return
+        self._carrying_out = True
+        try:
+            while self._effects:
+                self._carry_out(self._effects.popleft())
+        finally:
+            self._carrying_out = False
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case SendMessage():
+                self._send(effect)
+            case MapGpadl():
+                self._map_gpadl(effect)
+            case UnmapGpadl(key, gpadl):
+                del self._devices[key].gpadls[gpadl]
+                self._record(E_GPADL_DROP, self._devices[key].relid, gpadl)
+                self._take(self.server.gpadl_torn_down(key, gpadl))
+            case BindEvent():
+                assert not effect.shared
+                event = self._partition.bind_event(effect.target_vp, effect.sint, effect.flag)
+                self._devices[effect.key].event = event
+            case UnbindEvent(key):
+                self._unbind(self._devices[key])
+            case RetargetEvent():
+                self._retarget(effect)
+            case OpenDoorbell(key, connection_id):
+                self._partition.open_doorbell(connection_id, self._devices[key].wake)
+            case CloseDoorbell(_, connection_id):
+                self._partition.close_doorbell(connection_id)
+            case OpenDevice():
+                self._open(effect)
+            case CloseDevice(key):
+                self._close(key)
+            case DropDevice(key):
+                self._stop(self._devices.pop(key))
+            case ConnectSocket(endpoint_id, service_id):
+                # Nobody listens: no device of ours serves sockets.
+                self._take(self.server.connect_refused(endpoint_id, service_id))
+            case Refused():
+                self.refusals.add(effect)
+            case Connected():
+                self.connects += 1
+            case Disconnected():
+                self.disconnects += 1
+            case MonitorPages():
+                pass  # no offer of ours asks for monitored notification
+            case _:
+                assert_never(effect)
+
+    def _send(self, effect: SendMessage) -> None:
+        """Post a message, behind those that wait."""
+        if self._trace is not None:
+            self._record_message(effect.message)
+        if self._outgoing or not self._partition.post_message(
+            effect.vp_index, effect.sint, effect.message.pack()
+        ):
+            self._outgoing.append(effect)
+
+    def _map_gpadl(self, effect: MapGpadl) -> None:
+        """Make sure that the guest's pages can be touched, now and later."""
+        gpadl = Gpadl(effect.ranges)
+        try:
+            for gpa, length in gpadl.runs():
+                self._memory.reserve(gpa, length)
+        except (ProtocolViolation, OutOfMemory) as fault:
+            self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
+            self._take(self.server.gpadl_refused(effect.key, effect.gpadl))
+            return
+        device = self._devices[effect.key]
+        device.relid = effect.relid
+        device.gpadls[effect.gpadl] = gpadl
+        pages = sum(len(one.pfns) for one in effect.ranges)
+        self._record(E_GPADL_ADD, effect.relid, effect.gpadl, pages)
+        self._take(self.server.gpadl_accepted(effect.key, effect.gpadl))
+
+    def _retarget(self, effect: RetargetEvent) -> None:
+        event = self._devices[effect.key].event
+        assert event is not None
+        event.retarget(effect.target_vp)
+        self._record(E_TARGET_CHANGE, effect.relid, effect.target_vp)
+        self._take(self.server.event_retargeted(effect.key))
+
+    # -- devices ------------------------------------------------------------------------------------
+
+    def _open(self, effect: OpenDevice) -> None:
+        """Map both rings, attach to them, start the device's task."""
+        device = self._devices[effect.key]
+        try:
+            channel = self._attach(device, effect)
+        except (ProtocolViolation, OutOfMemory) as fault:
+            self._refuse(fault, f"OPENCHANNEL of {effect.relid}")
+            self._take(self.server.device_refused(effect.key))
+            return
+        try:
+            body = device.backend.open(channel)
+        except DeviceRefused as refused:
+            channel.close()
+            self._take(self.server.device_refused(effect.key, refused.status))
+            return
+        device.channel = channel
+        # It runs once without being rung for: what the guest wrote before is found then.
+        device.task = self._tasks.task(f"{device.backend.name}.{effect.relid}", self._run(channel, body))
+        self._take(self.server.device_opened(effect.key))
+
+    def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
+        """Map the rings and look at what the guest left in them; if that raises, nothing is held."""
+        gpadl, offset = device.gpadls[effect.ring_gpadl], effect.downstream_page_offset
+        upstream = gpadl.map_ring(self._memory, 0, offset, self._budget)
+        try:
+            downstream = gpadl.map_ring(self._memory, offset, effect.ring_pages - offset, self._budget)
+        except BaseException:
+            upstream.close()
+            raise
+        key, event = effect.key, device.event
+        try:
+            channel = HostChannel(
+                key=key,
+                relid=effect.relid,
+                sub_channel_index=effect.sub_channel_index,
+                userdata=effect.userdata,
+                incoming=RingConsumer(upstream, words=self._words(effect.relid, "incoming", upstream)),
+                outgoing=RingProducer(downstream, words=self._words(effect.relid, "outgoing", downstream)),
+                signal=_nobody if event is None else event.signal,
+                violation=lambda violation: self.refusals.add_violation(violation, f"channel {effect.relid}"),
+                closed=lambda: self._closed(key),
+            )
+        except ProtocolViolation:
+            upstream.close()
+            downstream.close()
+            raise
+        channel.attach()
+        self._record(E_MAP, effect.relid, effect.ring_gpadl, effect.ring_pages)
+        return channel
+
+    def _run(self, channel: HostChannel, body: TaskBody) -> TaskBody:
+        """Run a device's task; a guest that breaks its rings stops this channel's, and nothing else."""
+        try:
+            yield from body
+        except ProtocolViolation as violation:
+            channel.violation(violation)
+
+    def _close(self, key: int) -> None:
+        """Stop a device's task, and its channel once the back end has ended."""
+        device = self._devices[key]
+        assert device.channel is not None and device.task is not None
+        device.task.close()
+        device.task = None
+        if device.backend.close(device.channel):
+            self._closed(key)
+
+    def _closed(self, key: int) -> None:
+        """The back end is done with a channel that was closed; for a device that is gone it is too late."""
+        device = self._devices.get(key)
+        if device is None or device.channel is None or device.task is not None:
+            return
+        self._give_back(device)
+        self._take(self.server.device_closed(key))
+
+    def _stop(self, device: _Device) -> None:
+        """A device is gone: whatever it was doing ends here."""
+        if device.task is not None:
+            device.task.close()
+            device.task = None
+            assert device.channel is not None
+            device.backend.close(device.channel)
+        self._unbind(device)
+        self._give_back(device)
+        device.gpadls.clear()
+
+    def _give_back(self, device: _Device) -> None:
+        if device.channel is not None:
+            self._record(E_UNMAP, device.channel.relid)
+            device.channel.close()
+            device.channel = None
+
+    def _unbind(self, device: _Device) -> None:
+        if device.event is not None:
+            device.event.close()
+            device.event = None
+
+    # -- the rest -----------------------------------------------------------------------------------
+
+    def _words(self, relid: int, side: str, ring: RingMemory) -> RingWords | None:
+        return None if self._instrument is None else self._instrument(relid, side, ring.words)
+
+    def _refuse(self, fault: ProtocolViolation | OutOfMemory, where: str) -> None:
+        if isinstance(fault, ProtocolViolation):
+            self.refusals.add_violation(fault, where)
+        else:
+            self.refusals.add(Refused("out-of-memory", f"{where}: {fault}"))
+
+    def _record(self, event: int, *arguments: int) -> None:
+        if self._trace is not None:
+            self._trace.record(event, *arguments)
+
+    def _record_message(self, message: Message) -> None:
+        if isinstance(message, OfferChannel):
+            relid = message.child_relid
+            generation = self.server.generation(relid)
+            self._record(E_OFFER, relid, generation, message.connection_id, message.sub_channel_index)
+        elif isinstance(message, RescindChannelOffer):
+            self._record(E_RESCIND, message.child_relid, self.server.generation(message.child_relid))
+
+
+def _nobody() -> None:
+    """The guest polls: there is nobody to signal."""

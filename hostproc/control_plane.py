@@ -1,0 +1,181 @@
+"""The control plane: the VMBus server's ports, the task that feeds it, and what it publishes to the mirror.
+
+One task reads what the guest posted and hands it to the bus, 16 messages a turn, and only while nothing waits
+to be sent: a guest that does not take its messages fills its own ports and is told INSUFFICIENT_BUFFERS.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from emu.control import Control
+from emu.errors import ProtocolViolation
+from emu.mirror import Mirror
+from emu.wire.hypercalls import HvStatus
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
+from hostproc.bus import Bus
+from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
+from hostproc.partition import Partition
+from hostproc.ports import EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
+from hostproc.protocol.versions import message_connections
+
+GUEST_PORT_ID: Final = 1
+MESSAGES_A_TURN: Final = 16
+
+
+class GuestEvent:
+    """An event flag of the guest as a device signals it (`BoundEvent` of the bus)."""
+
+    __slots__ = ("_plane", "_port")
+
+    def __init__(self, plane: GuestPorts, port: EventPort) -> None:
+        self._plane = plane
+        self._port: EventPort | None = port
+
+    def signal(self) -> object:
+        """Set the flag, and interrupt if it was clear."""
+        return self._port.signal() if self._port is not None else None
+
+    def retarget(self, vp_index: int) -> None:
+        """Set it on another VP from now on."""
+        if self._port is not None:
+            self._port.position = self._plane.position(vp_index)
+
+    def close(self) -> None:
+        """Signal nobody any more."""
+        self._port = None
+
+
+class GuestPorts:
+    """The partition as the bus uses it (`BusPartition`): messages and events to the guest, doorbells from it."""
+
+    def __init__(self, partition: Partition, vp_indices: list[int], on_buffer_free: Callable[[], None]) -> None:
+        self._partition = partition
+        self._positions = {vp_index: position for position, vp_index in enumerate(vp_indices)}
+        self._port = MessagePort(partition.queues, GUEST_PORT_ID, 0, VMBUS_MESSAGE_SINT)
+        self._port.on_buffer_free = on_buffer_free
+        self._serial = 0
+
+    def position(self, vp_index: int) -> int:
+        """Page position of a VP index that exists."""
+        return self._positions[vp_index]
+
+    def post_message(self, vp_index: int, sint: int, payload: bytes) -> bool:
+        """Post a channel message, with the next serial beside it; False when all 16 buffers are taken."""
+        self._port.retarget(self._positions[vp_index], sint)
+        posted = self._port.post(HVMSG_CHANNEL_MESSAGE, payload, self._serial + 1) == HvStatus.SUCCESS
+        self._serial += posted
+        return posted
+
+    def bind_event(self, vp_index: int, sint: int, flag: int) -> GuestEvent:
+        """Make an event port for this flag."""
+        partition = self._partition
+        port = EventPort(
+            partition.synics, partition.request_interrupt, self._positions[vp_index], sint, flag, trace=partition.trace
+        )
+        return GuestEvent(self, port)
+
+    def open_doorbell(self, connection_id: int, wake: Callable[[], None]) -> None:
+        """Call `wake` for each signal on `connection_id`."""
+        self._partition.connections.events[connection_id] = HostEventPort(wake)
+
+    def close_doorbell(self, connection_id: int) -> None:
+        """Undo `open_doorbell`."""
+        self._partition.connections.events.pop(connection_id, None)
+
+
+class ControlPlane:
+    """Feeds the bus and publishes what the host knows."""
+
+    def __init__(self, partition: Partition, bus: Bus, loop: Loop, control: Control, max_version: int) -> None:
+        self._partition = partition
+        self._bus = bus
+        self._control = control
+        self._mirror = Mirror(control)
+        self._published: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        self._head: tuple[int, ...] = ()
+        self.attached_pid = 0
+        self.delivered = 0
+        self._task = loop.task("control", self._run())
+        self._ports = [HostMessagePort(number, self._task.wake) for number in message_connections(max_version)]
+        for port in self._ports:
+            partition.connections.messages[port.connection_id] = port
+
+    def wake(self) -> None:
+        """A buffer towards the guest is free again."""
+        self._task.wake()
+
+    def forget_messages(self) -> None:
+        """The guest is gone: what it had posted is nobody's."""
+        for port in self._ports:
+            port.queue.clear()
+
+    def _run(self) -> TaskBody:
+        bus = self._bus
+        while True:
+            for _ in range(MESSAGES_A_TURN):
+                bus.flush()
+                message = self._next() if bus.ready else None
+                if message is None:
+                    yield WAIT
+                    break
+                self._deliver(message)
+            else:
+                yield AGAIN
+
+    def _next(self) -> PostedMessage | None:
+        for port in self._ports:
+            if port.queue:
+                return port.queue.popleft()
+        return None
+
+    def _deliver(self, message: PostedMessage) -> None:
+        if message.message_type != HVMSG_CHANNEL_MESSAGE:
+            text = f"a message of type {message.message_type:#x} on connection {message.connection_id}"
+            violation = ProtocolViolation(text, rule="message-type", field="message_type", value=message.message_type)
+            self._bus.refusals.add_violation(violation, "post")
+            return
+        self.delivered += 1
+        self._bus.deliver(message.payload, message.connection_id)
+
+    # -- the mirror ---------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Write what changed since the last time into the mirror; cheap when nothing did."""
+        for relid, channel in self._bus.server.take_changed().items():
+            if channel is None:
+                self._mirror.clear_channel(relid)
+            else:
+                self._mirror.write_channel(channel)
+        summary = self._bus.server.summary()
+        head = (
+            summary.version,
+            summary.offers,
+            summary.open_channels,
+            summary.gpadls,
+            self._partition.queues.total_waiting,
+            self._bus.outgoing,
+            sum(len(port.queue) for port in self._ports),
+            self.attached_pid,
+            self._bus.disconnects,
+        )
+        if head != self._head:
+            self._head = head
+            self._mirror.write_head(
+                version=head[0],
+                offers=head[1],
+                open_channels=head[2],
+                gpadls=head[3],
+                to_slots=head[4],
+                outgoing=head[5],
+                incoming=head[6],
+                attached_pid=head[7],
+                disconnects=head[8],
+            )
+        refused = self._bus.refusals.refused + self._partition.refused
+        if (refused, self._bus.refusals.ignored) != (self._published, self._ignored):
+            self._published, self._ignored = refused, self._bus.refusals.ignored.copy()
+            self._control.store_refusals(dict(refused), self._bus.refusals.records(), dict(self._ignored))

@@ -1,0 +1,1 @@
+"""Device back ends, and the tables that name them."""

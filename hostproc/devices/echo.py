@@ -1,0 +1,63 @@
+"""The echo device: every packet comes back, in order, none lost.
+
+A packet that asks for a completion (and has a transaction id to answer to) is answered by one, with its own
+payload; any other comes back as an in-band packet with its own id. A guest that does not read makes the
+device stop reading: what it holds then is one batch, and the guest's ring fills up.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import ClassVar
+
+from emu.errors import ProtocolViolation
+from emu.ring import Packet
+from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
+from hostproc.devices.backend import Backend
+from hostproc.devices.channel import HostChannel
+from hostproc.loop import AGAIN, TaskBody
+
+
+class Echo(Backend):
+    """Returns every packet."""
+
+    name: ClassVar[str] = "echo"
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """Serve one channel for as long as it is open."""
+        return self._serve(channel)
+
+    def _serve(self, channel: HostChannel) -> TaskBody:
+        # A packet that came through a ring no larger than the one back fits that, too.
+        may_not_fit = channel.outgoing.capacity < channel.incoming.memory.data_size - 8
+        while True:
+            packets = channel.take()
+            if not packets:
+                yield from channel.wait_for_packets()
+                continue
+            if may_not_fit:
+                packets = _fitting(channel, packets)
+            for answer_type, run in groupby(packets, _answer_type):
+                batch = list(run)
+                payloads = [packet[3] for packet in batch]
+                trans_ids = [packet[2] for packet in batch]
+                yield from channel.send_all(payloads, trans_ids, packet_type=answer_type)
+            yield AGAIN
+
+
+def _answer_type(packet: Packet) -> int:
+    """Return the type of the packet that answers this one; id 0 never gets a completion (reference 4.3)."""
+    return VM_PKT_COMP if packet[1] & COMPLETION_REQUESTED and packet[2] else VM_PKT_DATA_INBAND
+
+
+def _fitting(channel: HostChannel, packets: list[Packet]) -> list[Packet]:
+    """Return the packets that the ring back can ever take; the guest made it too small for the others."""
+    fitting = []
+    for packet in packets:
+        size = ring_bytes(len(packet[3]))
+        if size <= channel.outgoing.capacity:
+            fitting.append(packet)
+        else:
+            text = f"a packet that needs {size} bytes of a ring of {channel.outgoing.capacity} to come back"
+            channel.violation(ProtocolViolation(text, rule="echo-too-long", field="len8", value=size))
+    return fitting

@@ -1,0 +1,266 @@
+"""The hypervisor process: one thread, one loop over VM exits, doorbells, timers and tasks.
+
+It owns everything that is the host's: registers, ports, queues, the VMBus server, the devices. A guest
+reaches it through exit slots and doorbells only, and whatever it writes there, this process goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+from typing import Final
+
+from emu import cpuid
+from emu.control import ActorKind, Ready
+from emu.doorbells import DoorbellServer
+from emu.gpadl import MapBudget
+from emu.interrupts import Halt, InterruptRequester, PollPolicy
+from emu.layout import (
+    D_HOST_RUN_STATE,
+    M_ATTACH_GENERATION,
+    VP_AUTO_EOI,
+    VP_IN_SERVICE,
+    VP_REQUEST,
+    vp_page_offset,
+)
+from emu.machine import Machine, VpKick
+from emu.memory import GuestMemory
+from emu.ring_memory import RingWords
+from emu.ring_trace import recorded
+from emu.scenario import Scenario
+from emu.tracing import E_FAULT, E_IRQ_RAISE, Context
+from emu.vmexit import ExitServer
+from hostproc.bus import CARRIED_VERSIONS, Bus
+from hostproc.control_plane import ControlPlane, GuestPorts
+from hostproc.devices.table import new_backend, offer_of
+from hostproc.loop import Loop
+from hostproc.partition import Partition
+from hostproc.protocol.server import Server
+from hostproc.protocol.versions import Limits
+
+Report = Callable[..., None]
+
+GUEST_WATCH_NS: Final = 100_000_000
+EXPECTING_NS: Final = 2_000_000
+"""For so long after a control message the guest's next one is expected, and polled for."""
+
+
+class Hypervisor:
+    """The parts of the process, put together on one machine."""
+
+    def __init__(self, machine: Machine, report: Report) -> None:
+        self.machine = machine
+        self.report = report
+        row, self.counters = machine.enlist(ActorKind.HYPERVISOR, "hypervisor")
+        self.trace = machine.recorder(row, context=Context.HOST)
+        self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+        self.scenario = Scenario.from_config({key: machine.config[key] for key in ("machine", "device")})
+        self._vps = machine.vps.view
+        self._requesters = [self._requester(position) for position in range(machine.vp_count)]
+        self._guest_pidfd = -1
+        self._changed = True
+        self._delivered = 0
+        self._expecting_until = 0
+        self.partition = Partition(
+            self.memory,
+            machine.config["vp_indices"],
+            cpuid=cpuid.leaves(),
+            reference_time=machine.clock.reference_time,
+            request_interrupt=self.request_interrupt,
+            set_auto_eoi=self._set_auto_eoi,
+            reset_words=self._reset_words,
+            note_serial=self._note_serial,
+            attached=self._attached,
+            detached=self._guest_gone,
+            trace=self.trace,
+        )
+        self.exits = ExitServer(
+            self._vps,
+            machine.vps_memory,
+            machine.doorbells.view,
+            machine.vp_count,
+            lambda position, slot: machine.wakeup(f"exit.{position}.{slot}"),
+        )
+        self.doorbells = DoorbellServer(machine.doorbells.view)
+        self.loop = Loop(serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now)
+        self._looks = self.exits.loads + self.doorbells.loads
+        self._halt = Halt(
+            machine.doorbells.view,
+            D_HOST_RUN_STATE,
+            machine.wakeup("host"),
+            self._look,
+            PollPolicy(machine.config["machine"]["poll"], lambda: machine.clock.now() < self._expecting_until),
+            self.counters,
+            # Guests may write the host's run state: nobody may have meant to post.
+            owed_s=0.1,
+        )
+        limits = Limits(
+            vp_count=machine.vp_count,
+            ram_bytes=machine.ram.size,
+            max_version=self.scenario.machine.host_version,
+            spoken=CARRIED_VERSIONS,
+        )
+        vp_indices: list[int] = machine.config["vp_indices"]
+        self.bus = Bus(
+            Server(limits),
+            GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake()),
+            self.loop,
+            self.memory,
+            budget=MapBudget.of_system(),
+            trace=self.trace,
+            instrument=self._recorded if self.trace else None,
+        )
+        self.control_plane = ControlPlane(
+            self.partition, self.bus, self.loop, machine.control, self.scenario.machine.host_version
+        )
+
+    def _requester(self, position: int) -> InterruptRequester:
+        cpu = self.machine.config["cpu_positions"].index(position)
+        kick = VpKick(self.machine, position, cpu)
+        return InterruptRequester(self._vps, position, kick, self.counters)
+
+    # -- sources of work ----------------------------------------------------------------------------
+
+    def serve(self) -> bool:
+        """Answer every exit that was rung, hand every doorbell to its device; whether there was any."""
+        requests = self.exits.take()
+        for request in requests:
+            result, fault = self.partition.execute(
+                request.position, request.operation, request.arguments, request.serial
+            )
+            if fault and self.trace:
+                self.trace.record(E_FAULT, request.operation, fault, request.arguments[0])
+            self.exits.answer(request, result, fault)
+        rung = self.doorbells.take()
+        events = self.partition.connections.events
+        for connection_id in rung:
+            port = events.get(connection_id)
+            if port is None or port.flag_count != 1:
+                self.partition.refused["unknown-doorbell"] += 1
+            else:
+                port.signal(0)
+        if requests:
+            self._changed = True
+            self.counters.exits += len(requests)
+            delivered = self.control_plane.delivered
+            if delivered != self._delivered:
+                self._delivered = delivered
+                self._expecting_until = self.machine.clock.now() + EXPECTING_NS
+        self.counters.doorbells += len(rung)
+        return bool(requests or rung)
+
+    def _look(self) -> bool:
+        for load in self._looks:
+            if load():
+                return True
+        return self.loop.has_work() or self.machine.stopping
+
+    def _halt_for(self, timeout_ns: int) -> None:
+        if self._changed:
+            self._changed = False
+            self.control_plane.publish()
+        self._halt.halt(timeout_ns)
+
+    def _recorded(self, relid: int, side: str, words: RingWords) -> RingWords:
+        assert self.trace is not None
+        return recorded(words, self.trace, relid, int(side == "outgoing"))
+
+    # -- what the partition asks for ----------------------------------------------------------------
+
+    def request_interrupt(self, position: int, vector: int) -> None:
+        """Request an interrupt of one VP, and kick it if it would not look."""
+        if self.trace:
+            self.trace.record(E_IRQ_RAISE, position, vector)
+        self._requesters[position].request(vector)
+
+    def _set_auto_eoi(self, position: int, vectors: list[int]) -> None:
+        words = [0, 0, 0, 0]
+        for vector in vectors:
+            words[vector >> 6] |= 1 << (vector & 63)
+        for number, word in enumerate(words):
+            self._vps.store_u64(vp_page_offset(position) + VP_AUTO_EOI + 8 * number, word)
+
+    def _reset_words(self, position: int) -> None:
+        base = vp_page_offset(position)
+        for offset in (VP_REQUEST, VP_IN_SERVICE, VP_AUTO_EOI):
+            for word in range(4):
+                self._vps.store_u64(base + offset + 8 * word, 0)
+
+    def _note_serial(self, position: int, sint: int, serial: int) -> None:
+        self.machine.control.view.store_u64(self.machine.control.serial_offset(position, sint), serial)
+
+    # -- the guest's life ---------------------------------------------------------------------------
+
+    def _attached(self, pid: int) -> int:
+        """A guest attached: remember it, and watch its life if it is not one of our own processes."""
+        if self._guest_died():
+            # Its successor was faster than our timer: the end is the same.
+            self._bury_guest()
+        self.control_plane.attached_pid = pid
+        if self.machine.config["no_guest"]:
+            self._watch_guest(pid)
+        return self._vps.fetch_add_u32(M_ATTACH_GENERATION, 1) + 1
+
+    def _watch_guest(self, pid: int) -> None:
+        self._forget_pidfd()
+        try:
+            self._guest_pidfd = os.pidfd_open(pid)
+        except OSError:
+            # Dead already, or a number that a hostile guest made up: nothing to watch.
+            self.partition.refused["attach-pid"] += 1
+
+    def watch_guest(self) -> None:
+        """A timer: a foreign guest that died is as good as detached."""
+        if self._guest_died():
+            self._bury_guest()
+        self.loop.call_at(self.machine.clock.now() + GUEST_WATCH_NS, self.watch_guest)
+
+    def _guest_died(self) -> bool:
+        if self._guest_pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._guest_pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _bury_guest(self) -> None:
+        """The guest died: as DETACH, and its threads do not free their exit slots any more."""
+        self._guest_gone()
+        self.exits.reclaim()
+
+    def _guest_gone(self) -> None:
+        """DETACH, or the guest's death: reset the partition, disconnect, go on."""
+        self._forget_pidfd()
+        self._changed = True
+        self.control_plane.attached_pid = 0
+        self.partition.reset()
+        self.control_plane.forget_messages()
+        self.bus.guest_gone()
+
+    def _forget_pidfd(self) -> None:
+        if self._guest_pidfd >= 0:
+            os.close(self._guest_pidfd)
+            self._guest_pidfd = -1
+
+    # -- running ------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Offer the devices, then serve until the machine stops."""
+        for device in self.scenario.devices():
+            self.bus.add(offer_of(device.class_name, device.instance), new_backend(device.backend))
+        if self.machine.config["no_guest"]:
+            self.watch_guest()
+        self.machine.control.reach(Ready.HOST_RUNS)
+        self.report("stage", "hypervisor", int(Ready.HOST_RUNS))
+        self.loop.run()
+        self.control_plane.publish()
+        self.bus.close()
+        self.counters.flush()
+        return 0
+
+
+def run(machine: Machine, report: Report) -> int:
+    """Be the machine's hypervisor; the process's exit status."""
+    return Hypervisor(machine, report).run()
+
+

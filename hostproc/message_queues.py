@@ -1,0 +1,115 @@
+"""Messages on their way into slots: one FIFO for each (VP, SINT), and the host's half of the handshake.
+
+A message goes into its slot when that is empty; otherwise it waits, the resident message gets its pending
+bit, and *then the slot is looked at again*: without that second look a guest that emptied the slot just
+before the bit was set would never write EOM, and the queue would stall.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from emu.synic import Synic
+from emu.tracing import E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
+from emu.wire.synic import MESSAGE_PAYLOAD_OFFSET
+
+
+class QueuedMessage:
+    """One message (type, header, payload as in the slot) and what to call when its buffer is free again."""
+
+    __slots__ = ("data", "released", "serial")
+
+    def __init__(self, data: bytes, serial: int, released: Callable[[], None]) -> None:
+        self.data = data
+        self.serial = serial
+        self.released = released
+
+
+class MessageQueues:
+    """The queues of all VPs.
+
+    `request_interrupt(position, vector)` and `note_serial(position, sint, serial)` act on a delivery.
+    """
+
+    def __init__(
+        self,
+        synics: list[Synic],
+        request_interrupt: Callable[[int, int], None],
+        note_serial: Callable[[int, int, int], None],
+        trace: Recorder | None = None,
+    ) -> None:
+        self._synics = synics
+        self._request_interrupt = request_interrupt
+        self._note_serial = note_serial
+        self._queues: list[deque[QueuedMessage]] = [deque() for _ in range(len(synics) * SINT_COUNT)]
+        self._trace = trace
+        self.delivered = 0
+
+    def post(self, position: int, sint: int, message: QueuedMessage) -> None:
+        """Append to the queue of (VP, SINT) and deliver what can be delivered."""
+        self._queues[position * SINT_COUNT + sint].append(message)
+        self.pump(position, sint)
+
+    def pump(self, position: int, sint: int) -> int:
+        """Deliver to one slot as long as it is empty; how many messages went in (a slot holds one).
+
+        Each turn delivers or ends it, whatever a guest does to the slot meanwhile.
+        """
+        queue = self._queues[position * SINT_COUNT + sint]
+        synic = self._synics[position]
+        delivered = 0
+        while queue and synic.messages_enabled():
+            if (resident := synic.slot_type(sint)) != 0:
+                synic.set_pending(sint)
+                if self._trace:
+                    self._trace.record(E_PENDING_SET, position, sint, resident)
+                # Look again: a guest that emptied the slot before it could see the bit writes no EOM.
+                if synic.slot_type(sint) != 0:
+                    break
+            self._deliver(position, sint, queue.popleft(), len(queue))
+            delivered += 1
+        return delivered
+
+    def _deliver(self, position: int, sint: int, message: QueuedMessage, queued: int) -> None:
+        """Write an empty slot, interrupt, give the buffer back (which may post the next message at once)."""
+        synic = self._synics[position]
+        # The serial before the type: whoever copies the message reads the serial with it.
+        self._note_serial(position, sint, message.serial)
+        synic.write_slot(sint, message.data)
+        self.delivered += 1
+        if self._trace:
+            self._record_write(position, sint, message, queued)
+        if vector := synic.vector_to_raise(sint):
+            self._request_interrupt(position, vector)
+        message.released()
+
+    def pump_vp(self, position: int) -> int:
+        """Scan all sixteen SINTs of a VP, as an EOM write does."""
+        first = position * SINT_COUNT
+        return sum(self.pump(position, sint) for sint in range(SINT_COUNT) if self._queues[first + sint])
+
+    def waiting(self, position: int, sint: int) -> int:
+        """Messages that wait for this slot."""
+        return len(self._queues[position * SINT_COUNT + sint])
+
+    @property
+    def total_waiting(self) -> int:
+        """Messages that wait for any slot."""
+        return sum(map(len, self._queues))
+
+    def clear(self) -> None:
+        """Partition reset: drop everything, give the buffers back."""
+        dropped = [message for queue in self._queues for message in queue]
+        for queue in self._queues:
+            queue.clear()
+        # Last: a buffer that is free again may be used at once, for a message behind the reset.
+        for message in dropped:
+            message.released()
+
+    def _record_write(self, position: int, sint: int, message: QueuedMessage, queued: int) -> None:
+        assert self._trace is not None
+        message_type = int.from_bytes(message.data[:4], "little")
+        msgtype = int.from_bytes(message.data[MESSAGE_PAYLOAD_OFFSET:][:4], "little")
+        self._trace.record(E_SLOT_WRITE, position, sint, message_type, msgtype, message.serial, queued)

@@ -1,0 +1,148 @@
+"""Ports and connections: where a posted message or a signalled event goes.
+
+A connection id (24 bits) names a port. A message port has 16 buffers, given back when a message has left
+for its slot or was read by the host; an event port has a base flag and a number of flags. Ports of the host
+itself hand over to a callable. (TLFS "Inter-Partition Communication", reference 1.6 and 1.7.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from emu.synic import Synic
+from emu.tracing import E_FLAG_SET, Recorder
+from emu.wire.hypercalls import PORT_MESSAGE_BUFFERS, HvStatus
+from emu.wire.synic import HV_EVENT_FLAGS_COUNT, MESSAGE_HEADER
+from hostproc.message_queues import MessageQueues, QueuedMessage
+
+
+class MessagePort:
+    """A port that feeds one slot of one VP of the guest; at most 16 messages are on their way."""
+
+    def __init__(self, queues: MessageQueues, port_id: int, position: int, sint: int) -> None:
+        self._queues = queues
+        self.port_id = port_id
+        self.position = position
+        self.sint = sint
+        self.in_use = 0
+        self.on_buffer_free: Callable[[], None] = _nothing
+
+    def retarget(self, position: int, sint: int) -> None:
+        """Deliver to another VP from now on (the connection's target VP is chosen at contact)."""
+        self.position = position
+        self.sint = sint
+
+    def post(self, message_type: int, payload: bytes, serial: int = 0) -> HvStatus:
+        """Queue one message; INSUFFICIENT_BUFFERS when all 16 buffers are taken."""
+        if self.in_use >= PORT_MESSAGE_BUFFERS:
+            return HvStatus.INSUFFICIENT_BUFFERS
+        self.in_use += 1
+        data = MESSAGE_HEADER.pack(message_type, len(payload), 0, self.port_id) + payload
+        self._queues.post(self.position, self.sint, QueuedMessage(data, serial, self._release))
+        return HvStatus.SUCCESS
+
+    def _release(self) -> None:
+        self.in_use -= 1
+        self.on_buffer_free()
+
+
+def _nothing() -> None:
+    """No one waits for a buffer of this port."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostedMessage:
+    """A message that the guest posted to a port of the host."""
+
+    connection_id: int
+    message_type: int
+    payload: bytes
+    serial: int
+
+
+class HostMessagePort:
+    """A port that the host reads: at most 16 messages wait in `queue`; `wake` tells its reader."""
+
+    def __init__(self, connection_id: int, wake: Callable[[], None]) -> None:
+        self.connection_id = connection_id
+        self.queue: deque[PostedMessage] = deque()
+        self._wake = wake
+
+    def post(self, message_type: int, payload: bytes, serial: int = 0) -> HvStatus:
+        """Take a message in; INSUFFICIENT_BUFFERS while the host has 16 unread ones."""
+        if len(self.queue) >= PORT_MESSAGE_BUFFERS:
+            return HvStatus.INSUFFICIENT_BUFFERS
+        self.queue.append(PostedMessage(self.connection_id, message_type, payload, serial))
+        self._wake()
+        return HvStatus.SUCCESS
+
+
+class EventPort:
+    """A port whose flags are event flags of one SINT of one guest VP."""
+
+    def __init__(
+        self,
+        synics: list[Synic],
+        request_interrupt: Callable[[int, int], None],
+        position: int,
+        sint: int,
+        base_flag: int,
+        flag_count: int = 1,
+        trace: Recorder | None = None,
+    ) -> None:
+        assert base_flag >= 0 and base_flag + flag_count <= HV_EVENT_FLAGS_COUNT, (base_flag, flag_count)
+        self._synics = synics
+        self._request_interrupt = request_interrupt
+        self.position = position
+        self.sint = sint
+        self.base_flag = base_flag
+        self.flag_count = flag_count
+        self._trace = trace
+        self.signaled = 0
+
+    def signal(self, flag_number: int = 0) -> HvStatus:
+        """Set a flag; an interrupt follows only when it was clear.
+
+        INVALID_SYNIC_STATE: the SINT is masked, or SynIC or event-flag page are off.
+        """
+        if flag_number >= self.flag_count:
+            return HvStatus.INVALID_PARAMETER
+        synic = self._synics[self.position]
+        if not synic.events_enabled() or synic.masked(self.sint):
+            return HvStatus.INVALID_SYNIC_STATE
+        vector = synic.vector_to_raise(self.sint)
+        self.signaled += 1
+        flag = self.base_flag + flag_number
+        was_clear = synic.set_flag(self.sint, flag)
+        if self._trace:
+            self._trace.record(E_FLAG_SET, self.position, self.sint, flag, not was_clear)
+        if was_clear and vector:
+            self._request_interrupt(self.position, vector)
+        return HvStatus.SUCCESS
+
+
+class HostEventPort:
+    """A port of the host: a signal calls `wake` (a device's doorbell)."""
+
+    def __init__(self, wake: Callable[[], None], flag_count: int = 1) -> None:
+        self._wake = wake
+        self.flag_count = flag_count
+        self.signaled = 0
+
+    def signal(self, flag_number: int = 0) -> HvStatus:
+        """Ring; flags of one port are not told apart (reference 1.7)."""
+        if flag_number >= self.flag_count:
+            return HvStatus.INVALID_PARAMETER
+        self.signaled += 1
+        self._wake()
+        return HvStatus.SUCCESS
+
+
+class Connections:
+    """Connection ids of the partition: id -> port, messages and events apart."""
+
+    def __init__(self) -> None:
+        self.messages: dict[int, MessagePort | HostMessagePort] = {}
+        self.events: dict[int, EventPort | HostEventPort] = {}

@@ -1,0 +1,1 @@
+"""The VMBus server as logic without I/O: messages and devices' answers in, effects out."""

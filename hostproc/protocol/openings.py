@@ -1,0 +1,108 @@
+"""What a guest asks for with OPENCHANNEL, judged before a device sees it.
+
+Every number in the message is the guest's choice and ends up as an index or an address on the host, so each
+is bounded here, once (the ring's indices are the ring's to check).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Final
+
+from emu.errors import ProtocolViolation
+from emu.wire.messages import VP_INDEX_DISABLE_INTERRUPT, OpenChannel
+from emu.wire.versions import FeatureFlags
+from hostproc.protocol.offers import LAST_RELID, Channel, event_connection_id
+from hostproc.protocol.session import Session
+from hostproc.protocol.states import GpadlState
+from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID, Change
+
+_FIRST_FREE_CONNECTION_ID: Final = 5
+"""Below are the ones with a meaning: messages, the shared doorbell, the monitor port."""
+_LAST_CONNECTION_ID: Final = 0x00FF_FFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """An OPENCHANNEL that can be carried out, in whatever version it came.
+
+    `target_vp` None: the guest polls. `shared_interrupt`: flag 0 of VP 0, after a bit of the interrupt page
+    (below 2.4).
+    """
+
+    ring_gpadl: int
+    ring_pages: int
+    downstream_page_offset: int
+    target_vp: int | None
+    event_flag: int
+    shared_interrupt: bool
+    connection_id: int
+    userdata: bytes
+
+
+def judge_opening(
+    channel: Channel, request: OpenChannel, session: Session, doorbells: Container[int]
+) -> Opening:
+    """Read a request; `doorbells` are the connection ids that other channels use.
+
+    ProtocolViolation: `open-unknown-gpadl`, `open-ring-shape`, `open-ring-offset`, `open-target-vp`,
+    `open-event-flag`, `open-connection-id`.
+    """
+    handle = request.ringbuffer_gpadlhandle
+    gpadl = channel.gpadls.get(handle)
+    if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
+        raise _fault(channel, "open-unknown-gpadl", "ringbuffer_gpadlhandle", handle)
+    if not gpadl.ring_pages:
+        raise _fault(channel, "open-ring-shape", "ringbuffer_gpadlhandle", handle)
+    offset = request.downstream_ringbuffer_pageoffset
+    # Each ring is a control page and at least one page of data.
+    if not 2 <= offset <= gpadl.ring_pages - 2:
+        raise _fault(channel, "open-ring-offset", "downstream_ringbuffer_pageoffset", offset)
+    flag, connection_id = _signals(channel, request, session)
+    # Below 1.1 one connection is everybody's.
+    possible = _FIRST_FREE_CONNECTION_ID <= connection_id <= _LAST_CONNECTION_ID
+    if session.has(Change.DEDICATED_DOORBELL) and (not possible or connection_id in doorbells):
+        raise _fault(channel, "open-connection-id", "connection_id", connection_id)
+    return Opening(
+        ring_gpadl=handle,
+        ring_pages=gpadl.ring_pages,
+        downstream_page_offset=offset,
+        target_vp=_target_vp(channel, request, session),
+        event_flag=flag,
+        shared_interrupt=not session.has(Change.EVENT_FLAGS),
+        connection_id=connection_id,
+        userdata=request.userdata,
+    )
+
+
+def _target_vp(channel: Channel, request: OpenChannel, session: Session) -> int | None:
+    """Return the VP to interrupt; guests below 2.4 have only VP 0."""
+    if not session.has(Change.EVENT_FLAGS):
+        return 0
+    target_vp = request.target_vp
+    if target_vp == VP_INDEX_DISABLE_INTERRUPT:
+        return None
+    if target_vp >= session.limits.vp_count:
+        raise _fault(channel, "open-target-vp", "target_vp", target_vp)
+    return target_vp
+
+
+def _signals(channel: Channel, request: OpenChannel, session: Session) -> tuple[int, int]:
+    """Return the guest's event flag and the connection id that rings the host."""
+    if not session.has(Change.DEDICATED_DOORBELL):
+        return 0, SHARED_DOORBELL_CONNECTION_ID
+    if not session.has(Change.EVENT_FLAGS):
+        return 0, event_connection_id(channel.relid)
+    own_choice = FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS in session.features
+    if request.connection_id is None or not own_choice:
+        return channel.relid, event_connection_id(channel.relid)
+    if not 0 < request.event_flag <= LAST_RELID:
+        raise _fault(channel, "open-event-flag", "event_flag", request.event_flag)
+    return request.event_flag, request.connection_id
+
+
+def _fault(channel: Channel, rule: str, field: str, value: int) -> ProtocolViolation:
+    return ProtocolViolation(
+        f"OPENCHANNEL of {channel.relid}: {field} {value:#x}", rule=rule, field=field, value=value
+    )

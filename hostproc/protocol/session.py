@@ -1,0 +1,132 @@
+"""The one guest that is connected, or nobody; and the effects of the input that is being handled.
+
+What channels and GPADLs share: to whom messages go, in which version, and where decisions are collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Final
+
+from emu.errors import ProtocolViolation
+from emu.wire.messages import MESSAGES, Message, MessageType
+from emu.wire.versions import FeatureFlags
+from hostproc.protocol.effects import Effect, Refused, SendMessage
+from hostproc.protocol.policy import Answer, Policy
+from hostproc.protocol.states import ChannelState
+from hostproc.protocol.versions import VERSIONS, VMBUS_SINT, Change, Limits, Version
+
+NOBODY: Final = VERSIONS[min(VERSIONS)]
+
+
+class Link(Enum):
+    """Whether a guest is connected."""
+
+    DISCONNECTED = "disconnected"
+    CONNECTED = "connected"
+    DISCONNECTING = "disconnecting"
+    """Devices are closing; the guest is told nothing of it."""
+
+
+class Session:
+    """The connection's facts, and the effects so far."""
+
+    __slots__ = (
+        "_effects",
+        "_held",
+        "features",
+        "limits",
+        "link",
+        "monitored",
+        "offers_requested",
+        "paused",
+        "policy",
+        "version",
+        "vp_index",
+    )
+
+    def __init__(self, limits: Limits, policy: Policy) -> None:
+        self.limits = limits
+        self.policy: Mapping[tuple[MessageType, ChannelState], Answer] = policy
+        self.link = Link.DISCONNECTED
+        self.version = NOBODY
+        self.features = FeatureFlags(0)
+        self.vp_index = 0
+        self.monitored = False
+        self.offers_requested = False
+        self.paused = False
+        self._held: list[Effect] = []
+        self._effects: list[Effect] = []
+
+    def connect(self, version: Version, features: FeatureFlags, vp_index: int, *, monitored: bool) -> None:
+        """Begin a connection; `monitored`: the guest gave monitor pages."""
+        self.link = Link.CONNECTED
+        self.version = version
+        self.features = features
+        self.vp_index = vp_index
+        self.monitored = monitored
+
+    def disconnecting(self) -> None:
+        """From here on the guest is sent nothing; what was held back for it is dropped."""
+        self.link = Link.DISCONNECTING
+        self.offers_requested = False
+        self.paused = False
+        self._held.clear()
+
+    def disconnected(self) -> None:
+        """Nobody is connected."""
+        self.link = Link.DISCONNECTED
+        self.features = FeatureFlags(0)
+        self.monitored = False
+
+    def resume(self) -> None:
+        """Send what was held back while the guest had us pause."""
+        self.paused = False
+        self._effects += self._held
+        self._held.clear()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a guest to send to."""
+        return self.link is Link.CONNECTED
+
+    def has(self, change: Change) -> bool:
+        """Whether `change` holds in the negotiated version."""
+        return change in self.version.changes
+
+    def may_send(self, message_type: MessageType) -> bool:
+        """Whether the guest knows this message, by version and features."""
+        spec = MESSAGES[message_type]
+        return self.version.number >= spec.least_version and spec.feature in self.features
+
+    def emit(self, effect: Effect) -> None:
+        """Decide something."""
+        self._effects.append(effect)
+
+    def send(self, message: Message) -> None:
+        """Tell the connected guest, if there is one and its version knows the message."""
+        if self.link is not Link.CONNECTED or not self.may_send(message.TYPE):
+            return
+        effect = SendMessage(message, self.vp_index, VMBUS_SINT)
+        if self.paused:
+            self._held.append(effect)
+        else:
+            self._effects.append(effect)
+
+    def refuse(self, rule: str, text: str, field: str = "", value: int | str | bytes | None = None) -> None:
+        """Record that the guest broke `rule`."""
+        self._effects.append(Refused(rule, text, field, value))
+
+    def ignore(self, rule: str, text: str, field: str = "", value: int | str | bytes | None = None) -> None:
+        """Record something legal that led to nothing."""
+        self._effects.append(Refused(rule, text, field, value, legal=True))
+
+    def refuse_violation(self, violation: ProtocolViolation) -> None:
+        """Record what a parser or a state table found."""
+        self._effects.append(Refused(violation.rule, str(violation), violation.field, violation.value))
+
+    def take_effects(self) -> list[Effect]:
+        """Return the decisions since the last call."""
+        effects, self._effects = self._effects, []
+        return effects

@@ -1,0 +1,48 @@
+"""What all tests share: where the sources are, and the command line run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+SOURCES = Path(__file__).resolve().parent.parent
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+# A loaded machine is slow now and then; that is no finding. Fewer examples here, more in the soak.
+settings.register_profile("suite", deadline=None, max_examples=50)
+settings.register_profile("soak", deadline=None, max_examples=2_000)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let property tests try more when the soak was asked for."""
+    expression: str = config.getoption("markexpr", "")
+    settings.load_profile("suite" if "not soak" in expression else "soak")
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunCli:
+    """Runs `vmbus-emu ARGUMENTS…` in an empty directory with XDG directories of its own, through pipes."""
+
+    def run(
+        *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 30.0
+    ) -> subprocess.CompletedProcess[str]:
+        places = {f"XDG_{kind}_HOME": str(tmp_path / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
+        return subprocess.run(
+            [sys.executable, "-m", "tools.cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(SOURCES), **places, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run

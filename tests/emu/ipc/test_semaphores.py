@@ -1,0 +1,114 @@
+"""Semaphores: a token for a wake, a deadline on every block, and whatever a guest does to one is survived."""
+
+from __future__ import annotations
+
+import signal
+
+import posix_ipc
+import pytest
+
+from emu.errors import MissingPrerequisite, UserError
+from emu.ipc.segments import object_name
+from emu.ipc.semaphores import Wakeup
+from tests.processes import Forked
+
+
+@pytest.fixture
+def name(machine_name: str) -> str:
+    """The name of one semaphore of a machine."""
+    return object_name(machine_name, "vp.0")
+
+
+def test_new_semaphore_has_no_token(name: str) -> None:
+    """Nobody is woken by a semaphore that was only made."""
+    assert Wakeup.create(name).block(0) is False
+
+
+def test_one_post_is_one_token(name: str) -> None:
+    """A post is taken once, also through another handle."""
+    ours, theirs = Wakeup.create(name), Wakeup.attach(name)
+
+    theirs.post()
+
+    assert ours.try_take() is True
+    assert ours.try_take() is False
+
+
+def test_post_wakes_a_blocked_process(name: str) -> None:
+    """Another process that blocks goes on with the token."""
+    wakeup = Wakeup.create(name)
+
+    def sleep() -> None:
+        assert Wakeup.attach(name).block(30)
+
+    with Forked(sleep):
+        wakeup.post()
+
+    assert wakeup.try_take() is False
+
+
+def test_signal_ends_a_block(name: str) -> None:
+    """A signal handler ran: the sleeper looks again instead of sleeping on."""
+    wakeup = Wakeup.create(name)
+    ran: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: ran.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+        woken = wakeup.block(30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert woken is False
+    assert ran == [signal.SIGALRM]
+
+
+def test_full_semaphore_takes_another_post(name: str) -> None:
+    """A guest that posted all tokens there can be does not make the host fail at its own post."""
+    posix_ipc.Semaphore(name, posix_ipc.O_CREX, initial_value=posix_ipc.SEMAPHORE_VALUE_MAX)
+    wakeup = Wakeup.attach(name)
+
+    wakeup.post()
+
+    assert wakeup.try_take() is True
+
+
+def test_existing_name_is_refused_with_the_cure(name: str) -> None:
+    """A name that is taken is one line that says how to get rid of it."""
+    Wakeup.create(name)
+
+    with pytest.raises(UserError, match="exists already; `vmbus-emu clean`"):
+        Wakeup.create(name)
+
+
+def test_missing_name_is_refused(name: str) -> None:
+    """A semaphore of a machine that does not run is one line, too."""
+    with pytest.raises(UserError, match="no such machine is running"):
+        Wakeup.attach(name)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), posix_ipc.PermissionsError("no")])
+def test_refusal_of_the_system_is_a_missing_prerequisite(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room, or no permission, is something this computer lacks."""
+
+    def refuse(*_arguments: object, **_keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(posix_ipc, "Semaphore", refuse)
+
+    with pytest.raises(MissingPrerequisite, match="cannot create semaphore"):
+        Wakeup.create(name)
+
+
+def test_semaphore_of_another_user_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of somebody else is out of reach, in one line."""
+
+    def refuse(*_arguments: object) -> None:
+        raise posix_ipc.PermissionsError("no")
+
+    monkeypatch.setattr(posix_ipc, "Semaphore", refuse)
+
+    with pytest.raises(UserError, match="another user's"):
+        Wakeup.attach(name)

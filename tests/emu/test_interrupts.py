@@ -1,0 +1,592 @@
+"""Interrupt words: taken by class, ended, merged; and no request is ever lost, whatever the VP is doing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from types import FrameType
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu import interrupts
+from emu.control import COUNTERS, Counters
+from emu.interrupts import (
+    AWAKE,
+    COMPUTING,
+    HALTED,
+    IN_ISR,
+    INTERRUPTS_OFF,
+    POLL_START_NS,
+    Halt,
+    InterruptRequester,
+    Lapic,
+    PollPolicy,
+)
+from emu.ipc.atomics import AtomicView
+from emu.ipc.segments import Segment, object_name
+from emu.ipc.semaphores import Wakeup
+from emu.layout import (
+    VECTOR_WORDS,
+    VP_AUTO_EOI,
+    VP_IN_SERVICE,
+    VP_REQUEST,
+    VP_RUN_STATE,
+    vp_page_offset,
+    vps_bytes,
+)
+from emu.machine import KICK_SIGNAL
+from tests.emu.conftest import MakeMachine
+from tests.interleaving import Actor, Check, Stuck, SteppedWakeup, Turns, explore, stepped_view
+from tests.processes import Crowd
+
+PAGE = vp_page_offset(0)
+
+
+def new_counters() -> Counters:
+    """Counters that are flushed to nowhere of interest."""
+    return Counters(bytearray(8 * len(COUNTERS)), 0)
+
+
+class FakeKick:
+    """Counts kicks; `process` says whether there is a process to signal."""
+
+    def __init__(self, *, process: bool = True) -> None:
+        self.posts = 0
+        self.signals = 0
+        self.process = process
+
+    def post(self) -> None:
+        """A token."""
+        self.posts += 1
+
+    def interrupt(self) -> bool:
+        """A signal."""
+        self.signals += self.process
+        return self.process
+
+
+class Vp:
+    """One VP page on a bytearray, with its taker and one requester."""
+
+    def __init__(self, state: int = AWAKE, *, process: bool = True) -> None:
+        self.view = AtomicView(bytearray(vps_bytes(1)))
+        self.lapic = Lapic(self.view, 0)
+        self.kick = FakeKick(process=process)
+        self.counters = new_counters()
+        self.requester = InterruptRequester(self.view, 0, self.kick, self.counters)
+        self.request = self.requester.request
+        self.view.store_u32(PAGE + VP_RUN_STATE, state)
+
+    def auto_eoi(self, vector: int) -> None:
+        """What the host does at a SINT write."""
+        self.view.fetch_or_u64(PAGE + VP_AUTO_EOI + 8 * (vector >> 6), 1 << (vector & 63))
+
+    def words(self, offset: int) -> int:
+        """Four words as one number: bit v is vector v."""
+        loads = (self.view.load_u64(PAGE + offset + 8 * word) for word in range(VECTOR_WORDS))
+        return sum(value << 64 * word for word, value in enumerate(loads))
+
+    @property
+    def state(self) -> int:
+        """The run state."""
+        return self.view.load_u32(PAGE + VP_RUN_STATE)
+
+
+# -- taking ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vector", range(16, 256))
+def test_every_vector_is_taken_once(vector: int) -> None:
+    """Request, take, end: each of the 240 vectors, the last bit of each word included."""
+    vp = Vp()
+    vp.request(vector)
+
+    assert vp.lapic.deliverable()
+    assert vp.lapic.take() == vector
+    assert (vp.words(VP_REQUEST), vp.words(VP_IN_SERVICE)) == (0, 1 << vector)
+    assert vp.lapic.take() == 0
+    vp.lapic.eoi()
+    assert vp.words(VP_IN_SERVICE) == 0
+
+
+def test_idle_processor_takes_nothing() -> None:
+    """Without a request there is nothing to deliver."""
+    vp = Vp()
+
+    assert (vp.lapic.highest_request(), vp.lapic.deliverable(), vp.lapic.take()) == (0, False, 0)
+
+
+def test_highest_vector_goes_first() -> None:
+    """Of several requests the highest vector is taken, whichever word it stands in."""
+    vp = Vp()
+    for vector in (0x31, 0xF3, 0x72, 0xB0):
+        vp.request(vector)
+
+    taken = []
+    while vector := vp.lapic.take():
+        taken.append(vector)
+        vp.lapic.eoi()
+
+    assert taken == [0xF3, 0xB0, 0x72, 0x31]
+
+
+def test_equal_class_waits_for_the_end_of_interrupt() -> None:
+    """A vector of the class in service (same upper four bits), higher or lower, waits for the EOI."""
+    vp = Vp()
+    vp.request(0xF3)
+    vp.lapic.take()
+    vp.request(0xFB)
+    vp.request(0xF0)
+
+    assert vp.lapic.deliverable() is False
+    assert vp.lapic.take() == 0
+    vp.lapic.eoi()
+    assert vp.lapic.take() == 0xFB
+
+
+def test_higher_class_interrupts_the_one_in_service() -> None:
+    """Service nests by class and ends in reverse order."""
+    vp = Vp()
+    for vector in (0x31, 0x72, 0xF3):
+        vp.request(vector)
+        assert vp.lapic.take() == vector
+
+    assert vp.lapic.in_service == (0x31, 0x72, 0xF3)
+    vp.lapic.eoi()
+    assert vp.lapic.in_service == (0x31, 0x72)
+    assert vp.words(VP_IN_SERVICE) == 1 << 0x31 | 1 << 0x72
+
+
+def test_end_of_interrupt_without_one_does_nothing() -> None:
+    """An EOI too many is harmless."""
+    vp = Vp()
+    vp.lapic.eoi()
+
+    assert vp.words(VP_IN_SERVICE) == 0
+
+
+def test_auto_eoi_vector_is_never_in_service() -> None:
+    """It needs no EOI, and an equal class is not held back by it."""
+    vp = Vp()
+    vp.auto_eoi(0xF3)
+    vp.request(0xF3)
+    first = vp.lapic.take()
+    vp.request(0xF1)
+
+    assert (first, vp.lapic.in_service) == (0xF3, ())
+    assert vp.lapic.take() == 0xF1
+
+
+def test_request_for_a_vector_in_service_waits_for_its_end() -> None:
+    """A request that comes while its handler runs is kept, and taken after the EOI."""
+    vp = Vp()
+    vp.request(0xF3)
+    vp.lapic.take()
+    vp.request(0xF3)
+
+    assert vp.lapic.take() == 0
+    vp.lapic.eoi()
+    assert vp.lapic.take() == 0xF3
+
+
+class ModelLapic:
+    """The same rules on a set and a list, from the text of the specification."""
+
+    def __init__(self, auto_eoi: set[int]) -> None:
+        self.requested: set[int] = set()
+        self.serving: list[int] = []
+        self.auto_eoi = auto_eoi
+
+    def take(self) -> int:
+        """The highest request if its class is above that in service."""
+        highest = max(self.requested, default=0)
+        if not highest or (self.serving and highest >> 4 <= max(self.serving) >> 4):
+            return 0
+        self.requested.remove(highest)
+        if highest not in self.auto_eoi:
+            self.serving.append(highest)
+        return highest
+
+    def eoi(self) -> None:
+        """Ends the highest."""
+        if self.serving:
+            self.serving.remove(max(self.serving))
+
+
+vectors = st.integers(min_value=16, max_value=255)
+steps = st.one_of(vectors, st.sampled_from(["take", "eoi"]))
+
+
+@given(auto_eoi=st.sets(vectors, max_size=3), script=st.lists(steps, max_size=40))
+def test_words_follow_the_model(auto_eoi: set[int], script: list[int | str]) -> None:
+    """Any sequence of requests, takes and EOIs delivers what the specification delivers."""
+    vp = Vp()
+    for vector in auto_eoi:
+        vp.auto_eoi(vector)
+    model = ModelLapic(auto_eoi)
+    for step in script:
+        if step == "take":
+            assert vp.lapic.take() == model.take()
+        elif step == "eoi":
+            vp.lapic.eoi()
+            model.eoi()
+        else:
+            vp.request(int(step))
+            model.requested.add(int(step))
+
+    assert list(vp.lapic.in_service) == sorted(model.serving)
+    assert vp.words(VP_REQUEST) == sum(1 << vector for vector in model.requested)
+
+
+# -- kicks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [AWAKE, IN_ISR, INTERRUPTS_OFF])
+def test_processor_that_looks_by_itself_is_not_kicked(state: int) -> None:
+    """At safe points, in the ISR, with interrupts off: the bit is enough."""
+    vp = Vp(state)
+    vp.request(0xF3)
+
+    assert (vp.kick.posts, vp.kick.signals, vp.counters.kicks_none) == (0, 0, 1)
+    assert vp.state == state
+
+
+def test_halted_processor_gets_one_token() -> None:
+    """Whoever exchanges HALTED away posts; the next requester finds the VP awake."""
+    vp = Vp(HALTED)
+    vp.request(0xF3)
+    vp.request(0xF2)
+
+    assert (vp.kick.posts, vp.state) == (1, AWAKE)
+    assert (vp.counters.kicks_semaphore, vp.counters.kicks_none) == (1, 1)
+
+
+def test_computing_processor_is_signalled() -> None:
+    """Each new request interrupts it; the state is the VP's own to change."""
+    vp = Vp(COMPUTING)
+    vp.request(0xF3)
+    vp.request(0xF2)
+
+    assert (vp.kick.signals, vp.state, vp.counters.kicks_signal) == (2, COMPUTING, 2)
+
+
+def test_processor_without_a_process_is_not_signalled() -> None:
+    """A foreign VP that says it computes gets nothing: its bit is set, its looking is its own affair."""
+    vp = Vp(COMPUTING, process=False)
+    vp.request(0xF3)
+
+    assert (vp.counters.kicks_signal, vp.counters.kicks_none) == (0, 1)
+
+
+def test_equal_requests_merge() -> None:
+    """A vector that is requested already is requested once, and whoever set the bit owes the kick."""
+    vp = Vp(HALTED)
+    for _ in range(3):
+        vp.request(0xF3)
+
+    assert (vp.counters.requested, vp.counters.merged, vp.kick.posts) == (3, 2, 1)
+    assert vp.lapic.take() == 0xF3
+    assert vp.lapic.take() == 0
+
+
+@pytest.mark.parametrize("state", [5, 77, 0xFFFFFFFF])
+def test_nonsense_in_the_run_state_is_survived(state: int) -> None:
+    """A guest may write anything there; the bit is set, nobody is kicked."""
+    vp = Vp(state)
+    vp.request(0xF3)
+
+    assert (vp.kick.posts, vp.kick.signals, vp.state) == (0, 0, state)
+    assert vp.lapic.take() == 0xF3
+
+
+# -- how long to poll -----------------------------------------------------------------------------
+
+
+def test_polling_off_never_polls() -> None:
+    """`off` blocks at once, whatever was measured."""
+    policy = PollPolicy("off")
+    policy.blocked_for(1)
+
+    assert policy.window_ns == 0
+
+
+def test_fixed_polling_stays() -> None:
+    """A number of microseconds is not adapted."""
+    policy = PollPolicy(50)
+    policy.blocked_for(1)
+    policy.blocked_for(10**9)
+
+    assert policy.window_ns == 50_000
+
+
+def test_adaptive_polling_grows_and_shrinks() -> None:
+    """It grows to 200 us while wakes come soon after blocking, and goes back to nothing when they do not."""
+    policy = PollPolicy("adaptive")
+    windows = [policy.window_ns]
+    for _ in range(6):
+        policy.blocked_for(50_000)
+        windows.append(policy.window_ns)
+    for _ in range(6):
+        policy.blocked_for(1_000_000)
+        windows.append(policy.window_ns)
+
+    assert windows[:7] == [0, 10_000, 20_000, 40_000, 80_000, 160_000, 200_000]
+    assert windows[7:] == [100_000, 50_000, 25_000, 12_500, 0, 0]
+    assert POLL_START_NS == 10_000
+
+
+# -- halting --------------------------------------------------------------------------------------
+
+
+class FakeSemaphore:
+    """A semaphore whose blocks are scripted: `during[i]()` runs in the i-th block and says whether it woke."""
+
+    def __init__(self, *during: Callable[[], bool]) -> None:
+        self.during = list(during)
+        self.blocks: list[float] = []
+
+    def block(self, timeout_s: float = 1.0) -> bool:
+        """One block."""
+        self.blocks.append(timeout_s)
+        return self.during.pop(0)() if self.during else False
+
+
+class Sleeper:
+    """A run-state word and a halt over it."""
+
+    def __init__(
+        self, *during: Callable[[], bool], look: Callable[[], object] | None = None, owed_s: float = 0.0
+    ) -> None:
+        self.view = AtomicView(bytearray(8))
+        self.counters = new_counters()
+        self.semaphore = FakeSemaphore(*during)
+        self.halt = Halt(
+            self.view,
+            0,
+            cast(Wakeup, self.semaphore),
+            look or (lambda: False),
+            PollPolicy("off"),
+            self.counters,
+            owed_s=owed_s,
+        ).halt
+
+    @property
+    def state(self) -> int:
+        """The run state."""
+        return self.view.load_u32(0)
+
+    def taken(self, woke: bool) -> bool:
+        """A requester takes the announcement away; `woke`: its token is there, too."""
+        assert self.view.cas_u32(0, HALTED, AWAKE) == HALTED
+        return woke
+
+
+def test_work_to_do_is_no_halt() -> None:
+    """What is there already is neither polled for nor slept on."""
+    sleeper = Sleeper(look=lambda: True)
+    sleeper.halt(10**9)
+
+    assert (sleeper.state, sleeper.semaphore.blocks, sleeper.counters.blocks) == (AWAKE, [], 0)
+
+
+def test_sleeper_is_halted_while_it_blocks() -> None:
+    """The announcement stands while it sleeps, and a token is the end of it."""
+    sleeper = Sleeper(lambda: sleeper.taken(woke=True))
+    sleeper.halt(10**9)
+
+    assert (sleeper.state, sleeper.counters.blocks, sleeper.counters.watchdogs) == (AWAKE, 1, 0)
+
+
+def test_timeout_wins_the_announcement_back() -> None:
+    """Nobody took it: no token is owed, and none is waited for."""
+    sleeper = Sleeper()
+    sleeper.halt(20_000_000)
+
+    assert (sleeper.state, sleeper.semaphore.blocks, sleeper.counters.watchdogs) == (AWAKE, [0.02], 1)
+
+
+def test_block_is_never_longer_than_the_watchdog() -> None:
+    """A poster that was killed between taking and posting costs one period."""
+    sleeper = Sleeper()
+    sleeper.halt(3600 * 10**9)
+
+    assert sleeper.semaphore.blocks == [interrupts.WATCHDOG_S]
+
+
+def test_owed_token_is_taken_after_a_timeout() -> None:
+    """The time passed just as somebody took the announcement: his token is waited for."""
+    sleeper = Sleeper(lambda: sleeper.taken(woke=False), lambda: True, owed_s=5.0)
+    sleeper.halt(10**6)
+
+    assert len(sleeper.semaphore.blocks) == 2
+    assert 4.0 < sleeper.semaphore.blocks[1] <= 5.0
+
+
+def test_signal_does_not_cancel_an_owed_token() -> None:
+    """A signal that ends the wait for an owed token ends that block only: the token is still taken."""
+    sleeper = Sleeper(
+        lambda: sleeper.taken(woke=False), lambda: False, lambda: False, lambda: True, owed_s=5.0
+    )
+    sleeper.halt(10**6)
+
+    assert len(sleeper.semaphore.blocks) == 4
+
+
+def test_owed_token_that_never_comes_is_given_up() -> None:
+    """Where a guest can write the run state, it may take the announcement and post nothing."""
+    sleeper = Sleeper(lambda: sleeper.taken(woke=False), owed_s=0.0)
+    sleeper.halt(10**6)
+
+    assert sleeper.state == AWAKE
+    assert len(sleeper.semaphore.blocks) == 2
+
+
+def test_token_without_an_exchange_leaves_nobody_halted() -> None:
+    """A nudge is a token that took no announcement: the sleeper takes it back and runs as AWAKE."""
+    sleeper = Sleeper(lambda: True)
+    sleeper.halt(10**9)
+
+    assert sleeper.state == AWAKE
+
+
+def test_polling_that_finds_work_does_not_block() -> None:
+    """Work that comes within the window costs no block."""
+    answers = iter([False] * 30 + [True])
+    sleeper = Sleeper(look=lambda: next(answers))
+    halt = Halt(
+        sleeper.view,
+        0,
+        cast(Wakeup, sleeper.semaphore),
+        lambda: next(answers),
+        PollPolicy(1_000_000),
+        sleeper.counters,
+    )
+    halt.halt(10**9)
+
+    assert sleeper.semaphore.blocks == []
+    assert (sleeper.counters.polls_paid, sleeper.counters.polls_vain) == (1, 0)
+
+
+def test_polling_in_vain_ends_in_a_block() -> None:
+    """Nothing came within the window."""
+    sleeper = Sleeper()
+    halt = Halt(
+        sleeper.view,
+        0,
+        cast(Wakeup, sleeper.semaphore),
+        lambda: False,
+        PollPolicy(20),
+        sleeper.counters,
+    )
+    halt.halt(10**6)
+
+    assert sleeper.semaphore.blocks == [0.001]
+    assert (sleeper.counters.polls_paid, sleeper.counters.polls_vain) == (0, 1)
+
+
+# -- every order of steps -------------------------------------------------------------------------
+
+
+class LookThenLeave(Halt):
+    """The wrong order: it looks, and announces afterwards."""
+
+    def halt(self, timeout_ns: int) -> None:
+        """Look, then leave."""
+        if not self._look():
+            self._state.store(HALTED)
+            self._sleep(timeout_ns / 1e9)
+
+
+class KickThenRequest(InterruptRequester):
+    """The wrong order on the other side: it looks at the run state before the bit is set."""
+
+    def request(self, vector: int) -> None:
+        """Kick, then set the bit."""
+        self.kick()
+        self._or[vector >> 6](1 << (vector & 63))
+
+
+def halting(
+    turns: Turns,
+    requests: list[list[int]],
+    sleeper: type[Halt] = Halt,
+    requester: type[InterruptRequester] = InterruptRequester,
+) -> tuple[list[Actor], Check]:
+    """A VP that halts until it has taken every vector of all requesters, and then has no token left."""
+    buffer = bytearray(vps_bytes(1))
+    view = stepped_view(turns, buffer)
+    wakeup = SteppedWakeup(turns)
+    # A taking is one step here; what may come between request and halt is what matters.
+    lapic = Lapic(AtomicView(buffer), 0)
+    wanted = {vector for vectors in requests for vector in vectors}
+    taken: list[int] = []
+
+    class Kick:
+        def post(self) -> None:
+            wakeup.post()
+
+        def interrupt(self) -> bool:
+            raise AssertionError("nobody computes here")
+
+    def processor() -> None:
+        # One word is looked at, so that the number of orders stays small; all vectors stand in it.
+        look = view.cell_u64(PAGE + VP_REQUEST + 24).load
+        halt = sleeper(view, PAGE + VP_RUN_STATE, wakeup.as_wakeup(), look, PollPolicy("off"), new_counters())
+        while set(taken) != wanted:
+            halt.halt(10**9)
+            while vector := lapic.take():
+                taken.append(vector)
+                lapic.eoi()
+
+    def request(vectors: list[int]) -> None:
+        requesting = requester(view, 0, Kick(), new_counters())
+        for vector in vectors:
+            requesting.request(vector)
+
+    def check() -> None:
+        assert set(taken) == wanted
+        assert wakeup.tokens == 0
+        assert AtomicView(buffer).load_u32(PAGE + VP_RUN_STATE) == AWAKE
+
+    return [processor, *(partial(request, vectors) for vectors in requests)], check
+
+
+def test_no_order_of_steps_loses_a_request() -> None:
+    """One halting VP, one requester, every order of their steps: taken, awake, no token left."""
+    assert explore(lambda turns: halting(turns, [[0xF3]])) > 50
+
+
+def test_two_requesters_lose_nothing() -> None:
+    """Two requesters with vectors of their own, every order with at most three preemptions."""
+    assert explore(lambda turns: halting(turns, [[0xF3], [0xE2]]), preemptions=3) > 200
+
+
+def test_merging_requesters_lose_nothing() -> None:
+    """Two requesters of one vector: whose bit was set already owes nothing, and nothing is lost."""
+    assert explore(lambda turns: halting(turns, [[0xF3], [0xF3]]), preemptions=3) > 200
+
+
+@pytest.mark.soak
+def test_requests_in_a_row_lose_nothing() -> None:
+    """Two requesters with two requests each, every order with at most four preemptions."""
+    explore(lambda turns: halting(turns, [[0xF3, 0xD1], [0xE2, 0xC0]]), preemptions=4)
+
+
+def test_explorer_sees_a_lost_wakeup_of_the_sleeper() -> None:
+    """The wrong order in the sleeper is found: it looks, a request comes, it sleeps for ever."""
+    with pytest.raises(Stuck):
+        explore(lambda turns: halting(turns, [[0xF3]], sleeper=LookThenLeave))
+
+
+def test_explorer_sees_a_lost_wakeup_of_the_requester() -> None:
+    """The wrong order in the requester is found, too."""
+    with pytest.raises(Stuck):
+        explore(lambda turns: halting(turns, [[0xF3]], requester=KickThenRequest))

@@ -1,0 +1,226 @@
+"""The command line as a user meets it: help, versions, wrong words, and exceptions as exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import pytest
+
+from emu.errors import (
+    ChannelRescinded,
+    DeadlinePassed,
+    MissingPrerequisite,
+    UserError,
+)
+from tools import cli
+from tools.exit_status import ExitStatus
+
+SOURCES = Path(__file__).resolve().parents[2]
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
+    """Makes the table hold one command, `fail`, that raises what it is told; signal handlers are put back."""
+    raised: list[BaseException] = []
+
+    @click.command()
+    def fail() -> NoReturn:
+        raise raised[0]
+
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": cli.Entry("Machines", "Fail.")})
+    monkeypatch.setattr(cli.CommandTable, "get_command", lambda *_arguments: fail)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield raised.append
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_of_the_table_has_help_and_an_example(name: str) -> None:
+    """Each line of the table is a command whose help begins as the table says and shows an example."""
+    with click.Context(cli.vmbus_emu, info_name="vmbus-emu") as ctx:
+        command = cli.vmbus_emu.get_command(ctx, name)
+        assert command is not None
+        text = command.get_help(click.Context(command, info_name=name, parent=ctx))
+
+    entry = cli.COMMANDS[name]
+    assert (command.help or "").splitlines()[0] == entry.summary
+    assert entry.section in cli.HEADINGS
+    assert "Example:" in text
+    assert f"vmbus-emu {name}" in text
+
+
+def test_help_lists_every_command_without_importing_one(run_cli: RunCli) -> None:
+    """`--help` comes from the table alone, and so does a call without any word."""
+    done = run_cli("--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert run_cli().stdout == done.stdout
+    loaded = run_cli("--help", env={"PYTHONPROFILEIMPORTTIME": "1"}).stderr
+    modules = {line.rpartition("|")[2].strip() for line in loaded.splitlines()}
+    assert "tools.options" in modules
+    assert not modules & ({f"tools.{name}" for name in cli.COMMANDS} | {"rich"})
+
+
+def test_version_is_one_line(run_cli: RunCli) -> None:
+    """`--version` prints name and version."""
+    done = run_cli("--version")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "vmbus-emu 0.1.0\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--version", "--json"), ("--json", "--version")])
+def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tuple[str, ...]) -> None:
+    """`--version --json` names commit, Python, kernel and the VMBus versions spoken."""
+    done = run_cli(*arguments)
+
+    report = json.loads(done.stdout)
+    assert report["schema"] == {"name": "vmbus-emu.version", "version": 1}
+    assert report["vmbus_versions"] == ["5.3"]
+    assert report["eras"] == ["current"]
+    assert {"version", "commit", "python", "kernel", "abi"} <= report.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word", "command"),
+    [
+        (("frobnicate",), "frobnicate", "vmbus-emu"),
+        (("--frobnicate",), "--frobnicate", "vmbus-emu"),
+        (("--json",), "--json", "vmbus-emu"),
+        (("doctor", "--frobnicate"), "--frobnicate", "vmbus-emu doctor"),
+        (("doctor", "frobnicate"), "frobnicate", "vmbus-emu doctor"),
+    ],
+)
+def test_wrong_words_are_one_line_and_status_2(
+    run_cli: RunCli, arguments: tuple[str, ...], word: str, command: str
+) -> None:
+    """What was typed wrong is one line on stderr that says where the help is; stdout stays empty."""
+    done = run_cli(*arguments)
+
+    assert (done.returncode, done.stdout) == (ExitStatus.USAGE, "")
+    assert done.stderr.startswith("vmbus-emu: ")
+    assert word in done.stderr
+    assert done.stderr.endswith(f"; see `{command} --help`\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("x.toml: machine.vcpus: 0; cure"), ExitStatus.USAGE),
+        (UserError("two\nlines"), ExitStatus.USAGE),
+        (MissingPrerequisite("no /dev/shm"), ExitStatus.MISSING),
+        (DeadlinePassed("offers", 5_000_000_000), ExitStatus.TIME_LIMIT),
+        (ChannelRescinded("gone"), ExitStatus.FAILED),
+        (KeyboardInterrupt(), ExitStatus.INTERRUPTED),
+    ],
+)
+def test_exceptions_become_their_exit_status(
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: ExitStatus,
+) -> None:
+    """Whose fault it is decides the status; a person gets one line, or none after Ctrl-C."""
+    failing(error)
+
+    assert cli.main(["fail"]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == (0 if status == ExitStatus.INTERRUPTED else 1)
+
+
+def test_our_own_error_shows_its_traceback(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What nobody foresaw is status 4, with the traceback."""
+    failing(AssertionError("broken invariant"))
+
+    assert cli.main(["fail"]) == ExitStatus.FAILED
+    err = capsys.readouterr().err
+    assert err.startswith("vmbus-emu: internal error\nTraceback")
+    assert "AssertionError: broken invariant" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, ExitStatus.TERMINATED),
+        (signal.SIGHUP, ExitStatus.HANGUP),
+        (signal.SIGINT, ExitStatus.INTERRUPTED),
+    ],
+)
+def test_signals_unwind_what_runs(number: signal.Signals, status: ExitStatus) -> None:
+    """A signal that ends the program lets every `finally` run first."""
+    program = (
+        "import os, sys, click\n"
+        "from tools import cli\n"
+        "@click.command()\n"
+        "def wait():\n"
+        "    try:\n"
+        "        print('waits', flush=True)\n"
+        "        sys.stdin.read()\n"
+        "    finally:\n"
+        "        print('let go', flush=True)\n"
+        "cli.CommandTable.get_command = lambda *arguments: wait\n"
+        "sys.exit(cli.main(['wait']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=SOURCES,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "let go\n"
+        assert process.wait(timeout=10) == status
+
+
+def test_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """`vmbus-emu … | head` ends quietly with SIGPIPE's status."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.cli", "doctor", "--json"],
+            cwd=SOURCES,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+
+    assert (done.returncode, done.stderr) == (ExitStatus.READER_LEFT, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_is_printed(run_cli: RunCli, shell: str) -> None:
+    """Each shell gets its completion script from the program itself."""
+    done = run_cli(env={"_VMBUS_EMU_COMPLETE": f"{shell}_source"})
+
+    assert done.returncode == 0
+    assert "_VMBUS_EMU_COMPLETE" in done.stdout
+
+
+def test_completion_knows_the_commands(run_cli: RunCli) -> None:
+    """The shell's question for the first word is answered from the table."""
+    question = {"_VMBUS_EMU_COMPLETE": "bash_complete", "COMP_WORDS": "vmbus-emu doc", "COMP_CWORD": "1"}
+
+    assert run_cli(env=question).stdout == "plain,doctor\n"

@@ -1,0 +1,94 @@
+"""What commands print: plain for pipes, drawn for terminals, colour only where it is wanted."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from uuid import UUID
+
+import pytest
+
+from tools.output import colored, console, narrates, print_json, print_table
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Claim to be one."""
+        return True
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Make stdout and stderr a colour terminal of 80 columns."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    return stream
+
+
+def test_json_is_one_object_with_its_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    """Name and version of the schema come first; values that JSON lacks are text."""
+    print_json("ps", 2, {"id": UUID(int=1)})
+
+    assert json.loads(capsys.readouterr().out) == {
+        "schema": {"name": "vmbus-emu.ps", "version": 2},
+        "id": "00000000-0000-0000-0000-000000000001",
+    }
+
+
+def test_table_through_a_pipe_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns line up, nothing is cut and no line ends in blanks."""
+    print_table(("a", "long"), [(1, "x" * 200), ("four", "")], title="never shown")
+
+    assert capsys.readouterr().out == f"a     long\n1     {'x' * 200}\nfour\n"
+
+
+def test_table_without_rows_is_its_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing found still says what was looked for."""
+    print_table(("a", "b"), [])
+
+    assert capsys.readouterr().out == "a  b\n"
+
+
+def test_table_on_a_terminal_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person sees a frame; brackets in a cell are text, not markup."""
+    screen = terminal(monkeypatch)
+
+    print_table(("what", "found"), [("x", "[Heartbeat]")])
+
+    assert "[Heartbeat]" in screen.getvalue()
+    assert "\N{BOX DRAWINGS LIGHT VERTICAL}" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "plain"),
+    [("NO_COLOR", "1", True), ("NO_COLOR", "", False), ("TERM", "dumb", True)],
+)
+def test_colour_is_left_out_where_it_is_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, plain: bool
+) -> None:
+    """NO_COLOR (not empty) and a dumb terminal get no escape sequence at all."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv(variable, value)
+
+    console(screen).print("word", style="bold red")
+
+    assert colored(screen) is not plain
+    assert ("\x1b" in screen.getvalue()) is not plain
+
+
+def test_nobody_watches_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress is for terminals."""
+    assert not narrates()
+
+
+def test_somebody_watches_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there it is shown."""
+    terminal(monkeypatch)
+
+    assert narrates()

@@ -1,0 +1,50 @@
+"""Where files go: the XDG directories, or their defaults in the home directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools.paths import cache_dir, config_dir, made, state_dir
+
+PLACES = [
+    (config_dir, "XDG_CONFIG_HOME", ".config"),
+    (state_dir, "XDG_STATE_HOME", ".local/state"),
+    (cache_dir, "XDG_CACHE_HOME", ".cache"),
+]
+
+
+@pytest.mark.parametrize(("directory", "variable", "_fallback"), PLACES)
+def test_variable_says_where(
+    monkeypatch: pytest.MonkeyPatch, directory: Callable[[], Path], variable: str, _fallback: str
+) -> None:
+    """An absolute path in the variable is taken."""
+    monkeypatch.setenv(variable, "/somewhere/else")
+
+    assert directory() == Path("/somewhere/else/vmbus-emu")
+
+
+@pytest.mark.parametrize("value", ["", "relative/path"])
+@pytest.mark.parametrize(("directory", "variable", "fallback"), PLACES)
+def test_unusable_variable_counts_as_unset(
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Callable[[], Path],
+    variable: str,
+    fallback: str,
+    value: str,
+) -> None:
+    """Empty and relative values are ignored, as the specification asks."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv(variable, value)
+
+    assert directory() == Path("/home/somebody") / fallback / "vmbus-emu"
+
+
+def test_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    """A directory that was not there is made, and nobody else may read it."""
+    directory = made(tmp_path / "a" / "b")
+
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert made(directory) == directory

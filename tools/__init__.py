@@ -1,0 +1,1 @@
+"""The commands: launching, looking, measuring. The only package that knows a terminal."""

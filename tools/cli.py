@@ -1,0 +1,169 @@
+"""`vmbus-emu`: one table of commands, and what every one of them does when something goes wrong.
+
+A command is a click command NAME in module `tools.NAME`, imported only when it is called. It returns its exit
+status (None is 0) or raises; here, and nowhere else, an exception becomes an `ExitStatus`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import FrameType
+from typing import Final
+
+import click
+
+from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from tools.exit_status import ExitStatus
+from tools.options import json_option
+
+PROGRAM: Final = "vmbus-emu"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of `vmbus-emu --help`: under which heading, and what the command does."""
+
+    section: str
+    summary: str
+
+
+HEADINGS: Final = ("Machines", "Look", "Measure", "This computer")
+
+
+COMMANDS: Final[Mapping[str, Entry]] = {
+    "run": Entry("Machines", "Boot a machine, show its devices appear, exchange packets, clean up."),
+    "ps": Entry("Machines", "List the machines that run, and those that died and left something."),
+    "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),
+    "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
+    "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
+    "doctor": Entry("This computer", "Check what this computer has of what a machine needs."),
+}
+
+
+class CommandTable(click.Group):
+    """The commands of `COMMANDS`; help is printed from the table, without importing a single one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command = getattr(import_module(f"tools.{name}"), name)
+        assert isinstance(command, click.Command), f"tools.{name}.{name} is no command"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands under their headings."""
+        for heading in HEADINGS:
+            rows = [(name, entry.summary) for name, entry in COMMANDS.items() if entry.section == heading]
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+
+@click.group(cls=CommandTable, invoke_without_command=True, subcommand_metavar="COMMAND …")
+@click.option("--version", is_flag=True, help="Print the version; with --json also what it was built on.")
+@json_option
+@click.pass_context
+def vmbus_emu(ctx: click.Context, version: bool, as_json: bool) -> int:
+    """Both ends of Hyper-V's VMBus over real processes, without a hypervisor.
+
+    \b
+    Example:
+      vmbus-emu doctor
+      vmbus-emu COMMAND --help
+    """
+    if version:
+        from tools.version import print_version
+
+        print_version(as_json)
+        ctx.exit(0)
+    if as_json:
+        raise click.UsageError("--json comes after a command, or with --version", ctx)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; nothing but SystemExit passes."""
+    _catch_signals()
+    try:
+        if _completes():
+            return 0
+        with vmbus_emu.make_context(PROGRAM, list(sys.argv[1:] if arguments is None else arguments)) as ctx:
+            status = vmbus_emu.invoke(ctx)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        return _complain(_usage(error), ExitStatus.USAGE)
+    except UserError as error:
+        return _complain(str(error), ExitStatus.USAGE)
+    except MissingPrerequisite as error:
+        return _complain(str(error), ExitStatus.MISSING)
+    except DeadlinePassed as error:
+        return _complain(str(error), ExitStatus.TIME_LIMIT)
+    except VmbusError as error:
+        return _complain(str(error), ExitStatus.FAILED, one_line=False)
+    except (KeyboardInterrupt, click.Abort):
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        # What is buffered for a reader who left must not be tried again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.READER_LEFT
+    except Exception:
+        return _complain(f"internal error\n{traceback.format_exc()}", ExitStatus.FAILED, one_line=False)
+
+
+def _complain(text: str, status: int, *, one_line: bool = True) -> int:
+    """Say what went wrong on stderr, in one line if it is the user's to mend; gives the exit status back."""
+    said = " ".join(text.split("\n")) if one_line else text
+    sys.stderr.write(f"{PROGRAM}: {said.rstrip()}\n")
+    return status
+
+
+def _usage(error: click.ClickException) -> str:
+    """click's complaint in one line that says where the help is."""
+    path = PROGRAM
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        path = error.ctx.command_path
+    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
+
+
+def _catch_signals() -> None:
+    """The first SIGTERM or SIGHUP unwinds like Ctrl-C, so that whoever holds something lets go of it."""
+
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_IGN)
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, leave)
+
+
+def _completes() -> bool:
+    """Answer a shell that asks for completions (`_VMBUS_EMU_COMPLETE=bash_source vmbus-emu`: its script)."""
+    variable = "_VMBUS_EMU_COMPLETE"
+    instruction = os.environ.get(variable)
+    if not instruction:
+        return False
+    from click.shell_completion import shell_complete
+
+    return shell_complete(vmbus_emu, {}, PROGRAM, variable, instruction) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

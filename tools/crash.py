@@ -1,0 +1,39 @@
+"""Crash records: what is worth keeping of a machine that died, below `$XDG_STATE_HOME/vmbus-emu/crashes`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Final
+
+from tools.launch import MachineDied, RunningMachine
+from tools.paths import made, state_dir
+
+KEPT: Final = 10
+
+
+def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:
+    """Write one JSON file (deaths, process table, counters, the guest's log); the newest ten are kept."""
+    directory = made(state_dir() / "crashes")
+    path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
+    control = running.machine.control
+    record = {
+        "schema": {"name": "vmbus-emu.crash", "version": 1},
+        "machine": running.name,
+        "config": running.machine.config,
+        "deaths": [
+            {"name": one.name, "pid": one.pid, "how": one.how, "traceback": one.traceback, "held": one.held}
+            for one in death.deaths
+        ],
+        "actors": [
+            {"name": row.name, "pid": row.pid, "state": row.state.name, "counters": control.counter_values(row.slot)}
+            for row in control.rows()
+        ],
+        "refused": control.refusals()[0],
+        "log": running.log,
+    }
+    path.write_text(json.dumps(record, indent=2, default=str))
+    for old in sorted(directory.glob("*.json"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path

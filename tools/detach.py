@@ -1,0 +1,68 @@
+"""`run --detach`: the launcher goes on in the background; the command returns when all channels are open."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+import click
+
+from tools.exit_status import ExitStatus
+from tools.output import print_json, say
+from tools.paths import made, state_dir
+
+if TYPE_CHECKING:
+    from tools.run import Options
+
+
+def run_detached(options: Options) -> int:
+    """Fork the launcher into a session of its own and wait for its word, or for its end."""
+    reader, writer = os.pipe()
+    log = made(state_dir()) / "detached.log"
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _become_launcher(options, writer, str(log))
+    os.close(writer)
+    with os.fdopen(reader) as word:
+        name = word.readline().strip()
+    if not name:
+        _pid, status = os.waitpid(pid, 0)
+        say(log.read_text().rstrip() if log.exists() else "the launcher ended before its machine was up")
+        return os.waitstatus_to_exitcode(status) or int(ExitStatus.FAILED)
+    if options.as_json:
+        print_json("run-detached", 1, {"machine": name, "pid": pid})
+    else:
+        click.echo(name)
+    return ExitStatus.FINE
+
+
+def _become_launcher(options: Options, writer: int, log: str) -> None:
+    """In the child: no terminal, output to the log, run, leave."""
+    from emu.errors import MissingPrerequisite, UserError
+    from tools.run import run_here
+
+    status = int(ExitStatus.FAILED)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    try:
+        with os.fdopen(writer, "w") as pipe:
+            status = run_here(options, pipe)
+    except UserError as error:
+        sys.stderr.write(f"vmbus-emu: {error}\n")
+        status = int(ExitStatus.USAGE)
+    except MissingPrerequisite as error:
+        sys.stderr.write(f"vmbus-emu: {error}\n")
+        status = int(ExitStatus.MISSING)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,23 @@
+"""What our exit statuses mean; each means one thing and is never reused."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """Status of every command; 128 + n is the shell's way of saying signal n."""
+
+    FINE = 0
+    FINDING = 1
+    """A mismatch, a violated invariant, a regression: the command worked, what it looked at did not."""
+    USAGE = 2
+    MISSING = 3
+    """This computer lacks something; the message says what to do."""
+    FAILED = 4
+    """A process of the machine died, or an error of our own."""
+    TIME_LIMIT = 124
+    HANGUP = 129
+    INTERRUPTED = 130
+    READER_LEFT = 141
+    TERMINATED = 143

@@ -1,0 +1,420 @@
+"""The launcher: makes a machine, starts its processes through the zygote, watches them, stops them.
+
+It knows every name it made and unlinks them on every way out. A process that dies unasked is noticed at
+once (the zygote reaps it); the machine then stops and the death is reported: name, signal or traceback, and
+the locks it held. `launch` is what `vmbus-emu run` and the tests use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import msgpack
+
+from emu import cpuid
+from emu.control import ActorKind, ActorState, Ready
+from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from emu.ipc.segments import machines, unlink_objects
+from emu.layout import MachineState
+from emu.machine import Machine
+from emu.scenario import Scenario
+from emu.task_board import Program, TaskBoard, TaskRow, TaskState
+from guestproc.kernel.report import held_locks
+from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
+
+BOOT_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 5.0
+SHUTDOWN_TIMEOUT_S: Final = 60.0
+LOG_LINES: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A process that ended unasked: who, how (wait status), its traceback if it wrote one, locks it held."""
+
+    name: str
+    pid: int
+    status: int
+    traceback: str = ""
+    held: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> str:
+        """`killed by SIGKILL` or `exit status 4`."""
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            with contextlib.suppress(ValueError):
+                return f"killed by {signal.Signals(number).name}"
+            return f"killed by signal {number}"
+        return f"exit status {os.WEXITSTATUS(self.status)}"
+
+    def report(self) -> str:
+        """A line for the terminal, with the traceback behind it if there is one."""
+        holding = f", holding {', '.join(self.held)}" if self.held else ", holding no lock"
+        line = f"{self.name} (pid {self.pid}) died: {self.how}{holding}"
+        return f"{line}\n{self.traceback.rstrip()}" if self.traceback else line
+
+
+class MachineDied(VmbusError):
+    """A process of the machine died unasked; `deaths` says which, the first one first."""
+
+    def __init__(self, deaths: list[Death]) -> None:
+        super().__init__(deaths[0].report())
+        self.deaths = deaths
+
+
+@dataclass(slots=True)
+class Link:
+    """The zygote: its process and the socket to it."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+
+    def send(self, *message: Any) -> None:
+        """One order."""
+        self.socket.send(msgpack.packb(message))
+
+
+@dataclass(slots=True)
+class Inner:
+    """One process forked for this machine."""
+
+    name: str
+    pid: int
+    exited: bool = False
+    traceback: str = ""
+
+
+@dataclass(slots=True)
+class RunningMachine:
+    """A launched machine; a context manager that stops it and removes every trace of it."""
+
+    name: str
+    scenario: Scenario
+    machine: Machine
+    link: Link
+    launched_at: float
+    inner: dict[str, Inner] = field(default_factory=dict)
+    deaths: list[Death] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    """The guest kernel's newest lines, each with the thread that wrote it."""
+    peers: Peers | None = None
+    on_pump: Callable[[], None] | None = None
+    """Called at each look at the zygote (a recording drains there)."""
+    closed: bool = False
+    _stopping: bool = False
+    _zygote_gone: bool = False
+
+    # -- watching -----------------------------------------------------------------------------------
+
+    def pump(self, timeout_s: float) -> bool:
+        """Take what the zygote and its children say, waiting at most `timeout_s`; True if there was any.
+
+        Raises MachineDied when a process ended unasked.
+        """
+        heard = False
+        if self.on_pump is not None:
+            self.on_pump()
+        while self._readable(0.0 if heard else timeout_s):
+            heard = True
+            try:
+                data = self.link.socket.recv(65_536)
+            except ConnectionError:
+                data = b""
+            if not data:
+                self._lost_zygote()
+                break
+            self._hear(*msgpack.unpackb(data))
+        if self.deaths and not self._stopping:
+            raise MachineDied(self.deaths)
+        return heard
+
+    def _readable(self, timeout_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self.link.socket, select.POLLIN)
+        return bool(poll.poll(max(0, int(timeout_s * 1000))))
+
+    def _hear(self, verb: str, *arguments: Any) -> None:
+        if verb == "forked":
+            name, pid = arguments
+            self.inner[name] = Inner(name, pid)
+        elif verb == "crashed":
+            name, text = arguments
+            if name in self.inner:
+                self.inner[name].traceback = text
+        elif verb == "exited":
+            self._exited(*arguments)
+        elif verb == "log":
+            self.log.append(f"{arguments[0]}: {arguments[1]}")
+            del self.log[:-LOG_LINES]
+
+    def _exited(self, name: str, pid: int, status: int) -> None:
+        inner = self.inner.get(name)
+        if inner is None or inner.pid != pid:
+            return
+        inner.exited = True
+        held = self._mark_dead(pid, status)
+        if not self._stopping:
+            self.deaths.append(Death(name, pid, status, inner.traceback, held))
+
+    def _mark_dead(self, pid: int, status: int) -> tuple[str, ...]:
+        """Write the process and its threads off in the process table; the locks they held, by name."""
+        numbers = []
+        for row in list(self.machine.control.rows()):
+            if row.pid == pid and row.state == ActorState.ALIVE:
+                self.machine.control.set_dead(row.slot, status)
+                numbers.append(row.number)
+        return () if self._stopping else tuple(held_locks(self.machine.ram.fd, self.machine.ram.size, numbers))
+
+    def _lost_zygote(self) -> None:
+        if self._zygote_gone:
+            return
+        self._zygote_gone = True
+        status = self.link.process.wait(timeout=STOP_TIMEOUT_S)
+        wait_status = -status if status < 0 else status << 8
+        if not self._stopping:
+            self.deaths.append(Death("zygote", self.link.process.pid, wait_status))
+
+    def wait_until(
+        self, condition: Callable[[], bool], timeout_s: float, what: str, *, step_s: float = 0.05
+    ) -> None:
+        """Wait for a condition while watching; DeadlinePassed when it stays false, MachineDied at a death."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            left = end - time.monotonic()
+            if left <= 0:
+                raise DeadlinePassed(what, int(timeout_s * 1e9))
+            self.pump(min(step_s, left))
+
+    def wait_ready(self, stage: Ready = Ready.CHANNELS_OPEN, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Wait until the machine has come as far as `stage`."""
+        self.wait_until(
+            lambda: self.machine.control.ready >= stage,
+            timeout_s,
+            f"machine {self.name} to reach {stage.name}",
+        )
+
+    def watch(self, duration_s: float | None = None) -> None:
+        """Watch for that long, or until something ends it (a death, an interrupt)."""
+        end = None if duration_s is None else time.monotonic() + duration_s
+        while end is None or time.monotonic() < end:
+            self.pump(0.25 if end is None else max(0.0, min(0.25, end - time.monotonic())))
+
+    # -- starting and stopping ----------------------------------------------------------------------
+
+    def start(self, name: str, kind: str, number: int = 0) -> None:
+        """Fork one inner process and wait until the zygote has said its pid."""
+        self.link.send("fork", name, kind, number)
+        self.wait_until(lambda: name in self.inner, STOP_TIMEOUT_S, f"the zygote to fork {name}")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to an inner process (for tests of death)."""
+        os.kill(self.inner[name].pid, number)
+
+    def shut_down_guest(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> bool:
+        """Ask the guest to remove its devices and unload; False when it did not in time."""
+        control = self.machine.control
+        if control.ready < Ready.HOST_RUNS or self.deaths:
+            return False
+        control.request_shutdown()
+        self.nudge(0)
+        with contextlib.suppress(DeadlinePassed):
+            self.wait_until(lambda: control.shutdown_done, timeout_s, "the guest to unload")
+        return control.shutdown_done
+
+    def order(self, program: Program, cpu: int, *, relid: int = 0, wanted: int = 0, path: str = "") -> int:
+        """Order a guest task on a CPU and wake it; the row's index on the task board."""
+        index = TaskBoard(self.machine.control).order(program, cpu, relid=relid, wanted=wanted, path=path)
+        self.nudge(cpu)
+        return index
+
+    def wait_tasks(self, rows: list[int], timeout_s: float) -> list[TaskRow]:
+        """Wait until these guest tasks have ended; their rows."""
+        board = TaskBoard(self.machine.control)
+
+        def ended() -> bool:
+            return all(board.row(index).state in (TaskState.DONE, TaskState.FAILED) for index in rows)
+
+        self.wait_until(ended, timeout_s, "the guest tasks to end", step_s=0.01)
+        return [board.row(index) for index in rows]
+
+    def nudge(self, cpu: int) -> None:
+        """Let a CPU look at the harness's words now."""
+        if self.peers is None:
+            launcher = next(row for row in self.machine.control.rows() if row.kind == ActorKind.LAUNCHER)
+            self.peers = Peers(self.machine, self.machine.control.counters(launcher.slot))
+        self.peers.request(cpu, RESCHEDULE_VECTOR)
+
+    def stop(self) -> None:
+        """Stop all processes, deadline and kill included; objects stay until `close`."""
+        self._stopping = True
+        if self.machine.state != MachineState.STOPPING:
+            self.machine.set_state(MachineState.STOPPING)
+        # State first, tokens second: whoever wakes sees the state.
+        self.machine.wake_everybody()
+        end = time.monotonic() + STOP_TIMEOUT_S
+        while self._alive() and not self._zygote_gone and time.monotonic() < end:
+            self.pump(0.2)
+        for name in self._alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.inner[name].pid, signal.SIGKILL)
+        while self._alive() and not self._zygote_gone and time.monotonic() < end + STOP_TIMEOUT_S:
+            self.pump(0.2)
+
+    def _alive(self) -> list[str]:
+        return [inner.name for inner in self.inner.values() if not inner.exited and inner.name != "sweeper"]
+
+    def close(self) -> None:
+        """Stop, unlink every object, send the zygote and the sweeper away. May be called twice."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            self.stop()
+        finally:
+            unlink_objects(self.name)
+            with contextlib.suppress(OSError):
+                self.link.send("bye")
+            try:
+                self.link.process.wait(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.link.process.kill()
+                self.link.process.wait()
+            self.link.socket.close()
+            self.machine.close()
+
+    def __enter__(self) -> RunningMachine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def unused_name() -> str:
+    """A machine name that nobody uses now."""
+    taken = set(machines())
+    for attempt in range(1, 1_000):
+        name = f"vm{os.getpid()}" if attempt == 1 else f"vm{os.getpid()}-{attempt}"
+        if name not in taken:
+            return name
+    raise AssertionError("a thousand machines of this process")
+
+
+def cpu_positions(scenario: Scenario) -> list[int]:
+    """VP page position of each guest CPU: VP index, CPU number and page position are three things."""
+    count = scenario.machine.vcpus
+    shift = 0 if scenario.machine.vp_order == "identity" else 1
+    return [(cpu + shift) % count for cpu in range(count)]
+
+
+def config_of(scenario: Scenario, **extra: Any) -> dict[str, Any]:
+    """What the processes of a machine read from `control`: the scenario and what follows from it."""
+    return {
+        **scenario.to_config(),
+        "vp_indices": scenario.machine.vp_indices(),
+        "cpu_positions": cpu_positions(scenario),
+        "no_guest": False,
+        "seed": 0,
+        "exercise": True,
+        **extra,
+    }
+
+
+@contextlib.contextmanager
+def _unlinking_on_failure(name: str, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        unlink_objects(name)
+        process.kill()
+        process.wait()
+        raise
+
+
+def start_zygote() -> Link:
+    """Start a zygote; it warms up while the caller goes on."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    return Link(process, ours)
+
+
+def launch(
+    scenario: Scenario,
+    *,
+    name: str | None = None,
+    record: bool = False,
+    no_guest: bool = False,
+    **extra: Any,
+) -> RunningMachine:
+    """Make a machine and start its processes; returns while it boots (see `RunningMachine.wait_ready`).
+
+    `extra` goes into the machine's configuration. Raises UserError for a name in use, MissingPrerequisite
+    when shared memory is not to be had; nothing is left behind then.
+    """
+    launched_at = time.monotonic()
+    name = name or scenario.machine.name or unused_name()
+    if name in machines():
+        raise UserError(
+            f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`"
+        )
+    link = start_zygote()
+    with _unlinking_on_failure(name, link.process):
+        machine = Machine.create(
+            name,
+            config_of(scenario, no_guest=no_guest, **extra),
+            ram_bytes=scenario.machine.ram_bytes,
+            vp_indices=scenario.machine.vp_indices(),
+            cpuid=cpuid.leaves(),
+        )
+        if record:
+            machine.control.set_recording()
+        machine.control.enlist(ActorKind.LAUNCHER, "launcher")
+        machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
+        running = RunningMachine(name, scenario, machine, link, launched_at)
+        try:
+            _start_processes(running, no_guest=no_guest)
+        except BaseException:
+            running.close()
+            raise
+    return running
+
+
+def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
+    if not running.pump(BOOT_TIMEOUT_S):
+        raise MissingPrerequisite("the zygote did not start within 60 s; is this computer overloaded?")
+    running.machine.set_state(MachineState.RUNNING)
+    running.link.send("attach", running.name)
+    running.link.send("fork", "hypervisor", "hypervisor", 0)
+    expected = {"sweeper", "hypervisor"}
+    if not no_guest:
+        for cpu in range(running.machine.vp_count):
+            running.link.send("fork", f"vcpu{cpu}", "vcpu", cpu)
+            expected.add(f"vcpu{cpu}")
+        running.link.send("fork", "workqueue", "workqueue", 0)
+        expected.add("workqueue")
+    running.wait_until(
+        lambda: expected <= set(running.inner), BOOT_TIMEOUT_S, "the zygote to fork all processes"
+    )

@@ -1,0 +1,34 @@
+"""Options that several commands share, each spelled in one place so that it reads the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """`--json`: one object on stdout instead of text (parameter `as_json`)."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
+
+
+def machine_option(function: F) -> F:
+    """`--machine NAME`: which running machine (parameter `machine_name`, None for the only one)."""
+    return click.option(
+        "--machine",
+        "machine_name",
+        metavar="NAME",
+        envvar="VMBUS_EMU_MACHINE",
+        help="Which running machine; default: the only one (or $VMBUS_EMU_MACHINE).",
+    )(function)
+
+
+def scenario_argument(function: F) -> F:
+    """`[SCENARIO.toml]` (parameter `scenario_path`, None for the default one); `Scenario.load` checks it."""
+    return click.argument(
+        "scenario_path", metavar="[SCENARIO.toml]", required=False, type=click.Path(path_type=Path)
+    )(function)

@@ -1,0 +1,73 @@
+"""What a command prints: data on stdout, talk on stderr, and nothing fancy for who is not a terminal.
+
+Through a pipe a table is plain aligned text without colour, frame or cut, and there is no progress. NO_COLOR
+(not empty) and TERM=dumb take colour away on a terminal. rich is imported only when a terminal is written to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_json(name: str, version: int, body: Mapping[str, Any]) -> None:
+    """Print one JSON object to stdout; `schema` names it, its version rises when a field changes meaning."""
+    document = {"schema": {"name": f"vmbus-emu.{name}", "version": version}, **body}
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
+    """Print rows under headings: a drawn table on a terminal, aligned columns elsewhere."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        print_plain(columns, texts)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in texts:
+        table.add_row(*map(Text, row))
+    console(sys.stdout).print(table)
+
+
+def print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns, two spaces between them, for `grep` and `awk` and people."""
+    widths = [max(len(row[n]) for row in (columns, *rows)) for n in range(len(columns))]
+    for row in (columns, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def say(text: str) -> None:
+    """Say something to a person, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def narrates() -> bool:
+    """Whether somebody watches: progress is shown on a terminal only."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def colored(stream: IO[str]) -> bool:
+    """Whether colour may be written to a stream."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def console(stream: IO[str]) -> Console:
+    """A rich console on a stream, without any escape sequence for colour or weight where none is wanted."""
+    from rich.console import Console
+
+    if colored(stream):
+        return Console(file=stream, highlight=False)
+    return Console(file=stream, highlight=False, color_system=None, no_color=True)

@@ -1,0 +1,165 @@
+"""Our guest's `/sys/bus/vmbus`, made from its kernel's records at each look.
+
+    bus/      hibernation   devices/GUID → PARENT/GUID   drivers/NAME/GUID → PARENT/GUID
+    PARENT/   GUID/         attributes, `driver` and `subsystem` links, channels/RELID/ with attributes
+
+An open file outlives its device, as in the kernel: a read of it is then ENODEV. A directory may meet a record
+that goes just then (an AssertionError, see guestproc.view): who walks the tree wraps the walk in `settled`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Final
+from uuid import UUID
+
+from guestproc.kernel.layout import Channel, Device, Era
+from guestproc.view import GuestView, name_of, settled
+from tools.sysfs_attributes import CHANNEL_ATTRIBUTES, DEVICE_ATTRIBUTES, Shown, Spec
+from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
+
+PARENT_NAME: Final = "vmbus-emu"
+"""Directory in /sys/devices that holds the devices. On a real machine it is one of ACPI or the device tree; here
+it must be none that the computer itself may have."""
+BUS_LINK: Final = "../../../bus/vmbus"
+"""From a device's directory to the bus."""
+
+
+class GuestBus:
+    """The two directories of our guest."""
+
+    def __init__(self, view: GuestView, runs: Callable[[], bool] = lambda: True) -> None:
+        self._view: Final = view
+        self._runs: Final = runs
+        hibernation = {"hibernation": Attribute(lambda: "0\n")} if view.tables.era is not Era.SEED else {}
+        self.bus: Final[Directory] = FixedDirectory(
+            {
+                "devices": ListedDirectory(self._device_names, self._device_link),
+                "drivers": ListedDirectory(self._driver_names, self._driver),
+                **hibernation,
+            }
+        )
+        self.parent: Final[Directory] = ListedDirectory(self._device_names, self._device)
+
+    def _device_names(self) -> list[str]:
+        return [instance_of(device) for device in self._view.devices()]
+
+    def _device_link(self, name: str) -> Link | None:
+        return Link(f"../../../devices/{PARENT_NAME}/{name}") if self._find(name) is not None else None
+
+    def _find(self, name: str) -> Device | None:
+        instance = guid_of_name(name)
+        return None if instance is None else self._view.device(instance.bytes_le)
+
+    def _device(self, name: str) -> Directory | None:
+        device = self._find(name)
+        return None if device is None else DeviceDirectory(self._view, device, self._runs)
+
+    def _driver_names(self) -> list[str]:
+        return [name_of(driver) for driver in self._view.drivers()]
+
+    def _driver(self, name: str) -> Directory | None:
+        number = next((driver.number for driver in self._view.drivers() if name_of(driver) == name), None)
+        if number is None:
+            return None
+
+        def bound() -> list[str]:
+            return [instance_of(device) for device in self._view.devices() if device.driver == number]
+
+        def find(entry: str) -> Link | None:
+            device = self._find(entry)
+            if device is None or device.driver != number:
+                return None
+            return Link(f"../../../../devices/{PARENT_NAME}/{entry}")
+
+        return ListedDirectory(bound, find)
+
+
+class DeviceDirectory(Directory):
+    """One device: its attributes, its links, its channels."""
+
+    def __init__(self, view: GuestView, device: Device, runs: Callable[[], bool]) -> None:
+        self._view: Final = view
+        self._device: Final = device
+        self._runs: Final = runs
+
+    def names(self) -> list[str]:
+        """Attributes that are not hidden, `channels`, `subsystem`, and `driver` while one is bound."""
+        primary = self._view.primary(self._device)
+        if primary is None:
+            return []
+        names = shown_names(DEVICE_ATTRIBUTES, primary, self._view)
+        names += ["channels", "subsystem"]
+        return [*names, "driver"] if self._driver_name() else names
+
+    def find(self, name: str) -> Node | None:
+        """One of them."""
+        primary = self._view.primary(self._device)
+        if primary is None:
+            return None
+        if name == "channels":
+            return ListedDirectory(self._channel_names, self._channel)
+        if name == "subsystem":
+            return Link(BUS_LINK)
+        if name == "driver":
+            driver = self._driver_name()
+            return Link(f"{BUS_LINK}/drivers/{driver}") if driver else None
+        return self._attribute(DEVICE_ATTRIBUTES, name, primary)
+
+    def _driver_name(self) -> str:
+        number = self._device.driver
+        return self._view.driver_name(number) if number else ""
+
+    def _channels(self) -> dict[str, Channel]:
+        primary = self._view.primary(self._device)
+        if primary is None:
+            return {}
+        return {str(channel.relid): channel for channel in self._view.channels(primary)}
+
+    def _channel_names(self) -> list[str]:
+        return list(self._channels())
+
+    def _channel(self, name: str) -> Directory | None:
+        channel = self._channels().get(name)
+        if channel is None:
+            return None
+        return ListedDirectory(
+            lambda: shown_names(CHANNEL_ATTRIBUTES, channel, self._view),
+            lambda entry: self._attribute(CHANNEL_ATTRIBUTES, entry, channel),
+        )
+
+    def _attribute(self, specs: Sequence[Spec], name: str, channel: Channel) -> Attribute | None:
+        """One attribute by name, None if there is none or it is hidden."""
+        era = self._view.tables.era
+        spec = next((spec for spec in specs if spec.name == name and spec.visible(channel, era)), None)
+        if spec is None:
+            return None
+        shown, show = Shown(self._view, self._device, channel), spec.show
+
+        def look() -> str:
+            if not (self._runs() and shown.device.alive() and channel.alive()):
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+            return show(shown)
+
+        return Attribute(lambda: settled(look), spec.mode_in(era))
+
+
+def shown_names(specs: Sequence[Spec], channel: Channel, view: GuestView) -> list[str]:
+    """Names of the attributes that a channel has."""
+    return [spec.name for spec in specs if spec.visible(channel, view.tables.era)]
+
+
+def instance_of(device: Device) -> str:
+    """A device's name: its instance GUID."""
+    return str(UUID(bytes_le=device.dev_instance))
+
+
+def guid_of_name(name: str) -> UUID | None:
+    """The GUID of a device's name; None for what the kernel would not print."""
+    try:
+        guid = UUID(name)
+    except ValueError:
+        return None
+    return guid if str(guid) == name else None

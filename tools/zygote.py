@@ -1,0 +1,175 @@
+"""The zygote: one warmed, single-threaded process from which a machine's inner processes are forked.
+
+It imports what they need, collects and freezes the heap (otherwise each child's first collection would
+un-share it: 6 x the memory), and forks on demand: 1 ms and 1 MB a child. It is their parent: it reaps them
+and reports name and status to the launcher over a SEQPACKET socket, one msgpack array a datagram.
+
+    launcher -> zygote   ["attach", machine] ["fork", name, kind, number] ["kill", name] ["bye"]
+    zygote   -> launcher ["warm"] ["forked", name, pid] ["exited", name, pid, status]
+    children -> launcher ["crashed", name, traceback] ["stage", name, stage]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgpack
+
+from emu.machine import KICK_SIGNAL, Machine
+from guestproc import vcpu_main, workqueue_main
+from hostproc import hypervisor_main
+from tools import sweeper
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the parent goes, and leave at once if it is gone already."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def set_process_name(name: str) -> None:
+    """The name that ps and top show (15 bytes)."""
+    _libc.prctl(_PR_SET_NAME, f"vmbus:{name}".encode()[:15], 0, 0, 0)
+
+
+class Zygote:
+    """Serves the launcher's socket and its children's pidfds until told to go."""
+
+    def __init__(self, link: socket.socket, launcher_pid: int) -> None:
+        self._link = link
+        self._launcher_pid = launcher_pid
+        self._children: dict[int, tuple[str, int]] = {}
+        self._poll = select.poll()
+        self._poll.register(link, select.POLLIN)
+        self._machine: Machine | None = None
+
+    def run(self) -> int:
+        """Serve until ["bye"] or until the launcher hangs up."""
+        self._send("warm")
+        while True:
+            for descriptor, _event in self._poll.poll():
+                if descriptor == self._link.fileno():
+                    if not self._obey():
+                        return 0
+                else:
+                    self._reap(descriptor)
+
+    def _send(self, *message: Any) -> None:
+        self._link.send(msgpack.packb(message))
+
+    def _obey(self) -> bool:
+        """Carry out one order; False when it is time to go."""
+        data = self._link.recv(65_536)
+        if not data:
+            return False
+        verb, *arguments = msgpack.unpackb(data)
+        if verb == "attach":
+            name: str = arguments[0]
+            # Before anything is mapped: the sweeper shall hold a name and two pidfds, nothing else.
+            self._fork("sweeper", lambda: sweeper.main(name, self._launcher_pid), detached=True)
+            self._machine = Machine.attach(name)
+        elif verb == "fork":
+            self._fork_inner(*arguments)
+        elif verb == "kill":
+            self._kill(arguments[0])
+        elif verb == "bye":
+            for pid in {pid for _name, pid in self._children.values()}:
+                os.kill(pid, signal.SIGKILL)
+            for descriptor in list(self._children):
+                self._reap(descriptor, report=False)
+            return False
+        return True
+
+    def _kill(self, name: str) -> None:
+        for child, pid in self._children.values():
+            if child == name:
+                os.kill(pid, signal.SIGKILL)
+
+    def _fork_inner(self, name: str, kind: str, number: int) -> None:
+        machine = self._machine
+        assert machine is not None, "fork before attach"
+        bodies: dict[str, Callable[[], int]] = {
+            "hypervisor": lambda: hypervisor_main.run(machine, self._report),
+            "vcpu": lambda: vcpu_main.run(machine, number, self._report),
+            "workqueue": lambda: workqueue_main.run(machine, self._report),
+        }
+        self._fork(name, bodies[kind])
+
+    def _report(self, *message: Any) -> None:
+        """What a child tells the launcher by itself."""
+        self._link.send(msgpack.packb(message))
+
+    def _fork(self, name: str, body: Callable[[], int], *, detached: bool = False) -> None:
+        zygote_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._child(name, body, zygote_pid, detached=detached)
+        descriptor = os.pidfd_open(pid)
+        self._children[descriptor] = (name, pid)
+        self._poll.register(descriptor, select.POLLIN)
+        self._send("forked", name, pid)
+
+    def _child(self, name: str, body: Callable[[], int], zygote_pid: int, *, detached: bool) -> None:
+        """Never returns: a child must not run the zygote's loop, nor Python's shutdown."""
+        status = 4
+        try:
+            for descriptor in self._children:
+                os.close(descriptor)
+            os.setpgid(0, 0)
+            set_process_name(name)
+            if not detached:
+                die_with_parent(zygote_pid)
+            status = body()
+        except BaseException:
+            text = traceback.format_exc()
+            try:
+                self._report("crashed", name, text)
+            except OSError:
+                sys.stderr.write(text)
+        finally:
+            # A late kick signal must not find a half-finished interpreter.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+            os._exit(status)
+
+    def _reap(self, descriptor: int, *, report: bool = True) -> None:
+        name, pid = self._children.pop(descriptor)
+        self._poll.unregister(descriptor)
+        os.close(descriptor)
+        _pid, status = os.waitpid(pid, 0)
+        if report:
+            self._send("exited", name, pid, status)
+
+
+def main() -> int:
+    """`python -m tools.zygote FD LAUNCHER_PID`: warm up, then serve."""
+    link = socket.socket(fileno=int(sys.argv[1]))
+    launcher_pid = int(sys.argv[2])
+    die_with_parent(launcher_pid)
+    os.setpgid(0, 0)
+    set_process_name("zygote")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ignored until a vCPU installs its handler: its default action would kill whoever it reaches early.
+    signal.signal(KICK_SIGNAL, signal.SIG_IGN)
+    sys.setswitchinterval(0.0005)
+    gc.collect()
+    gc.freeze()
+    return Zygote(link, launcher_pid).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
