@@ -53,11 +53,12 @@ _MOST_LOOKS: Final = 20_000
 _CONFIG_LENGTH: Final = 8
 _READY: Final = 16
 _RECORDING: Final = 20
-_BOOTED_NS: Final = 24
 _SHUTDOWN: Final = 32
 _SHUTDOWN_DONE: Final = 36
 _LEAKED: Final = 40
 _FORMATTED: Final = 56
+_STAGE_NS: Final = 64
+"""Machine time of each stage of `Ready`, a u64 each."""
 _STATE: Final = 44
 
 
@@ -281,16 +282,21 @@ class Control:
     def reach(self, stage: Ready) -> None:
         """Note that a stage is reached (stages only rise; every writer reaches them in order)."""
         current = self._ready.load()
-        if stage == Ready.CHANNELS_OPEN and current < stage:
-            # Before the stage: whoever sees it reached reads the time as well. The first writer's counts.
-            self.view.cas_u64(_BOOTED_NS, 0, self.clock.now())
-        while current < stage and (previous := self._ready.cas(current, stage)) != current:
+        while current < stage:
+            # The time before the stage: whoever sees the stage reads when.
+            self.view.store_u64(_STAGE_NS + 8 * stage, self.clock.now())
+            if (previous := self._ready.cas(current, stage)) == current:
+                return
             current = previous
+
+    def stage_ns(self, stage: Ready) -> int:
+        """Machine time at which a stage was reached; 0 before."""
+        return self.view.load_u64(_STAGE_NS + 8 * stage)
 
     @property
     def booted_ns(self) -> int:
         """Machine time when all channels were open; 0 before."""
-        return self.view.load_u64(_BOOTED_NS)
+        return self.stage_ns(Ready.CHANNELS_OPEN)
 
     @property
     def recording(self) -> bool:

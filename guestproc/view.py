@@ -1,8 +1,8 @@
 """What the guest kernel's records say, read from outside: no lock is taken, nothing is written.
 
-For tools that show the guest (its sysfs): they have the guest's RAM mapped, but are no actor of the machine, so
-they look as a debugger would. A record may go between two looks; `settled` then looks again, and what is gone
-is None. What a look returns was true of each word when that word was read, not of all of them together.
+For tools that show the guest (its sysfs): they have the guest's RAM mapped, but are no actor of the machine,
+so they look as a debugger would. A record may go between two looks; `settled` then looks again, and what is
+gone is None. What a look returns was true of each word when that word was read, not of all of them together.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ class GuestView:
         return self.tables.channels.find(device.channel)
 
     def channels(self, primary: Channel) -> list[Channel]:
-        """A primary and its sub-channels, in the order of its `sc_list`."""
+        """A primary and its sub-channels, in the order of its `sc_list`; none of a primary that is gone."""
 
         def look() -> list[Channel]:
+            if not primary.alive():
+                return []
             # The list is walked without its lock: a record that moved may lead elsewhere, even round.
             met = islice(self.tables.sc_list(primary), self.tables.channels.capacity)
             return [primary, *(channel for channel in met if channel.primary_channel == primary.handle)]
@@ -126,7 +128,14 @@ class GuestView:
 
     def driver_name(self, number: int) -> str:
         """Name of the driver of that number in DRIVERS, empty when none of that number is registered."""
-        return next((name_of(driver) for driver in self.drivers() if driver.number == number), "")
+        return settled(
+            lambda: next((name_of(driver) for driver in self.drivers() if driver.number == number), "")
+        )
+
+    def driver_of(self, device: Device) -> str:
+        """Name of the driver that is bound to a device, empty while none is."""
+        number = settled(lambda: device.driver if device.alive() else 0)
+        return self.driver_name(number) if number else ""
 
     def node_of(self, cpu: int) -> int:
         """`cpu_to_node`: NUMA node of a CPU."""

@@ -45,10 +45,14 @@ class Outcome:
     devices: list[ListedDevice] = field(default_factory=list)
     offers: int = 0
     boot_s: float | None = None
+    opened_at_ns: int | None = None
+    """CLOCK_MONOTONIC when the last channel was open: for whoever started this process and timed it."""
     tasks: list[TaskRow] = field(default_factory=list)
     stream: dict[str, Any] | None = None
     counters: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
     leaked: int | None = None
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
@@ -81,12 +85,15 @@ class Outcome:
             "devices": [device_report(device) for device in self.devices],
             "channels_open": self.channels_open,
             "boot_s": self.boot_s,
+            "opened_at_ns": self.opened_at_ns,
             "kicks": self.kicks(),
             "packets": sum(task.packets for task in self.tasks),
             "task_errors": sum(task.errors for task in self.tasks),
             "counters": self.counters,
             "stream": self.stream,
             "refused": self.refused,
+            "ignored": self.ignored,
+            "refusals": self.refusals,
             "leaked": self.leaked,
             "seed": self.seed,
             "deaths": self.deaths,
@@ -237,7 +244,9 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
         wait_for_foreign_guest(running, options, outcome)
         return
     show_discovery(running, options.as_json)
-    outcome.boot_s = round(time.monotonic() - running.launched_at, 6)
+    control = running.machine.control
+    outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
+    outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
     look(running, outcome)
     if ready_pipe is not None:
         ready_pipe.write(running.name + "\n")
@@ -351,7 +360,8 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
         outcome.leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
     running.stop()
     outcome.counters = running.machine.control.counter_totals()
-    outcome.refused = running.machine.control.refusals()[0]
+    outcome.refused, outcome.refusals = running.machine.control.refusals()
+    outcome.ignored = running.machine.control.ignored()
 
 
 def show_devices(outcome: Outcome) -> None:

@@ -1,8 +1,10 @@
-"""The attributes of a VMBus device and of a channel, as the kernel's sysfs has them: two tables of one line each.
+"""The attributes of a VMBus device and of a channel, as the kernel's sysfs has them: two tables of one line
+each.
 
-A `show` is given the guest's records and returns the text of one read, or raises OSError: EINVAL for a ring that
-is not there. Names, formats and modes are those of drivers/hv/vmbus_drv.c, quirks included: what the kernel
-prints with %d is signed. Monitor attributes are hidden unless the host allocated a monitor for the channel.
+A `show` is given the guest's records and returns the text of one read, or raises OSError: EINVAL for a ring
+that is not there. Names, formats and modes are those of drivers/hv/vmbus_drv.c, quirks included: what the
+kernel prints with %d is signed. Monitor attributes are hidden unless the host allocated a monitor for the
+channel.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def driver_override(shown: Shown) -> str:
 
 def uevent(shown: Shown) -> str:
     """What `udevadm` reads: the driver while there is one, then the module alias."""
-    driver = shown.view.driver_name(shown.device.driver)
+    driver = shown.view.driver_of(shown.device)
     alias = modalias(guid_from_wire(shown.device.dev_type))
     return (f"DRIVER={driver}\n" if driver else "") + f"MODALIAS={alias}\n"
 

@@ -3,8 +3,8 @@
     bus/      hibernation   devices/GUID → PARENT/GUID   drivers/NAME/GUID → PARENT/GUID
     PARENT/   GUID/         attributes, `driver` and `subsystem` links, channels/RELID/ with attributes
 
-An open file outlives its device, as in the kernel: a read of it is then ENODEV. A directory may meet a record
-that goes just then (an AssertionError, see guestproc.view): who walks the tree wraps the walk in `settled`.
+An open file outlives its device, as in the kernel: a read of it is then ENODEV. So does a directory that
+somebody holds: it is empty then.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tools.sysfs_attributes import CHANNEL_ATTRIBUTES, DEVICE_ATTRIBUTES, Shown,
 from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
 
 PARENT_NAME: Final = "vmbus-emu"
-"""Directory in /sys/devices that holds the devices. On a real machine it is one of ACPI or the device tree; here
-it must be none that the computer itself may have."""
+"""Directory in /sys/devices that holds the devices. On a real machine it is one of ACPI or the device tree;
+here it must be none that the computer itself may have."""
 BUS_LINK: Final = "../../../bus/vmbus"
 """From a device's directory to the bus."""
 
@@ -44,33 +44,36 @@ class GuestBus:
         self.parent: Final[Directory] = ListedDirectory(self._device_names, self._device)
 
     def _device_names(self) -> list[str]:
-        return [instance_of(device) for device in self._view.devices()]
-
-    def _device_link(self, name: str) -> Link | None:
-        return Link(f"../../../devices/{PARENT_NAME}/{name}") if self._find(name) is not None else None
+        return settled(lambda: [instance_of(device) for device in self._view.devices()])
 
     def _find(self, name: str) -> Device | None:
         instance = guid_of_name(name)
         return None if instance is None else self._view.device(instance.bytes_le)
+
+    def _device_link(self, name: str) -> Link | None:
+        return Link(f"../../../devices/{PARENT_NAME}/{name}") if self._find(name) is not None else None
 
     def _device(self, name: str) -> Directory | None:
         device = self._find(name)
         return None if device is None else DeviceDirectory(self._view, device, self._runs)
 
     def _driver_names(self) -> list[str]:
-        return [name_of(driver) for driver in self._view.drivers()]
+        return settled(lambda: [name_of(driver) for driver in self._view.drivers()])
 
     def _driver(self, name: str) -> Directory | None:
-        number = next((driver.number for driver in self._view.drivers() if name_of(driver) == name), None)
-        if number is None:
+        if name not in self._driver_names():
             return None
 
         def bound() -> list[str]:
-            return [instance_of(device) for device in self._view.devices() if device.driver == number]
+            return settled(
+                lambda: [
+                    instance_of(one) for one in self._view.devices() if self._view.driver_of(one) == name
+                ]
+            )
 
         def find(entry: str) -> Link | None:
             device = self._find(entry)
-            if device is None or device.driver != number:
+            if device is None or self._view.driver_of(device) != name:
                 return None
             return Link(f"../../../../devices/{PARENT_NAME}/{entry}")
 
@@ -87,55 +90,60 @@ class DeviceDirectory(Directory):
 
     def names(self) -> list[str]:
         """Attributes that are not hidden, `channels`, `subsystem`, and `driver` while one is bound."""
-        primary = self._view.primary(self._device)
-        if primary is None:
-            return []
-        names = shown_names(DEVICE_ATTRIBUTES, primary, self._view)
-        names += ["channels", "subsystem"]
-        return [*names, "driver"] if self._driver_name() else names
+        names = self._attribute_names(DEVICE_ATTRIBUTES, self._primary())
+        if names:
+            names += ["channels", "subsystem", *(["driver"] if self._view.driver_of(self._device) else [])]
+        return names
 
     def find(self, name: str) -> Node | None:
         """One of them."""
-        primary = self._view.primary(self._device)
+        primary = self._primary()
         if primary is None:
             return None
         if name == "channels":
-            return ListedDirectory(self._channel_names, self._channel)
+            return ListedDirectory(lambda: list(self._channels()), self._channel)
         if name == "subsystem":
             return Link(BUS_LINK)
         if name == "driver":
-            driver = self._driver_name()
+            driver = self._view.driver_of(self._device)
             return Link(f"{BUS_LINK}/drivers/{driver}") if driver else None
-        return self._attribute(DEVICE_ATTRIBUTES, name, primary)
+        return self._attribute(DEVICE_ATTRIBUTES, primary, name)
 
-    def _driver_name(self) -> str:
-        number = self._device.driver
-        return self._view.driver_name(number) if number else ""
+    def _primary(self) -> Channel | None:
+        return settled(lambda: self._view.primary(self._device) if self._device.alive() else None)
 
     def _channels(self) -> dict[str, Channel]:
-        primary = self._view.primary(self._device)
-        if primary is None:
-            return {}
-        return {str(channel.relid): channel for channel in self._view.channels(primary)}
+        def look() -> dict[str, Channel]:
+            primary = self._primary()
+            channels = [] if primary is None else self._view.channels(primary)
+            return {str(channel.relid): channel for channel in channels}
 
-    def _channel_names(self) -> list[str]:
-        return list(self._channels())
+        return settled(look)
 
     def _channel(self, name: str) -> Directory | None:
         channel = self._channels().get(name)
         if channel is None:
             return None
         return ListedDirectory(
-            lambda: shown_names(CHANNEL_ATTRIBUTES, channel, self._view),
-            lambda entry: self._attribute(CHANNEL_ATTRIBUTES, entry, channel),
+            lambda: self._attribute_names(CHANNEL_ATTRIBUTES, channel),
+            lambda entry: self._attribute(CHANNEL_ATTRIBUTES, channel, entry),
         )
 
-    def _attribute(self, specs: Sequence[Spec], name: str, channel: Channel) -> Attribute | None:
+    def _attribute_names(self, specs: Sequence[Spec], channel: Channel | None) -> list[str]:
+        """Names of the attributes that a channel has; none of a channel that is gone."""
+
+        def look() -> list[str]:
+            if channel is None or not channel.alive():
+                return []
+            return [spec.name for spec in specs if spec.visible(channel, self._view.tables.era)]
+
+        return settled(look)
+
+    def _attribute(self, specs: Sequence[Spec], channel: Channel, name: str) -> Attribute | None:
         """One attribute by name, None if there is none or it is hidden."""
-        era = self._view.tables.era
-        spec = next((spec for spec in specs if spec.name == name and spec.visible(channel, era)), None)
-        if spec is None:
+        if name not in self._attribute_names(specs, channel):
             return None
+        spec = next(spec for spec in specs if spec.name == name)
         shown, show = Shown(self._view, self._device, channel), spec.show
 
         def look() -> str:
@@ -143,12 +151,7 @@ class DeviceDirectory(Directory):
                 raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
             return show(shown)
 
-        return Attribute(lambda: settled(look), spec.mode_in(era))
-
-
-def shown_names(specs: Sequence[Spec], channel: Channel, view: GuestView) -> list[str]:
-    """Names of the attributes that a channel has."""
-    return [spec.name for spec in specs if spec.visible(channel, view.tables.era)]
+        return Attribute(lambda: settled(look), spec.mode_in(self._view.tables.era))
 
 
 def instance_of(device: Device) -> str:

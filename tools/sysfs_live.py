@@ -3,8 +3,8 @@
 Which of them is asked at each look: a guest may boot after we began, and a machine may end while its tree is
 still open; then the bus has no device, and reading an open file is ENODEV.
 
-A foreign guest keeps its own sysfs, if it has one. Of it the tree has what the host offered: ids, classes, and
-the VP that the guest asked for in the place of its CPU.
+A foreign guest keeps its own sysfs, if it has one. Of it the tree has what the host offered: ids, classes,
+and the VP that the guest asked for in the place of its CPU.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,6 +30,7 @@
 #define MAX_PAYLOAD 700u
 #define MAX_STORM_THREADS 6u
 #define SIGNAL_BY_HYPERCALL 7u /* every so many signals */
+#define BURST 200u /* packets between two silences; together more than a ring holds */
 
 static const uint8_t ECHO_CLASS[16] = { /* 6563686f-766d-4275-9d2d-656d752d3031 */
 	0x6f, 0x68, 0x63, 0x65, 0x6d, 0x76, 0x75, 0x42, 0x9d, 0x2d, 0x65, 0x6d, 0x75, 0x2d, 0x30, 0x31
@@ -180,8 +182,7 @@ struct channel {
 	pthread_cond_t progress;
 	uint64_t completions, wakeups;
 	uint8_t *seen;
-	uint64_t hypercall_signals, waits_for_room;
-	_Atomic uint64_t signals;
+	uint64_t signals, hypercall_signals, waits_for_room; /* the main thread's */
 };
 
 /* Any pages in any order: here the last one first, so that nothing is contiguous. */
@@ -259,12 +260,10 @@ static void close_echo(struct channel *channel)
 		die("GPADL_TORNDOWN of 0x%x", torndown->number);
 }
 
-/* Mostly the doorbell, now and then the hypercall: to the host they are the same. */
-static void signal_host(struct channel *channel, bool may_call)
+/* Mostly the doorbell, at first and now and then the hypercall: to the host they are the same. */
+static void signal_host(struct channel *channel)
 {
-	uint64_t number = atomic_fetch_add(&channel->signals, 1);
-
-	if (!may_call || number % SIGNAL_BY_HYPERCALL != 0) {
+	if (channel->signals++ % SIGNAL_BY_HYPERCALL != 0) {
 		ring_doorbell(channel->bus->machine, channel->connection_id);
 		return;
 	}
@@ -296,7 +295,7 @@ static void on_event(void *context, uint32_t relid)
 			taken++;
 		}
 		if (ring_release(&channel->in))
-			signal_host(channel, false);
+			ring_doorbell(channel->bus->machine, channel->connection_id);
 	} while (ring_unmask(&channel->in));
 	pthread_mutex_lock(&channel->lock);
 	channel->completions += taken;
@@ -357,15 +356,30 @@ static void send_packet(struct channel *channel, uint64_t trans_id)
 		}
 	}
 	if (signal)
-		signal_host(channel, true);
+		signal_host(channel);
+}
+
+/* Wait until everything sent has come back and the host sleeps: the next packet must be signalled. */
+static void wait_until_quiet(struct channel *channel, uint64_t sent)
+{
+	uint64_t end = now_ns() + DEADLINE_NS;
+
+	while (completions_so_far(channel) < sent)
+		wait_for_progress(channel, wakeups_so_far(channel), sent);
+	while (!ring_reader_sleeps(&channel->out)) {
+		if (now_ns() > end)
+			die("the host never unmasks its ring");
+		sched_yield();
+	}
 }
 
 static void exchange_packets(struct channel *channel)
 {
-	for (uint64_t trans_id = 1; trans_id <= channel->packets; trans_id++)
+	for (uint64_t trans_id = 1; trans_id <= channel->packets; trans_id++) {
 		send_packet(channel, trans_id);
-	while (completions_so_far(channel) < channel->packets)
-		wait_for_progress(channel, wakeups_so_far(channel), channel->packets);
+		if (trans_id % BURST == 0 || trans_id == channel->packets)
+			wait_until_quiet(channel, trans_id);
+	}
 	for (uint64_t trans_id = 1; trans_id <= channel->packets; trans_id++)
 		if (!channel->seen[trans_id])
 			die("packet %llu was never completed", (unsigned long long)trans_id);

@@ -110,6 +110,12 @@ void ring_cancel_room(struct ring *ring)
 	atomic_store(&ring->control->pending_send_sz, 0);
 }
 
+bool ring_reader_sleeps(struct ring *ring)
+{
+	return !atomic_load(&ring->control->interrupt_mask) &&
+	       atomic_load(&ring->control->read_index) == ring->index;
+}
+
 static uint32_t available(struct ring *ring)
 {
 	/* Acquire: the packets' bytes are read after the index that covers them. */

@@ -62,6 +62,8 @@ bool ring_write(struct ring *ring, uint16_t type, uint16_t flags, uint64_t trans
 /* Ask for a signal when a packet with this payload fits; true when it fits already. */
 bool ring_want_room(struct ring *ring, uint32_t length);
 void ring_cancel_room(struct ring *ring);
+/* Whether the reader has read everything and asks to be signalled for more. */
+bool ring_reader_sleeps(struct ring *ring);
 
 /* Copy the next packet out; false when there is none. It stays the ring's until ring_release. */
 bool ring_read(struct ring *ring, struct packet *packet);

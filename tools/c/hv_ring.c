@@ -6,7 +6,9 @@
  * tools/hv, which is fetched when the benchmark runs. Its sender computes a negative padding for payloads that are
  * not a multiple of 8 bytes, so those are refused here.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <emmintrin.h>
 #include <errno.h>
 #include <sched.h>

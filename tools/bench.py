@@ -1,0 +1,116 @@
+"""`vmbus-emu bench`: the figures that this project is held to, measured here and now."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from emu.errors import UserError
+from tools.anchors import Anchor
+from tools.exit_status import ExitStatus
+from tools.options import json_option
+from tools.output import narrates, print_json, print_table, say
+
+RUNS: Final = 5
+SHORT_RUNS: Final = 1
+
+
+def _boot(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_boot import measure
+
+    return measure(runs, short=short)
+
+
+def _ring(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_ring import measure
+
+    return measure(runs, 20_000 if short else 200_000, peers)
+
+
+def _idle(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_idle import measure
+
+    return measure(runs, short=short)
+
+
+BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
+    "boot": _boot,
+    "ring": _ring,
+    "idle": _idle,
+}
+"""Name -> measurement (runs, short, with peers)."""
+
+
+@click.command()
+@click.argument("names", metavar=f"[{'|'.join(BENCHES)}|all]…", nargs=-1, required=True)
+@click.option("--peers", is_flag=True, help="Also measure other transports, where a bench has them.")
+@click.option("--strict", is_flag=True, help="Exit with 1 when a goal is missed.")
+@click.option("--short", is_flag=True, help="One short run of each: for its correctness, not for its figures.")
+@click.option("--runs", type=click.IntRange(1, 101), default=RUNS, show_default=True, help="Runs to take the median of.")
+@json_option
+def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: int, as_json: bool) -> int:
+    """Measure, print medians, ratios and goals.
+
+    \b
+    Example:
+      vmbus-emu bench boot idle
+      vmbus-emu bench all --json --strict
+    """
+    chosen = list(BENCHES) if "all" in names else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in BENCHES]
+    if unknown:
+        raise UserError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)} and all")
+    anchors: list[Anchor] = []
+    for name in chosen:
+        if not as_json and narrates():
+            say(f"measuring {name} …")
+        anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
+    if as_json:
+        print_json("bench", 1, {"machine": machine_description(), "results": [one.as_json() for one in anchors]})
+    else:
+        print_table(
+            ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
+        )
+    return ExitStatus.FINDING if strict and any(one.met is False for one in anchors) else ExitStatus.FINE
+
+
+def row(anchor: Anchor) -> tuple[str, ...]:
+    """An anchor as a line of the table."""
+    against = "-"
+    if anchor.against is not None:
+        against = anchor.against.name + (f" {anchor.against.value:.4g}" if anchor.against.value is not None else "")
+    goal = "-" if anchor.goal is None else f"{'>=' if anchor.better == 'higher' else '<='} {anchor.goal:g}"
+    met = {True: "yes", False: "NO", None: anchor.reason or "-"}[anchor.met]
+    return (
+        anchor.name,
+        "-" if anchor.value is None else f"{anchor.value:.4g}",
+        anchor.unit,
+        "-" if anchor.spread is None else f"{anchor.spread:.0%}",
+        against,
+        "-" if anchor.ratio is None else f"{anchor.ratio:.3g}",
+        goal,
+        met,
+    )
+
+
+def machine_description() -> dict[str, Any]:
+    """What it ran on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1m": os.getloadavg()[0],
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

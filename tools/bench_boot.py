@@ -1,0 +1,68 @@
+"""`bench boot`: from the command line to open channels, and what one more device costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Final
+
+from emu.control import Ready
+from emu.scenario import Scenario, parse_device
+from tools.anchors import Against, Anchor
+from tools.launch import launch
+
+WALL_GOAL_S: Final = 0.5
+DEVICE_GOAL_US: Final = 400.0
+GROWTH_GOAL: Final = 1.3
+FEW: Final = 200
+MANY: Final = 2_000
+
+
+def measure(runs: int, *, short: bool = False) -> list[Anchor]:
+    """The boot of 4 vCPUs and 8 devices, and the cost of a device at 200 and at 2,000, alternating."""
+    walls = [launch_to_open() for _ in range(runs)]
+    many = 4 * FEW if short else MANY
+    per_device: dict[int, list[float]] = {FEW: [], many: []}
+    for _ in range(1 if short else max(1, runs // 2)):
+        for count in (FEW, many):
+            per_device[count].append(bring_up(count))
+    few = sorted(per_device[FEW])[len(per_device[FEW]) // 2]
+    return [
+        Anchor.of("boot: launch to all channels open, 4 vCPUs, 8 devices", walls, "s", better="lower", goal=WALL_GOAL_S),
+        Anchor.of(
+            f"boot: {many} devices offered, probed, opened, each",
+            per_device[many],
+            "us",
+            better="lower",
+            goal=DEVICE_GOAL_US,
+        ),
+        Anchor.of(
+            f"boot: a device at {many} against one at {FEW}",
+            per_device[many],
+            "us",
+            better="lower",
+            against=Against(f"a device at {FEW}", few),
+            goal=GROWTH_GOAL,
+        ),
+    ]
+
+
+def launch_to_open() -> float:
+    """Seconds from the start of the `vmbus-emu run` process until its last channel was open."""
+    started = time.monotonic_ns()
+    command = [sys.executable, "-m", "tools.cli", "run", "--vcpus", "4", "--device", "echo:8", "--duration", "0", "--json"]
+    output = subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
+    return (int(json.loads(output)["opened_at_ns"]) - started) / 1e9
+
+
+def bring_up(devices: int) -> float:
+    """Microseconds a device from the first offer asked for until all channels were open."""
+    scenario = Scenario.default().with_overrides(vcpus=2, devices=[parse_device(f"echo:{devices}")])
+    with launch(scenario) as running:
+        running.wait_ready()
+        control = running.machine.control
+        elapsed = control.stage_ns(Ready.CHANNELS_OPEN) - control.stage_ns(Ready.CONNECTED)
+        running.shut_down_guest()
+    return elapsed / 1e3 / devices

@@ -1,0 +1,82 @@
+"""The C ring of the kernel's `tools/hv`, built here and run between two cores: what our ring is measured
+against.
+
+Its sources come from the kernel's source package and stay in the cache; `tools/c/hv_ring.c` is the part of
+ours that drives them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from emu.errors import MissingPrerequisite
+from tools.kernel_download import downloaded_tools_hv
+from tools.kernel_source import tools_hv
+from tools.paths import cache_dir, made
+
+NAME: Final = "C ring of tools/hv"
+_DRIVER: Final = Path(__file__).parent / "c" / "hv_ring.c"
+_TIMEOUT_S: Final = 60
+
+
+def build() -> Path:
+    """Compile the ring and its driver, once for each version of either; MissingPrerequisite says what lacks."""
+    sources = kernel_tools()
+    if not _DRIVER.is_file():
+        raise MissingPrerequisite(f"{_DRIVER} was not installed: run from a clone of the sources")
+    texts = [_DRIVER, sources / "vmbus_bufring.c", sources / "vmbus_bufring.h"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()[:16]
+    program = made(cache_dir() / "hv-ring") / digest
+    if not program.is_file():
+        with tempfile.TemporaryDirectory(prefix="building-", dir=program.parent) as name:
+            fresh = Path(name) / "hv_ring"
+            _compile([str(texts[0]), str(texts[1])], sources, fresh)
+            fresh.rename(program)
+    return program
+
+
+def kernel_tools() -> Path:
+    """The kernel's `tools/hv`: of an installed source package, else downloaded."""
+    try:
+        return tools_hv()
+    except MissingPrerequisite:
+        return downloaded_tools_hv()
+
+
+def runner(payload_size: int, ring_bytes: int, cpus: tuple[int, int]) -> Callable[[int], float]:
+    """Return what sends so many packets one by one and gives packets a second.
+
+    The sender runs on the first core, the receiver on the second; both spin. `payload_size` must be a
+    multiple of 8, since its sender breaks on others. MissingPrerequisite as `build`.
+    """
+    assert payload_size % 8 == 0, payload_size
+    program = build()
+
+    def run(packets: int) -> float:
+        arguments = [str(number) for number in (packets, payload_size, ring_bytes, *cpus)]
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+        return packets * 1e9 / int(done.stdout)
+
+    return run
+
+
+def _compile(files: list[str], include: Path, program: Path) -> None:
+    """As the kernel's own Makefile compiles them, `-O2`; their warnings are theirs."""
+    compiler = os.environ.get("CC") or "gcc"
+    command = [compiler, "-O2", "-w", f"-I{include}", "-o", str(program), *files]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise MissingPrerequisite(f"no C compiler {compiler}: apt install gcc libc6-dev") from None
+    if done.returncode:
+        raise MissingPrerequisite(
+            f"{compiler} cannot compile {NAME}: {(done.stderr.splitlines() or ['?'])[0]}"
+        )

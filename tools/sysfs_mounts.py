@@ -1,0 +1,133 @@
+"""The two ways to put a tree under a path: FUSE, and a tmpfs kept current.
+
+Both are mounted read-only: a guest's attributes are changed by its own kernel. Each says which descriptors to
+watch, and after how long it wants to be called anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from emu.errors import MissingPrerequisite
+from tools.sysfs_fuse import REQUEST_BYTES, FuseServer
+from tools.sysfs_namespace import MS_BIND, MS_RDONLY, MS_REMOUNT, STRICT, mount
+from tools.sysfs_nodes import Directory
+from tools.sysfs_tmpfs import TmpfsCopy
+
+FUSE_DEVICE: Final = "/dev/fuse"
+REFRESH_S: Final = 0.1
+REFRESH_SHARE: Final = 10
+"""A refresh is followed by at least this many times its own duration of rest."""
+
+
+class Mounts(ABC):
+    """Trees that are mounted and served for as long as this process lives."""
+
+    @abstractmethod
+    def descriptors(self) -> list[int]:
+        """What becomes readable when somebody wants something."""
+
+    @abstractmethod
+    def serve(self, descriptor: int) -> None:
+        """Do what is wanted."""
+
+    @abstractmethod
+    def tick(self) -> float | None:
+        """Do what is due; seconds until something is due again, None for never."""
+
+
+class FuseMounts(Mounts):
+    """A FUSE connection for each place; every read is answered from the guest's records."""
+
+    def __init__(self, trees: Mapping[Path, Directory]) -> None:
+        self._servers: Final[dict[int, FuseServer]] = {}
+        for place, tree in trees.items():
+            try:
+                # Opened here, behind the namespace's door: the kernel takes no descriptor from outside.
+                descriptor = os.open(FUSE_DEVICE, os.O_RDWR | os.O_NONBLOCK)
+                options = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,default_permissions"
+                mount("vmbus-emu", place, "fuse", MS_RDONLY | STRICT, options)
+            except OSError as error:
+                cure = f"modprobe fuse, chmod 666 {FUSE_DEVICE}, or use --technique tmpfs"
+                raise MissingPrerequisite(f"no FUSE ({FUSE_DEVICE}: {error.strerror}): {cure}") from None
+            self._servers[descriptor] = FuseServer(tree, now_s=int(time.time()))
+
+    def descriptors(self) -> list[int]:
+        """The connections."""
+        return list(self._servers)
+
+    def serve(self, descriptor: int) -> None:
+        """Answer what waits at a connection; forget the connection when its mount is gone."""
+        while True:
+            try:
+                request = os.read(descriptor, REQUEST_BYTES)
+            except BlockingIOError:
+                return
+            except (FileNotFoundError, InterruptedError):  # the request was taken back meanwhile
+                continue
+            except OSError:
+                del self._servers[descriptor]
+                os.close(descriptor)
+                return
+            reply = self._servers[descriptor].answer(request)
+            if reply is not None:
+                try:
+                    os.write(descriptor, reply)
+                except FileNotFoundError:  # who asked was killed meanwhile
+                    continue
+
+    def tick(self) -> float | None:
+        """Nothing is due."""
+        return None
+
+
+class TmpfsMounts(Mounts):
+    """One tmpfs with a copy of every tree, each seen at its place."""
+
+    def __init__(self, trees: Mapping[Path, Directory]) -> None:
+        first = next(iter(trees))
+        names = {place: str(number) for number, place in enumerate(trees)}
+        try:
+            mount("vmbus-emu", first, "tmpfs", STRICT, "mode=0755")
+            self._root: Final = os.open(first, os.O_RDONLY | os.O_DIRECTORY)
+            self._copy: Final = TmpfsCopy(self._root, {names[place]: tree for place, tree in trees.items()})
+            self._copy.refresh()
+            # The first place last: it covers the directory where the copies are found until then.
+            for place in reversed(list(trees)):
+                mount(str(first / names[place]), place, "", MS_BIND)
+                mount("none", place, "", MS_BIND | MS_REMOUNT | MS_RDONLY | STRICT)
+        except OSError as error:
+            raise MissingPrerequisite(f"cannot mount a tmpfs on {first}: {error.strerror}") from None
+        self._due = time.monotonic() + REFRESH_S
+
+    def descriptors(self) -> list[int]:
+        """None: nobody asks."""
+        return []
+
+    def serve(self, descriptor: int) -> None:
+        """Nobody asks."""
+        raise AssertionError(f"nobody asks a tmpfs, but descriptor {descriptor}")
+
+    def tick(self) -> float | None:
+        """Make the copy current when it is time."""
+        began = time.monotonic()
+        if began >= self._due:
+            self._copy.refresh()
+            ended = time.monotonic()
+            self._due = ended + max(REFRESH_S, REFRESH_SHARE * (ended - began))
+            return self._due - ended
+        return self._due - began
+
+
+def usable_fuse() -> bool:
+    """Whether this user may open the FUSE device."""
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR))
+    except OSError:
+        return False
+    return True
