@@ -62,6 +62,8 @@ class Gpadl:
                     field="byte_count",
                     value=one.byte_count,
                 )
+        if len(self.ranges) == 1:
+            return tuple(self.ranges[0].pfns)
         return tuple(pfn for one in self.ranges for pfn in one.pfns)
 
     def map_ring(
@@ -100,11 +102,14 @@ def map_ring(
     first_page: int,
     page_count: int,
     budget: MapBudget | None = None,
+    *,
+    reserved: bool = False,
 ) -> RingMemory:
     """The ring in `page_count` of these pages from `first_page` on, control page first.
 
     It is mapped if `budget` and the system allow, else accessed page by page, as is RAM without an fd. The
-    pages are checked and reserved first, so that no later touch of the ring can fail. Raises
+    pages are checked and reserved first, so that no later touch of the ring can fail, unless the caller has done
+    that (`reserved`). Raises
     ProtocolViolation (`ring-pages`, `ring-size`, `gpa-outside-ram`) and OutOfMemory; then nothing is held.
     """
     if not 0 <= first_page < first_page + page_count <= len(pfns):
@@ -116,8 +121,9 @@ def map_ring(
         )
     gpas = [pfn << PAGE_SHIFT for pfn in pfns[first_page : first_page + page_count]]
     runs = coalesce(gpas)
-    for gpa, length in runs:
-        memory.reserve(gpa, length)
+    if not reserved:
+        for gpa, length in runs:
+            memory.reserve(gpa, length)
     if memory.fd is None:
         return RingMemory.of_pages(memory, gpas)
     mappings = 2 * len(runs)  # the data area is there twice

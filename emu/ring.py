@@ -123,7 +123,8 @@ class RingProducer:
     @property
     def free_bytes(self) -> int:
         """Bytes free now, for packets with their trailers; ProtocolViolation when read_index cannot be."""
-        return self._room(self._get()[0] if self._sole else self._load_own())
+        write = self._get()[0] if self._sole else self.words.load_write()
+        return self._room(_checked(write, self._data_size, "write_index"))
 
     @property
     def bytes_to_read(self) -> int:
@@ -203,13 +204,6 @@ class RingProducer:
         self._base = -write
         self._set(write, 0, 0)
 
-    def _load_own(self) -> int:
-        """Return write_index with what other producers wrote since, which does not count as ours."""
-        write = _checked(self.words.load_write(), self._data_size, "write_index")
-        self._base += self._get()[0] - write
-        self._set(write, 0, 0)
-        return write
-
     def _room(self, write: int) -> int:
         """The free bytes. Acquire: the reader's copies are done before its bytes are overwritten."""
         read = _checked(self.words.load_read(), self._data_size, "read_index")
@@ -222,8 +216,10 @@ class RingProducer:
         beyond it, counted without wrapping, may be written before the next look. Raises RingFull,
         PacketTooLong, ProtocolViolation.
         """
-        if not self._sole:
-            write = self._load_own()
+        if not self._sole and (own := self.words.load_write()) != write:
+            # What other producers wrote does not count as ours.
+            self._base += write - _checked(own, self._data_size, "write_index")
+            write = own
         room = self._room(write)
         if size > room:
             if size > self.capacity:

@@ -18,8 +18,7 @@ from typing import Final, Protocol, assert_never
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
 from emu.memory import GuestMemory
-from emu.ring import RingConsumer, RingProducer
-from emu.ring_memory import RingMemory, RingWords
+from emu.ring_memory import RingWords
 from emu.tracing import (
     E_GPADL_ADD,
     E_GPADL_DROP,
@@ -34,6 +33,7 @@ from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
 from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN8, VERSION_WIN10_V5_3
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
+from hostproc.devices.unmapped import UnmappedRings
 from hostproc.loop import TaskBody
 from hostproc.protocol.effects import (
     BindEvent,
@@ -280,9 +280,7 @@ class Bus:
         """Post a message, behind those that wait."""
         if self._trace is not None:
             self._record_message(effect.message)
-        if self._outgoing or not self._partition.post_message(
-            effect.vp_index, effect.sint, effect.message.pack()
-        ):
+        if self._outgoing or not self._partition.post_message(effect.vp_index, effect.sint, effect.message.pack()):
             self._outgoing.append(effect)
 
     def _map_gpadl(self, effect: MapGpadl) -> None:
@@ -316,7 +314,7 @@ class Bus:
         device = self._devices[effect.key]
         try:
             channel = self._attach(device, effect)
-        except (ProtocolViolation, OutOfMemory) as fault:
+        except ProtocolViolation as fault:
             self._refuse(fault, f"OPENCHANNEL of {effect.relid}")
             self._take(self.server.device_refused(effect.key))
             return
@@ -332,33 +330,27 @@ class Bus:
         self._take(self.server.device_opened(effect.key))
 
     def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
-        """Map the rings and look at what the guest left in them; if that raises, nothing is held."""
-        gpadl, offset = device.gpadls[effect.ring_gpadl], effect.downstream_page_offset
-        upstream = gpadl.map_ring(self._memory, 0, offset, self._budget)
-        try:
-            downstream = gpadl.map_ring(self._memory, offset, effect.ring_pages - offset, self._budget)
-        except BaseException:
-            upstream.close()
-            raise
-        key, event = effect.key, device.event
-        try:
-            channel = HostChannel(
-                key=key,
-                relid=effect.relid,
-                sub_channel_index=effect.sub_channel_index,
-                userdata=effect.userdata,
-                incoming=RingConsumer(upstream, words=self._words(effect.relid, "incoming", upstream)),
-                outgoing=RingProducer(downstream, words=self._words(effect.relid, "outgoing", downstream)),
-                signal=_nobody if event is None else event.signal,
-                violation=lambda violation: self.refusals.add_violation(violation, f"channel {effect.relid}"),
-                closed=lambda: self._closed(key),
-            )
-        except ProtocolViolation:
-            upstream.close()
-            downstream.close()
-            raise
+        """Check what the guest left in the rings' control pages; they are mapped when the first packet comes."""
+        key, relid, event, instrument = effect.key, effect.relid, device.event, self._instrument
+        rings = UnmappedRings(
+            self._memory,
+            device.gpadls[effect.ring_gpadl].page_pfns(),
+            effect.downstream_page_offset,
+            self._budget,
+            None if instrument is None else lambda side, words: instrument(relid, side, words),
+        )
+        channel = HostChannel(
+            key=key,
+            relid=relid,
+            sub_channel_index=effect.sub_channel_index,
+            userdata=effect.userdata,
+            rings=rings,
+            signal=_nobody if event is None else event.signal,
+            violation=lambda violation: self.refusals.add_violation(violation, f"channel {relid}"),
+            closed=lambda: self._closed(key),
+        )
         channel.attach()
-        self._record(E_MAP, effect.relid, effect.ring_gpadl, effect.ring_pages)
+        self._record(E_MAP, relid, effect.ring_gpadl, effect.ring_pages)
         return channel
 
     def _run(self, channel: HostChannel, body: TaskBody) -> TaskBody:
@@ -408,9 +400,6 @@ class Bus:
             device.event = None
 
     # -- the rest -----------------------------------------------------------------------------------
-
-    def _words(self, relid: int, side: str, ring: RingMemory) -> RingWords | None:
-        return None if self._instrument is None else self._instrument(relid, side, ring.words)
 
     def _refuse(self, fault: ProtocolViolation | OutOfMemory, where: str) -> None:
         if isinstance(fault, ProtocolViolation):

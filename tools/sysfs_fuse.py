@@ -64,7 +64,7 @@ _STATFS_OUT: Final = Struct("=QQQQQIIII24x")
 
 
 class Opcode(IntEnum):
-    """What the kernel may ask of us; anything else is ENOSYS, which it remembers for some and asks no more."""
+    """What the kernel may ask of us; anything else is ENOSYS, and of some it then asks no more."""
 
     LOOKUP = 1
     FORGET = 2

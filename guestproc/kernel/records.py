@@ -35,6 +35,8 @@ INDEX_MASK: Final = 0xFFFFFFFF
 
 P = TypeVar("P")
 R = TypeVar("R", bound="Record")
+Views = tuple[memoryview, memoryview, memoryview, dict[int, Any]]
+"""A record as u8, u32 and u64 words, and its parts by offset."""
 
 
 class Ram:
@@ -220,6 +222,7 @@ class Record:
     _octets: memoryview
     _words: memoryview
     _quads: memoryview
+    _parts: dict[int, Any]
 
     __slots__ = ("_octets", "_parts", "_quads", "_words", "generation", "gpa", "index", "table")
 
@@ -244,8 +247,8 @@ class Record:
         self.index: Final = index
         self.generation: Final = generation
         self.gpa: Final = table.record_gpa(index)
-        self._octets, self._words, self._quads = table.views(index)
-        self._parts: Final[dict[int, Any]] = {}
+        # Views and parts are the same for every generation of a record: they lie in the same place.
+        self._octets, self._words, self._quads, self._parts = table.views(index)
 
     @property
     def handle(self) -> int:
@@ -294,7 +297,7 @@ class Table(Generic[R]):
         self._in_use: Final = ram.u32(gpa + 12)
         self._refusals: Final = ram.u32(gpa + 16)
         self._cache: Final[list[R | None]] = [None] * capacity
-        self._views: Final[list[tuple[memoryview, memoryview, memoryview] | None]] = [None] * capacity
+        self._views: Final[list[Views | None]] = [None] * capacity
         body = self.record_size - RECORD_HEADER_SIZE
         self._zeros: Final = bytes(body)
         self._poison: Final = bytes([POISON]) * body
@@ -308,13 +311,13 @@ class Table(Generic[R]):
         """Where record `index` lies."""
         return self._first + index * self.record_size
 
-    def views(self, index: int) -> tuple[memoryview, memoryview, memoryview]:
-        """Record `index` as bytes, u32s and u64s; made once, since all generations lie in the same place."""
+    def views(self, index: int) -> Views:
+        """Record `index` as bytes, u32s and u64s, and its parts so far; made once a process."""
         views = self._views[index]
         if views is None:
             gpa = self.record_gpa(index)
             octets = self.ram.octets[gpa : gpa + self.record_size]
-            views = self._views[index] = (octets, octets.cast("I"), octets.cast("Q"))
+            views = self._views[index] = (octets, octets.cast("I"), octets.cast("Q"), {})
         return views
 
     @property

@@ -14,6 +14,7 @@ from emu.errors import ProtocolViolation
 from emu.ring import Packet, RingConsumer, RingProducer
 from emu.ring_memory import Payload
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
+from hostproc.devices.unmapped import UnmappedRings
 from hostproc.loop import WAIT, TaskBody
 
 BATCH_PACKETS: Final = 128
@@ -23,18 +24,19 @@ BATCH_BYTES: Final = 256 << 10
 class HostChannel:
     """What a back end is given for each open channel.
 
-    `incoming` is the guest's ring, `outgoing` the host's. `signal` sets the guest's event flag (it does
-    nothing for a guest that polls). `violation` counts what the guest did wrong. After `close` the rings are
-    gone.
+    `incoming` is the guest's ring, `outgoing` the host's; both are mapped when the first packet comes.
+    `signal` sets the guest's event flag (it does nothing for a guest that polls). `violation` counts what the
+    guest did wrong. After `close` the rings are gone.
     """
 
     __slots__ = (
         "_fault",
+        "_incoming",
+        "_outgoing",
         "_signal",
+        "_unmapped",
         "closed",
-        "incoming",
         "key",
-        "outgoing",
         "relid",
         "signals",
         "sub_channel_index",
@@ -49,8 +51,7 @@ class HostChannel:
         relid: int,
         sub_channel_index: int,
         userdata: bytes,
-        incoming: RingConsumer,
-        outgoing: RingProducer,
+        rings: tuple[RingConsumer, RingProducer] | UnmappedRings,
         signal: Callable[[], object],
         violation: Callable[[ProtocolViolation], None],
         closed: Callable[[], None],
@@ -59,18 +60,49 @@ class HostChannel:
         self.relid = relid
         self.sub_channel_index = sub_channel_index
         self.userdata = userdata
-        self.incoming = incoming
-        self.outgoing = outgoing
+        self._unmapped: UnmappedRings | None = None
+        if isinstance(rings, UnmappedRings):
+            self._unmapped = rings
+        else:
+            self._incoming, self._outgoing = rings
         self.violation = violation
         self.closed = closed  # for a back end whose `close` said that it needs longer
         self.signals = 0  # to the guest
         self._signal = signal
         self._fault: ProtocolViolation | None = None
 
+    @property
+    def incoming(self) -> RingConsumer:
+        """The guest's ring; mapped at the first use. Raises the ProtocolViolation of an index that cannot be."""
+        if self._unmapped is not None:
+            self._map(self._unmapped)
+        return self._incoming
+
+    @property
+    def outgoing(self) -> RingProducer:
+        """The host's ring; mapped at the first use, as `incoming`."""
+        if self._unmapped is not None:
+            self._map(self._unmapped)
+        return self._outgoing
+
+    @property
+    def may_not_fit(self) -> bool:
+        """Whether the ring back is smaller than the one that packets come through."""
+        if self._unmapped is not None:
+            return self._unmapped.outgoing_bytes < self._unmapped.incoming_bytes
+        return self._outgoing.memory.data_size < self._incoming.memory.data_size
+
+    def _map(self, unmapped: UnmappedRings) -> None:
+        self._incoming, self._outgoing = unmapped.map()
+        self._unmapped = None
+
     def attach(self) -> None:
         """Take both rings into use: mask the guest's, promise to honour pending_send_sz in ours."""
-        self.incoming.begin_read()
-        self.outgoing.announce()
+        if self._unmapped is not None:
+            self._unmapped.attach()
+            return
+        self._incoming.begin_read()
+        self._outgoing.announce()
 
     def signal(self) -> None:
         """Interrupt the guest."""
@@ -85,6 +117,8 @@ class HostChannel:
         """
         if self._fault is not None:
             raise self._fault
+        if self._unmapped is not None and self._unmapped.empty():
+            return []
         packets: list[Packet] = []
         left = most_bytes
         drain = self.incoming.drain(limit)
@@ -106,9 +140,14 @@ class HostChannel:
 
     def wait_for_packets(self) -> TaskBody:
         """Sleep until the guest has written something."""
-        while not self.incoming.end_read():
+        while self._unmapped is not None:
+            if self._unmapped.unmask():
+                self._unmapped.mask()
+                return
             yield WAIT
-        self.incoming.begin_read()
+        while not self._incoming.end_read():
+            yield WAIT
+        self._incoming.begin_read()
 
     def wait_for_room(self, size: int) -> TaskBody:
         """Sleep until `size` bytes are free in our ring. PacketTooLong if they never are."""
@@ -143,5 +182,6 @@ class HostChannel:
 
     def close(self) -> None:
         """Give both rings' memory back."""
-        self.incoming.memory.close()
-        self.outgoing.memory.close()
+        if self._unmapped is None:
+            self._incoming.memory.close()
+            self._outgoing.memory.close()

@@ -29,7 +29,7 @@ class Echo(Backend):
 
     def _serve(self, channel: HostChannel) -> TaskBody:
         # A packet that came through a ring no larger than the one back fits that, too.
-        may_not_fit = channel.outgoing.capacity < channel.incoming.memory.data_size - 8
+        may_not_fit = channel.may_not_fit
         while True:
             packets = channel.take()
             if not packets:

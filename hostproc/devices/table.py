@@ -16,9 +16,7 @@ from hostproc.devices.backend import Backend
 from hostproc.devices.echo import Echo
 from hostproc.protocol.offers import OfferParameters
 
-BACKENDS: Final[Mapping[str, type[Backend]]] = MappingProxyType(
-    {backend.name: backend for backend in (Echo,)}
-)
+BACKENDS: Final[Mapping[str, type[Backend]]] = MappingProxyType({backend.name: backend for backend in (Echo,)})
 """Back ends, by the name that a scenario gives them."""
 
 DEVICES: Final[Mapping[str, DeviceClass]] = MappingProxyType({kind.name: kind for kind in CLASSES})

@@ -118,9 +118,7 @@ class Gpadls:
                 self._session.emit(UnmapGpadl(channel.key, gpadl.handle))
             elif channel.state in (ChannelState.OPENING, ChannelState.OPEN):
                 # The device is using the ring: TORNDOWN must wait until it is closed, whenever that will be.
-                text = (
-                    f"GPADL_TEARDOWN of {gpadl.handle:#x}, the ring of a channel that is {channel.state.name}"
-                )
+                text = f"GPADL_TEARDOWN of {gpadl.handle:#x}, the ring of a channel that is {channel.state.name}"
                 self._session.refuse("gpadl-teardown-of-open-ring", text, "gpadl", gpadl.handle)
 
     # -- from the device --------------------------------------------------------------------------

@@ -41,9 +41,7 @@ class Opening:
     userdata: bytes
 
 
-def judge_opening(
-    channel: Channel, request: OpenChannel, session: Session, doorbells: Container[int]
-) -> Opening:
+def judge_opening(channel: Channel, request: OpenChannel, session: Session, doorbells: Container[int]) -> Opening:
     """Read a request; `doorbells` are the connection ids that other channels use.
 
     ProtocolViolation: `open-unknown-gpadl`, `open-ring-shape`, `open-ring-offset`, `open-target-vp`,
@@ -103,6 +101,4 @@ def _signals(channel: Channel, request: OpenChannel, session: Session) -> tuple[
 
 
 def _fault(channel: Channel, rule: str, field: str, value: int) -> ProtocolViolation:
-    return ProtocolViolation(
-        f"OPENCHANNEL of {channel.relid}: {field} {value:#x}", rule=rule, field=field, value=value
-    )
+    return ProtocolViolation(f"OPENCHANNEL of {channel.relid}: {field} {value:#x}", rule=rule, field=field, value=value)

@@ -265,9 +265,7 @@ class Server:
                 text = f"{name} for {message.child_relid} while nobody is connected"
                 session.ignore("released-while-disconnected", text, "child_relid", message.child_relid)
             else:
-                session.refuse(
-                    "not-connected", f"{name} while nobody is connected", "msgtype", int(message.TYPE)
-                )
+                session.refuse("not-connected", f"{name} while nobody is connected", "msgtype", int(message.TYPE))
         elif session.version.number < spec.least_version:
             text = f"{name} in version {session.version.text}"
             session.refuse("message-before-its-version", text, "msgtype", int(message.TYPE))
@@ -275,9 +273,7 @@ class Server:
             text = f"{name} without feature {spec.feature.name}"
             session.refuse("message-without-its-feature", text, "msgtype", int(message.TYPE))
         elif session.paused and not isinstance(message, _WHILE_PAUSED):
-            session.refuse(
-                "message-while-paused", f"{name} between PAUSE and RESUME", "msgtype", int(message.TYPE)
-            )
+            session.refuse("message-while-paused", f"{name} between PAUSE and RESUME", "msgtype", int(message.TYPE))
         else:
             return True
         return False
@@ -324,9 +320,7 @@ class Server:
     def _request_offers(self) -> None:
         session = self._session
         if session.offers_requested:
-            session.refuse(
-                "offers-requested-twice", "a second REQUESTOFFERS on this connection", "msgtype", 3
-            )
+            session.refuse("offers-requested-twice", "a second REQUESTOFFERS on this connection", "msgtype", 3)
             return
         session.offers_requested = True
         self._channels.request_offers()

@@ -157,11 +157,7 @@ class Verdict:
 def elsewhere(contact: InitiateContact, connection_id: int, limits: Limits) -> Verdict | None:
     """Judge who a contact is meant for; None: this server. Otherwise a connection is left alone."""
     version = contact.vmbus_version_requested
-    if (
-        connection_id == MULTICLIENT_CONNECTION_ID
-        and version >= VERSION_WIN10_V5
-        and contact.msg_sint != VMBUS_SINT
-    ):
+    if connection_id == MULTICLIENT_CONNECTION_ID and version >= VERSION_WIN10_V5 and contact.msg_sint != VMBUS_SINT:
         sint = contact.msg_sint if contact.msg_sint < 16 else VMBUS_SINT
         return _decline(contact, limits, "contact-msg-sint", "msg_sint", contact.msg_sint, sint=sint)
     if version >= VERSION_WIN10_V5_1 and contact.msg_vtl != 0:

@@ -118,9 +118,7 @@ class World:
     `quick`: devices answer at once. Otherwise `waiting` holds the effects that they have not answered.
     """
 
-    def __init__(
-        self, *, limits: Limits | None = None, policy: Policy = DEFAULT_POLICY, quick: bool = True
-    ) -> None:
+    def __init__(self, *, limits: Limits | None = None, policy: Policy = DEFAULT_POLICY, quick: bool = True) -> None:
         self.server = Server(limits or Limits(vp_count=4, ram_bytes=RAM_BYTES), policy)
         self.ledger = Ledger()
         self.quick = quick

@@ -266,9 +266,7 @@ def test_all_gpadls_are_limited() -> None:
     """The host remembers a bounded number of them."""
     world = booted(gpadls=3)
 
-    assert refusals(world, [m for h in range(4) for m in gpadl_messages(1, h, range(1))]) == [
-        "gpadl-too-many"
-    ]
+    assert refusals(world, [m for h in range(4) for m in gpadl_messages(1, h, range(1))]) == ["gpadl-too-many"]
 
 
 def test_gpadls_in_progress_are_limited() -> None:

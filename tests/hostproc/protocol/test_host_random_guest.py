@@ -64,9 +64,7 @@ class RandomGuest(RuleBasedStateMachine):
 
     # -- the guest ------------------------------------------------------------------------------------
 
-    @rule(
-        version=st.sampled_from([*KNOWN_VERSIONS, 7]), pages=st.sampled_from([(0, 0), (4096, 8192), (0, 1)])
-    )
+    @rule(version=st.sampled_from([*KNOWN_VERSIONS, 7]), pages=st.sampled_from([(0, 0), (4096, 8192), (0, 1)]))
     def contact(self, version: int, pages: tuple[int, int]) -> None:
         message = InitiateContact(
             vmbus_version_requested=version, msg_sint=2, monitor_page1=pages[0], monitor_page2=pages[1]

@@ -161,9 +161,7 @@ def test_every_state_is_reached(state: ChannelState) -> None:
     assert state_of(world) == state.name
 
 
-@pytest.mark.parametrize(
-    ("state", "event"), list(product(ChannelState, ChannelEvent)), ids=lambda value: value.name
-)
+@pytest.mark.parametrize(("state", "event"), list(product(ChannelState, ChannelEvent)), ids=lambda value: value.name)
 def test_server_follows_the_table(state: ChannelState, event: ChannelEvent) -> None:
     """Whatever happens in whatever state, the server goes where the table says, or stays."""
     world, key = bring_to(state)

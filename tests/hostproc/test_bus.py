@@ -1,0 +1,561 @@
+"""The bus with a fake partition and loop: effects carried out, devices run, room waited for."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from uuid import UUID
+
+import pytest
+
+from emu.errors import OutOfMemory, ProtocolViolation
+from emu.gpadl import MapBudget
+from emu.memory import PAGE_SIZE, GuestMemory
+from emu.ring import RingConsumer, RingMemory, RingProducer
+from emu.wire.messages import (
+    STATUS_UNSUCCESSFUL,
+    VP_INDEX_DISABLE_INTERRUPT,
+    CloseChannel,
+    GpadlCreated,
+    GpadlTeardown,
+    GpadlTorndown,
+    InitiateContact,
+    Message,
+    MessageType,
+    ModifyChannel,
+    ModifyChannelResponse,
+    OfferChannel,
+    OpenChannel,
+    OpenChannelResult,
+    RelidReleased,
+    RequestOffers,
+    RescindChannelOffer,
+    TlConnectRequest,
+    TlConnectResult,
+    Unload,
+    gpadl_messages,
+    parse,
+)
+from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, VERSION_WIN10_V5_3
+from hostproc.bus import CARRIED_VERSIONS, Bus
+from hostproc.devices.backend import Backend, DeviceRefused
+from hostproc.devices.channel import HostChannel
+from hostproc.devices.echo import Echo
+from hostproc.devices.table import offer_of
+from hostproc.loop import Task, TaskBody
+from hostproc.protocol.server import Server
+from hostproc.protocol.versions import Limits
+
+RING = 0xE1E10
+RAM_PAGES = 1024
+RING_PFN = 100
+HALF = 3
+"""Pages of each ring of a test channel."""
+
+
+class FakeEvent:
+    """An event port: how often it was signalled, for which VP, and whether it is still there."""
+
+    def __init__(self, vp_index: int, flag: int) -> None:
+        self.vp_index = vp_index
+        self.flag = flag
+        self.signals = 0
+        self.closed = False
+
+    def signal(self) -> None:
+        """Count."""
+        assert not self.closed
+        self.signals += 1
+
+    def retarget(self, vp_index: int) -> None:
+        """Move."""
+        self.vp_index = vp_index
+
+    def close(self) -> None:
+        """Go, once."""
+        assert not self.closed
+        self.closed = True
+
+
+class FakePartition:
+    """Takes messages while it has buffers, rings doorbells, and runs the tasks that were woken."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.buffers = 1 << 30
+        self.events: list[FakeEvent] = []
+        self.doorbells: dict[int, Callable[[], None]] = {}
+        self.tasks: deque[Task] = deque()
+
+    def post_message(self, vp_index: int, sint: int, payload: bytes) -> bool:
+        """Take a message if there is a buffer."""
+        assert sint == 2 and vp_index in (0, 1)
+        if not self.buffers:
+            return False
+        self.buffers -= 1
+        self.messages.append(parse(payload))
+        return True
+
+    def bind_event(self, vp_index: int, sint: int, flag: int) -> FakeEvent:
+        """Make an event."""
+        assert sint == 2
+        self.events.append(FakeEvent(vp_index, flag))
+        return self.events[-1]
+
+    def open_doorbell(self, connection_id: int, wake: Callable[[], None]) -> None:
+        """Connect."""
+        assert connection_id not in self.doorbells
+        self.doorbells[connection_id] = wake
+
+    def close_doorbell(self, connection_id: int) -> None:
+        """Disconnect."""
+        del self.doorbells[connection_id]
+
+    def task(self, name: str, body: TaskBody) -> Task:
+        """Add a task, to be run."""
+        task = Task(name, body, self.tasks)
+        task.wake()
+        return task
+
+    def run(self) -> None:
+        """Run tasks until all of them wait."""
+        while self.tasks:
+            self.tasks.popleft().step()
+
+
+class Guest:
+    """A guest with RAM on a `bytearray`, a bus, and its own ends of channel 1's rings once it is open."""
+
+    def __init__(self, *backends: Backend, memory: GuestMemory | None = None, budget: MapBudget | None = None) -> None:
+        self.memory = memory or GuestMemory.on(bytearray(RAM_PAGES * PAGE_SIZE))
+        limits = Limits(vp_count=2, ram_bytes=RAM_PAGES * PAGE_SIZE, spoken=CARRIED_VERSIONS)
+        self.partition = FakePartition()
+        self.bus = Bus(Server(limits), self.partition, self.partition, self.memory, budget=budget)
+        self.keys = [
+            self.bus.add(offer_of("echo", UUID(int=number)), backend)
+            for number, backend in enumerate(backends or (Echo(),), 1)
+        ]
+
+    def post(self, *messages: Message) -> list[Message]:
+        """Post messages; return what the host has sent since the last call."""
+        for message in messages:
+            self.bus.deliver(message.pack(), 4)
+        return self.sent()
+
+    def sent(self) -> list[Message]:
+        """Return what the host has sent since the last call."""
+        messages, self.partition.messages = self.partition.messages, []
+        return messages
+
+    def boot(self) -> list[Message]:
+        """Connect and ask for the offers."""
+        self.post(InitiateContact(vmbus_version_requested=VERSION_WIN10_V5_3, msg_sint=2))
+        return self.post(RequestOffers())
+
+    def ring(self, first_pfn: int) -> RingMemory:
+        """Look at a ring of HALF pages in RAM."""
+        gpas = [(first_pfn + page) * PAGE_SIZE for page in range(HALF)]
+        return RingMemory.of_pages(self.memory, gpas)
+
+    def open(self, relid: int = 1, target_vp: int = 0) -> list[Message]:
+        """Lend rings, initialise them, and post OPENCHANNEL."""
+        first = RING_PFN + 2 * HALF * (relid - 1)
+        self.post(*gpadl_messages(relid, RING + relid, range(first, first + 2 * HALF)))
+        for pfn in (first, first + HALF):
+            self.ring(pfn).init()
+        self.out = RingProducer(self.ring(first))
+        self.inbound = RingConsumer(self.ring(first + HALF))
+        return self.post(OpenChannel(relid, relid, RING + relid, target_vp, HALF))
+
+    def doorbell(self, relid: int = 1) -> None:
+        """Signal the host, as the guest does."""
+        self.partition.doorbells[relid | 0x2000]()
+
+    def echo(self, *payloads: bytes) -> list[bytes]:
+        """Send through channel 1 and take back what came."""
+        for payload in payloads:
+            if self.out.write(payload):
+                self.doorbell()
+        self.partition.run()
+        return [packet[3] for packet in self.inbound.drain()]
+
+
+def test_packets_come_back_through_a_whole_bus() -> None:
+    """Contact, offer, GPADL, open, a packet there and back, an interrupt."""
+    guest = Guest()
+
+    offer, _delivered = guest.boot()
+    result = guest.open()
+    assert isinstance(offer, OfferChannel) and offer.connection_id == 0x2001
+    assert result == [OpenChannelResult(1, 1, 0)]
+    assert guest.echo(b"12345678", b"abcdefgh") == [b"12345678", b"abcdefgh"]
+
+    assert guest.partition.events[0].signals == 1
+    assert guest.partition.events[0].flag == 1
+    assert not guest.bus.refusals.refused
+
+
+def test_what_was_written_before_the_open_is_found() -> None:
+    """The device looks once without being rung for."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+    guest.out.write(b"early bird")
+
+    guest.partition.run()
+
+    assert guest.echo() == [b"early bird".ljust(16, b"\0")]
+
+
+def test_close_gives_everything_back() -> None:
+    """Event, doorbell and task are gone, TORNDOWN comes, and the channel opens again."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+    guest.partition.run()
+
+    assert guest.post(CloseChannel(1), GpadlTeardown(1, RING + 1)) == [GpadlTorndown(RING + 1)]
+    assert guest.partition.doorbells == {} and guest.partition.events[0].closed
+    assert guest.bus.channel(guest.keys[0]) is None
+    assert guest.open() == [OpenChannelResult(1, 1, 0)]
+
+    assert guest.echo(b"again...") == [b"again..."]
+
+
+def test_the_guest_may_poll() -> None:
+    """Without interrupts the device works all the same, and signals nobody."""
+    guest = Guest()
+    guest.boot()
+
+    guest.open(target_vp=VP_INDEX_DISABLE_INTERRUPT)
+
+    assert guest.echo(b"12345678") == [b"12345678"]
+    assert guest.partition.events == []
+
+
+def test_retarget_moves_the_event() -> None:
+    """The port is at its new VP when the response is posted."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+
+    assert guest.post(ModifyChannel(1, 1)) == [ModifyChannelResponse(1, 0)]
+
+    assert guest.partition.events[0].vp_index == 1
+
+
+def test_a_full_port_makes_the_bus_wait() -> None:
+    """No message is lost or overtaken; meanwhile the guest's next one is not to be delivered."""
+    guest = Guest(*[Echo() for _ in range(5)])
+    guest.partition.buffers = 3
+
+    guest.boot()
+    assert not guest.bus.ready and guest.bus.outgoing == 4
+    guest.partition.buffers = 2
+    guest.bus.flush()
+    assert not guest.bus.ready and guest.bus.outgoing == 2
+    guest.partition.buffers = 9
+    guest.bus.flush()
+
+    assert guest.bus.ready
+    sent = guest.sent()
+    assert [m.child_relid for m in sent if isinstance(m, OfferChannel)] == [3, 4, 5]
+    assert sent[-1].TYPE is MessageType.ALLOFFERS_DELIVERED
+
+
+def test_hot_remove_stops_the_device_before_rescind() -> None:
+    """Nothing touches the ring after the guest could know; the key is dead, the device may come back."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+    guest.partition.run()
+
+    guest.bus.remove(guest.keys[0])
+    assert guest.sent() == [RescindChannelOffer(1)]
+    assert guest.partition.doorbells == {} and guest.bus.backends() == {}
+    guest.bus.add(offer_of("echo", UUID(int=1)), Echo())
+    (offer,) = guest.post(RelidReleased(1))
+
+    assert isinstance(offer, OfferChannel) and offer.child_relid == 1
+    assert guest.open() == [OpenChannelResult(1, 1, 0)]
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+def test_unload_closes_everything() -> None:
+    """Open channels are closed, then answered, and the next guest begins afresh."""
+    guest = Guest(Echo(), Echo())
+    guest.boot()
+    guest.open(2)
+    guest.open(1)
+    guest.echo(b"12345678")
+
+    (answer,) = guest.post(Unload())
+
+    assert answer.TYPE is MessageType.UNLOAD_RESPONSE
+    assert guest.partition.doorbells == {} and all(event.closed for event in guest.partition.events)
+    assert guest.bus.server.summary().gpadls == 0 and guest.bus.disconnects == 1
+    guest.partition.run()
+    assert len(guest.boot()) == 3
+
+
+def test_a_guest_that_died_is_forgotten() -> None:
+    """What was to be sent to it is dropped, its channels are closed."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+    guest.partition.buffers = 0
+    guest.post(ModifyChannel(1, 1))
+    assert not guest.bus.ready
+
+    guest.bus.guest_gone()
+
+    assert guest.bus.ready and guest.partition.doorbells == {}
+    guest.partition.buffers = 100
+    assert len(guest.boot()) == 2
+
+
+def test_the_machine_stops_with_channels_open() -> None:
+    """Every task ends and every ring is closed."""
+    guest = Guest()
+    guest.boot()
+    guest.open()
+    guest.echo(b"12345678")
+    channel = guest.bus.channel(guest.keys[0])
+    assert channel is not None
+
+    guest.bus.close()
+
+    with pytest.raises(ValueError, match="closed"):
+        channel.incoming.read()
+
+
+def test_nobody_listens_for_sockets() -> None:
+    """A connect is refused at once."""
+    guest = Guest()
+    guest.boot()
+    ids = UUID(int=1), UUID(int=2)
+
+    (answer,) = guest.post(TlConnectRequest(*ids))
+
+    assert isinstance(answer, TlConnectResult) and answer.status == 0xC0000236
+
+
+# -- what guests and machines do wrong -------------------------------------------------------------------
+
+
+def test_refusals_are_counted_and_the_newest_kept() -> None:
+    """By rule; what was legal apart; the last few in full."""
+    guest = Guest()
+    guest.boot()
+
+    for _ in range(50):
+        guest.post(CloseChannel(77))
+    guest.post(Unload(), RelidReleased(1))
+
+    refusals = guest.bus.refusals
+    assert refusals.refused == {"close-unknown-relid": 50}
+    assert refusals.ignored == {"released-while-disconnected": 1}
+    records = refusals.records()
+    assert len(records) == 32
+    assert records[0]["rule"] == "close-unknown-relid" and records[0]["value"] == 77
+    assert records[-1] == {
+        "rule": "released-while-disconnected",
+        "field": "child_relid",
+        "value": 1,
+        "text": "RELID_RELEASED for 1 while nobody is connected",
+        "legal": True,
+    }
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("ring", [RING_PFN, RING_PFN + HALF])
+def test_a_ring_with_impossible_indices_does_not_open(offset: int, ring: int) -> None:
+    """What the guest left in a control page is looked at before the device is."""
+    guest = Guest()
+    guest.boot()
+    guest.memory.write(ring * PAGE_SIZE + offset, (0x7FFFFFFF).to_bytes(4, "little"))
+
+    first = RING_PFN
+    guest.post(*gpadl_messages(1, RING, range(first, first + 2 * HALF)))
+    (result,) = guest.post(OpenChannel(1, 1, RING, 0, HALF))
+
+    assert result == OpenChannelResult(1, 1, STATUS_UNSUCCESSFUL)
+    assert guest.bus.refusals.refused == {"ring-index": 1}
+    assert guest.partition.doorbells == {} and guest.partition.events[0].closed
+
+
+def test_a_guest_that_breaks_its_ring_stops_that_channel_only() -> None:
+    """Nonsense in a ring in use is counted; other channels go on, and this one can be opened again."""
+    guest = Guest(Echo(), Echo())
+    guest.boot()
+    guest.open(2)
+    guest.open(1)
+    guest.echo(b"12345678")
+
+    guest.memory.write(RING_PFN * PAGE_SIZE, (12345).to_bytes(4, "little"))
+    guest.doorbell()
+    guest.partition.run()
+    assert guest.bus.refusals.refused == {"ring-index": 1}
+    guest.doorbell(1)
+    guest.doorbell(2)
+    guest.partition.run()
+    guest.post(CloseChannel(1), GpadlTeardown(1, RING + 1))
+
+    assert guest.open() == [OpenChannelResult(1, 1, 0)]
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+class FullMemory(GuestMemory):
+    """RAM on a tmpfs that is full."""
+
+    def reserve(self, gpa: int, length: int) -> None:
+        """There is no page left."""
+        raise OutOfMemory(f"no pages behind {gpa:#x}")
+
+
+def test_a_full_tmpfs_is_a_status() -> None:
+    """Pages that cannot be had are refused before anything touches them."""
+    guest = Guest(memory=FullMemory(None, bytearray(RAM_PAGES * PAGE_SIZE)))
+    guest.boot()
+
+    assert guest.post(*gpadl_messages(1, RING, range(8))) == [GpadlCreated(1, RING, STATUS_UNSUCCESSFUL)]
+
+    assert guest.bus.refusals.refused == {"out-of-memory": 1}
+    assert guest.bus.server.summary().gpadls == 0
+
+
+def test_a_bus_carries_out_no_more_than_it_says() -> None:
+    """Versions without event flags, and 6.0, are not agreed to."""
+    guest = Guest()
+    assert {VERSION_WIN7, VERSION_COPPER}.isdisjoint(CARRIED_VERSIONS)
+
+    (answer,) = guest.post(InitiateContact(vmbus_version_requested=VERSION_WIN7))
+
+    assert answer.pack()[8:] == bytes(8)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("budget", [0, 100])
+def test_rings_in_shared_memory(scattered: bool, budget: int) -> None:
+    """RAM of a real machine, contiguous or scattered PFNs, mapped or (beyond the budget) page by page."""
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, RAM_PAGES * PAGE_SIZE)
+    memory = GuestMemory.map(fd, RAM_PAGES * PAGE_SIZE)
+    runs = MapBudget(budget)
+    guest = Guest(memory=memory, budget=runs)
+    guest.boot()
+    pfns = list(range(RING_PFN, RING_PFN + 2 * HALF))
+    if scattered:
+        pfns = [pfn * 3 for pfn in pfns]
+    rings = [[pfn * PAGE_SIZE for pfn in half] for half in (pfns[:HALF], pfns[HALF:])]
+    ends = [RingMemory.of_pages(memory, gpas) for gpas in rings]
+    for end in ends:
+        end.init()
+    guest.out, guest.inbound = RingProducer(ends[0]), RingConsumer(ends[1])
+    guest.post(*gpadl_messages(1, RING, pfns), OpenChannel(1, 1, RING, 0, HALF))
+
+    payloads = [bytes([number]) * 2000 for number in range(12)]
+    got = [packet for payload in payloads for packet in guest.echo(payload)]
+    guest.post(CloseChannel(1))
+
+    assert got == payloads
+    assert runs.left == budget
+    for end in ends:
+        end.close()
+    memory.close()
+    os.close(fd)
+
+
+# -- back ends -----------------------------------------------------------------------------------------
+
+
+class Fussy(Backend):
+    """A device that opens when it is told so, and closes when it likes."""
+
+    name = "fussy"
+
+    def __init__(self, *, opens: bool = True, closes: bool = True) -> None:
+        self.opens = opens
+        self.closes = closes
+        self.channels: list[HostChannel] = []
+        self.closed = 0
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """Open or refuse."""
+        if not self.opens:
+            raise DeviceRefused("not today", 0xC000_0022)
+        self.channels.append(channel)
+        return self._serve(channel)
+
+    def _serve(self, channel: HostChannel) -> TaskBody:
+        while True:
+            yield from channel.wait_for_packets()
+            channel.take()
+            raise ProtocolViolation("I do not like it", rule="fussy")
+
+    def close(self, channel: HostChannel) -> bool:
+        """Close at once or later."""
+        self.closed += 1
+        return self.closes
+
+
+def test_a_back_end_may_refuse_with_its_own_status() -> None:
+    """The guest is told, nothing is held, and it may ask again."""
+    backend = Fussy(opens=False)
+    guest = Guest(backend)
+    guest.boot()
+
+    assert guest.open() == [OpenChannelResult(1, 1, 0xC000_0022)]
+    assert guest.partition.doorbells == {} and not guest.partition.tasks
+    backend.opens = True
+
+    assert guest.post(OpenChannel(1, 1, RING + 1, 0, HALF)) == [OpenChannelResult(1, 1, 0)]
+
+
+def test_a_back_end_may_close_later() -> None:
+    """TORNDOWN, and a reopen that was asked for meanwhile, wait for it."""
+    backend = Fussy(closes=False)
+    guest = Guest(backend)
+    guest.boot()
+    guest.open()
+    (channel,) = backend.channels
+
+    assert guest.post(CloseChannel(1), GpadlTeardown(1, RING + 1)) == []
+    channel.closed()
+
+    assert guest.sent() == [GpadlTorndown(RING + 1)]
+    channel.closed()
+    assert guest.open() == [OpenChannelResult(1, 1, 0)]
+    channel.closed()
+    assert guest.bus.channel(guest.keys[0]) is backend.channels[1]
+
+
+def test_a_device_removed_while_it_closes_ends_at_once() -> None:
+    """Its late word comes to nothing."""
+    backend = Fussy(closes=False)
+    guest = Guest(backend)
+    guest.boot()
+    guest.open()
+    guest.post(CloseChannel(1))
+
+    guest.bus.remove(guest.keys[0])
+    backend.channels[0].closed()
+
+    assert guest.sent() == [RescindChannelOffer(1)]
+    assert backend.closed == 1
+    assert not guest.bus.refusals.refused
+
+
+def test_a_violation_that_a_device_finds_is_counted() -> None:
+    """The device's own rules are the guest's to keep."""
+    guest = Guest(Fussy())
+    guest.boot()
+    guest.open()
+    guest.partition.run()
+
+    if guest.out.write(b"something"):
+        guest.doorbell()
+    guest.partition.run()
+
+    assert guest.bus.refusals.refused == {"fussy": 1}
