@@ -37,6 +37,10 @@ class Gpadl:
         """The described bytes as (gpa, length), in order; pieces that follow each other in memory are one."""
         runs: list[tuple[int, int]] = []
         for one in self.ranges:
+            first = one.pfns[0]
+            if not runs and one.pfns == tuple(range(first, first + len(one.pfns))):
+                runs.append(((first << PAGE_SHIFT) + one.byte_offset, one.byte_count))
+                continue
             begin, left = one.byte_offset, one.byte_count
             for pfn in one.pfns:
                 gpa, length = (pfn << PAGE_SHIFT) + begin, min(left, PAGE_SIZE - begin)

@@ -147,9 +147,7 @@ class GuestMemory:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise
-            raise OutOfMemory(
-                f"no pages behind {length} bytes of RAM at GPA {gpa:#x}: {error.strerror}"
-            ) from error
+            raise OutOfMemory(f"no pages behind {length} bytes of RAM at GPA {gpa:#x}: {error.strerror}") from error
 
     def close(self) -> None:
         """End `atomics`, and the mapping if `map` made it; rings mapped from the fd live on.

@@ -24,7 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import count, islice, repeat
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from emu.errors import ProtocolViolation, RingFull
 from emu.ring_memory import Payload, RingMemory, RingWords
@@ -36,6 +36,8 @@ __all__ = ["Packet", "PacketTooLong", "RingConsumer", "RingMemory", "RingProduce
 
 T = TypeVar("T")
 
+_LONGEST_RUN: Final = 64
+
 Packet = tuple[int, int, int, bytes]
 """Packet type, flags, trans_id, payload (whose padding the wire cannot tell from its bytes)."""
 
@@ -43,13 +45,14 @@ Packet = tuple[int, int, int, bytes]
 def _checked(index: int, data_size: int, field: str) -> int:
     """Return an index of the peer's if it can be one."""
     if index >= data_size or index % ALIGNMENT:
-        raise ProtocolViolation(
-            f"{field} {index:#x} in a ring of {data_size:#x} bytes",
-            rule="ring-index",
-            field=field,
-            value=index,
-        )
+        raise _impossible(index, data_size, field)
     return index
+
+
+def _impossible(index: int, data_size: int, field: str) -> ProtocolViolation:
+    return ProtocolViolation(
+        f"{field} {index:#x} in a ring of {data_size:#x} bytes", rule="ring-index", field=field, value=index
+    )
 
 
 class Write(Protocol):
@@ -74,7 +77,6 @@ class RingProducer:
 
     __slots__ = (
         "_base",
-        "_batched",
         "_buffer",
         "_data_size",
         "_full_at",
@@ -101,7 +103,6 @@ class RingProducer:
         self.out_full_total = 0  # writes that found no room
         self.out_full_first = 0  # of them, those right after a write that found some
         self._full_at = -1
-        self._batched = 0
         self.write, self._get, self._set = _writer(self, self.words)
         self._attach()
 
@@ -123,7 +124,7 @@ class RingProducer:
     @property
     def free_bytes(self) -> int:
         """Bytes free now, for packets with their trailers; ProtocolViolation when read_index cannot be."""
-        write = self._get()[0] if self._sole else self.words.load_write()
+        write = self._get() if self._sole else self.words.load_write()
         return self._room(_checked(write, self._data_size, "write_index"))
 
     @property
@@ -132,19 +133,9 @@ class RingProducer:
         return self.capacity - self.free_bytes
 
     @property
-    def packets(self) -> int:
-        """Packets written and published here."""
-        return self._get()[1]
-
-    @property
     def bytes(self) -> int:
-        """Bytes of ring that the packets took, with descriptors and trailers."""
-        return self._base + self._get()[0]
-
-    @property
-    def publishes(self) -> int:
-        """How often write_index was stored."""
-        return self.packets - self._batched
+        """Bytes of ring that the packets written here took, with descriptors and trailers."""
+        return self._base + self._get()
 
     def write_many(
         self,
@@ -202,7 +193,7 @@ class RingProducer:
         write = _checked(self.words.load_write(), self._data_size, "write_index")
         self._room(write)
         self._base = -write
-        self._set(write, 0, 0)
+        self._set(write)
 
     def _room(self, write: int) -> int:
         """The free bytes. Acquire: the reader's copies are done before its bytes are overwritten."""
@@ -220,13 +211,14 @@ class RingProducer:
             # What other producers wrote does not count as ours.
             self._base += write - _checked(own, self._data_size, "write_index")
             write = own
+            self._set(write)
         room = self._room(write)
         if size > room:
             if size > self.capacity:
                 raise PacketTooLong(size, self.capacity)
             self.out_full_total += 1
-            if self.packets != self._full_at:
-                self._full_at = self.packets
+            if self.bytes != self._full_at:
+                self._full_at = self.bytes
                 self.out_full_first += 1
             raise RingFull(size, room)
         end = write + size
@@ -242,12 +234,10 @@ class RingProducer:
             shapes = self._kinds[key] = Shapes(self.memory, *key)
         return shapes
 
-    def _write_all(
-        self, shapes: Shapes, payloads: Sequence[Payload], trans_ids: Iterable[int]
-    ) -> tuple[int, bool]:
+    def _write_all(self, shapes: Shapes, payloads: Sequence[Payload], trans_ids: Iterable[int]) -> tuple[int, bool]:
         """The body of all batches; at `stop` something is due: to publish, to look for room, or to wrap."""
         buffer, table, chunk = self._buffer, shapes.table, self._data_size >> 3
-        write, _ = self._get()
+        write = self._get()
         stop = written = published = 0
         signal = False
         try:
@@ -259,7 +249,7 @@ class RingProducer:
                 end = write + size
                 if end >= stop:
                     if written != published:
-                        signal |= self._publish(write, written - published)
+                        signal |= self._publish(write)
                         published = written
                     write, end, stop = self._make_room(write, size)
                     stop = min(stop, end + chunk)
@@ -275,24 +265,21 @@ class RingProducer:
             if not written:
                 raise
         if written != published:
-            signal |= self._publish(write, written - published)
+            signal |= self._publish(write)
         return written, signal
 
-    def _publish(self, end: int, packets: int) -> bool:
+    def _publish(self, end: int) -> bool:
         """Make the packets up to `end` the reader's; return whether it must be signalled, as in `write`."""
-        write, _ = self._get()
-        self._set(end, 0, packets)
-        self._batched += packets - 1
+        write = self._get()
+        self._set(end)
         self.words.store_write(end)
         if self.words.load_mask():
             return False
         return self.words.load_read() == write
 
 
-def _writer(
-    ring: RingProducer, words: RingWords
-) -> tuple[Write, Callable[[], tuple[int, int]], Callable[[int, int, int], None]]:
-    """Make `write`, and what gets (write_index, packets) and sets (write_index, barrier, more packets).
+def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, Callable[[], int], Callable[[int], None]]:
+    """Make `write`, and what gets and sets its write_index (setting forgets what room was known of).
 
     `write` is a function over variables of its own because that is a fifth quicker than a method over
     attributes, and one call a packet is all the time there is. Everything rare it leaves to the producer.
@@ -302,12 +289,10 @@ def _writer(
     kind_type, kind_flags = VM_PKT_DATA_INBAND, 0
     shapes = ring._shapes(kind_type, kind_flags)
     table = shapes.table
-    write_index = barrier = packets = 0
+    write_index = barrier = 0
 
-    def write(
-        payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND
-    ) -> bool:
-        nonlocal barrier, kind_flags, kind_type, packets, shapes, table, write_index
+    def write(payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
+        nonlocal barrier, kind_flags, kind_type, shapes, table, write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
             table, kind_type, kind_flags = shapes.table, packet_type, flags
@@ -326,7 +311,6 @@ def _writer(
         except struct.error:  # `struct` packs bytes and bytearrays only; anything wrong fails again
             pack(buffer, begin, word, trans_id, bytes(payload), begin)
         write_index = end
-        packets += 1
         # Release for the packet's bytes, full barrier for the two loads below. The mask is loaded first: the
         # reader unmasks and then looks again, so that one of the two always sees the other.
         store_write(end)
@@ -334,12 +318,12 @@ def _writer(
             return False
         return load_read() == begin
 
-    def get() -> tuple[int, int]:
-        return write_index, packets
+    def get() -> int:
+        return write_index
 
-    def set_(index: int, beyond: int, more: int) -> None:
-        nonlocal barrier, packets, write_index
-        write_index, barrier, packets = index, beyond, packets + more
+    def set_(index: int) -> None:
+        nonlocal barrier, write_index
+        write_index, barrier = index, 0
 
     return write, get, set_
 
@@ -450,6 +434,7 @@ class RingConsumer:
         buffer, headers, table = memory.buffer, memory.headers, plans.table
         data_size, chunk = memory.data_size, memory.data_size >> 3
         packets = 0
+        last_plan = None
         try:
             if not self._sole:
                 self._load_own()
@@ -463,14 +448,28 @@ class RingConsumer:
                 write = _checked(load_write(), data_size, "write_index")
                 last = start + (write - self._read) % data_size
                 if last <= at:
+                    if last < at:
+                        raise _impossible(write, data_size, "write_index")  # what was handed out is published
                     break
                 stop = min(last, start + chunk)
                 while at < stop:
                     word = headers[at >> 3]
                     try:
-                        packet_type, flags, unpack, size = table[word]
+                        plan = table[word]
                     except KeyError:
-                        packet_type, flags, unpack, size = plans.add(word)
+                        plan = plans.add(word)
+                    if plan is not last_plan:
+                        last_plan = plan
+                        packet_type, flags, size, unpack, unpack_run = plan
+                    elif unpack_run is not None and stop - at >= 2 * size:
+                        # Two alike, and more to come: copy several at once, and go on while they are alike.
+                        for copied, trans_id, payload in unpack_run(buffer, at, min((stop - at) // size, _LONGEST_RUN)):
+                            if copied != word:
+                                break
+                            at += size
+                            packets += 1
+                            yield packet_type, flags, trans_id, payload
+                        continue
                     end = at + size
                     if end > last:
                         raise _beyond(size, last - at)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from emu.errors import ProtocolViolation
 from emu.ipc.atomics import AtomicView
 from emu.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory, stitch
-from emu.wire.packets import DESCRIPTOR_SIZE
+from emu.wire.packets import DESCRIPTOR_SIZE, TRAILER_SIZE
 from emu.wire.ring_layout import (
     FEAT_PENDING_SEND_SZ,
     FEATURE_BITS,
@@ -38,6 +38,7 @@ Load = Callable[[], int]
 Store = Callable[[int], None]
 Pack = Callable[..., None]
 Unpack = Callable[..., tuple[int, Any]]
+UnpackRun = Callable[..., Iterator[tuple[int, int, bytes]]]
 
 
 class Headers(Protocol):
@@ -98,7 +99,7 @@ class RingMemory(ABC):
     `data_size` is in bytes. `buffer` and `headers` are for use with the functions that `packer` and
     `unpacker` return; an index of the ring is an offset into them, and goes on past the end of the data by as
     much again, where the same bytes are seen a second time. After `close` whoever still uses the ring gets a
-    ValueError and touches nothing.
+    ValueError or TypeError, and touches nothing.
     """
 
     buffer: object
@@ -108,9 +109,7 @@ class RingMemory(ABC):
     closed: bool
 
     @staticmethod
-    def map(
-        fd: int, runs: Sequence[tuple[int, int]], on_close: Callable[[], None] | None = None
-    ) -> RingMemory:
+    def map(fd: int, runs: Sequence[tuple[int, int]], on_close: Callable[[], None] | None = None) -> RingMemory:
         """Map a ring whose pages, control page first, are these (offset, length) runs of `fd`.
 
         Raises ProtocolViolation (`ring-size`), OSError (ENOMEM: the process has no mappings left).
@@ -148,6 +147,13 @@ class RingMemory(ABC):
         """
 
     @abstractmethod
+    def run_unpacker(self, start: int, length: int) -> UnpackRun:
+        """Return what copies packets of one size out: `(buffer, offset, count) -> (word, trans_id, payload) ...`.
+
+        The descriptor words come from the same copy as the rest; the caller compares them with what it checked.
+        """
+
+    @abstractmethod
     def clear_control_page(self) -> None:
         """Fill it with zeros; only for a ring that nobody uses yet."""
 
@@ -180,9 +186,7 @@ class _MirroredRing(RingMemory):
         pack_descriptor = Struct("<QQ").pack_into
         pack_end = Struct(f"<{padding + 4}xI").pack_into
 
-        def pack(
-            buffer: mmap.mmap, offset: int, word: int, trans_id: int, payload: Payload, write_index: int
-        ) -> None:
+        def pack(buffer: mmap.mmap, offset: int, word: int, trans_id: int, payload: Payload, write_index: int) -> None:
             pack_descriptor(buffer, offset, word, trans_id)
             begin = offset + DESCRIPTOR_SIZE
             end = begin + length
@@ -193,6 +197,15 @@ class _MirroredRing(RingMemory):
 
     def unpacker(self, start: int, length: int) -> Unpack:
         return Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack_from
+
+    def run_unpacker(self, start: int, length: int) -> UnpackRun:
+        packet = Struct(f"<QQ{start - DESCRIPTOR_SIZE}x{length}s{TRAILER_SIZE}x")
+        unpack_all, size = packet.iter_unpack, packet.size
+
+        def unpack_run(buffer: mmap.mmap, offset: int, count: int) -> Iterator[tuple[Any, ...]]:
+            return unpack_all(buffer[offset : offset + count * size])
+
+        return unpack_run
 
     def clear_control_page(self) -> None:
         self._mapping[2 * self.data_size :] = bytes(PAGE_SIZE)
@@ -228,9 +241,7 @@ class _SplitRing(RingMemory):
     def packer(self, length: int, padding: int) -> Pack:
         pack_whole = Struct(f"<QQ{length + padding}s4xI").pack
 
-        def pack(
-            _buffer: None, offset: int, word: int, trans_id: int, payload: Payload, write_index: int
-        ) -> None:
+        def pack(_buffer: None, offset: int, word: int, trans_id: int, payload: Payload, write_index: int) -> None:
             self._copy_in(offset, pack_whole(word, trans_id, payload, write_index))
 
         return pack
@@ -242,6 +253,14 @@ class _SplitRing(RingMemory):
             return unpack_whole(self._copy_out(offset, start + length))
 
         return unpack
+
+    def run_unpacker(self, start: int, length: int) -> UnpackRun:
+        packet = Struct(f"<QQ{start - DESCRIPTOR_SIZE}x{length}s{TRAILER_SIZE}x")
+
+        def unpack_run(_buffer: None, offset: int, count: int) -> Iterator[tuple[Any, ...]]:
+            return packet.iter_unpack(self._copy_out(offset, count * packet.size))
+
+        return unpack_run
 
     def clear_control_page(self) -> None:
         self._memory.write(self._gpas[0], bytes(PAGE_SIZE))

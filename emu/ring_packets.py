@@ -12,16 +12,17 @@ from __future__ import annotations
 from typing import Final
 
 from emu.errors import VmbusError
-from emu.ring_memory import Pack, RingMemory, Unpack
+from emu.ring_memory import Pack, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
 _MOST_ENTRIES: Final = 4096
+_LARGEST_IN_RUN: Final = 2048
 
 Shape = tuple[Pack, int, int]
 """What stores the packet, its descriptor word, the bytes it takes in the ring."""
 
-Plan = tuple[int, int, Unpack, int]
-"""Packet type, flags, what copies the packet out, the bytes it takes in the ring."""
+Plan = tuple[int, int, int, Unpack, UnpackRun | None]
+"""Packet type, flags, the bytes it takes in the ring, what copies one out, what copies a run of them out."""
 
 
 class PacketTooLong(VmbusError):
@@ -85,15 +86,18 @@ class Plans:
         packet = 8 * len8
         # Whether so much has been published is no matter of the word: the drain looks, each time.
         check_descriptor(packet_type, offset8, len8, flags, packet + TRAILER_SIZE)
-        start = 8 * offset8
+        start, size = 8 * offset8, packet + TRAILER_SIZE
+        unpack_run = None
         if self._with_header:
             whole = self._memory.unpacker(DESCRIPTOR_SIZE, packet - DESCRIPTOR_SIZE)
             unpack = _splitting(whole, start - DESCRIPTOR_SIZE)
         else:
             unpack = self._memory.unpacker(start, packet - start)
+            if size <= _LARGEST_IN_RUN:
+                unpack_run = self._memory.run_unpacker(start, packet - start)
         if len(self.table) >= _MOST_ENTRIES:
             self.table.clear()
-        plan = self.table[word] = packet_type, flags, unpack, packet + TRAILER_SIZE
+        plan = self.table[word] = packet_type, flags, size, unpack, unpack_run
         return plan
 
 

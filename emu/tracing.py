@@ -212,7 +212,7 @@ class Drain:
         """New records of one actor as raw bytes (a multiple of 64)."""
         head = self._heads[slot].load()
         first = self._taken[slot]
-        if head == first:
+        if head <= first:
             return b""
         if head - first > CAPACITY:
             self.dropped += head - CAPACITY - first

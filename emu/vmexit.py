@@ -40,6 +40,7 @@ SLEEPING: Final = int(ExitState.SLEEPING)
 DONE: Final = int(ExitState.DONE)
 
 POLL_NS: Final = 60_000
+KEEP_NS: Final = 20_000
 DEADLINE_NS: Final = 5_000_000_000
 _LOOK_AGAIN_NS: Final = 500_000_000
 """Longest single block for an answer: so soon is a machine that stops noticed, token or not."""
@@ -150,14 +151,17 @@ class ExitClient:
         """Poll for the answer, then sleep for it."""
         now = time.monotonic_ns
         started = now()
-        end = started + self._poll_ns
+        keep, end = started + KEEP_NS, started + self._poll_ns
         while True:
             for _ in range(20):
                 if load() == DONE:
                     return
-            if now() > end:
+            passed = now()
+            if passed > end:
                 break
-            os.sched_yield()
+            # A host that is awake answers within the time of one yield: the core is kept that long.
+            if passed > keep:
+                os.sched_yield()
         # A token is posted only to a slot that says SLEEPING: whoever leaves RUNG first decides.
         if cas(RUNG, SLEEPING) != RUNG:
             return

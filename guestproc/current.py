@@ -6,10 +6,14 @@ to the hypervisor, and this process's caches of rings. One object a thread; reco
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
+from zlib import crc32
 
+from emu.errors import ProtocolViolation
 from emu.memory import GuestMemory
+from emu.tracing import E_REFUSED
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.protocol.era import Era
@@ -54,6 +58,8 @@ class Current:
         self._report: Final = report
         self.connection: Final[Connection] = tables.connection
         self.bells: Final[dict[int, Callable[[], None]]] = {}
+        self.refused: Final[Counter[str]] = Counter()
+        """What this thread refused of the host's, by rule."""
         self.percpu: PerCpuContext | None = None
         """This processor's SynIC pages and tasklets, once they are up (a worker has none)."""
         self.tasklets: TaskletQueue | None = None
@@ -73,6 +79,20 @@ class Current:
     def log(self, text: str) -> None:
         """printk: a line for the launcher's log."""
         self._report("log", self.hooks.row.name, text)
+
+    def refuse(self, violation: ProtocolViolation, what: str = "") -> None:
+        """The host broke a rule: count it, record it, go on. `what` says whose bytes they were.
+
+        WARN_ONCE in spirit: the first of a rule is logged, then the tenth, the hundredth, …, since a host that
+        floods must not flood the log.
+        """
+        self.refused[violation.rule] += 1
+        count = self.refused[violation.rule]
+        value = violation.value if isinstance(violation.value, int) else 0
+        self.record(E_REFUSED, crc32(violation.rule.encode()), value)
+        if str(count).strip("0") == "1":
+            often = f" ({count} times)" if count > 1 else ""
+            self.log(f"{what}{': ' if what else ''}{violation} [{violation.rule}]{often}")
 
     def record(self, event: int, *arguments: Any) -> None:
         """Record an event when this machine records."""

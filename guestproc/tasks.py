@@ -1,23 +1,30 @@
 """The guest's user space: programs that the harness orders on a CPU, between whose lines interrupts come.
 
 ECHO_CHECK and STREAM have safe points: every call into the guest kernel is one. CRUNCH computes, and is
-interrupted by signal between two bytecodes. Each counts what it sent, got back, and found wrong.
+interrupted by signal between two bytecodes. Each counts what it sent, got back, and found wrong. A channel
+that is taken away ends a program early, which is nothing wrong; one where nothing moves any more is.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
-from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
-from guestproc.drivers.echo import INBOXES, Packet
-from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.vmbus.channel import vmbus_sendpackets, vmbus_wait_for_room
+from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, ring_bytes
+from guestproc.drivers.echo import INBOXES, being_removed, claim_channels, release_channel
+from guestproc.kernel.layout import Channel
+from guestproc.vcpu import raise_if_stopping
+from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpackets, vmbus_wait_for_room
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -26,135 +33,187 @@ if TYPE_CHECKING:
 BATCH: Final = 32
 STALL_NS: Final = 10_000_000_000
 """A program gives up when nothing moves for this long."""
+IDLE_NS: Final = 50_000_000
+COMPUTE_PACKETS: Final = 8
+
+
+class ChannelGone(Exception):
+    """The host, or an unload, takes the channel away."""
+
+
+class Stalled(Exception):
+    """Nothing moves, for `STALL_NS` or because the host broke the ring."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a program has to report."""
+
+    packets: int = 0
+    nbytes: int = 0
+    errors: int = 0
+    digest: bytes = b""
 
 
 class EchoSession:
-    """One channel as a program uses it: sends batches, takes what comes back, knows what is outstanding."""
+    """One claimed channel as a program uses it: sends batches, takes what comes back, waits for either."""
 
     def __init__(self, current: Current, vcpu: Vcpu, channel: Channel) -> None:
         self.current = current
         self.vcpu = vcpu
         self.channel = channel
-        self.inbox: deque[Packet] = INBOXES.setdefault(channel.handle, deque())
+        self.inbox: deque[Packet] = INBOXES[channel.handle]
         self.sent = 0
         self.received = 0
         self.nbytes = 0
+        self._moved_ns = vcpu.now()
+        self._wished = False
 
     def send(self, payloads: list[bytes], *, first_trans_id: int = 0, flags: int = 0) -> int:
-        """Send as many as fit; asks for room and waits when nothing does. How many were sent."""
+        """Send as many as fit; when nothing does, ask for room and wait a while. How many were sent."""
+        self.check()
         count = vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
-        if count < 0:
-            return count
         if count == 0 and payloads:
-            # descriptor, payload up to the next 8 bytes, trailer
-            needed = 16 + (len(payloads[0]) + 7 & ~7) + 8
-            if not vmbus_wait_for_room(self.current, self.channel, needed):
-                self.vcpu.idle(50_000_000)
+            count = -self._wait_for_room(ring_bytes(len(payloads[0])))
+        if count < 0:
+            raise ChannelGone if count == -errno.ENODEV else Stalled
+        if count:
+            self._moved_ns = self.vcpu.now()
+            if self._wished:
+                self._wished = False
+                vmbus_cancel_room(self.current, self.channel)
         self.sent += count
         self.nbytes += sum(map(len, payloads[:count]))
         return count
+
+    def _wait_for_room(self, size: int) -> int:
+        """Publish the wish, then halt; an errno when the channel or its ring is gone, else 0."""
+        room = vmbus_wait_for_room(self.current, self.channel, size)
+        if room < 0:
+            return -room
+        self._wished = room == 0
+        if room == 0 and not self.inbox:
+            self.vcpu.idle(IDLE_NS)
+        return 0
 
     def take(self) -> list[Packet]:
         """What has come back since the last time."""
         self.vcpu.safe_point()
         packets = [self.inbox.popleft() for _ in range(len(self.inbox))]
-        self.received += len(packets)
+        if packets:
+            self._moved_ns = self.vcpu.now()
+            self.received += len(packets)
         return packets
 
     def wait(self) -> None:
-        """Halt until something comes, interrupts included."""
+        """Halt until something comes, interrupts included; not for ever."""
         if not self.inbox:
-            self.vcpu.idle(50_000_000)
+            self.vcpu.idle(IDLE_NS)
+        self.check()
 
-    def close(self) -> None:
-        """Nobody waits on this channel here any more."""
-        INBOXES.pop(self.channel.handle, None)
-
-
-def channels_of(current: Current, cpu: int, relid: int = 0) -> list[Channel]:
-    """Open channels whose interrupts this CPU takes, or the one that `relid` names."""
-    return [
-        channel
-        for channel in current.tables.channels.live()
-        if channel.state.load() == ChannelState.OPENED_STATE
-        and channel.target_cpu.load() == cpu
-        and relid in (0, channel.relid)
-    ]
-
-
-class Stalled(Exception):
-    """Nothing came back for `STALL_NS`."""
-
-
-def _until(session: EchoSession, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
-    """Take packets until `done`, waiting in between; Stalled when nothing moves."""
-    last = session.vcpu.now()
-    while True:
-        for packet in session.take():
-            handle(packet)
-            last = session.vcpu.now()
-        if done():
-            return
-        if session.vcpu.now() - last > STALL_NS or session.vcpu.stopping():
+    def check(self) -> None:
+        """Go on only if there is any sense in it: MachineStopping, ChannelGone, Stalled."""
+        raise_if_stopping(self.vcpu)
+        if being_removed(self.current, self.channel):
+            raise ChannelGone
+        if self.vcpu.now() - self._moved_ns > STALL_NS:
             raise Stalled
-        session.wait()
+
+    def until(self, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
+        """Take packets until `done`, waiting in between."""
+        while True:
+            for packet in self.take():
+                handle(packet)
+            if done():
+                return
+            self.wait()
 
 
-def echo_check(current: Current, vcpu: Vcpu, row: TaskRow) -> tuple[int, int, int, bytes]:
-    """Send `wanted` random packets on each channel, half of them with a completion; each must come back."""
-    rng = random.Random(current.machine.config["seed"] * 1_000 + row.cpu)
-    packets = nbytes = errors = 0
-    for channel in channels_of(current, row.cpu, row.relid):
-        session = EchoSession(current, vcpu, channel)
-        expected: deque[tuple[int, bytes]] = deque()
-
-        def check(packet: Packet, expected: deque[tuple[int, bytes]] = expected) -> None:
-            nonlocal errors
-            packet_type, _flags, trans_id, payload = packet
-            wanted_id, wanted = expected.popleft()
-            completes = packet_type == VM_PKT_COMP
-            if completes != bool(wanted_id) or (completes and trans_id != wanted_id) or not payload.startswith(wanted):
-                errors += 1
-
-        try:
-            left = row.wanted
-            while left:
-                batch = [rng.randbytes(rng.choice((8, 64, 200, 1_500))) for _ in range(min(BATCH, left))]
-                first_id = row.wanted - left + 1 if rng.random() < 0.5 else 0
-                flags = COMPLETION_REQUESTED if first_id else 0
-                sent = max(0, session.send(batch, first_trans_id=first_id, flags=flags))
-                expected.extend((first_id + n if first_id else 0, one) for n, one in enumerate(batch[:sent]))
-                left -= sent
-                for packet in session.take():
-                    check(packet)
-            _until(session, lambda expected=expected: not expected, check)  # type: ignore[misc]
-        except Stalled:
-            errors += len(expected)
-        finally:
-            session.close()
-        packets += session.received
-        nbytes += session.nbytes
-    return packets, nbytes, errors, b""
-
-
-def crunch(current: Current, vcpu: Vcpu, row: TaskRow) -> tuple[int, int, int, bytes]:
-    """Send a burst on every channel, then compute while the answers interrupt by signal; check the result."""
-    sessions = [EchoSession(current, vcpu, channel) for channel in channels_of(current, row.cpu, row.relid)]
-    for session in sessions:
-        session.send([bytes([n]) * 64 for n in range(8)])
-    result: list[int] = []
-    vcpu.compute(lambda: result.append(_collatz(row.wanted)))
-    # Computed a second time without interruptions: an ISR must leave the task it interrupts alone.
-    errors = int(result != [_collatz(row.wanted)])
+@contextmanager
+def claimed(current: Current, vcpu: Vcpu, row: TaskRow, tally: Tally) -> Iterator[list[EchoSession]]:
+    """Sessions on the channels that a task is for; given back, and added up, on every way out."""
+    sessions = [EchoSession(current, vcpu, channel) for channel in claim_channels(current, row.cpu, row.relid)]
     try:
-        for session in sessions:
-            _until(session, lambda s=session: s.received >= s.sent, lambda packet: None)  # type: ignore[misc]
-    except Stalled:
-        errors += 1
+        yield sessions
     finally:
         for session in sessions:
-            session.close()
-    return sum(s.received for s in sessions), sum(s.nbytes for s in sessions), errors, b""
+            release_channel(current, session.channel)
+            tally.packets += session.received
+            tally.nbytes += session.nbytes
+
+
+# -- ECHO_CHECK -------------------------------------------------------------------------------------------
+
+
+def echo_check(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
+    """Send `wanted` random packets on each channel, half of them with a completion; each must come back."""
+    rng = random.Random(current.machine.config["seed"] * 1_000 + row.cpu)
+    tally = Tally()
+    with claimed(current, vcpu, row, tally) as sessions:
+        for session in sessions:
+            expected: deque[tuple[int, bytes]] = deque()
+            try:
+                tally.errors += _check_one(session, rng, row.wanted, expected)
+            except Stalled:
+                tally.errors += len(expected) or 1
+            except ChannelGone:
+                continue
+    return tally
+
+
+def _check_one(session: EchoSession, rng: random.Random, left: int, expected: deque[tuple[int, bytes]]) -> int:
+    """Exchange `left` packets; how many came back wrong. `expected` holds what is on its way."""
+    errors = 0
+
+    def check(packet: Packet) -> None:
+        nonlocal errors
+        packet_type, _flags, trans_id, payload = packet
+        if not expected:
+            errors += 1  # nobody asked for this one
+            return
+        wanted_id, wanted = expected.popleft()
+        completes = packet_type == VM_PKT_COMP
+        if completes != bool(wanted_id) or (completes and trans_id != wanted_id) or not payload.startswith(wanted):
+            errors += 1
+
+    next_id = 1
+    while left:
+        batch = [rng.randbytes(rng.choice((8, 64, 200, 1_500))) for _ in range(min(BATCH, left))]
+        first_id = next_id if rng.random() < 0.5 else 0
+        sent = session.send(batch, first_trans_id=first_id, flags=COMPLETION_REQUESTED if first_id else 0)
+        expected.extend((first_id + n if first_id else 0, one) for n, one in enumerate(batch[:sent]))
+        next_id += sent
+        left -= sent
+        for packet in session.take():
+            check(packet)
+    session.until(lambda: not expected, check)
+    return errors
+
+
+# -- CRUNCH -----------------------------------------------------------------------------------------------
+
+
+def crunch(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
+    """Send a burst on every channel, then compute while the answers interrupt by signal; check the result."""
+    tally = Tally()
+    with claimed(current, vcpu, row, tally) as sessions:
+        for session in sessions:
+            try:
+                session.send([bytes([n]) * 64 for n in range(COMPUTE_PACKETS)])
+            except (ChannelGone, Stalled):
+                continue
+        result: list[int] = []
+        vcpu.compute(lambda: result.append(_collatz(row.wanted)))
+        # Computed a second time without interruptions: an ISR must leave the task it interrupts alone.
+        tally.errors = int(result != [_collatz(row.wanted)])
+        for session in sessions:
+            try:
+                session.until(lambda s=session: s.received >= s.sent, lambda packet: None)  # type: ignore[misc]
+            except Stalled:
+                tally.errors += 1
+            except ChannelGone:
+                continue
+    return tally
 
 
 def _collatz(limit: int) -> int:
@@ -168,54 +227,68 @@ def _collatz(limit: int) -> int:
     return total
 
 
-def stream(current: Current, vcpu: Vcpu, row: TaskRow) -> tuple[int, int, int, bytes]:
+# -- STREAM -----------------------------------------------------------------------------------------------
+
+
+def stream(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """Send a file through one channel, take it back, hash what came; `errors` counts length mismatches."""
-    channel = next(iter(channels_of(current, row.cpu, row.relid)), None)
-    if channel is None:
-        return 0, 0, 1, b""
-    session = EchoSession(current, vcpu, channel)
-    ring_bytes = (channel.ring_send_pages - 1) * 4096
-    size = min(16_384, max(64, ring_bytes // 8 - 64 & ~7))
+    tally = Tally()
     digest = hashlib.sha256()
+    with claimed(current, vcpu, row, tally) as sessions:
+        try:
+            if not sessions:
+                raise ChannelGone
+            chunks = read_chunks(Path(row.path), _chunk_size(sessions[0].channel))
+            tally.errors += _stream_one(sessions[0], chunks, digest.update)
+        except (ChannelGone, Stalled, OSError):
+            tally.errors += 1
+    tally.digest = digest.digest()
+    return tally
+
+
+def _chunk_size(channel: Channel) -> int:
+    """Bytes a packet: eight of them and more fit into the ring."""
+    return min(16_384, max(64, (channel.ring_send_pages - 1) * 4096 // 8 - 64 & ~7))
+
+
+def read_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """A file in pieces; OSError as soon as it cannot be read."""
+    with path.open("rb") as source:
+        while chunk := source.read(size):
+            yield chunk
+
+
+def _stream_one(session: EchoSession, chunks: Iterator[bytes], update: Callable[[bytes], None]) -> int:
+    """Send all chunks, hand what comes back to `update`; how many came back with another length."""
     lengths: deque[int] = deque()
     errors = 0
 
     def handle(packet: Packet) -> None:
         nonlocal errors
+        if not lengths:
+            errors += 1  # nobody asked for this one
+            return
         length = lengths.popleft()
         payload = packet[3]
         if len(payload) < length:
             errors += 1
-        digest.update(payload[:length])
+        update(payload[:length])
 
-    try:
-        with Path(row.path).open("rb") as source:
-            chunks: list[bytes] = []
-            ended = False
-            while not ended or chunks:
-                while len(chunks) < BATCH and not ended:
-                    chunk = source.read(size)
-                    ended = not chunk
-                    if chunk:
-                        chunks.append(chunk)
-                sent = max(0, session.send(chunks)) if chunks else 0
-                lengths.extend(map(len, chunks[:sent]))
-                del chunks[:sent]
-                for packet in session.take():
-                    handle(packet)
-                if vcpu.stopping():
-                    raise Stalled
-        _until(session, lambda: not lengths, handle)
-    except Stalled:
-        errors += 1
-    except OSError:
-        errors += 1
-    finally:
-        session.close()
-    return session.received, session.nbytes, errors, digest.digest()
+    waiting: list[bytes] = []
+    while True:
+        waiting.extend(islice(chunks, BATCH - len(waiting)))
+        if not waiting:
+            break
+        sent = session.send(waiting)
+        lengths.extend(map(len, waiting[:sent]))
+        del waiting[:sent]
+        for packet in session.take():
+            handle(packet)
+    session.until(lambda: not lengths, handle)
+    return errors
 
 
-PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], tuple[int, int, int, bytes]]]] = {
+PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.ECHO_CHECK: echo_check,
     Program.CRUNCH: crunch,
     Program.STREAM: stream,
@@ -224,7 +297,9 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], tuple[int, int,
 
 def run_task(current: Current, vcpu: Vcpu, board: TaskBoard, row: TaskRow) -> None:
     """Run one ordered program to its end and report on the board."""
-    packets, nbytes, errors, digest = PROGRAMS[row.program](current, vcpu, row)
+    tally = PROGRAMS[row.program](current, vcpu, row)
     vcpu.counters.flush()
-    state = TaskState.FAILED if errors else TaskState.DONE
-    board.report(row, state, packets=packets, nbytes=nbytes, errors=errors, digest=digest)
+    state = TaskState.FAILED if tally.errors else TaskState.DONE
+    board.report(
+        row, state, packets=tally.packets, nbytes=tally.nbytes, errors=tally.errors, digest=tally.digest
+    )

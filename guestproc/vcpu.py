@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from emu.control import ActorKind
 from emu.errors import MachineStopping
@@ -27,7 +27,7 @@ from emu.interrupts import (
     Lapic,
     PollPolicy,
 )
-from emu.layout import VP_RUN_STATE, vp_page_offset
+from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT
 from emu.tracing import Context as TraceContext
@@ -36,6 +36,8 @@ from guestproc.kernel.actors import Context
 
 CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
+
+STOPPING: Final = int(MachineState.STOPPING)
 
 Report = Callable[..., None]
 
@@ -104,7 +106,7 @@ class Vcpu:
         self._hardirq = 0
         self._softirq = False
         self._computing = False
-        self._stopping = machine.vps.view.cell_u32(12).load
+        self._stopping = machine.control.state_word.load
         self._halt = Halt(
             vps,
             vp_page_offset(self.position) + VP_RUN_STATE,
@@ -131,8 +133,13 @@ class Vcpu:
 
     def take_interrupts(self) -> None:
         """Dispatch everything deliverable; returns with interrupts on (or as they were, inside an ISR)."""
-        while vector := self.lapic.take():
-            self._dispatch(vector)
+        try:
+            while vector := self.lapic.take():
+                self._dispatch(vector)
+        except MachineStopping:
+            raise  # every wait ends so, an exit in an ISR as well
+        except BaseException:
+            self._die_of_isr()
 
     def _dispatch(self, vector: int) -> None:
         """Run the handler of one vector; a vector without one is counted and ended."""
@@ -175,6 +182,10 @@ class Vcpu:
             before, trace.context = trace.context, TraceContext.TASKLET
         try:
             self.softirqs()
+        except MachineStopping:
+            raise
+        except BaseException:
+            self._die_of_isr()
         finally:
             self._softirq = False
             if trace:
@@ -189,23 +200,30 @@ class Vcpu:
         if not self._computing:
             return  # whoever runs now looks by itself
         self._computing = False
-        self._set_state(IN_ISR)
         self.counters.preemptions += 1
         try:
             while True:
+                self._set_state(IN_ISR)
                 self.take_interrupts()
                 if self.softirq_pending():
                     self.run_softirqs()
                 # Announce, then look: a requester that saw IN_ISR sent no signal.
                 self._computing = True
                 self._set_state(COMPUTING)
-                if not self.lapic.deliverable():
+                if not (self.lapic.deliverable() or self.softirq_pending()):
                     return
                 self._computing = False
+        except MachineStopping:
+            self._leave_computing()
         except BaseException:
             self._die_of_isr()
 
-    def _die_of_isr(self) -> None:
+    def _leave_computing(self) -> NoReturn:
+        """The machine stops while a task computes: the process ends here, as nothing may unwind into the task."""
+        self.counters.flush()
+        os._exit(0)
+
+    def _die_of_isr(self) -> NoReturn:
         """An exception out of an ISR ends the process; it never unwinds into the task it interrupted."""
         self._report("crashed", f"vcpu{self.cpu}", traceback.format_exc())
         self.counters.flush()
@@ -222,12 +240,15 @@ class Vcpu:
                 self.run_softirqs()
 
     def compute(self, task: Callable[[], None]) -> None:
-        """Run a pre-emptible piece of a task: interrupts come by signal while it computes."""
+        """Run a pre-emptible piece of a task: interrupts come by signal while it computes.
+
+        The task only computes: a call into the guest kernel would switch interrupts off under the handler.
+        """
         assert not (self._irqs_off or self._hardirq or self._softirq or self._computing)
         self._computing = True
         # Announce, then look: a request that came while we were AWAKE was not kicked.
         self._set_state(COMPUTING)
-        if self.lapic.deliverable():
+        if self.lapic.deliverable() or self.softirq_pending():
             self._on_kick(0, None)
         try:
             task()
@@ -238,11 +259,12 @@ class Vcpu:
 
     def idle(self, timeout_ns: int) -> None:
         """Halt until an interrupt, a tasklet, a token or the timeout; then take what came."""
+        assert not (self._irqs_off or self._hardirq or self._softirq), "a halt that no interrupt ends"
         self._halt.halt(timeout_ns)
         self.safe_point()
 
     def _look(self) -> bool:
-        return self.lapic.deliverable() or self.softirq_pending() or self._stopping() == 2
+        return self.lapic.deliverable() or self.softirq_pending() or self._stopping() == STOPPING
 
     # -- ActorHooks ---------------------------------------------------------------------------------
 
@@ -269,12 +291,13 @@ class Vcpu:
 
     def stopping(self) -> bool:
         """Whether the machine's state word says STOPPING."""
-        return self._stopping() == 2
+        return self._stopping() == STOPPING
 
     def irq_save(self) -> int:
         """Interrupts off; the former state."""
         if self._irqs_off:
             return 1
+        assert not self._computing, "a task that computes called the guest kernel"
         self._irqs_off = True
         if not self._hardirq:
             self._set_state(INTERRUPTS_OFF)

@@ -35,6 +35,7 @@ _U32_MASK: Final = 0xFFFFFFFF
 _TRIGGER_GROUP: Final = 8
 _LATENCY: Final = 576
 _PARAMETER: Final = 1088
+_GROUPS: Final = 4
 _GROUP_BITS: Final = 32
 
 
@@ -90,9 +91,7 @@ class GuestView:
 
     def devices(self) -> list[Device]:
         """Every device that has its channel, in no order. Between the ends of a removal it has none."""
-        return settled(
-            lambda: [device for device in self.tables.devices.live() if self.primary(device) is not None]
-        )
+        return settled(lambda: [device for device in self.tables.devices.live() if self.primary(device) is not None])
 
     def device(self, instance: bytes) -> Device | None:
         """The device of this instance GUID (wire form); only an unknown one costs a walk over all devices."""
@@ -118,7 +117,8 @@ class GuestView:
                 return []
             # The list is walked without its lock: a record that moved may lead elsewhere, even round.
             met = islice(self.tables.sc_list(primary), self.tables.channels.capacity)
-            return [primary, *(channel for channel in met if channel.primary_channel == primary.handle)]
+            ours = dict.fromkeys(channel for channel in met if channel.primary_channel == primary.handle)
+            return [primary, *ours]
 
         return settled(look)
 
@@ -128,9 +128,7 @@ class GuestView:
 
     def driver_name(self, number: int) -> str:
         """Name of the driver of that number in DRIVERS, empty when none of that number is registered."""
-        return settled(
-            lambda: next((name_of(driver) for driver in self.drivers() if driver.number == number), "")
-        )
+        return settled(lambda: next((name_of(driver) for driver in self.drivers() if driver.number == number), ""))
 
     def driver_of(self, device: Device) -> str:
         """Name of the driver that is bound to a device, empty while none is."""
@@ -144,16 +142,20 @@ class GuestView:
         return next((node for node in nodes if connection.numa_cpus[node] >> cpu & 1), 0)
 
     def ring(self, channel: Channel, side: int) -> RingFigures | None:
-        """The words of a channel's OUTBOUND or INBOUND ring; None while it has no rings."""
+        """The words of a channel's OUTBOUND or INBOUND ring; None while it has none that lies in RAM."""
         pages = (channel.ring_send_pages, channel.ring_recv_pages)[side]
         gpa, listing = channel.ring_gpa, channel.ring_pfns_gpa
         first = channel.ring_send_pages if side == INBOUND else 0
         if not gpa or not pages:
             return None
         if listing:
+            if not self._holds(listing + 8 * first, _U64.size):
+                return None
             gpa = self._word(_U64, listing + 8 * first) * CONTROL_PAGE_SIZE
         else:
             gpa += first * CONTROL_PAGE_SIZE
+        if not self._holds(gpa):
+            return None
         return RingFigures(
             self._word(_U32, gpa + INTERRUPT_MASK),
             self._word(_U32, gpa + READ_INDEX),
@@ -165,7 +167,7 @@ class GuestView:
         """What the SERVER or CLIENT monitor page says of a channel; None while there is no such page."""
         gpa = self.tables.connection.monitor_page_gpas[page]
         group, bit = channel.monitor_grp, channel.monitor_bit
-        if not gpa:
+        if not gpa or not self._holds(gpa) or group >= _GROUPS or bit >= _GROUP_BITS:
             return None
         place = group * _GROUP_BITS + bit
         return MonitorFigures(
@@ -174,9 +176,11 @@ class GuestView:
             self._word(_U32, gpa + _PARAMETER + 8 * place) & 0xFFFFFF,
         )
 
+    def _holds(self, gpa: int, nbytes: int = CONTROL_PAGE_SIZE) -> bool:
+        """Whether this is RAM; an address that was read while it changed may be none."""
+        return gpa + nbytes <= self.tables.ram.size
+
     def _word(self, layout: Struct, gpa: int) -> int:
-        """One word of RAM. An AssertionError beyond its end: then the address was read while it changed."""
-        assert gpa + layout.size <= self.tables.ram.size, f"GPA {gpa:#x} is no RAM"
         value: int = layout.unpack_from(self.tables.ram.octets, gpa)[0]
         return value
 

@@ -12,12 +12,12 @@ message and by what the host does of its own accord.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
-from emu.memory import GuestMemory
+from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
 from emu.ring_memory import RingWords
 from emu.tracing import (
     E_GPADL_ADD,
@@ -29,6 +29,7 @@ from emu.tracing import (
     E_UNMAP,
     Recorder,
 )
+from emu.wire.gpa_range import GpaRange
 from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
 from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN8, VERSION_WIN10_V5_3
 from hostproc.devices.backend import Backend, DeviceRefused
@@ -287,7 +288,7 @@ class Bus:
         """Make sure that the guest's pages can be touched, now and later."""
         gpadl = Gpadl(effect.ranges)
         try:
-            for gpa, length in gpadl.runs():
+            for gpa, length in _page_runs(effect.ranges):
                 self._memory.reserve(gpa, length)
         except (ProtocolViolation, OutOfMemory) as fault:
             self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
@@ -418,6 +419,16 @@ class Bus:
             self._record(E_OFFER, relid, generation, message.connection_id, message.sub_channel_index)
         elif isinstance(message, RescindChannelOffer):
             self._record(E_RESCIND, message.child_relid, self.server.generation(message.child_relid))
+
+
+def _page_runs(ranges: tuple[GpaRange, ...]) -> Iterator[tuple[int, int]]:
+    """The pages of these ranges as (gpa, length), neighbours in one; an honest guest's are all neighbours."""
+    for one in ranges:
+        first, count = one.pfns[0], len(one.pfns)
+        if one.pfns == tuple(range(first, first + count)):
+            yield first << PAGE_SHIFT, count << PAGE_SHIFT
+        else:
+            yield from coalesce([pfn << PAGE_SHIFT for pfn in one.pfns])
 
 
 def _nobody() -> None:

@@ -42,6 +42,7 @@ from hostproc.protocol.versions import Limits
 Report = Callable[..., None]
 
 GUEST_WATCH_NS: Final = 100_000_000
+PUBLISH_NS: Final = 1_000_000
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
 
@@ -61,6 +62,7 @@ class Hypervisor:
         self._guest_pidfd = -1
         self._changed = True
         self._delivered = 0
+        self._published_ns = 0
         self._expecting_until = 0
         self.partition = Partition(
             self.memory,
@@ -158,8 +160,15 @@ class Hypervisor:
 
     def _halt_for(self, timeout_ns: int) -> None:
         if self._changed:
-            self._changed = False
-            self.control_plane.publish()
+            # Not at each halt of a busy host: at most every millisecond, and never later than that.
+            now = self.machine.clock.now()
+            due = self._published_ns + PUBLISH_NS - now
+            if due <= 0:
+                self._changed = False
+                self._published_ns = now
+                self.control_plane.publish()
+            else:
+                timeout_ns = min(timeout_ns, due)
         self._halt.halt(timeout_ns)
 
     def _recorded(self, relid: int, side: str, words: RingWords) -> RingWords:

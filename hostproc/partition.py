@@ -146,8 +146,7 @@ class Partition:
             self.refused["attach-pid"] += 1
             return _GP
         self.reset()
-        # A number that is no pid names nobody, like 0.
-        return (self._attached(pid if pid < 1 << 31 else 0), 0), Fault.NONE
+        return (self._attached(pid), 0), Fault.NONE
 
     def reset(self) -> None:
         """Reset every VP: registers, interrupt words, overlays; queued messages are dropped."""

@@ -33,7 +33,7 @@ class _Thread:
     """One actor: whose turn it is stands in `baton`; `ready` says whether its next step can be taken."""
 
     def __init__(self, turns: Turns, body: Actor) -> None:
-        self.baton = threading.Semaphore(0)
+        self.baton = _closed()
         self.ready: Callable[[], bool] = _always
         self.finished = False
         self.error: BaseException | None = None
@@ -57,7 +57,7 @@ class Turns:
     """Whose turn it is in one run; the first choices are given, later ones take the first option."""
 
     def __init__(self, prefix: list[int], preemptions: int | None) -> None:
-        self.yielded = threading.Semaphore(0)
+        self.yielded = _closed()
         self.choices: list[tuple[int, int]] = []
         self._prefix = prefix
         self._preemptions = preemptions
@@ -206,6 +206,13 @@ class SteppedMemory(GuestMemory):
     def atomics(self) -> AtomicView:
         """Atomic words anywhere in RAM."""
         return self._stepped
+
+
+def _closed() -> threading.Lock:
+    """A lock that its next taker waits for; handed over by a release (in C, unlike threading.Semaphore)."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _always() -> bool:

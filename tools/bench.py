@@ -51,7 +51,9 @@ BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
 @click.option("--peers", is_flag=True, help="Also measure other transports, where a bench has them.")
 @click.option("--strict", is_flag=True, help="Exit with 1 when a goal is missed.")
 @click.option("--short", is_flag=True, help="One short run of each: for its correctness, not for its figures.")
-@click.option("--runs", type=click.IntRange(1, 101), default=RUNS, show_default=True, help="Runs to take the median of.")
+@click.option(
+    "--runs", type=click.IntRange(1, 101), default=RUNS, show_default=True, help="Runs to take the median of."
+)
 @json_option
 def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: int, as_json: bool) -> int:
     """Measure, print medians, ratios and goals.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from emu.control import Ready
 from emu.scenario import Scenario, parse_device
 from tools.anchors import Against, Anchor
 from tools.launch import launch
+from tools.paths import cache_dir
 
 WALL_GOAL_S: Final = 0.5
 DEVICE_GOAL_US: Final = 400.0
@@ -30,7 +32,9 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
             per_device[count].append(bring_up(count))
     few = sorted(per_device[FEW])[len(per_device[FEW]) // 2]
     return [
-        Anchor.of("boot: launch to all channels open, 4 vCPUs, 8 devices", walls, "s", better="lower", goal=WALL_GOAL_S),
+        Anchor.of(
+            "boot: launch to all channels open, 4 vCPUs, 8 devices", walls, "s", better="lower", goal=WALL_GOAL_S
+        ),
         Anchor.of(
             f"boot: {many} devices offered, probed, opened, each",
             per_device[many],
@@ -52,8 +56,23 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
 def launch_to_open() -> float:
     """Seconds from the start of the `vmbus-emu run` process until its last channel was open."""
     started = time.monotonic_ns()
-    command = [sys.executable, "-m", "tools.cli", "run", "--vcpus", "4", "--device", "echo:8", "--duration", "0", "--json"]
-    output = subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "tools.entry",
+        "run",
+        "--vcpus",
+        "4",
+        "--device",
+        "echo:8",
+        "--duration",
+        "0",
+        "--json",
+    ]
+    # As installed by pip: with bytecode.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_dir() / "bytecode"))
+    output = subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment).stdout
     return (int(json.loads(output)["opened_at_ns"]) - started) / 1e9
 
 

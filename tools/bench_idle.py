@@ -32,7 +32,9 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
         private = [uss_mb(running.inner[f"vcpu{cpu}"].pid) for cpu in range(1, VCPUS)]
         running.shut_down_guest()
     return [
-        Anchor.of("idle: machine of 8 vCPUs, all processes", percents, "% of a core", better="lower", goal=CPU_GOAL_PERCENT),
+        Anchor.of(
+            "idle: machine of 8 vCPUs, all processes", percents, "% of a core", better="lower", goal=CPU_GOAL_PERCENT
+        ),
         Anchor.of("idle: one more vCPU process, private memory", private, "MB", better="lower", goal=PRIVATE_GOAL_MB),
     ]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import repeat
 from multiprocessing import connection
 from statistics import median
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, RingFull, VmbusError
 from emu.gpadl import map_ring
@@ -137,13 +137,14 @@ def _run_both(writer: tuple[Any, ...], reader: tuple[Any, ...]) -> None:
     try:
         for end in ends:
             end.start()
-        waiting = {end.sentinel: end for end in ends}
+        waiting = list(ends)
         while waiting:
             left = deadline - time.monotonic()
-            for sentinel in connection.wait(list(waiting), timeout=max(left, 0)) or [None]:
-                if sentinel is None:
-                    raise DeadlinePassed("bench ring", int(_DEADLINE_S * 1e9))
-                end = waiting.pop(cast(int, sentinel))
+            done = connection.wait([end.sentinel for end in waiting], timeout=max(left, 0))
+            if not done:
+                raise DeadlinePassed("bench ring", int(_DEADLINE_S * 1e9))
+            for end in [end for end in waiting if end.sentinel in done]:
+                waiting.remove(end)
                 end.join()
                 if end.exitcode:
                     raise VmbusError(f"bench ring: an end left with exit status {end.exitcode}")

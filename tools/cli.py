@@ -100,10 +100,11 @@ def vmbus_emu(ctx: click.Context, version: bool, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; nothing but SystemExit passes."""
     _catch_signals()
+    asked = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if _completes():
             return 0
-        with vmbus_emu.make_context(PROGRAM, list(sys.argv[1:] if arguments is None else arguments)) as ctx:
+        with vmbus_emu.make_context(PROGRAM, asked) as ctx:
             status = vmbus_emu.invoke(ctx)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0

@@ -60,9 +60,7 @@ def runner(payload_size: int, ring_bytes: int, cpus: tuple[int, int]) -> Callabl
 
     def run(packets: int) -> float:
         arguments = [str(number) for number in (packets, payload_size, ring_bytes, *cpus)]
-        done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
-        )
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         return packets * 1e9 / int(done.stdout)
 
     return run
@@ -77,6 +75,4 @@ def _compile(files: list[str], include: Path, program: Path) -> None:
     except FileNotFoundError:
         raise MissingPrerequisite(f"no C compiler {compiler}: apt install gcc libc6-dev") from None
     if done.returncode:
-        raise MissingPrerequisite(
-            f"{compiler} cannot compile {NAME}: {(done.stderr.splitlines() or ['?'])[0]}"
-        )
+        raise MissingPrerequisite(f"{compiler} cannot compile {NAME}: {(done.stderr.splitlines() or ['?'])[0]}")

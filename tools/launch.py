@@ -11,20 +11,17 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import msgpack
 
 from emu import cpuid
-from emu.control import ActorKind, ActorState, Ready
+from emu.control import ActorKind, ActorState, Ready, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
@@ -33,11 +30,13 @@ from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
+from tools.zygote_start import Link, start_zygote
 
 BOOT_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 5.0
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 LOG_LINES: Final = 500
+BY_HAND_LOOK_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +75,6 @@ class MachineDied(VmbusError):
 
 
 @dataclass(slots=True)
-class Link:
-    """The zygote: its process and the socket to it."""
-
-    process: subprocess.Popen[bytes]
-    socket: socket.socket
-
-    def send(self, *message: Any) -> None:
-        """One order."""
-        self.socket.send(msgpack.packb(message))
-
-
-@dataclass(slots=True)
 class Inner:
     """One process forked for this machine."""
 
@@ -114,7 +101,10 @@ class RunningMachine:
     on_pump: Callable[[], None] | None = None
     """Called at each look at the zygote (a recording drains there)."""
     closed: bool = False
+    by_hand: frozenset[str] = frozenset()
+    """Processes that somebody starts by hand (`python -m guestproc …`), or has started."""
     _stopping: bool = False
+    _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
 
     # -- watching -----------------------------------------------------------------------------------
@@ -137,6 +127,8 @@ class RunningMachine:
                 self._lost_zygote()
                 break
             self._hear(*msgpack.unpackb(data))
+        if self.by_hand and not self._stopping:
+            self._look_after_by_hand()
         if self.deaths and not self._stopping:
             raise MachineDied(self.deaths)
         return heard
@@ -178,6 +170,20 @@ class RunningMachine:
                 numbers.append(row.number)
         return () if self._stopping else tuple(held_locks(self.machine.ram.fd, self.machine.ram.size, numbers))
 
+    def _look_after_by_hand(self) -> None:
+        """Processes that are not the zygote's children are looked at twice a second."""
+        if time.monotonic() - self._by_hand_looked_at < BY_HAND_LOOK_S:
+            return
+        self._by_hand_looked_at = time.monotonic()
+        ours = {inner.pid for inner in self.inner.values()}
+        for row in list(self.machine.control.rows()):
+            inner = row.kind in (ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.WORKQUEUE)
+            if not inner or row.state != ActorState.ALIVE or row.pid in ours:
+                continue
+            if start_time_of(row.pid) != row.start_time:
+                held = self._mark_dead(row.pid, 0)
+                self.deaths.append(Death(row.name, row.pid, 0, "it was started by hand: its terminal says more", held))
+
     def _lost_zygote(self) -> None:
         if self._zygote_gone:
             return
@@ -187,9 +193,7 @@ class RunningMachine:
         if not self._stopping:
             self.deaths.append(Death("zygote", self.link.process.pid, wait_status))
 
-    def wait_until(
-        self, condition: Callable[[], bool], timeout_s: float, what: str, *, step_s: float = 0.05
-    ) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str, *, step_s: float = 0.05) -> None:
         """Wait for a condition while watching; DeadlinePassed when it stays false, MachineDied at a death."""
         end = time.monotonic() + timeout_s
         while not condition():
@@ -345,41 +349,28 @@ def _unlinking_on_failure(name: str, process: subprocess.Popen[bytes]) -> Iterat
         raise
 
 
-def start_zygote() -> Link:
-    """Start a zygote; it warms up while the caller goes on."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-    return Link(process, ours)
-
-
 def launch(
     scenario: Scenario,
     *,
     name: str | None = None,
     record: bool = False,
     no_guest: bool = False,
+    without: frozenset[str] = frozenset(),
     **extra: Any,
 ) -> RunningMachine:
     """Make a machine and start its processes; returns while it boots (see `RunningMachine.wait_ready`).
 
-    `extra` goes into the machine's configuration. Raises UserError for a name in use, MissingPrerequisite
+    `without` names processes that will be started by hand. `extra` goes into the machine's configuration. Raises UserError for a name in use, MissingPrerequisite
     when shared memory is not to be had; nothing is left behind then.
     """
     launched_at = time.monotonic()
     name = name or scenario.machine.name or unused_name()
     if name in machines():
-        raise UserError(
-            f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`"
-        )
+        raise UserError(f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`")
+    names = process_names(scenario.machine.vcpus, no_guest=no_guest)
+    unknown = without - names.keys()
+    if unknown:
+        raise UserError(f"--without: no process is called {min(unknown)}; there are {', '.join(names)}")
     link = start_zygote()
     with _unlinking_on_failure(name, link.process):
         machine = Machine.create(
@@ -393,7 +384,7 @@ def launch(
             machine.control.set_recording()
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
-        running = RunningMachine(name, scenario, machine, link, launched_at)
+        running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without)
         try:
             _start_processes(running, no_guest=no_guest)
         except BaseException:
@@ -407,14 +398,28 @@ def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
         raise MissingPrerequisite("the zygote did not start within 60 s; is this computer overloaded?")
     running.machine.set_state(MachineState.RUNNING)
     running.link.send("attach", running.name)
-    running.link.send("fork", "hypervisor", "hypervisor", 0)
-    expected = {"sweeper", "hypervisor"}
+    names = process_names(running.machine.vp_count, no_guest=no_guest)
+    expected = {"sweeper"}
+    for name, (kind, number) in names.items():
+        if name not in running.by_hand:
+            running.link.send("fork", name, kind, number)
+            expected.add(name)
+    running.wait_until(lambda: expected <= set(running.inner), BOOT_TIMEOUT_S, "the zygote to fork all processes")
+
+
+def process_names(vp_count: int, *, no_guest: bool = False) -> dict[str, tuple[str, int]]:
+    """Every inner process of a machine: its name, its kind and its CPU number."""
+    names: dict[str, tuple[str, int]] = {"hypervisor": ("hypervisor", 0)}
     if not no_guest:
-        for cpu in range(running.machine.vp_count):
-            running.link.send("fork", f"vcpu{cpu}", "vcpu", cpu)
-            expected.add(f"vcpu{cpu}")
-        running.link.send("fork", "workqueue", "workqueue", 0)
-        expected.add("workqueue")
-    running.wait_until(
-        lambda: expected <= set(running.inner), BOOT_TIMEOUT_S, "the zygote to fork all processes"
-    )
+        names.update({f"vcpu{cpu}": ("vcpu", cpu) for cpu in range(vp_count)})
+        names["workqueue"] = ("workqueue", 0)
+    return names
+
+
+def by_hand_command(machine: str, name: str) -> str:
+    """What to type to start an inner process by hand."""
+    if name == "hypervisor":
+        return f"python -m hostproc --machine {machine}"
+    if name == "workqueue":
+        return f"python -m guestproc workqueue --machine {machine}"
+    return f"python -m guestproc vcpu {name.removeprefix('vcpu')} --machine {machine}"

@@ -23,14 +23,14 @@ from emu.wire.versions import version_text
 from tools.crash import write_crash_record
 from tools.device_list import ListedDevice, device_report, list_devices
 from tools.exit_status import ExitStatus
-from tools.launch import MachineDied, RunningMachine, launch
+from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
 from tools.options import json_option, scenario_argument
 from tools.output import narrates, print_json, print_table, say
 
 ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
 TASK_TIMEOUT_S: Final = 60.0
-STREAM_STALL_S: Final = 60.0
+BY_HAND_TIMEOUT_S: Final = 3600.0
 SHOWN_DEVICES: Final = 40
 
 
@@ -60,9 +60,7 @@ class Outcome:
     @property
     def channels_open(self) -> int:
         """Channels that are open in both directions."""
-        return sum(
-            channel.state in ("opened", "open") for device in self.devices for channel in device.channels
-        )
+        return sum(channel.state in ("opened", "open") for device in self.devices for channel in device.channels)
 
     def kicks(self) -> dict[str, int]:
         """How often a processor had to be reached, and how."""
@@ -104,16 +102,30 @@ class Outcome:
 @click.command()
 @scenario_argument
 @click.option("--vcpus", type=int, help="Virtual CPUs (1 to 64).")
-@click.option("--device", "device_texts", metavar="CLASS[:COUNT]", multiple=True, help="Devices, instead of the file's.")
+@click.option(
+    "--device", "device_texts", metavar="CLASS[:COUNT]", multiple=True, help="Devices, instead of the file's."
+)
 @click.option("--duration", "duration_s", type=click.FloatRange(min=0), help="Seconds to run; default: until Ctrl-C.")
-@click.option("--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel.")
+@click.option(
+    "--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel."
+)
 @click.option("--detach", is_flag=True, help="Return when all channels are open; the machine goes on.")
 @click.option("--no-guest", is_flag=True, help="No guest of ours: wait for somebody else's, end after its UNLOAD.")
 @click.option(
-    "--guest-timeout", "guest_timeout_s", type=click.FloatRange(min=0.1), default=60.0, show_default=True,
+    "--guest-timeout",
+    "guest_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=60.0,
+    show_default=True,
     help="With --no-guest: seconds to wait for a guest; status 124 behind them.",
 )
 @click.option("--record", "record_path", type=click.Path(path_type=Path), help="Record every event into this file.")
+@click.option(
+    "--without",
+    metavar="PROCESS",
+    multiple=True,
+    help="Do not start this inner process (hypervisor, vcpu0, …, workqueue); somebody starts it by hand.",
+)
 @click.option("--name", help="Name of the machine; default: vm and the process id.")
 @click.option("--poll", help="How a halting processor polls: off, microseconds, or adaptive.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Repeats what is random.")
@@ -128,6 +140,7 @@ def run(
     no_guest: bool,
     guest_timeout_s: float,
     record_path: Path | None,
+    without: tuple[str, ...],
     name: str | None,
     poll: str | None,
     seed: int,
@@ -144,7 +157,9 @@ def run(
     scenario = (Scenario.load(scenario_path) if scenario_path else Scenario.default()).with_overrides(
         name=name, vcpus=vcpus, devices=[parse_device(text) for text in device_texts], poll=poll
     )
-    options = Options(scenario, duration_s, stream_path, no_guest, guest_timeout_s, record_path, seed, as_json)
+    options = Options(
+        scenario, duration_s, stream_path, no_guest, guest_timeout_s, record_path, frozenset(without), seed, as_json
+    )
     options.check(detach=detach)
     if detach:
         from tools.detach import run_detached
@@ -163,6 +178,7 @@ class Options:
     no_guest: bool
     guest_timeout_s: float
     record_path: Path | None
+    without: frozenset[str]
     seed: int
     as_json: bool
 
@@ -198,8 +214,14 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     scenario = options.scenario
     interrupted: int | None = None
     with launch(
-        scenario, record=options.record_path is not None, no_guest=options.no_guest, seed=options.seed
+        scenario,
+        record=options.record_path is not None,
+        no_guest=options.no_guest,
+        without=options.without,
+        seed=options.seed,
     ) as running:
+        for process in sorted(options.without):
+            say(f"start by hand: {by_hand_command(running.name, process)}")
         outcome = Outcome(running.name, scenario, options.seed)
         try:
             with recording(running, options.record_path):
@@ -243,7 +265,9 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
             ready_pipe.flush()
         wait_for_foreign_guest(running, options, outcome)
         return
-    show_discovery(running, options.as_json)
+    # Whoever starts a process by hand, under a debugger, takes his time.
+    timeout_s = BY_HAND_TIMEOUT_S if options.without else BOOT_TIMEOUT_S
+    show_discovery(running, options.as_json, timeout_s)
     control = running.machine.control
     outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
     outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
@@ -263,11 +287,11 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
     running.watch(options.duration_s)
 
 
-def show_discovery(running: RunningMachine, quiet: bool) -> None:
+def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:
     """Wait until all channels are open; on a terminal with a line that counts them."""
     expected = sum(1 for _ in running.scenario.devices())
     if quiet or not narrates():
-        running.wait_ready()
+        running.wait_ready(timeout_s=timeout_s)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -282,7 +306,7 @@ def show_discovery(running: RunningMachine, quiet: bool) -> None:
             progress.update(bar, completed=mirror.head().open)
             return running.machine.control.ready >= Ready.CHANNELS_OPEN
 
-        running.wait_until(opened, 60.0, f"machine {running.name} to open its channels")
+        running.wait_until(opened, timeout_s, f"machine {running.name} to open its channels")
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:
@@ -297,9 +321,7 @@ def exercise(running: RunningMachine) -> list[TaskRow]:
 
 def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[str, Any]:
     """Send a file through the first echo channel, take it back, compare SHA-256 with our own reading."""
-    channel = next(
-        (one for device in outcome.devices for one in device.channels if one.state == "opened"), None
-    )
+    channel = next((one for device in outcome.devices for one in device.channels if one.state == "opened"), None)
     if channel is None:
         raise UserError("--stream: no channel is open")
     started = time.monotonic()
@@ -323,9 +345,7 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
 def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: Outcome) -> None:
     """Wait for a guest to attach, then until it has unloaded (or died, which the host treats alike)."""
     mirror = Mirror(running.machine.control)
-    running.wait_until(
-        lambda: running.machine.control.ready >= Ready.HOST_RUNS, 10.0, "the hypervisor process to run"
-    )
+    running.wait_until(lambda: running.machine.control.ready >= Ready.HOST_RUNS, 10.0, "the hypervisor process to run")
     if not options.as_json and narrates():
         say(f"machine {running.name} waits for a guest to attach (docs/abi.md)")
     running.wait_until(

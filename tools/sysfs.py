@@ -18,12 +18,13 @@ from typing import Final
 import click
 
 from emu.control import ActorKind
+from emu.errors import MissingPrerequisite
 from emu.machine import Machine
 from tools.machines import chosen_machine, runs
 from tools.options import machine_option
 from tools.sysfs_guest import PARENT_NAME
 from tools.sysfs_live import LiveTree
-from tools.sysfs_mounts import FuseMounts, Mounts, TmpfsMounts, usable_fuse
+from tools.sysfs_mounts import FuseMounts, Mounts, TmpfsMounts
 from tools.sysfs_namespace import enter_namespaces, mount_point
 from tools.sysfs_session import Session, run_inside
 
@@ -37,18 +38,19 @@ TECHNIQUES: Final = ("fuse", "tmpfs")
 @click.option(
     "--technique",
     type=click.Choice(TECHNIQUES),
-    help="How the tree is made; default: fuse, and tmpfs where /dev/fuse may not be opened.",
+    help="How the tree is made; default: fuse, and tmpfs where that is not to be had.",
 )
 @click.argument("command", metavar="CMD…", nargs=-1, required=True, type=click.UNPROCESSED)
 def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, ...]) -> int:
-    """Run a command that sees the machine's /sys/bus/vmbus.
+    """Run a command that sees the machine's live tree at /sys/bus/vmbus.
 
     CMD runs in its own user and mount namespace, as root over nothing but itself (as in `unshare -rm`); no
     privilege is needed. The rest of /sys stays as it is. The tree is read-only, and gone when CMD ends: what
     CMD leaves running is killed then. The exit status is CMD's, 128 + n after signal n.
 
-    With fuse every read is answered at once from the guest kernel's records, errors included (EINVAL without
-    a ring). With tmpfs the files are a copy refreshed every 0.1 s, without those whose read would fail.
+    With fuse, the default because only it is as true as the kernel's own, every read is answered at once from
+    the guest kernel's records, errors included (EINVAL without a ring); /dev/fuse is all it needs. With tmpfs
+    the files are a copy refreshed every 0.1 s, without those whose read would fail.
 
     \b
     Example:
@@ -67,22 +69,28 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
         Session(
             command=command,
             environment={"VMBUS_EMU_MACHINE": name},
-            prepare=preparation(tree, technique or ("fuse" if usable_fuse() else "tmpfs")),
+            prepare=preparation(tree, technique),
             watched=launcher_of(machine),
             on_watched=vanish,
         )
     )
 
 
-def preparation(tree: LiveTree, technique: str) -> Callable[[], Mounts]:
-    """What the serving process does first: enter the namespaces and mount the tree."""
+def preparation(tree: LiveTree, technique: str | None) -> Callable[[], Mounts]:
+    """What the serving process does first: enter the namespaces and mount the tree, by FUSE if it can."""
 
     def prepare() -> Mounts:
         enter_namespaces()
         for place in (BUS, PARENT):
             mount_point(place)
         trees = {BUS: tree.bus, PARENT: tree.parent}
-        return FuseMounts(trees) if technique == "fuse" else TmpfsMounts(trees)
+        if technique != "tmpfs":
+            try:
+                return FuseMounts(trees)
+            except MissingPrerequisite:
+                if technique == "fuse":
+                    raise
+        return TmpfsMounts(trees)
 
     return prepare
 

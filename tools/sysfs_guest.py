@@ -66,9 +66,7 @@ class GuestBus:
 
         def bound() -> list[str]:
             return settled(
-                lambda: [
-                    instance_of(one) for one in self._view.devices() if self._view.driver_of(one) == name
-                ]
+                lambda: [instance_of(one) for one in self._view.devices() if self._view.driver_of(one) == name]
             )
 
         def find(entry: str) -> Link | None:

@@ -10,6 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from tools.sysfs_nodes import Directory
 from tools.sysfs_tmpfs import TmpfsCopy
 
 FUSE_DEVICE: Final = "/dev/fuse"
+REQUESTS_AT_ONCE: Final = 64
 REFRESH_S: Final = 0.1
 REFRESH_SHARE: Final = 10
 """A refresh is followed by at least this many times its own duration of rest."""
@@ -46,24 +48,27 @@ class FuseMounts(Mounts):
 
     def __init__(self, trees: Mapping[Path, Directory]) -> None:
         self._servers: Final[dict[int, FuseServer]] = {}
+        now_s = int(time.time())
         for place, tree in trees.items():
             try:
                 # Opened here, behind the namespace's door: the kernel takes no descriptor from outside.
                 descriptor = os.open(FUSE_DEVICE, os.O_RDWR | os.O_NONBLOCK)
+                self._servers[descriptor] = FuseServer(tree, now_s=now_s)
                 options = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,default_permissions"
                 mount("vmbus-emu", place, "fuse", MS_RDONLY | STRICT, options)
             except OSError as error:
+                for descriptor in self._servers:
+                    os.close(descriptor)
                 cure = f"modprobe fuse, chmod 666 {FUSE_DEVICE}, or use --technique tmpfs"
                 raise MissingPrerequisite(f"no FUSE ({FUSE_DEVICE}: {error.strerror}): {cure}") from None
-            self._servers[descriptor] = FuseServer(tree, now_s=int(time.time()))
 
     def descriptors(self) -> list[int]:
         """The connections."""
         return list(self._servers)
 
     def serve(self, descriptor: int) -> None:
-        """Answer what waits at a connection; forget the connection when its mount is gone."""
-        while True:
+        """Answer what waits at a connection, a bounded number; forget the connection when its mount is gone."""
+        for _ in range(REQUESTS_AT_ONCE):
             try:
                 request = os.read(descriptor, REQUEST_BYTES)
             except BlockingIOError:
@@ -76,10 +81,8 @@ class FuseMounts(Mounts):
                 return
             reply = self._servers[descriptor].answer(request)
             if reply is not None:
-                try:
+                with suppress(FileNotFoundError):  # who asked was killed meanwhile
                     os.write(descriptor, reply)
-                except FileNotFoundError:  # who asked was killed meanwhile
-                    continue
 
     def tick(self) -> float | None:
         """Nothing is due."""
@@ -122,12 +125,3 @@ class TmpfsMounts(Mounts):
             self._due = ended + max(REFRESH_S, REFRESH_SHARE * (ended - began))
             return self._due - ended
         return self._due - began
-
-
-def usable_fuse() -> bool:
-    """Whether this user may open the FUSE device."""
-    try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR))
-    except OSError:
-        return False
-    return True

@@ -47,8 +47,10 @@ _libc.mount.argtypes = (
 
 
 def enter_namespaces() -> None:
-    """Leave for namespaces of one's own; MissingPrerequisite where that is forbidden. Single-threaded callers
-    only."""
+    """Leave for namespaces of one's own; for a process of one thread.
+
+    MissingPrerequisite where that is forbidden.
+    """
     uid, gid = os.getuid(), os.getgid()
     try:
         _call(_libc.unshare, _CLONE_NEWUSER | _CLONE_NEWNS)

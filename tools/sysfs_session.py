@@ -32,9 +32,7 @@ from tools.sysfs_namespace import adopt_orphans, die_with_parent
 PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SI_KERNEL: Final = 0x80
 """`si_code` of a signal from the terminal: the command, in the same process group, has got it, too."""
-_FAILURES: Final[Mapping[str, type[VmbusError]]] = {
-    one.__name__: one for one in (UserError, MissingPrerequisite)
-}
+_FAILURES: Final[Mapping[str, type[VmbusError]]] = {one.__name__: one for one in (UserError, MissingPrerequisite)}
 
 
 @dataclass(frozen=True, slots=True)

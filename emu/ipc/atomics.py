@@ -2,6 +2,8 @@
 
 Every operation is a real atomic instruction (10-25 ns from Python), sequentially consistent unless an
 order is passed. `cas` returns the *previous* value: it succeeded exactly when that equals the expected one.
+Make an AtomicView of the mmap or bytearray itself, never of a memoryview: the interpreter's garbage collector
+crashes on a cycle that holds those two.
 """
 
 from __future__ import annotations

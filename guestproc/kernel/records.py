@@ -296,8 +296,8 @@ class Table(Generic[R]):
         self._taken: Final = ram.u32(gpa + 8)
         self._in_use: Final = ram.u32(gpa + 12)
         self._refusals: Final = ram.u32(gpa + 16)
-        self._cache: Final[list[R | None]] = [None] * capacity
-        self._views: Final[list[Views | None]] = [None] * capacity
+        self._cache: Final[dict[int, R]] = {}
+        self._views: Final[dict[int, Views]] = {}
         body = self.record_size - RECORD_HEADER_SIZE
         self._zeros: Final = bytes(body)
         self._poison: Final = bytes([POISON]) * body
@@ -313,7 +313,7 @@ class Table(Generic[R]):
 
     def views(self, index: int) -> Views:
         """Record `index` as bytes, u32s and u64s, and its parts so far; made once a process."""
-        views = self._views[index]
+        views = self._views.get(index)
         if views is None:
             gpa = self.record_gpa(index)
             octets = self.ram.octets[gpa : gpa + self.record_size]
@@ -336,7 +336,7 @@ class Table(Generic[R]):
 
     def get(self, index: int, generation: int) -> R:
         """The record (index, generation); an AssertionError if it is not, or no longer, that one."""
-        record = self._cache[index]
+        record = self._cache.get(index)
         if record is None or record.generation != generation:
             record = self.record_class(self, index, generation)
             if not (generation & 1 and record.alive()):
@@ -358,7 +358,7 @@ class Table(Generic[R]):
         index, generation = (handle & INDEX_MASK) - 1, handle >> 32
         if self.views(index)[1][0] != generation:
             return None
-        record = self._cache[index]
+        record = self._cache.get(index)
         if record is None or record.generation != generation:
             record = self._cache[index] = self.record_class(self, index, generation)
         return record
@@ -396,7 +396,7 @@ class Table(Generic[R]):
         found = self.ram.atomics.cas_u32(gpa, record.generation, (record.generation + 1) & INDEX_MASK)
         if found != record.generation:
             raise record.stale()
-        self._cache[record.index] = None
+        self._cache.pop(record.index, None)
         record._octets[RECORD_HEADER_SIZE:] = self._poison
         self._in_use.fetch_sub(1, RELAXED)
         link = gpa + 4

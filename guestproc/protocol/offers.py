@@ -1,26 +1,58 @@
 """An offer becomes a channel: the record, its place in the lists, its entry in the relid table (reference 3.7).
 
-Everything here runs under channel_mutex but `new_channel`, which works on a record that nobody knows yet.
+Everything here runs under channel_mutex but `checked_offer` and `new_channel`, which work on a message and on
+a record that nobody knows yet.
+
+    PRIMARY       a device of its own: on chn_list
+    SUB_CHANNEL   of a primary that is known by class and instance: on its sc_list
+    DUPLICATE     the same primary once more: refused, and as in the kernel its relid is not released
+    RELID_TAKEN   another channel has the relid (races.md I4): refused, for a release would be that channel's
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
+from emu.errors import ProtocolViolation
 from emu.wire.guids import guid_to_wire
-from emu.wire.messages import OfferChannel
-from guestproc.kernel.layout import CallbackMode, Channel, ChannelState, KernelTables
-from guestproc.protocol.placement import hv_get_dev_type, init_vp_index
-from guestproc.vmbus.numbers import Tasklets
+from emu.wire.messages import ChannelFlags, OfferChannel, parse
+from guestproc.kernel.layout import MAX_CHANNEL_RELIDS, CallbackMode, Channel, ChannelState, KernelTables
+from guestproc.protocol.numbers import Tasklets
+from guestproc.protocol.placement import device_id_of, give_cpu_back, init_vp_index
+
+DEFAULT_MAX_PKT_SIZE = 4096
+
+
+class Place(Enum):
+    """Where a new channel belongs; the last two: nowhere."""
+
+    PRIMARY = auto()
+    SUB_CHANNEL = auto()
+    DUPLICATE = auto()
+    RELID_TAKEN = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """Where a new channel found its place: a primary (`primary` None), a sub-channel, or a duplicate offer."""
+    """What became of a new channel; `refusal` says why it was not entered."""
 
-    primary: Channel | None
-    duplicate: bool = False
+    place: Place
+    refusal: ProtocolViolation | None = None
+
+
+def checked_offer(payload: bytes) -> OfferChannel:
+    """The offer in a message; ProtocolViolation (`offer-relid`) for relid 0 and those beyond the table.
+
+    The kernel warns about a relid beyond the table and makes a device that no interrupt finds; this one
+    ignores the offer, as there is no relid to give back.
+    """
+    offer = parse(payload)
+    assert isinstance(offer, OfferChannel)
+    relid = offer.child_relid
+    if not 0 < relid < MAX_CHANNEL_RELIDS:
+        raise ProtocolViolation(f"offer of relid {relid}", rule="offer-relid", field="child_relid", value=relid)
+    return offer
 
 
 def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, serial: int) -> Channel | None:
@@ -40,46 +72,80 @@ def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, seria
     channel.offermsg = payload[:196]
     channel.offer_serial = serial
     channel.callback_mode = CallbackMode.BATCHED
-    channel.max_pkt_size = 4096
-    channel.device_id = hv_get_dev_type(channel.if_type)[0]
+    channel.max_pkt_size = DEFAULT_MAX_PKT_SIZE
+    channel.device_id = device_id_of(channel.if_type)
     channel.state.store(ChannelState.OFFER_STATE)
     channel.callback_event.init(Tasklets.VMBUS_ON_EVENT, channel.handle)
     return channel
 
 
-def same_device(tables: KernelTables, channel: Channel) -> Iterator[Channel]:
-    """Primaries of the same class and instance (there is at most one)."""
+def is_hvsock_channel(channel: Channel) -> bool:
+    """`is_hvsock_channel`: an offer that a socket's connect brought about (chn_flags, at byte 56 of the offer)."""
+    flags = int.from_bytes(channel.offermsg[56:58], "little")
+    return bool(flags & ChannelFlags.TLNPI_PROVIDER_OFFER)
+
+
+def closes_before_suspend(channel: Channel) -> bool:
+    """Whether it counts in nr_chan_close_on_suspend: hv_sock channels and sub-channels do."""
+    return is_hvsock_channel(channel) or channel.sub_channel_index != 0
+
+
+def primary_of(tables: KernelTables, channel: Channel) -> Channel | None:
+    """The primary that an offer of this class and instance belongs to, if it is known."""
     for other in tables.instances.find(channel.if_instance):
-        if other.if_type == channel.if_type and not other.primary_channel:
-            yield other
+        if other.if_type == channel.if_type:
+            return other
+    return None
 
 
 def enter_channel(tables: KernelTables, channel: Channel) -> Entered:
     """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`)."""
-    primary = next(same_device(tables, channel), None)
-    if primary is not None and channel.sub_channel_index == 0:
-        return Entered(None, duplicate=True)
-    siblings = [] if primary is None else list(tables.sc_list(primary))
-    others = [] if primary is None else [primary.target_cpu.load(), *(one.target_cpu.load() for one in siblings)]
-    init_vp_index(tables, channel, perf=hv_get_dev_type(channel.if_type)[1], others=others)
+    relid = channel.relid
+    if tables.relids.load(relid):
+        return _refuse(Place.RELID_TAKEN, "offer-relid-taken", f"offer of relid {relid}, which is in use", relid)
+    primary = primary_of(tables, channel)
     if primary is None:
+        # Also a sub-channel whose primary nobody knows: the kernel does not look at the index of a new GUID.
+        init_vp_index(tables, channel, others=())
         tables.chn_list.append(channel)
         tables.instances.add(channel)
-    else:
+        place = Place.PRIMARY
+    elif channel.sub_channel_index:
+        init_vp_index(tables, channel, others=_target_cpus(tables, primary))
         channel.primary_channel = primary.handle
         tables.sc_list(primary).append(channel)
+        place = Place.SUB_CHANNEL
+    else:
+        text = f"offer of relid {relid} for a device that relid {primary.relid} is already"
+        return _refuse(Place.DUPLICATE, "offer-duplicate", text, relid)
+    if closes_before_suspend(channel):
+        tables.connection.nr_chan_close_on_suspend.fetch_add(1)
     tables.relids.publish(channel)
-    return Entered(primary)
+    return Entered(place)
 
 
 def leave_lists(tables: KernelTables, channel: Channel) -> None:
-    """Unpublish the relid, then take the channel off its list; its record lives on."""
-    if tables.relids.load(channel.relid) == channel.handle:
-        tables.relids.unpublish(channel)
+    """Unpublish the relid, take the channel off its list, give its CPU back; its record lives on."""
+    tables.relids.unpublish(channel)
     if channel.primary_channel:
         primary = tables.channels.find(channel.primary_channel)
+        # A host may take the primary back first; then the list's head is gone, and nobody walks it any more.
         if primary is not None:
             tables.sc_list(primary).remove(channel)
     else:
         tables.chn_list.remove(channel)
         tables.instances.remove(channel)
+    give_cpu_back(tables, channel)
+
+
+def close_done_before_suspend(tables: KernelTables) -> bool:
+    """One of the channels that must go before a suspend went; True: it was the last."""
+    return tables.connection.nr_chan_close_on_suspend.fetch_sub(1) == 1
+
+
+def _target_cpus(tables: KernelTables, primary: Channel) -> list[int]:
+    return [primary.target_cpu.load(), *(one.target_cpu.load() for one in tables.sc_list(primary))]
+
+
+def _refuse(place: Place, rule: str, text: str, relid: int) -> Entered:
+    return Entered(place, ProtocolViolation(text, rule=rule, field="child_relid", value=relid))

@@ -1,15 +1,29 @@
-"""The pending-request table (`chn_msg_list`): which reply belongs to which request (reference 3.12).
+"""The pending-request table (`chn_msg_list`): which reply belongs to which request, and what it came to.
 
-All functions run under channelmsg_lock. A request is entered before its message is posted, so that a reply
-can never come first; a reply that matches nothing is ignored.
+The functions over the list run under channelmsg_lock (reference 3.12). A request is entered before its
+message is posted, so that a reply can never come first; a reply that matches nothing is ignored.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from emu.wire.messages import MessageType
+from emu.wire.messages import (
+    GpadlCreated,
+    GpadlTorndown,
+    Message,
+    MessageType,
+    ModifyChannelResponse,
+    OpenChannelResult,
+    VersionResponse,
+)
 from guestproc.kernel.layout import Channel, KernelTables, Request
+
+M = TypeVar("M", bound=Message)
+
+Matches = Callable[[Request], bool]
 
 
 def new_request(
@@ -36,40 +50,21 @@ def leave(tables: KernelTables, request: Request) -> None:
     tables.chn_msg_list.remove(request)
 
 
-def open_requests(tables: KernelTables, child_relid: int, openid: int) -> Iterator[Request]:
-    """The request that an OPENCHANNEL_RESULT answers, if any."""
-    return _first(
-        tables,
-        lambda r: r.msgtype == MessageType.OPENCHANNEL and r.child_relid == child_relid and r.openid == openid,
-    )
+# -- which request a reply answers --------------------------------------------------------------------
 
 
-def gpadl_requests(tables: KernelTables, child_relid: int, gpadl: int) -> Iterator[Request]:
-    """The request that a GPADL_CREATED answers, if any."""
-    return _first(
-        tables,
-        lambda r: r.msgtype == MessageType.GPADL_HEADER and r.child_relid == child_relid and r.gpadl == gpadl,
-    )
-
-
-def teardown_requests(tables: KernelTables, gpadl: int) -> Iterator[Request]:
-    """The request that a GPADL_TORNDOWN answers, if any."""
-    return _first(tables, lambda r: r.msgtype == MessageType.GPADL_TEARDOWN and r.gpadl == gpadl)
-
-
-def modify_requests(tables: KernelTables, child_relid: int) -> Iterator[Request]:
-    """The request that a MODIFYCHANNEL_RESPONSE answers, if any."""
-    return _first(tables, lambda r: r.msgtype == MessageType.MODIFYCHANNEL and r.child_relid == child_relid)
-
-
-def version_requests(tables: KernelTables) -> Iterator[Request]:
-    """Every INITIATE_CONTACT that waits: a VERSION_RESPONSE answers all of them."""
-    return (r for r in tables.chn_msg_list if r.msgtype == MessageType.INITIATE_CONTACT)
+def answered_by(tables: KernelTables, reply: Message) -> list[Request]:
+    """The requests that a reply answers: the first that matches, of INITIATE_CONTACT every one."""
+    if isinstance(reply, VersionResponse):
+        return [request for request in tables.chn_msg_list if request.msgtype == MessageType.INITIATE_CONTACT]
+    matches = _matcher(reply)
+    return list(_first(tables, matches))
 
 
 def first_waiting_on(tables: KernelTables, channel: Channel) -> Request | None:
     """The first request that waits on behalf of a channel (a rescind completes it)."""
-    return next(_first(tables, lambda r: r.waiting_channel == channel.handle), None)
+    handle = channel.handle
+    return next(_first(tables, lambda request: request.waiting_channel == handle), None)
 
 
 def answer(request: Request, payload: bytes) -> None:
@@ -78,8 +73,62 @@ def answer(request: Request, payload: bytes) -> None:
     request.response_size = len(payload)
 
 
-def _first(tables: KernelTables, matches: Callable[[Request], bool]) -> Iterator[Request]:
+def _matcher(reply: Message) -> Matches:
+    match reply:
+        case OpenChannelResult(child_relid, openid):
+            return lambda r: (
+                r.msgtype == MessageType.OPENCHANNEL and r.child_relid == child_relid and r.openid == openid
+            )
+        case GpadlCreated(child_relid, gpadl):
+            return lambda r: (
+                r.msgtype == MessageType.GPADL_HEADER and r.child_relid == child_relid and r.gpadl == gpadl
+            )
+        case GpadlTorndown(gpadl):
+            return lambda r: r.msgtype == MessageType.GPADL_TEARDOWN and r.gpadl == gpadl
+        case ModifyChannelResponse(child_relid):
+            return lambda r: r.msgtype == MessageType.MODIFYCHANNEL and r.child_relid == child_relid
+    raise AssertionError(f"{type(reply).__name__} answers no request")
+
+
+def _first(tables: KernelTables, matches: Matches) -> Iterator[Request]:
     for request in tables.chn_msg_list:
         if matches(request):
             yield request
             return
+
+
+# -- what it came to, for the one who waited ----------------------------------------------------------
+
+
+def gpadl_result(request: Request, *, rescinded: bool) -> int:
+    """0, -EDQUOT when the host refused the pages, -ENODEV when the channel was taken back meanwhile."""
+    reply = _reply(request, GpadlCreated)
+    if reply is not None and reply.creation_status:
+        return -errno.EDQUOT
+    return -errno.ENODEV if rescinded or reply is None else 0
+
+
+def open_result(request: Request, *, rescinded: bool) -> int:
+    """0, -ENODEV when the channel was taken back meanwhile, -EAGAIN when the host refused to open it."""
+    reply = _reply(request, OpenChannelResult)
+    if rescinded or reply is None:
+        return -errno.ENODEV
+    return -errno.EAGAIN if reply.status else 0
+
+
+def version_reply(request: Request) -> VersionResponse | None:
+    """The answer to an INITIATE_CONTACT; None when there is none."""
+    return _reply(request, VersionResponse)
+
+
+def creation_status(request: Request) -> int:
+    """Status in a GPADL_CREATED, for the log."""
+    reply = _reply(request, GpadlCreated)
+    return 0 if reply is None else reply.creation_status
+
+
+def _reply(request: Request, expected: type[M]) -> M | None:
+    """The reply that was kept; None when the wait ended without one (a rescind ended it)."""
+    size = request.response_size
+    # `answer` kept what `parse` had taken for this type, so it is as long as it must be.
+    return expected.unpack(request.response[:size]) if size else None

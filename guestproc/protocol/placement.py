@@ -6,21 +6,36 @@ nodes, channels of one device over the CPUs of theirs; devices that need no spee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
-from emu.wire.device_classes import BY_GUID
+from emu.wire.device_classes import HV_UNKNOWN, DeviceClass, class_of
 from emu.wire.guids import guid_from_wire
 from guestproc.kernel.layout import Channel, KernelTables
 
-HV_UNKNOWN = 16
+
+@lru_cache(maxsize=256)
+def _class_of(if_type: bytes) -> DeviceClass | None:
+    # Bounded: the host chooses the GUIDs.
+    return class_of(guid_from_wire(if_type))
 
 
-def hv_get_dev_type(if_type: bytes) -> tuple[int, bool]:
-    """Device type number of a class GUID (wire form), and whether such a device wants its CPUs spread."""
-    device_class = BY_GUID.get(guid_from_wire(if_type))
-    if device_class is None:
-        return HV_UNKNOWN, False
-    return device_class.number, device_class.perf
+def hv_get_dev_type(if_type: bytes) -> int | None:
+    """Device type number of a class GUID (wire form); None for one that nobody knows, which is HV_UNKNOWN."""
+    device_class = _class_of(if_type)
+    return None if device_class is None else device_class.number
+
+
+def device_id_of(if_type: bytes) -> int:
+    """What `Channel.device_id` holds for a class GUID (wire form)."""
+    number = hv_get_dev_type(if_type)
+    return HV_UNKNOWN if number is None else number
+
+
+def hv_is_perf_channel(channel: Channel) -> bool:
+    """Whether this channel's device wants its channels spread over the CPUs."""
+    device_class = _class_of(channel.if_type)
+    return device_class is not None and device_class.perf
 
 
 def online_cpus(tables: KernelTables) -> int:
@@ -28,9 +43,10 @@ def online_cpus(tables: KernelTables) -> int:
     return sum(1 << cpu.index for cpu in tables.cpus.live() if cpu.online.load())
 
 
-def init_vp_index(tables: KernelTables, channel: Channel, *, perf: bool, others: Iterable[int]) -> None:
+def init_vp_index(tables: KernelTables, channel: Channel, others: Iterable[int]) -> None:
     """Choose target_cpu and target_vp; `others` are the target CPUs of the device's other channels."""
     connection = tables.connection
+    perf = hv_is_perf_channel(channel)
     housekeeping = online_cpus(tables)
     if not perf or not housekeeping:
         _place(tables, channel, 0)
@@ -42,11 +58,10 @@ def init_vp_index(tables: KernelTables, channel: Channel, *, perf: bool, others:
     target = 0
     for attempt in range(1, ncpus + 2):
         node = _next_node(tables, housekeeping)
-        cpus = connection.numa_cpus[node] & housekeeping
         available = (connection.hv_numa_map[node] ^ connection.numa_cpus[node]) & housekeeping
         if not available:
             connection.hv_numa_map[node] = 0
-            available = cpus
+            available = connection.numa_cpus[node] & housekeeping
         target = (available & -available).bit_length() - 1
         connection.hv_numa_map[node] |= 1 << target
         if channel.sub_channel_index >= ncpus or attempt > ncpus or target not in used:
@@ -54,12 +69,26 @@ def init_vp_index(tables: KernelTables, channel: Channel, *, perf: bool, others:
     _place(tables, channel, target)
 
 
-def hv_clear_allocated_cpu(tables: KernelTables, cpu: int) -> None:
-    """No channel of a fast device targets this CPU any more: it may be chosen again first."""
+def give_cpu_back(tables: KernelTables, channel: Channel) -> None:
+    """`hv_clear_allocated_cpu`, for a channel that is on no list any more: its CPU may be chosen first again.
+
+    Not while another channel of a fast device has that CPU; one of the first looked at usually does.
+    """
+    cpu = channel.target_cpu.load()
+    if not hv_is_perf_channel(channel):
+        return
+    if any(other.target_cpu.load() == cpu and hv_is_perf_channel(other) for other in _all_channels(tables)):
+        return
     connection = tables.connection
     for node in range(connection.nr_numa_nodes):
         if connection.numa_cpus[node] >> cpu & 1:
             connection.hv_numa_map[node] &= ~(1 << cpu)
+
+
+def _all_channels(tables: KernelTables) -> Iterator[Channel]:
+    for primary in tables.chn_list:
+        yield primary
+        yield from tables.sc_list(primary)
 
 
 def _next_node(tables: KernelTables, housekeeping: int) -> int:

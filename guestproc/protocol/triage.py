@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
+from emu.errors import ProtocolViolation
 from emu.wire.messages import MAX_MESSAGE_SIZE, MessageType
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.era import Era, HandlerType, TableEntry
 
 MESSAGE_BYTES: Final = 256
@@ -20,13 +22,13 @@ _HEAD: Final = Struct("<IBBHQI")
 
 @dataclass(frozen=True, slots=True)
 class Triage:
-    """A message looked at: its types and payload, and the table's entry, or why it is dropped."""
+    """A message looked at: its types and payload, the table's entry (None: drop it), what is wrong with it."""
 
     message_type: int
     msgtype: int
     payload: bytes
     entry: TableEntry | None
-    complaint: str = ""
+    complaint: ProtocolViolation | None = None
 
     @property
     def blocking(self) -> bool:
@@ -38,18 +40,40 @@ class Triage:
         """Whether it counts in offer_in_progress."""
         return self.msgtype == MessageType.OFFERCHANNEL
 
+    @property
+    def is_rescind(self) -> bool:
+        """Whether it goes to the queue of its own."""
+        return self.msgtype == MessageType.RESCIND_CHANNELOFFER
+
+    def queue(self, era: Era) -> QueueNumber:
+        """Where a blocking message goes: what may cancel a wait must not stand behind the one who waits."""
+        return era.rescind_queue if self.is_rescind else era.offer_queue
+
 
 def triage(era: Era, copy: bytes) -> Triage:
     """Look at a copy of the whole 256-byte slot; the slot itself is not read again."""
     message_type, payload_size, _flags, _reserved, _sender, msgtype = _HEAD.unpack_from(copy)
     if msgtype >= era.channelmsg_count:
-        return Triage(message_type, msgtype, b"", None, f"unknown msgtype={msgtype}")
+        refusal = _wrong("unknown-msgtype", f"unknown msgtype={msgtype}", "msgtype", msgtype)
+        return Triage(message_type, msgtype, b"", None, refusal)
     if payload_size > MAX_MESSAGE_SIZE:
-        return Triage(message_type, msgtype, b"", None, f"payload size is too large ({payload_size})")
+        text = f"payload size is too large ({payload_size})"
+        return Triage(message_type, msgtype, b"", None, _wrong("message-too-long", text, "payload_size", payload_size))
     entry = era.channel_message_table[msgtype]
     payload = copy[16 : 16 + payload_size]
     if not entry.message_handler:
         return Triage(message_type, msgtype, payload, None)
     if payload_size < entry.min_payload_len:
-        return Triage(message_type, msgtype, payload, None, f"message too short: msgtype={msgtype} len={payload_size}")
+        text = f"message too short: msgtype={msgtype} len={payload_size}"
+        refusal = _wrong("message-too-short", text, "payload_size", payload_size)
+        return Triage(message_type, msgtype, payload, None, refusal)
     return Triage(message_type, msgtype, payload, entry)
+
+
+def payload_of(copy: bytes) -> bytes:
+    """The payload of a message that went through `triage`."""
+    return copy[16 : 16 + copy[4]]
+
+
+def _wrong(rule: str, text: str, field: str, value: int) -> ProtocolViolation:
+    return ProtocolViolation(text, rule=rule, field=field, value=value)

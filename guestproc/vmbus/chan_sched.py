@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from emu.errors import ProtocolViolation
 from emu.ipc.atomics import AtomicU64
 from emu.tracing import E_FLAG_CLEAR, E_MASK, E_TASKLET_RUN, E_TASKLET_SCHED, E_UNMASK
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
-from guestproc.vmbus.numbers import Tasklets
+from guestproc.protocol.numbers import Tasklets
+from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
 INBOUND: Final = 1
-_ALL: Final = (1 << 64) - 1
 """The `side` of a trace record for the host-to-guest ring."""
+_ALL: Final = (1 << 64) - 1
 
 
 def sync_test_and_clear_bit(number: int, words: tuple[AtomicU64, ...]) -> bool:
@@ -69,7 +71,10 @@ def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None
             CHANNEL_CALLBACKS.lookup(callback)(current, channel)
             return
         if mode == _BATCHED:
-            current.rings.of(channel).inbound.begin_read()
+            rings = inbound_rings(current, channel)
+            if rings is None:
+                return
+            rings.inbound.begin_read()
             current.record(E_MASK, channel.relid, INBOUND)
         if hv_cpu.tasklets.schedule(channel.callback_event):
             current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, channel.relid)
@@ -93,11 +98,16 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     if channel.callback_mode != _BATCHED or not channel.onchannel_callback:
         return
     inbound = current.rings.of(channel).inbound
-    left = inbound.end_read()
+    try:
+        left = inbound.end_read()
+    except ProtocolViolation as violation:
+        inbound.begin_read()
+        stop_reading(current, channel, violation)
+        return
     current.record(E_UNMASK, channel.relid, INBOUND, left)
     if left:
         # Bytes slipped in before the unmask: no interrupt will come for them.
         inbound.begin_read()
         current.record(E_MASK, channel.relid, INBOUND)
-        assert current.percpu is not None
-        current.percpu.tasklets.schedule(channel.callback_event)
+        assert current.tasklets is not None
+        current.tasklets.schedule(channel.callback_event)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from emu.errors import OutOfMemory
 from emu.layout import ExitOperation
 from emu.tracing import E_CPU_OFFLINE, E_CPU_ONLINE
-from emu.wire.hypercalls import HV_HYPERCALL_FAST, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, HvStatus
+from emu.wire.hypercalls import HV_HYPERCALL_FAST, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT
 from emu.wire.synic import (
     CPUID_ENLIGHTENMENT_INFO,
     CPUID_FEATURES,
@@ -41,8 +41,9 @@ from emu.wire.synic import (
     HYPERVISOR_CALLBACK_VECTOR,
     VMBUS_MESSAGE_SINT,
 )
+from guestproc.kernel.functions import IPI_FUNCTIONS
 from guestproc.kernel.pages import PageOwner, owned_by
-from guestproc.vmbus.numbers import Tasklets
+from guestproc.protocol.numbers import Ipis, Tasklets
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -56,6 +57,8 @@ _SINT2: Final = HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT
 _PAGE_BASE: Final = ~0xFFF
 _LINUX_GUEST_OS_ID: Final = 0x8100 << 48 | 0x060C75 << 16
 """Open source, Linux 6.12.117 (reference 1.1)."""
+_LEAST_LEAF: Final = 0x4000_0005
+_MOST_LEAF: Final = 0x4000_FFFF
 _POST_HEAD: Final = Struct("<IIII")
 MAX_MESSAGE_PAYLOAD: Final = 240
 
@@ -76,16 +79,33 @@ def cpuid(current: Current, leaf: int) -> tuple[int, int, int, int]:
     return low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF, high >> 32
 
 
-def hyperv_init(current: Current) -> None:
-    """Boot CPU: look whether this is Hyper-V, say who we are, enable the hypercall page."""
+def hyperv_init(current: Current) -> int:
+    """Boot CPU: look whether this is Hyper-V, say who we are, enable the hypercall page. 0, -ENODEV, -ENOMEM."""
     highest, *vendor = cpuid(current, CPUID_VENDOR_AND_MAX_FUNCTIONS)
     features = cpuid(current, CPUID_FEATURES)[0]
     needed = HV_MSR_HYPERCALL_AVAILABLE | HV_MSR_VP_INDEX_AVAILABLE
-    assert tuple(vendor) == HV_VENDOR and highest >= CPUID_ENLIGHTENMENT_INFO, "not on Hyper-V"
-    assert features & needed == needed, f"privileges {features:#x} lack hypercall or VP index"
+    if tuple(vendor) != HV_VENDOR or not _LEAST_LEAF <= highest <= _MOST_LEAF or features & needed != needed:
+        current.log(f"not on Hyper-V: highest leaf {highest:#x}, vendor {vendor}, privileges {features:#x}")
+        return -errno.ENODEV
+    try:
+        page = current.tables.pages.alloc_pages(current.actor, 0, PageOwner.HYPERCALL)
+    except OutOfMemory as error:
+        current.log(str(error))
+        return -errno.ENOMEM
     wrmsr(current, HV_X64_MSR_GUEST_OS_ID, _LINUX_GUEST_OS_ID)
-    page = current.tables.pages.alloc_pages(current.actor, 0, PageOwner.HYPERCALL)
     wrmsr(current, HV_X64_MSR_HYPERCALL, page.gpa | HV_X64_MSR_HYPERCALL_ENABLE)
+    return 0
+
+
+def hyperv_cleanup(current: Current) -> None:
+    """Boot CPU, last of all: no guest OS id, no hypercall page, whose memory is given back."""
+    pfn = rdmsr(current, HV_X64_MSR_HYPERCALL) >> 12
+    wrmsr(current, HV_X64_MSR_GUEST_OS_ID, 0)
+    wrmsr(current, HV_X64_MSR_HYPERCALL, 0)
+    pages = current.tables.pages
+    # The number comes from the host: only what is a hypercall page is freed as one.
+    if pfn < current.tables.layout.end_page and pages.owner_of(pfn) == PageOwner.HYPERCALL:
+        pages.free(current.actor, pages.run_at(pfn))
 
 
 def hv_synic_alloc(current: Current, ncpus: int) -> int:
@@ -99,17 +119,17 @@ def hv_synic_alloc(current: Current, ncpus: int) -> int:
             cpu.synic_message_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
             cpu.synic_event_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
             cpu.post_msg_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
-    except OutOfMemory:
-        hv_synic_free(current, ncpus)
+    except OutOfMemory as error:
+        current.log(str(error))
+        hv_synic_free(current)
         return -errno.ENOMEM
     return 0
 
 
-def hv_synic_free(current: Current, ncpus: int) -> None:
+def hv_synic_free(current: Current) -> None:
     """Give the pages of `hv_synic_alloc` back, those that were had."""
     pages = current.tables.pages
-    for number in range(ncpus):
-        cpu = current.cpu_record(number)
+    for cpu in current.tables.cpus.live():
         for gpa in (cpu.synic_message_page_gpa, cpu.synic_event_page_gpa, cpu.post_msg_page_gpa):
             if gpa:
                 pages.free(current.actor, pages.run_at(gpa >> 12))
@@ -119,7 +139,7 @@ def hv_synic_free(current: Current, ncpus: int) -> None:
 def hv_synic_init(current: Current) -> None:
     """Bring this CPU's SynIC up; runs on that CPU. After SCONTROL messages and events may come."""
     cpu = current.cpu_record()
-    assert rdmsr(current, HV_X64_MSR_VP_INDEX) == cpu.vp_index, f"CPU {current.cpu} is another VP than it thought"
+    cpu.vp_index = rdmsr(current, HV_X64_MSR_VP_INDEX) & 0xFFFFFFFF
     simp = rdmsr(current, HV_X64_MSR_SIMP) & 0xFFE
     wrmsr(current, HV_X64_MSR_SIMP, simp | cpu.synic_message_page_gpa | HV_SYNIC_SIMP_ENABLE)
     siefp = rdmsr(current, HV_X64_MSR_SIEFP) & 0xFFE
@@ -141,9 +161,15 @@ def hv_synic_disable_regs(current: Current) -> None:
     wrmsr(current, HV_X64_MSR_SCONTROL, rdmsr(current, HV_X64_MSR_SCONTROL) & ~HV_SYNIC_CONTROL_ENABLE)
 
 
-def hv_synic_cleanup(current: Current) -> None:
-    """Take this CPU's SynIC down when nothing is connected any more (module unload)."""
+@IPI_FUNCTIONS.register(Ipis.HV_SYNIC_CLEANUP)
+def hv_synic_cleanup(current: Current, _cpu: int = 0) -> None:
+    """Take this CPU's SynIC down when nothing is connected any more; runs on that CPU, also as an IPI.
+
+    A CPU that goes offline while the bus is connected has more to ask first (reference 3.1).
+    """
     cpu = current.cpu_record()
+    # The ISR finds no page from here on (events and messages have none to lie in).
+    current.percpu = None
     hv_synic_disable_regs(current)
     cpu.online.store(0)
     current.record(E_CPU_OFFLINE, current.cpu, cpu.vp_index)
@@ -171,9 +197,9 @@ def hv_do_fast_hypercall8(current: Current, code: int, argument: int) -> int:
     return current.exit(_HYPERCALL, code | HV_HYPERCALL_FAST, argument)[0] & 0xFFFF
 
 
-def hv_signal_event(current: Current, connection_id: int) -> HvStatus:
-    """HvCallSignalEvent, flag 0, as an exit (the doorbell is its fast form)."""
-    return HvStatus(hv_do_fast_hypercall8(current, HVCALL_SIGNAL_EVENT, connection_id))
+def hv_signal_event(current: Current, connection_id: int) -> int:
+    """HvCallSignalEvent, flag 0, as an exit (the doorbell is its fast form); its status."""
+    return hv_do_fast_hypercall8(current, HVCALL_SIGNAL_EVENT, connection_id)
 
 
 def write_eom(current: Current) -> None:

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 from emu.tracing import E_TASKLET_SCHED
 from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
+from guestproc.protocol.numbers import Handlers, Tasklets
 from guestproc.vmbus.chan_sched import vmbus_chan_sched
-from guestproc.vmbus.numbers import Handlers, Tasklets
+from guestproc.vmbus.message_dpc import vmbus_signal_eom
 from guestproc.vmbus.vector import VMBUS_HANDLERS
 
 if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.vmbus.percpu import PerCpuContext
-
-SLOT_OFFSET: Final = VMBUS_MESSAGE_SINT * 256
 
 
 @VMBUS_HANDLERS.register(Handlers.VMBUS_ISR)
@@ -39,7 +38,5 @@ def vmbus_isr(current: Current) -> None:
 
 def hv_process_timer_expiration(current: Current, hv_cpu: PerCpuContext) -> None:
     """A timer message is handled right here: its clock event, then the end of the message."""
-    from guestproc.vmbus.message_dpc import vmbus_signal_eom
-
     hv_cpu.clock_events += 1
     vmbus_signal_eom(current, hv_cpu, HVMSG_TIMER_EXPIRED)

@@ -15,9 +15,10 @@ from emu.wire.synic import HVMSG_NONE, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
 from guestproc.kernel.layout import ConnectionState
 from guestproc.kernel.workqueue import WorkItem
-from guestproc.protocol.triage import MESSAGE_BYTES, Triage, triage
+from guestproc.protocol.numbers import Tasklets, Works
+from guestproc.protocol.triage import MESSAGE_BYTES, Triage, payload_of, triage
+from guestproc.vmbus.channel_mgmt import MESSAGE_HANDLERS, offer_done, vmbus_onmessage
 from guestproc.vmbus.hv import write_eom
-from guestproc.vmbus.numbers import Tasklets, Works
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
     """The tasklet of this processor's SINT2 slot."""
     hv_cpu = current.percpu
-    assert hv_cpu is not None
+    if hv_cpu is None:  # this SynIC went down while the tasklet was pending
+        return
     serial = hv_cpu.serial_gate()
     copy = bytes(current.tables.ram.octets[hv_cpu.slot_gpa : hv_cpu.slot_gpa + MESSAGE_BYTES])
     message = triage(current.era, copy)
@@ -38,14 +40,12 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
     current.record(E_SLOT_READ, VMBUS_MESSAGE_SINT, message.message_type, message.msgtype, serial)
     current.counters.messages_taken += 1
     current.counters.tasklets += 1
-    if message.complaint:
-        current.log(message.complaint)
+    if message.complaint is not None:
+        current.refuse(message.complaint, "vmbus_on_msg_dpc")
     if message.blocking:
         if not _queue(current, message, copy, serial):
             return  # no EOM: the slot stays full until this tasklet runs again
     elif message.entry is not None:
-        from guestproc.vmbus.channel_mgmt import MESSAGE_HANDLERS
-
         current.serial = serial
         MESSAGE_HANDLERS[message.entry.message_handler](current, message.payload)
     vmbus_signal_eom(current, hv_cpu, message.message_type, serial)
@@ -54,14 +54,13 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
 def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
     """Hand a blocking message to its queue; False when no work record was to be had."""
     connection = current.connection
-    ignored = message.msgtype in (MessageType.OFFERCHANNEL, MessageType.RESCIND_CHANNELOFFER)
-    if ignored and connection.ignore_any_offer_msg.load():
+    if (message.is_offer or message.is_rescind) and connection.ignore_any_offer_msg.load():
         return True
     queues = current.tables.work_queues
     item = queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), copy, serial)
     if item is None:
         return False
-    queue = current.era.rescind_queue if message.msgtype == MessageType.RESCIND_CHANNELOFFER else current.era.offer_queue
+    queue = message.queue(current.era)
     if message.is_offer:
         # Counted before it is queued: a rescind that runs on its own queue waits for this to come down to 0.
         connection.offer_in_progress.fetch_add(1)
@@ -83,15 +82,16 @@ def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, ser
     current.record(E_SLOT_FREE, VMBUS_MESSAGE_SINT, old_type, serial, pending)
     if pending:
         write_eom(current)
-        current.record(E_EOM, current.cpu, VMBUS_MESSAGE_SINT)
+        current.record(E_EOM, current.hooks.position, VMBUS_MESSAGE_SINT)
 
 
 @WORK_FUNCTIONS.register(Works.VMBUS_ONMESSAGE_WORK)
 def vmbus_onmessage_work(current: Current, item: WorkItem) -> None:
     """A queued message: handled, unless the connection is gone by now."""
-    from guestproc.vmbus.channel_mgmt import vmbus_onmessage
-
+    payload = payload_of(item.message)
     if current.connection.conn_state.load() == ConnectionState.DISCONNECTED:
+        # The kernel loses the record here, and the count with it, which a later connection would wait for.
+        if payload[0] == MessageType.OFFERCHANNEL:
+            offer_done(current)
         return
-    copy = item.message
-    vmbus_onmessage(current, copy[16 : 16 + copy[4]])
+    vmbus_onmessage(current, payload)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import MapBudget, map_ring
 from emu.memory import PAGE_SHIFT, GuestMemory
 from emu.ring import RingConsumer, RingMemory, RingProducer, RingWords
@@ -54,12 +55,14 @@ class RingCache:
         self._recorder = recorder
 
     def of(self, channel: Channel) -> ChannelRings:
-        """The rings of an opened channel; maps them if this process has not yet (about 30 us)."""
+        """The rings of an opened channel; maps them if this process has not yet (about 30 us).
+
+        ProtocolViolation when the indices in them cannot be.
+        """
         rings = self._rings.get(channel.index)
         key = (channel.generation, channel.ring_generation)
         if rings is None or rings.key != key:
-            if rings is not None:
-                rings.close()
+            self.drop(channel)
             rings = self._rings[channel.index] = self._map(channel, key)
         return rings
 
@@ -72,25 +75,37 @@ class RingCache:
     def init(self, channel: Channel) -> None:
         """`hv_ringbuffer_init` for outbound, then inbound: zero control pages, feature bit, indices 0.
 
-        Straight into RAM: whoever opens a channel need not map its rings.
+        ProtocolViolation for a ring that has no page for data, OutOfMemory when the tmpfs behind RAM is full.
         """
-        pfns = self.pfns(channel)
-        for first in (0, channel.ring_send_pages):
-            self._memory.write(pfns[first] << PAGE_SHIFT, FRESH_CONTROL_PAGE)
+        memories = self._map_memories(channel, reserved=False)
+        for memory in memories:
+            memory.init()
+        for memory in memories:
+            memory.close()
 
     def _map(self, channel: Channel, key: tuple[int, int]) -> ChannelRings:
-        memories = self._map_memories(channel)
-        recorder = self._recorder()
-        words = [memory.words for memory in memories]
-        if recorder is not None:
-            words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(words)]
-        return ChannelRings(key, memories, words)
+        memories = self._map_memories(channel, reserved=True)
+        try:
+            recorder = self._recorder()
+            words = [memory.words for memory in memories]
+            if recorder is not None:
+                words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(words)]
+            return ChannelRings(key, memories, words)
+        except ProtocolViolation:
+            for memory in memories:
+                memory.close()
+            raise
 
-    def _map_memories(self, channel: Channel) -> tuple[RingMemory, RingMemory]:
+    def _map_memories(self, channel: Channel, *, reserved: bool) -> tuple[RingMemory, RingMemory]:
+        """Both rings; `reserved`: their pages were made when they were initialised."""
         pfns = self.pfns(channel)
         send, receive = channel.ring_send_pages, channel.ring_recv_pages
-        outbound = map_ring(self._memory, pfns, 0, send, self._budget)
-        return outbound, map_ring(self._memory, pfns, send, receive, self._budget)
+        outbound = map_ring(self._memory, pfns, 0, send, self._budget, reserved=reserved)
+        try:
+            return outbound, map_ring(self._memory, pfns, send, receive, self._budget, reserved=reserved)
+        except (ProtocolViolation, OutOfMemory):
+            outbound.close()
+            raise
 
     def pfns(self, channel: Channel) -> list[int]:
         """Every page of both rings in order, send first."""

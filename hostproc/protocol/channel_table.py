@@ -25,7 +25,6 @@ from hostproc.protocol.offers import (
 )
 from hostproc.protocol.session import Session
 from hostproc.protocol.states import CLIENT_RELEASE_STATES, ChannelEvent, ChannelState, advance
-from hostproc.protocol.versions import Change
 
 
 class ChannelTable:
@@ -158,7 +157,7 @@ class ChannelTable:
     def offer(self, channel: Channel) -> None:
         """Give the channel a relid and offer it, if this guest can have it."""
         parameters = channel.parameters
-        if parameters.sub_channel_index and not self._session.has(Change.SUB_CHANNELS):
+        if parameters.sub_channel_index and not self._session.version.sub_channels:
             return
         relid = self._relids.take()
         if relid is None:
@@ -179,7 +178,7 @@ class ChannelTable:
         self._generations[channel.relid] += 1
         channel.generation = self._generations[channel.relid]
         self._changed[channel.relid] = channel
-        dedicated = self._session.has(Change.DEDICATED_DOORBELL)
+        dedicated = self._session.version.dedicated_doorbell
         self._session.send(offer_message(channel, dedicated_doorbell=dedicated))
 
     def free_relid(self, channel: Channel) -> None:
@@ -191,9 +190,3 @@ class ChannelTable:
             self._monitor_ids.give_back(channel.monitorid)
             channel.monitorid = NO_MONITOR
         self._changed[relid] = None
-
-    def reset_numbers(self) -> None:
-        """The guest is gone and knows no number."""
-        assert not self._by_relid
-        self._relids.reset()
-        self._monitor_ids.reset()

@@ -182,7 +182,7 @@ class Channels:
         elif channel.retarget is None:
             channel.retarget = message.target_vp
             self._session.emit(RetargetEvent(channel.key, channel.relid, message.target_vp))
-        elif self._session.may_send(MessageType.MODIFYCHANNEL_RESPONSE):
+        elif self._session.knows(ModifyChannelResponse):
             text = f"MODIFYCHANNEL of {channel.relid} before the last one was answered"
             self._session.refuse("modify-in-progress", text, "target_vp", message.target_vp)
         else:
@@ -196,7 +196,6 @@ class Channels:
                 self._revoke(channel)
         for channel in self._table:
             self._disconnect(channel)
-        self._table.reset_numbers()
 
     # -- inside: revoke and disconnect ----------------------------------------------------------------
 

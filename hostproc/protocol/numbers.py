@@ -29,8 +29,3 @@ class LowestFree:
         """Take `number` back; it was given out."""
         assert self._first <= number < self._untouched, number
         heappush(self._given_back, number)
-
-    def reset(self) -> None:
-        """Take back everything."""
-        self._untouched = self._first
-        self._given_back.clear()

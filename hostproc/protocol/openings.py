@@ -16,7 +16,7 @@ from emu.wire.versions import FeatureFlags
 from hostproc.protocol.offers import LAST_RELID, Channel, event_connection_id
 from hostproc.protocol.session import Session
 from hostproc.protocol.states import GpadlState
-from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID, Change
+from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 
 _FIRST_FREE_CONNECTION_ID: Final = 5
 """Below are the ones with a meaning: messages, the shared doorbell, the monitor port."""
@@ -60,7 +60,7 @@ def judge_opening(channel: Channel, request: OpenChannel, session: Session, door
     flag, connection_id = _signals(channel, request, session)
     # Below 1.1 one connection is everybody's.
     possible = _FIRST_FREE_CONNECTION_ID <= connection_id <= _LAST_CONNECTION_ID
-    if session.has(Change.DEDICATED_DOORBELL) and (not possible or connection_id in doorbells):
+    if session.version.dedicated_doorbell and (not possible or connection_id in doorbells):
         raise _fault(channel, "open-connection-id", "connection_id", connection_id)
     return Opening(
         ring_gpadl=handle,
@@ -68,7 +68,7 @@ def judge_opening(channel: Channel, request: OpenChannel, session: Session, door
         downstream_page_offset=offset,
         target_vp=_target_vp(channel, request, session),
         event_flag=flag,
-        shared_interrupt=not session.has(Change.EVENT_FLAGS),
+        shared_interrupt=not session.version.event_flags,
         connection_id=connection_id,
         userdata=request.userdata,
     )
@@ -76,7 +76,7 @@ def judge_opening(channel: Channel, request: OpenChannel, session: Session, door
 
 def _target_vp(channel: Channel, request: OpenChannel, session: Session) -> int | None:
     """Return the VP to interrupt; guests below 2.4 have only VP 0."""
-    if not session.has(Change.EVENT_FLAGS):
+    if not session.version.event_flags:
         return 0
     target_vp = request.target_vp
     if target_vp == VP_INDEX_DISABLE_INTERRUPT:
@@ -88,9 +88,9 @@ def _target_vp(channel: Channel, request: OpenChannel, session: Session) -> int 
 
 def _signals(channel: Channel, request: OpenChannel, session: Session) -> tuple[int, int]:
     """Return the guest's event flag and the connection id that rings the host."""
-    if not session.has(Change.DEDICATED_DOORBELL):
+    if not session.version.dedicated_doorbell:
         return 0, SHARED_DOORBELL_CONNECTION_ID
-    if not session.has(Change.EVENT_FLAGS):
+    if not session.version.event_flags:
         return 0, event_connection_id(channel.relid)
     own_choice = FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS in session.features
     if request.connection_id is None or not own_choice:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from emu.errors import ProtocolViolation
@@ -31,7 +32,6 @@ from emu.wire.messages import (
     GpadlTeardown,
     InitiateContact,
     Message,
-    MessageSpec,
     ModifyChannel,
     ModifyConnection,
     ModifyConnectionResponse,
@@ -67,7 +67,6 @@ from hostproc.protocol.versions import (
     FAILED,
     VERSIONS,
     VMBUS_SINT,
-    Change,
     Limits,
     Verdict,
     elsewhere,
@@ -76,7 +75,8 @@ from hostproc.protocol.versions import (
     monitor_pages_fault,
 )
 
-_WHILE_PAUSED = (Resume, Unload, InitiateContact)
+_FROM_GUEST: Final = frozenset(s.cls for s in MESSAGES.values() if s.direction is Direction.GUEST_TO_HOST)
+_WHILE_PAUSED: Final = (Resume, Unload, InitiateContact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class Server:
 
     def _receive(self, payload: bytes, connection_id: int) -> None:
         message = parse(payload)
-        if not self._legal(message, MESSAGES[message.TYPE]):
+        if not self._legal(message):
             return
         match message:
             case InitiateContact():
@@ -251,10 +251,13 @@ class Server:
             case _:
                 raise AssertionError(message)
 
-    def _legal(self, message: Message, spec: MessageSpec) -> bool:
+    def _legal(self, message: Message) -> bool:
         """Whether a guest may send this now, whatever is in it; what it may not send has no answer."""
         session = self._session
-        name = message.TYPE.name
+        kind = type(message)
+        if session.connected and not session.paused and kind in _FROM_GUEST and session.knows(kind):
+            return True
+        spec, name = MESSAGES[message.TYPE], message.TYPE.name
         if spec.direction is not Direction.GUEST_TO_HOST:
             session.refuse("wrong-direction", f"{name} is the host's to send", "msgtype", int(message.TYPE))
         elif spec.while_disconnected:
@@ -269,7 +272,7 @@ class Server:
         elif session.version.number < spec.least_version:
             text = f"{name} in version {session.version.text}"
             session.refuse("message-before-its-version", text, "msgtype", int(message.TYPE))
-        elif spec.feature not in session.features:
+        elif spec.feature and spec.feature not in session.features:
             text = f"{name} without feature {spec.feature.name}"
             session.refuse("message-without-its-feature", text, "msgtype", int(message.TYPE))
         elif session.paused and not isinstance(message, _WHILE_PAUSED):
@@ -305,7 +308,7 @@ class Server:
                     version.number,
                     features,
                     verdict.vp_index,
-                    0 if version.has(Change.EVENT_FLAGS) else contact.interrupt_page,
+                    0 if version.event_flags else contact.interrupt_page,
                     contact.monitor_page1,
                     contact.monitor_page2,
                 )
@@ -340,7 +343,7 @@ class Server:
     def _end_disconnecting(self) -> None:
         """Nothing of the guest's is in use any more: say so to whoever waits for it."""
         session = self._session
-        vp_index, answers = session.vp_index, session.may_send(UnloadResponse.TYPE)
+        vp_index, answers = session.vp_index, session.knows(UnloadResponse)
         session.disconnected()
         session.emit(Disconnected())
         if self._unloading and answers:

@@ -15,7 +15,7 @@ from emu.wire.versions import FeatureFlags
 from hostproc.protocol.effects import Effect, Refused, SendMessage
 from hostproc.protocol.policy import Answer, Policy
 from hostproc.protocol.states import ChannelState
-from hostproc.protocol.versions import VERSIONS, VMBUS_SINT, Change, Limits, Version
+from hostproc.protocol.versions import VERSIONS, VMBUS_SINT, Limits, Version
 
 NOBODY: Final = VERSIONS[min(VERSIONS)]
 
@@ -35,6 +35,7 @@ class Session:
     __slots__ = (
         "_effects",
         "_held",
+        "_known",
         "features",
         "limits",
         "link",
@@ -56,6 +57,7 @@ class Session:
         self.monitored = False
         self.offers_requested = False
         self.paused = False
+        self._known: frozenset[type[Message]] = frozenset()
         self._held: list[Effect] = []
         self._effects: list[Effect] = []
 
@@ -66,6 +68,9 @@ class Session:
         self.features = features
         self.vp_index = vp_index
         self.monitored = monitored
+        self._known = frozenset(
+            spec.cls for spec in MESSAGES.values() if spec.least_version <= version.number and spec.feature in features
+        )
 
     def disconnecting(self) -> None:
         """From here on the guest is sent nothing; what was held back for it is dropped."""
@@ -91,14 +96,9 @@ class Session:
         """Whether there is a guest to send to."""
         return self.link is Link.CONNECTED
 
-    def has(self, change: Change) -> bool:
-        """Whether `change` holds in the negotiated version."""
-        return change in self.version.changes
-
-    def may_send(self, message_type: MessageType) -> bool:
-        """Whether the guest knows this message, by version and features."""
-        spec = MESSAGES[message_type]
-        return self.version.number >= spec.least_version and spec.feature in self.features
+    def knows(self, message: type[Message]) -> bool:
+        """Whether the negotiated version and features have this message."""
+        return message in self._known
 
     def emit(self, effect: Effect) -> None:
         """Decide something."""
@@ -106,7 +106,7 @@ class Session:
 
     def send(self, message: Message) -> None:
         """Tell the connected guest, if there is one and its version knows the message."""
-        if self.link is not Link.CONNECTED or not self.may_send(message.TYPE):
+        if self.link is not Link.CONNECTED or type(message) not in self._known:
             return
         effect = SendMessage(message, self.vp_index, VMBUS_SINT)
         if self.paused:

@@ -12,7 +12,6 @@ from emu.wire.messages import STATUS_CONNECTION_REFUSED, ChannelFlags, TlConnect
 from hostproc.protocol.effects import ConnectSocket
 from hostproc.protocol.offers import OfferParameters
 from hostproc.protocol.session import Session
-from hostproc.protocol.versions import Change
 
 
 class Sockets:
@@ -37,7 +36,7 @@ class Sockets:
             self._session.send(TlConnectResult(*request, STATUS_CONNECTION_REFUSED))
             return
         self._waiting.add(request)
-        silo_id = message.silo_id if self._session.has(Change.SILO_ID) else None
+        silo_id = message.silo_id if self._session.version.silo_id else None
         self._session.emit(ConnectSocket(*request, silo_id))
 
     def connected(self, parameters: OfferParameters) -> None:

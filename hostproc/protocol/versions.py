@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Flag, auto
 from types import MappingProxyType
 from typing import Final
 
@@ -44,34 +43,24 @@ FAILED: Final = STATUS_UNSUCCESSFUL
 _PAGE_MASK: Final = 0xFFF
 
 
-class Change(Flag):
-    """Something a host does differently from some version on."""
-
-    DEDICATED_DOORBELL = auto()
-    """A doorbell for each channel, and offers with a monitor bit. Before: connection 2 for all."""
-    EVENT_FLAGS = auto()
-    """A flag for each channel, on the VP it names. Before: bit in the interrupt page, then flag 0 of VP 0."""
-    SUB_CHANNELS = auto()
-    TARGET_VCPU = auto()
-    """Messages go to the VP that the guest names. Before: VP 0."""
-    MESSAGE_CONNECTION = auto()
-    """The guest names the SINT; the host names the message connection."""
-    TARGET_VTL = auto()
-    SILO_ID = auto()
-    FEATURE_FLAGS = auto()
-
-
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version: the Windows that brought it, and all that holds in it."""
+    """A version: the Windows that brought it, and what a host does differently from some version on."""
 
     number: int
     windows: str
-    changes: Change
-
-    def has(self, change: Change) -> bool:
-        """Whether `change` holds in this version."""
-        return change in self.changes
+    dedicated_doorbell: bool = False
+    """A doorbell for each channel, and offers with a monitor bit. Before: connection 2 for all."""
+    event_flags: bool = False
+    """A flag for each channel, on the VP it names. Before: bit in the interrupt page, then flag 0 of VP 0."""
+    sub_channels: bool = False
+    target_vcpu: bool = False
+    """Messages go to the VP that the guest names. Before: VP 0."""
+    message_connection: bool = False
+    """The guest names the SINT; the host names the message connection."""
+    target_vtl: bool = False
+    silo_id: bool = False
+    feature_flags: bool = False
 
     @property
     def text(self) -> str:
@@ -80,25 +69,24 @@ class Version:
 
 
 def _table() -> Mapping[int, Version]:
-    nothing = Change(0)
-    rows = (
-        (VERSION_WS2008, "Windows Server 2008", nothing),
-        (VERSION_WIN7, "Windows Server 2008 R2", Change.DEDICATED_DOORBELL),
-        (VERSION_WIN8, "Windows Server 2012", Change.EVENT_FLAGS | Change.SUB_CHANNELS),
-        (VERSION_WIN8_1, "Windows Server 2012 R2", Change.TARGET_VCPU),
-        (VERSION_WIN10, "Windows Server 2016", nothing),
-        (VERSION_WIN10_V4_1, "Windows 10 RS3", nothing),
-        (VERSION_WIN10_V5, "Windows 10 RS3", Change.MESSAGE_CONNECTION),
-        (VERSION_WIN10_V5_1, "Windows 10 RS4", Change.TARGET_VTL),
-        (VERSION_WIN10_V5_2, "Windows Server 2019", Change.SILO_ID),
-        (VERSION_WIN10_V5_3, "Windows Server 2022", nothing),
-        (VERSION_COPPER, "Copper", Change.FEATURE_FLAGS),
+    rows: tuple[tuple[int, str, tuple[str, ...]], ...] = (
+        (VERSION_WS2008, "Windows Server 2008", ()),
+        (VERSION_WIN7, "Windows Server 2008 R2", ("dedicated_doorbell",)),
+        (VERSION_WIN8, "Windows Server 2012", ("event_flags", "sub_channels")),
+        (VERSION_WIN8_1, "Windows Server 2012 R2", ("target_vcpu",)),
+        (VERSION_WIN10, "Windows Server 2016", ()),
+        (VERSION_WIN10_V4_1, "Windows 10 RS3", ()),
+        (VERSION_WIN10_V5, "Windows 10 RS3", ("message_connection",)),
+        (VERSION_WIN10_V5_1, "Windows 10 RS4", ("target_vtl",)),
+        (VERSION_WIN10_V5_2, "Windows Server 2019", ("silo_id",)),
+        (VERSION_WIN10_V5_3, "Windows Server 2022", ()),
+        (VERSION_COPPER, "Copper", ("feature_flags",)),
     )
     table = {}
-    changes = nothing
+    changes: dict[str, bool] = {}
     for number, windows, adds in rows:
-        changes |= adds
-        table[number] = Version(number, windows, changes)
+        changes |= dict.fromkeys(adds, True)
+        table[number] = Version(number, windows, **changes)
     assert tuple(table) == KNOWN_VERSIONS
     return MappingProxyType(table)
 
@@ -171,12 +159,12 @@ def judge(contact: InitiateContact, limits: Limits) -> Verdict:
     if not limits.speaks(number):
         return _decline(contact, limits, "contact-version", "vmbus_version_requested", number)
     version = VERSIONS[number]
-    if version.has(Change.TARGET_VCPU) and contact.target_vcpu >= limits.vp_count:
+    if version.target_vcpu and contact.target_vcpu >= limits.vp_count:
         return _decline(contact, limits, "contact-target-vcpu", "target_vcpu", contact.target_vcpu)
     wrong = _wrong_page(contact, version, limits)
     if wrong is not None:
         # Older guests look at version_supported only, later ones (it is said) at connection_state.
-        if not version.has(Change.EVENT_FLAGS):
+        if not version.event_flags:
             return _decline(contact, limits, *wrong)
         response = VersionResponse(1, ConnectionState.FAILED_UNKNOWN_FAILURE)
         return Verdict(response, target_vp(contact, limits), VMBUS_SINT, _refusal(*wrong))
@@ -201,16 +189,16 @@ def monitor_pages_fault(page1: int, page2: int, limits: Limits) -> tuple[str, st
 
 def _wrong_page(contact: InitiateContact, version: Version, limits: Limits) -> tuple[str, str, int] | None:
     page = contact.interrupt_page
-    if not version.has(Change.EVENT_FLAGS) and (page & _PAGE_MASK or page >= limits.ram_bytes):
+    if not version.event_flags and (page & _PAGE_MASK or page >= limits.ram_bytes):
         return "interrupt-page-outside-ram", "interrupt_page", page
     return monitor_pages_fault(contact.monitor_page1, contact.monitor_page2, limits)
 
 
 def _accept(contact: InitiateContact, version: Version, limits: Limits) -> VersionResponse:
     features = None
-    if version.has(Change.FEATURE_FLAGS):
+    if version.feature_flags:
         features = int(granted_features(contact, limits))
-    msg_conn_id = LEGACY_CONNECTION_ID if version.has(Change.MESSAGE_CONNECTION) else version.number
+    msg_conn_id = LEGACY_CONNECTION_ID if version.message_connection else version.number
     return VersionResponse(1, ConnectionState.SUCCESSFUL, msg_conn_id, features)
 
 

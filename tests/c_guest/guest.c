@@ -12,7 +12,6 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -369,7 +368,7 @@ static void wait_until_quiet(struct channel *channel, uint64_t sent)
 	while (!ring_reader_sleeps(&channel->out)) {
 		if (now_ns() > end)
 			die("the host never unmasks its ring");
-		sched_yield();
+		pause_ns(20000);
 	}
 }
 

@@ -14,7 +14,7 @@
 
 #include "vmbus_emu.h"
 
-#define DEADLINE_NS UINT64_C(10000000000) /* for whatever this guest waits for */
+#define DEADLINE_NS UINT64_C(30000000000) /* for whatever this guest waits for; a loaded machine is slow */
 
 struct vp {
 	struct machine *machine;

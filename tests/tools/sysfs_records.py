@@ -103,11 +103,12 @@ def new_guest(era: Era = Era.CURRENT, ncpus: int = 4) -> Guest:
 
 
 @contextmanager
-def idle_machine(name: str) -> Iterator[Machine]:
-    """A machine with nothing running in it; this process stands as its launcher."""
+def idle_machine(name: str, *, launched: bool = True) -> Iterator[Machine]:
+    """A machine with nothing running in it; if it is `launched`, this process stands as its launcher."""
     machine = Machine.create(f"test-{os.getpid()}-{name}", {}, ram_bytes=RAM_BYTES, vp_indices=[0, 1], cpuid=[])
     try:
-        machine.control.enlist(ActorKind.LAUNCHER, "launcher")
+        if launched:
+            machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.set_state(MachineState.RUNNING)
         yield machine
     finally:

@@ -82,9 +82,7 @@ def test_enumerations_and_constants_are_all_there() -> None:
 
 def test_names_in_c_are_the_names_of_the_objects() -> None:
     """The formats of the header make exactly the segments and semaphores that a guest may open."""
-    formats = dict(
-        re.findall(r'#define (VMBUS_EMU_(?:SEGMENT|SEMAPHORE)_\w+) "([^"]*)"', abi_header.header())
-    )
+    formats = dict(re.findall(r'#define (VMBUS_EMU_(?:SEGMENT|SEMAPHORE)_\w+) "([^"]*)"', abi_header.header()))
     formed = {formats["VMBUS_EMU_SEMAPHORE_HOST"] % "m"}
     for position in range(2):
         formed.add(formats["VMBUS_EMU_SEMAPHORE_VP"].replace("%u", "%d") % ("m", position))
@@ -190,9 +188,7 @@ def test_worked_bytes_are_what_the_wire_module_writes(name: str, message: Messag
 
 def test_worked_open_and_post_begin_as_the_wire_module_writes() -> None:
     """OPENCHANNEL and the input of HvCallPostMessage are spelt out up to the zeros that follow."""
-    opened = OpenChannel(
-        1, openid=1, ringbuffer_gpadlhandle=0xE1E10, target_vp=1, downstream_ringbuffer_pageoffset=2
-    )
+    opened = OpenChannel(1, openid=1, ringbuffer_gpadlhandle=0xE1E10, target_vp=1, downstream_ringbuffer_pageoffset=2)
     posted = PostMessageInput.of(4, 1, bytes(40))
 
     assert opened.pack()[:28].hex() in spelt_out()

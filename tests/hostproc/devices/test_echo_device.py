@@ -128,12 +128,10 @@ def test_a_full_ring_stops_the_device_and_nothing_is_lost() -> None:
 
     bench.send(*payloads)
     bench.run()
-    assert not bench.rung
+    assert bench.run() == 0
     assert word(bench.to_guest, PENDING_SEND_SZ) == ring_bytes(1000)
     got = bench.received(1)
-    assert bench.rung
-    while bench.rung:
-        bench.run()
+    while bench.run():
         got += bench.received()
 
     assert [packet[3] for packet in got] == payloads
@@ -176,6 +174,36 @@ def test_nonsense_in_the_ring_ends_the_task_after_what_made_sense() -> None:
     assert [packet[3] for packet in bench.received()] == [b"one\0\0\0\0\0", b"two\0\0\0\0\0"]
     with pytest.raises(ProtocolViolation):
         bench.run()
+
+
+def test_nonsense_is_not_forgiven_when_it_is_taken_back() -> None:
+    """A guest that repairs its ring after it was seen has broken it all the same."""
+    bench = OpenChannel(Echo())
+    bench.send(b"one")
+    at = 4096 + bench.guest_out.bytes
+    bench.send(b"bad")
+    good = bytes(bench.to_host)
+    bench.to_host[at + 4 : at + 6] = (0xFFFF).to_bytes(2, "little")
+    bench.step()
+
+    bench.to_host[4096:] = good[4096:]
+
+    with pytest.raises(ProtocolViolation):
+        bench.run()
+
+
+def test_a_guest_that_waits_for_room_is_signalled() -> None:
+    """Reading is what makes room; the guest hears of it exactly when there is enough."""
+    bench = OpenChannel(Echo(), to_host_pages=2, to_guest_pages=4)
+    bench.run()
+    bench.send(*[bytes(1000)] * 3)
+    assert not bench.guest_out.want_room(ring_bytes(2000))
+
+    bench.run()
+
+    # One for the room, one for the packets that came back.
+    assert bench.interrupts == 2
+    assert bench.guest_out.free_bytes >= ring_bytes(2000)
 
 
 @pytest.mark.parametrize("index", [1, 4096, 0xFFFFFFF8])

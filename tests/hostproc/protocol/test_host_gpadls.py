@@ -324,6 +324,22 @@ def test_teardown_of_what_is_not_accepted_has_no_answer(state: str) -> None:
     assert world.effects == []
 
 
+def test_release_takes_the_answer_of_a_teardown_with_it() -> None:
+    """A guest that lets go of the relid before its TORNDOWN came has no use for it."""
+    world = World(quick=False)
+    world.boot()
+    world.lend()
+    world.answer(MapGpadl)
+    world.post(GpadlTeardown(1, RING))
+    world.release()
+    world.forget()
+
+    world.answer(UnmapGpadl)
+
+    assert world.sent() == []
+    assert world.server.summary().gpadls == 0
+
+
 def test_teardown_on_the_wrong_channel_has_no_answer() -> None:
     """A handle is looked for where the guest says it is."""
     world = booted()

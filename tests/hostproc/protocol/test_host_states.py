@@ -27,18 +27,18 @@ from tests.hostproc.protocol.fake_partition import World, open_channel, paramete
 
 S, E = ChannelState, ChannelEvent
 
-# One column a event, in its order: offer sent, open, close, release, disconnect, opened, refused, closed,
-# revoke, again.
+# One column an event: offer sent, open, close, release, disconnect, opened, refused, closed, revoke, again.
 CHANNELS = """
-    CLIENT_RELEASED         CLOSED . . . CLIENT_RELEASED . . . gone . CLOSED                  . OPENING .
-    CLIENT_RELEASED CLIENT_RELEASED . . . REVOKED . OPENING                 . . . . OPENING_CLIENT_RELEASE
-    OPEN CLOSED . REVOKED . OPEN                    . . CLOSING . CLOSING_CLIENT_RELEASE . . . REVOKED .
-    CLOSING                 . CLOSING_REOPEN . CLOSING_CLIENT_RELEASE CLOSING_CLIENT_RELEASE . . CLOSED
-    REVOKED . CLOSING_REOPEN          . . . . CLOSING_CLIENT_RELEASE . . OPENING REVOKED . REVOKED
-    . REVOKED REVOKED gone gone . . . . REOFFERED REOFFERED               . REOFFERED REOFFERED CLOSED
-    CLIENT_RELEASED . . . REVOKED . CLOSING_CLIENT_RELEASE  . . . . CLOSING_CLIENT_RELEASE . . CLIENT_RELEASED
-    gone . OPENING_CLIENT_RELEASE  . . . . OPENING_CLIENT_RELEASE CLOSING_CLIENT_RELEASE CLIENT_RELEASED .
-    gone .
+    CLIENT_RELEASED  CLOSED . . . CLIENT_RELEASED . . . gone .
+    CLOSED  . OPENING . CLIENT_RELEASED CLIENT_RELEASED . . . REVOKED .
+    OPENING  . . . . OPENING_CLIENT_RELEASE OPEN CLOSED . REVOKED .
+    OPEN  . . CLOSING . CLOSING_CLIENT_RELEASE . . . REVOKED .
+    CLOSING  . CLOSING_REOPEN . CLOSING_CLIENT_RELEASE CLOSING_CLIENT_RELEASE . . CLOSED REVOKED .
+    CLOSING_REOPEN  . . . . CLOSING_CLIENT_RELEASE . . OPENING REVOKED .
+    REVOKED  . REVOKED REVOKED gone gone . . . . REOFFERED
+    REOFFERED  . REOFFERED REOFFERED CLOSED CLIENT_RELEASED . . . REVOKED .
+    CLOSING_CLIENT_RELEASE  . . . . CLOSING_CLIENT_RELEASE . . CLIENT_RELEASED gone .
+    OPENING_CLIENT_RELEASE  . . . . OPENING_CLIENT_RELEASE CLOSING_CLIENT_RELEASE CLIENT_RELEASED . gone .
 """
 # Columns: completed, refused, device accepted, device refused, teardown, torn down, channel released,
 # revoked, then completed and torn down without a device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from uuid import UUID
 
 import pytest
@@ -423,6 +424,22 @@ def test_unload_while_paused_is_answered() -> None:
     assert world.sent() == [UnloadResponse()]
 
 
+def test_what_a_paused_guest_was_not_sent_dies_with_the_connection() -> None:
+    """Its successor is not paused, and gets nothing that was held back."""
+    flags = FeatureFlags.PAUSE_RESUME
+    world = world_with(max_version=VERSION_COPPER, features=flags)
+    world.connect(VERSION_COPPER, feature_flags=int(flags))
+    world.request_offers()
+    world.post(Pause())
+    world.offer()
+
+    world.connect(VERSION_COPPER, feature_flags=int(flags))
+    assert len(world.request_offers()) == 1
+    world.post(Pause(), Resume())
+
+    assert world.sent() == [PauseResponse()]
+
+
 def test_modify_connection_moves_the_monitor_pages() -> None:
     """Both pages or neither; half a pair is answered with a failure."""
     flags = FeatureFlags.MODIFY_CONNECTION
@@ -453,7 +470,10 @@ def test_messages_of_a_feature_need_the_feature() -> None:
 
 def test_every_version_has_a_row() -> None:
     """The table has each version once, and each has all that an older one has."""
-    changes = [VERSIONS[version].changes for version in KNOWN_VERSIONS]
+    rows = [astuple(VERSIONS[version])[2:] for version in KNOWN_VERSIONS]
 
-    assert all(older & newer == older for older, newer in zip(changes, changes[1:], strict=False))
+    assert all(
+        old <= new for older, newer in zip(rows, rows[1:], strict=False) for old, new in zip(older, newer, strict=True)
+    )
+    assert not any(rows[0]) and all(rows[-1])
     assert VERSIONS[VERSION_WIN10_V5_3].text == "5.3"

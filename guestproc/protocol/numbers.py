@@ -17,8 +17,12 @@ class Works(IntEnum):
 
     VMBUS_ONMESSAGE_WORK = 1
     VMBUS_ADD_CHANNEL_WORK = 2
-    VMBUS_SHUTDOWN_WORK = 3
-    VMBUS_BUS_INIT_WORK = 4
+
+
+class Ipis(IntEnum):
+    """Numbers in IPI_FUNCTIONS."""
+
+    HV_SYNIC_CLEANUP = 1
 
 
 class Handlers(IntEnum):

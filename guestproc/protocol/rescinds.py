@@ -1,0 +1,71 @@
+"""The host takes a channel back: who handles it, and what is left to do (reference 3.11).
+
+    claim      channel_mutex: find the channel, once (a second RESCIND finds it claimed: races.md A6)
+    mark       channelmsg_lock: set the flag and find who waits on the channel, in one (A4)
+    decide     channel_mutex, after its offer was handled: who removes it
+
+A channel that was claimed is removed by its handler, or by the closer that the handler leaves it to, and by
+nobody else: so neither meets a record that the other one freed.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from guestproc.kernel.layout import Channel, ChannelState, KernelTables, Request
+from guestproc.protocol import pending
+
+
+class Removal(Enum):
+    """What a rescind's handler does at its end."""
+
+    CALL_DRIVER = auto()
+    """The driver has a rescind callback of its own (hv_sock, uio), and unregisters the device when it likes."""
+    UNREGISTER_DEVICE = auto()
+    REMOVE_CHANNEL = auto()
+    LEAVE_TO_CLOSER = auto()
+    """A sub-channel that is open: whoever closes it waits for rescind_event and removes it."""
+
+
+def claim(tables: KernelTables, relid: int) -> Channel | None:
+    """The channel that a RESCIND means, for its one handler; None when there is none, or it was claimed."""
+    channel = tables.relids.lookup(relid)
+    if channel is None or channel.rescind_ref.exchange(1):
+        return None
+    return channel
+
+
+def mark(tables: KernelTables, channel: Channel) -> Request | None:
+    """Set the rescind flag; the first request that waits on the channel is to be completed."""
+    channel.rescind.store(1)
+    return pending.first_waiting_on(tables, channel)
+
+
+def decide(channel: Channel) -> Removal:
+    """Who removes a rescinded channel whose offer has been handled."""
+    if channel.device_obj:
+        return Removal.CALL_DRIVER if channel.rescind_callback else Removal.UNREGISTER_DEVICE
+    if channel.primary_channel and channel.state.load() != ChannelState.OPEN_STATE:
+        return Removal.LEAVE_TO_CLOSER
+    # A sub-channel that is closed, or a channel whose offer failed after it was claimed.
+    return Removal.REMOVE_CHANNEL
+
+
+class Closing(Enum):
+    """What the closer of a primary does with one of its sub-channels."""
+
+    CLOSE = auto()
+    CLOSE_AND_REMOVE = auto()
+    AWAIT_RESCIND = auto()
+    """Its rescind is being handled and has not come to `decide` yet."""
+    LEAVE = auto()
+    """It is closed, and the handler of its rescind removes it."""
+
+
+def closing(channel: Channel) -> Closing:
+    """What to do with a sub-channel of a primary that is closed (`vmbus_disconnect_ring`)."""
+    if not channel.rescind.load():
+        return Closing.CLOSE
+    if channel.rescind_event.done:
+        return Closing.CLOSE_AND_REMOVE
+    return Closing.LEAVE if channel.state.load() == ChannelState.OPEN_STATE else Closing.AWAIT_RESCIND

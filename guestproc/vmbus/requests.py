@@ -1,0 +1,56 @@
+"""A request to the host and the wait for its reply, as the functions that open, establish and negotiate share it.
+
+    enter, look whether the channel was rescinded, post, wait, leave: on every way out
+
+The kernel waits for replies without limit. Every wait here has a deadline, behind which the operation fails
+with -ETIMEDOUT; pages that the host may hold by then are not given back (races.md E2).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from emu.tracing import E_REQ_ALLOC
+from emu.wire.messages import MessageType
+from guestproc.kernel.layout import Request
+from guestproc.kernel.wait import SECOND_NS
+from guestproc.protocol import pending
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+
+REPLY_TIMEOUT_NS: Final = 45 * SECOND_NS
+"""Below the deadline of a mutex, as some of these waits hold channel_mutex."""
+
+
+def enter_request(
+    current: Current, msgtype: MessageType, *, child_relid: int = 0, openid: int = 0, gpadl: int = 0, channel: int = 0
+) -> Request | None:
+    """A request on chn_msg_list, before its message is posted; None when there is no record for it (-ENOMEM)."""
+    request = pending.new_request(
+        current.tables, msgtype, child_relid=child_relid, openid=openid, gpadl=gpadl, channel=channel
+    )
+    if request is None:
+        return None
+    with current.connection.channelmsg_lock.hold(current.actor):
+        pending.enter(current.tables, request)
+    current.record(E_REQ_ALLOC, msgtype, openid or gpadl, request.index)
+    return request
+
+
+def wait_for_reply(current: Current, request: Request) -> int:
+    """Wait until the request is completed, by a reply or by a rescind: 0, or -ETIMEDOUT."""
+    if request.waitevent.wait_timeout(current.actor, REPLY_TIMEOUT_NS):
+        return 0
+    name = MessageType(request.msgtype).name
+    seconds = REPLY_TIMEOUT_NS // SECOND_NS
+    current.log(f"{name}: no answer within {seconds} s (relid {request.child_relid}, gpadl {request.gpadl:#x})")
+    return -errno.ETIMEDOUT
+
+
+def leave_request(current: Current, request: Request) -> None:
+    """Off the list, and its record free."""
+    with current.connection.channelmsg_lock.hold(current.actor):
+        pending.leave(current.tables, request)
+    current.tables.requests.free(request)

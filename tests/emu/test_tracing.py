@@ -1,0 +1,255 @@
+"""The recorder: one table of events, rings that overwrite their oldest records, drains that count what they missed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from mmap import mmap
+from types import SimpleNamespace
+
+import pytest
+
+from emu import tracing
+from emu.control import ACTORS
+from emu.errors import MissingPrerequisite
+from emu.ipc.segments import Segment, object_name
+from emu.tracing import (
+    BY_NUMBER,
+    CAPACITY,
+    E_EOM,
+    E_OFFER,
+    EVENTS,
+    NO_VP,
+    RECORD,
+    RECORD_BYTES,
+    TRACE_BYTES,
+    TRACE_HEAD_BYTES,
+    Context,
+    Drain,
+    Recorder,
+)
+from tests.processes import Forked
+
+VOCABULARY = """
+offer rescind release post slot_write slot_read slot_free eom flag_set flag_clear irq_raise isr_enter isr_exit
+tasklet_sched tasklet_run mask unmask ring_publish ring_release pending_size signal req_alloc req_complete
+gpadl_add gpadl_drop page_alloc page_free map unmap target_change lock unlock wait wake cpu_online cpu_offline
+fault point
+"""
+
+
+@pytest.fixture
+def segment(machine_name: str) -> Iterator[Segment]:
+    """A trace segment, made as the launcher makes it."""
+    segment = Segment.create(object_name(machine_name, "trace"), TRACE_BYTES, reserved=TRACE_HEAD_BYTES)
+    yield segment
+    segment.close()
+
+
+def sequences(raw: bytes) -> list[int]:
+    """Sequence numbers of drained records."""
+    return [record[1] for record in RECORD.iter_unpack(raw)]
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def test_vocabulary_is_complete_and_keeps_its_numbers() -> None:
+    """Every word of the minimum vocabulary is an event; they come first, numbered from 1 without gaps."""
+    words = VOCABULARY.split()
+
+    assert [EVENTS[word].number for word in words] == list(range(1, len(words) + 1))
+    assert sorted(BY_NUMBER) == list(range(1, len(EVENTS) + 1))
+
+
+def test_every_event_has_its_constant() -> None:
+    """`E_NAME` is the number of `name`, for all of them."""
+    constants = {name: value for name, value in vars(tracing).items() if name.startswith("E_")}
+
+    assert constants == {f"E_{name.upper()}": spec.number for name, spec in EVENTS.items()}
+
+
+def test_arguments_fit_a_record() -> None:
+    """At most six, each with a name of its own."""
+    for spec in EVENTS.values():
+        assert len(spec.arguments) <= 6, spec
+        assert len(set(spec.arguments)) == len(spec.arguments), spec
+
+
+def test_record_is_one_cache_line() -> None:
+    """64 bytes, so that two records never share one."""
+    assert RECORD_BYTES == 64
+    assert (TRACE_BYTES - TRACE_HEAD_BYTES) == ACTORS * CAPACITY * RECORD_BYTES
+
+
+# -- recording and draining -----------------------------------------------------------------------
+
+
+def test_record_holds_what_it_was_given(segment: Segment) -> None:
+    """Time, sequence, event, processor, context and six arguments, all of them."""
+    before = time.monotonic_ns()
+    recorder = Recorder(segment, 3, vp=2, context=Context.ISR)
+    recorder.record(E_OFFER, 1, 2, 3, 4, 5, (1 << 64) - 1)
+
+    (record,) = RECORD.iter_unpack(Drain(segment).take(3))
+    assert before <= record[0] <= time.monotonic_ns()
+    assert record[1:] == (0, E_OFFER, 2, Context.ISR, 1, 2, 3, 4, 5, (1 << 64) - 1)
+
+
+def test_context_is_stamped_as_it_is_now(segment: Segment) -> None:
+    """An actor changes its context between two records."""
+    recorder = Recorder(segment, 0)
+    recorder.record(E_EOM)
+    recorder.context = Context.TASKLET
+    recorder.record(E_EOM)
+
+    assert [record[3:5] for record in RECORD.iter_unpack(Drain(segment).take(0))] == [
+        (NO_VP, Context.HOST),
+        (NO_VP, Context.TASKLET),
+    ]
+
+
+def test_argument_below_zero_is_stored_modulo_2_64(segment: Segment) -> None:
+    """An errno as the kernel writes it ends no process."""
+    Recorder(segment, 0).record(E_OFFER, -19, 1 << 64, 3)
+
+    (record,) = RECORD.iter_unpack(Drain(segment).take(0))
+    assert record[5:8] == ((1 << 64) - 19, 0, 3)
+
+
+def test_records_are_drained_once_in_order(segment: Segment) -> None:
+    """Each taking gives what came since the last."""
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    empty = drain.take(0)
+    taken = []
+    for count in (3, 0, 2):
+        for _ in range(count):
+            recorder.record(E_EOM)
+        taken.append(sequences(drain.take(0)))
+
+    assert empty == b""
+    assert taken == [[0, 1, 2], [], [3, 4]]
+    assert drain.dropped == 0
+
+
+def test_actors_have_rings_of_their_own(segment: Segment) -> None:
+    """The first and the last slot record side by side."""
+    Recorder(segment, 0).record(E_EOM, 1)
+    Recorder(segment, ACTORS - 1).record(E_OFFER, 2)
+    drain = Drain(segment)
+
+    assert [RECORD.unpack(drain.take(slot))[2] for slot in (0, ACTORS - 1)] == [E_EOM, E_OFFER]
+    assert drain.take(1) == b""
+
+
+def test_records_survive_the_end_of_the_ring(segment: Segment) -> None:
+    """A drain across the wrap gives one run of records."""
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    for _ in range(CAPACITY - 5):
+        recorder.record(E_EOM)
+    drain.take(0)
+    for _ in range(10):
+        recorder.record(E_EOM)
+
+    assert sequences(drain.take(0)) == list(range(CAPACITY - 5, CAPACITY + 5))
+    assert drain.dropped == 0
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 100, CAPACITY, 2 * CAPACITY + 3])
+def test_overwritten_records_are_counted(segment: Segment, extra: int) -> None:
+    """A drain that came too late gets the newest records, and knows how many it missed.
+
+    Of a full ring the oldest is left out: its writer might be overwriting it.
+    """
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    total = CAPACITY + extra
+    for _ in range(total):
+        recorder.record(E_EOM)
+
+    kept = min(total, CAPACITY - 1)
+    assert sequences(drain.take(0)) == list(range(total - kept, total))
+    assert drain.dropped == total - kept
+
+
+class LappedMemory:
+    """Memory of which each copy takes so long that `meanwhile()` runs in the middle of it."""
+
+    def __init__(self, memory: mmap, meanwhile: Callable[[], None]) -> None:
+        self._memory = memory
+        self._meanwhile = meanwhile
+
+    def __getitem__(self, part: slice) -> bytes:
+        before = self._memory[part]
+        self._meanwhile()
+        # The copy goes from front to back: its first half is old, the rest is what stands there now.
+        half = len(before) // 2 // RECORD_BYTES * RECORD_BYTES
+        return before[:half] + self._memory[part][half:]
+
+
+def test_record_that_was_overwritten_while_copied_is_not_given(segment: Segment) -> None:
+    """A writer that laps the drain takes its records with it: what is given is whole and in order."""
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    for _ in range(CAPACITY - 10):
+        recorder.record(E_EOM)
+
+    def write_on() -> None:
+        for _ in range(40):
+            recorder.record(E_OFFER)
+
+    vars(drain)["_segment"] = SimpleNamespace(memory=LappedMemory(segment.memory, write_on))
+    taken = sequences(drain.take(0))
+
+    assert taken == list(range(31, CAPACITY - 10))
+    assert drain.dropped == 31
+
+
+def test_successor_in_a_slot_goes_on_counting(segment: Segment) -> None:
+    """A second recorder of a slot overwrites nothing that was not drained."""
+    drain = Drain(segment)
+    Recorder(segment, 0).record(E_EOM)
+    Recorder(segment, 0).record(E_EOM)
+
+    assert sequences(drain.take(0)) == [0, 1]
+
+
+def test_drain_sees_what_another_process_records(segment: Segment) -> None:
+    """Every record of a busy writer is drained once, or counted as dropped."""
+    total = 30_000
+
+    def write() -> None:
+        recorder = Recorder(segment, 5)
+        for number in range(total):
+            recorder.record(E_EOM, number)
+
+    drain = Drain(segment)
+    seen: list[int] = []
+    with Forked(write) as writer:
+        while not seen or seen[-1] != total - 1:
+            seen += sequences(drain.take(5))
+        writer.wait()
+
+    assert seen == sorted(set(seen))
+    assert len(seen) + drain.dropped == total
+
+
+def test_recording_needs_room(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmpfs without room for the ring is one line when the recorder is made, not SIGBUS at some record."""
+
+    def full(_segment: Segment, _offset: int, _nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Segment, "reserve", full)
+
+    with pytest.raises(MissingPrerequisite, match="no room for 524288 bytes of recording"):
+        Recorder(segment, 0)
+
+
+def test_head_that_went_backwards_is_nothing_new(segment: Segment) -> None:
+    """A scribbled head does not make the drain copy nonsense."""
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    for _ in range(5):
+        recorder.record(E_EOM)
+    drain.take(0)
+    segment.view.store_u64(4096, 2)
+
+    assert drain.take(0) == b""

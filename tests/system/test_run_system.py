@@ -1,0 +1,329 @@
+"""`vmbus-emu run` as a user runs it: real processes, real signals, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.commands import (
+    ROOT,
+    assert_gone,
+    call,
+    ended,
+    environment,
+    inner_pids,
+    objects,
+    report,
+    start,
+    wait_for,
+    wait_until_open,
+)
+
+
+def test_default_machine_boots_echoes_and_leaves_nothing(tmp_path: Path) -> None:
+    """8 echo devices are discovered and opened, packets come back, everything is given back."""
+    done = call(tmp_path, "run", "--name", "t-default", "--duration", "0", "--json")
+
+    assert done.returncode == 0, done.stderr
+    told = report(done.stdout)
+    assert told["schema"] == {"name": "vmbus-emu.run", "version": 1}
+    assert (told["version"], told["era"], told["vcpus"], told["offers"], told["channels_open"]) == (
+        "5.3",
+        "current",
+        2,
+        8,
+        8,
+    )
+    assert [device["relid"] for device in told["devices"]] == list(range(1, 9))
+    assert {device["driver"] for device in told["devices"]} == {"hv_echo"}
+    assert {channel["vcpu"] for device in told["devices"] for channel in device["channels"]} == {0, 1}
+    assert told["packets"] > 0 and told["task_errors"] == 0
+    assert told["leaked"] == 0 and told["refused"] == {} and told["deaths"] == []
+    assert {"semaphore", "signal", "none"} <= told["kicks"].keys()
+    assert_gone("t-default")
+
+
+def test_both_kinds_of_task_are_kicked(tmp_path: Path) -> None:
+    """A machine under its exercise is kicked by semaphore while halted and by signal while it computes."""
+    kicks = {"semaphore": 0, "signal": 0, "none": 0}
+    for seed in range(3):
+        done = call(tmp_path, "run", "--name", "t-kicks", "--duration", "0", "--json", "--seed", str(seed))
+        assert done.returncode == 0, done.stderr
+        for kind in kicks:
+            kicks[kind] += report(done.stdout)["kicks"][kind]
+
+    assert all(count > 0 for count in kicks.values()), kicks
+
+
+@pytest.mark.parametrize("scenario", sorted((ROOT / "scenarios").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_scenario_boots(tmp_path: Path, scenario: Path) -> None:
+    """Each scenario that is shipped opens every channel and leaks nothing."""
+    name = f"t-{scenario.stem}"
+    done = call(tmp_path, "run", str(scenario), "--name", name, "--duration", "0", "--json")
+
+    assert done.returncode == 0, done.stderr
+    told = report(done.stdout)
+    assert told["channels_open"] == told["offers"] > 0 and told["leaked"] == 0
+    assert_gone(name)
+
+
+def test_stream_comes_back_equal(tmp_path: Path) -> None:
+    """A real file of odd length goes through a channel and comes back with the same SHA-256."""
+    source = tmp_path / "file"
+    source.write_bytes(os.urandom(3_000_003))
+    done = call(tmp_path, "run", "--name", "t-stream", "--stream", str(source), "--json")
+
+    assert done.returncode == 0, done.stderr
+    stream = report(done.stdout)["stream"]
+    assert stream["bytes"] == 3_000_003 and stream["sha256_ok"] is True
+    assert stream["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def test_empty_stream_comes_back_equal(tmp_path: Path) -> None:
+    """An empty file is a file."""
+    source = tmp_path / "empty"
+    source.touch()
+    done = call(tmp_path, "run", "--name", "t-empty", "--stream", str(source), "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert report(done.stdout)["stream"]["bytes"] == 0
+    assert report(done.stdout)["stream"]["sha256_ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--stream", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("--vcpus", "0"), "--vcpus"),
+        (("--device", "echo:2048"), "2047"),
+        (("--device", "floppy:1"), "floppy"),
+        (("--name", "a/b"), "a/b"),
+        (("--without", "vcpu9"), "vcpu9"),
+        (("nothing.toml",), "nothing.toml"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    """What a user typed wrong gets one line that names it, exit code 2, and nothing half made."""
+    before = sorted(os.listdir("/dev/shm"))
+    done = call(tmp_path, "run", "--duration", "0", *arguments)
+
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and words in done.stderr
+    assert [entry for entry in os.listdir("/dev/shm") if "vmbus-emu" in entry and entry not in before] == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+def test_interrupted_run_still_tells_and_cleans_up(tmp_path: Path, number: int, status: int) -> None:
+    """Ctrl-C or SIGTERM in the middle: the guest unloads, the JSON is printed, nothing is left."""
+    name = f"t-signal{number}"
+    with ended(start(tmp_path, "run", "--name", name, "--json")) as process:
+        wait_until_open(name, process)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+
+    assert process.returncode == status, errors
+    assert report(output)["leaked"] == 0
+    assert_gone(name)
+
+
+def test_interrupt_during_boot_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C before all channels are open ends in the same way."""
+    with ended(start(tmp_path, "run", "--name", "t-early", "--device", "echo:1500", "--json")) as process:
+        wait_for(lambda: "vmbus-emu.t-early.trace" in objects("t-early"), "the machine to be made")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert_gone("t-early")
+
+
+@pytest.mark.parametrize("victim", ["hypervisor", "vcpu0", "vcpu1", "workqueue", "zygote", "sweeper"])
+def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim: str) -> None:
+    """`kill -9` of any one inner process: named within seconds, exit code 4, nothing left."""
+    name = f"t-kill-{victim}"
+    with ended(start(tmp_path, "run", "--name", name, "--json")) as process:
+        wait_until_open(name, process)
+        pids = inner_pids(name)
+        pid = pids[victim] if victim in pids else _sweeper_of(name, pids)
+        os.kill(pid, signal.SIGKILL)
+        output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 4, errors
+    assert victim in errors and "SIGKILL" in errors
+    assert any(victim in death for death in report(output)["deaths"])
+    assert_gone(name)
+
+
+def _sweeper_of(name: str, pids: dict[str, int]) -> int:
+    """The sweeper is a child of the zygote and has no row of its own."""
+    import psutil
+
+    children = psutil.Process(pids["zygote"]).children()
+    return next(child.pid for child in children if child.name().startswith("vmbus:sweeper"))
+
+
+def test_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    """`kill -9` of the launcher: the sweeper unlinks everything, no process survives."""
+    with ended(start(tmp_path, "run", "--name", "t-launcher", "--json")) as process:
+        wait_until_open("t-launcher", process)
+        process.kill()
+        process.communicate(timeout=30)
+
+        assert_gone("t-launcher")
+
+
+def test_clean_removes_what_launcher_and_sweeper_left(tmp_path: Path) -> None:
+    """Launcher and sweeper killed at once leave names; `clean` removes those, and only those."""
+    with (
+        ended(start(tmp_path, "run", "--name", "t-alive", "--json")) as alive,
+        ended(start(tmp_path, "run", "--name", "t-dead", "--json")) as dead,
+    ):
+        wait_until_open("t-dead", dead)
+        wait_until_open("t-alive", alive)
+        sweeper = _sweeper_of("t-dead", inner_pids("t-dead"))
+        os.kill(sweeper, signal.SIGKILL)
+        dead.kill()
+        dead.communicate(timeout=30)
+        wait_for(lambda: not _maps_anything("t-dead"), "its processes to die with it")
+        left = objects("t-dead")
+        done = call(tmp_path, "clean")
+
+        assert done.returncode == 0, done.stderr
+        assert left and objects("t-dead") == []
+        assert objects("t-alive") and alive.poll() is None
+
+
+def _maps_anything(name: str) -> bool:
+    from tests.system.commands import processes
+
+    return bool(processes(name))
+
+
+def test_two_machines_run_beside_each_other(tmp_path: Path) -> None:
+    """A name in use is refused in one line; another name runs beside it."""
+    with ended(start(tmp_path, "run", "--name", "t-one", "--json")) as one:
+        wait_until_open("t-one", one)
+        same = call(tmp_path, "run", "--name", "t-one", "--duration", "0")
+        other = call(tmp_path, "run", "--name", "t-two", "--duration", "0", "--json")
+        one.send_signal(signal.SIGINT)
+        output, _errors = one.communicate(timeout=30)
+
+    assert same.returncode == 2 and same.stderr.count("\n") == 1 and "t-one" in same.stderr
+    assert other.returncode == 0 and report(other.stdout)["channels_open"] == 8
+    assert report(output)["leaked"] == 0
+    assert_gone("t-one")
+
+
+def test_detached_machine_is_listed_and_stopped(tmp_path: Path) -> None:
+    """`--detach` returns with the name when all channels are open; `ps` and `ls` see it, `stop` ends it."""
+    done = call(tmp_path, "run", "--name", "t-detach", "--detach")
+    try:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "t-detach"
+        listed = call(tmp_path, "ps", "--json")
+        devices = call(tmp_path, "ls", "--machine", "t-detach")
+        assert "t-detach" in listed.stdout
+        assert devices.stdout.count("VMBUS ID") == 8
+    finally:
+        stopped = call(tmp_path, "stop", "--machine", "t-detach")
+    assert stopped.returncode == 0, stopped.stderr
+    assert_gone("t-detach")
+
+
+def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
+    """A machine without one of its processors waits for it; started by hand, it comes online and takes channels."""
+    with ended(start(tmp_path, "run", "--name", "t-hand", "--without", "vcpu1", "--duration", "0", "--json")) as process:
+        wait_for(lambda: "vmbus-emu.t-hand.trace" in objects("t-hand"), "the machine to be made")
+        wait_for(lambda: _formatted("t-hand"), "the boot CPU to lay RAM out")
+        by_hand = subprocess.Popen(
+            [sys.executable, "-m", "guestproc", "vcpu", "1", "--machine", "t-hand"],
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        output, errors = process.communicate(timeout=60)
+        by_hand.communicate(timeout=30)
+
+    assert process.returncode == 0, errors
+    assert "python -m guestproc vcpu 1 --machine t-hand" in errors
+    assert {channel["vcpu"] for device in report(output)["devices"] for channel in device["channels"]} == {0, 1}
+    assert by_hand.returncode == 0
+
+
+def _formatted(name: str) -> bool:
+    from emu.control import Control
+    from emu.ipc.segments import object_name
+
+    control = Control.attach(object_name(name, "control"))
+    try:
+        return control.guest_formatted
+    finally:
+        control.close()
+
+
+def test_boot_with_both_cores_busy(tmp_path: Path) -> None:
+    """With every core kept busy by other work a machine still boots, and loses nothing."""
+    burners = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], stdin=subprocess.DEVNULL)
+        for _ in range(os.cpu_count() or 2)
+    ]
+    try:
+        done = call(tmp_path, "run", "--name", "t-busy", "--vcpus", "4", "--duration", "0", "--json", timeout_s=120)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+    assert done.returncode == 0, done.stderr
+    told = report(done.stdout)
+    assert told["channels_open"] == 8 and told["task_errors"] == 0 and told["leaked"] == 0
+
+
+def test_no_guest_ends_by_its_deadline(tmp_path: Path) -> None:
+    """A machine that waits for somebody else's guest gives up at its deadline: exit code 124, nothing left."""
+    done = call(tmp_path, "run", "--name", "t-alone", "--no-guest", "--guest-timeout", "0.5", "--json")
+
+    assert done.returncode == 124, done.stderr
+    assert "guest" in done.stderr
+    assert_gone("t-alone")
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs -o size=64k tmpfs /dev/shm", "mount -t tmpfs -o ro tmpfs /dev/shm"])
+def test_full_or_readonly_shared_memory_is_one_line(tmp_path: Path, mount: str) -> None:
+    """Without room in /dev/shm, or with none to write, a run says so in one line with exit code 3."""
+    command = f"{mount} && exec {sys.executable} -m tools.entry run --duration 0"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1 and "/dev/shm" in done.stderr
+
+
+def test_json_survives_a_reader_that_leaves(tmp_path: Path) -> None:
+    """A reader of the output that goes away ends nothing but the output."""
+    with ended(start(tmp_path, "run", "--name", "t-pipe", "--duration", "0", "--json")) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        with contextlib.suppress(ValueError):
+            process.stderr and process.stderr.read()
+        process.wait(timeout=60)
+
+    assert process.returncode in (0, 141)
+    assert_gone("t-pipe")

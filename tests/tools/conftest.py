@@ -1,0 +1,93 @@
+"""What the tools are tested with that is not ours: the kernel's lsvmbus, user namespaces, FUSE.
+
+A test asks for it by taking the fixture of that name, or of FUSE by its parameter `technique`. Where it is
+missing such tests are deselected, and the summary names each of them with what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from emu.errors import MissingPrerequisite
+from tools.kernel_source import source_archive, tools_hv
+
+_deselected = pytest.StashKey[list[tuple[str, str]]]()
+
+
+@cache
+def has_kernel_source() -> bool:
+    """Whether the package is there of which lsvmbus is taken."""
+    try:
+        source_archive()
+    except MissingPrerequisite:
+        return False
+    return True
+
+
+@cache
+def has_namespaces() -> bool:
+    """Whether this user may have a mount namespace of his own."""
+    try:
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@cache
+def has_fuse() -> bool:
+    """Whether this user may open the FUSE device."""
+    return os.access("/dev/fuse", os.R_OK | os.W_OK)
+
+
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "lsvmbus": (has_kernel_source, "apt-get install linux-source-6.12 xz-utils"),
+    "namespaces": (
+        has_namespaces,
+        "apt-get install util-linux, sysctl kernel.unprivileged_userns_clone=1",
+    ),
+    "fuse": (has_fuse, "modprobe fuse, chmod 666 /dev/fuse"),
+}
+
+
+def needs_of(item: pytest.Item) -> set[str]:
+    """What a test needs."""
+    needs = NEEDS.keys() & set(getattr(item, "fixturenames", ()))
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return needs | ({"fuse"} if parameters.get("technique") == "fuse" else set())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs something that is missing."""
+    missing = {item: need for item in items for need in sorted(needs_of(item)) if not NEEDS[need][0]()}
+    if missing:
+        items[:] = [item for item in items if item not in missing]
+        config.hook.pytest_deselected(items=list(missing))
+        config.stash[_deselected] = [(item.nodeid, need) for item, need in missing.items()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out, and how to have it."""
+    for name, need in config.stash.get(_deselected, []):
+        terminalreporter.write_line(f"deselected, no {need}: {name} ({NEEDS[need][1]})")
+
+
+@pytest.fixture(scope="session")
+def lsvmbus() -> Path:
+    """The kernel's own lsvmbus; the first time in a cache it takes 15 s to unpack."""
+    return tools_hv() / "lsvmbus"
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """A user and mount namespace can be had."""
+
+
+@pytest.fixture(scope="session")
+def fuse() -> None:
+    """/dev/fuse can be opened."""

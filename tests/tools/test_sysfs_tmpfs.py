@@ -1,0 +1,115 @@
+"""The copy in a directory of real files: it becomes what the tree is, and only touches what changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.sysfs_nodes import Attribute, FixedDirectory, Link, Node
+from tools.sysfs_tmpfs import TmpfsCopy
+
+
+@pytest.fixture
+def entries() -> dict[str, Node]:
+    """A tree of each kind of node, to be changed by the test."""
+    return {
+        "device": FixedDirectory({"id": Attribute(lambda: "3\n"), "cpu": Attribute(lambda: "0\n", 0o644)}),
+        "link": Link("../over/there"),
+    }
+
+
+@pytest.fixture
+def copy(tmp_path: Path, entries: dict[str, Node]) -> Iterator[TmpfsCopy]:
+    """A copy of that tree below `tree`, not yet made."""
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield TmpfsCopy(root, {"tree": FixedDirectory(entries)})
+    os.close(root)
+
+
+def found(root: Path) -> dict[str, str]:
+    """Every entry below a directory: a link's target, a file's text."""
+    return {
+        str(path.relative_to(root)): str(path.readlink()) if path.is_symlink() else path.read_text()
+        for path in root.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def test_copy_is_the_tree(tmp_path: Path, copy: TmpfsCopy) -> None:
+    """Texts, targets and modes are those of the tree, and nothing else lies about."""
+    copy.refresh()
+
+    assert found(tmp_path) == {
+        "tree/device/id": "3\n",
+        "tree/device/cpu": "0\n",
+        "tree/link": "../over/there",
+    }
+    assert stat.S_IMODE((tmp_path / "tree/device/id").stat().st_mode) == 0o444
+    assert stat.S_IMODE((tmp_path / "tree/device/cpu").stat().st_mode) == 0o644
+
+
+def test_refresh_follows_what_changes(tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node]) -> None:
+    """What came, went, changed its text or its kind: the copy is the new tree, to the last entry."""
+    copy.refresh()
+    entries["device"] = FixedDirectory({"id": Attribute(lambda: "4\n"), "new": FixedDirectory({})})
+    entries["link"] = FixedDirectory({"now": Link("a directory")})
+    entries["file"] = Attribute(lambda: "text")
+    copy.refresh()
+    between = found(tmp_path)
+    entries["link"], entries["device"] = Link("again"), Attribute(lambda: "a file")
+    del entries["file"]
+
+    copy.refresh()
+
+    assert between == {"tree/device/id": "4\n", "tree/link/now": "a directory", "tree/file": "text"}
+    assert found(tmp_path) == {"tree/link": "again", "tree/device": "a file"}
+
+
+def test_reader_of_a_file_never_sees_half_of_the_next(
+    tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node]
+) -> None:
+    """A file is replaced as a whole: who has it open goes on reading the text it had."""
+    texts = iter(["1\n", "a longer text\n"])
+    entries["file"] = Attribute(lambda: next(texts))
+    copy.refresh()
+
+    with (tmp_path / "tree/file").open() as old:
+        copy.refresh()
+
+        assert old.read() == "1\n"
+        assert (tmp_path / "tree/file").read_text() == "a longer text\n"
+
+
+def test_what_did_not_change_is_not_touched(tmp_path: Path, copy: TmpfsCopy) -> None:
+    """A refresh that finds nothing new leaves every file as it is."""
+    copy.refresh()
+    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+
+    copy.refresh()
+
+    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_attribute_that_cannot_be_read_is_absent_until_it_can(
+    tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node]
+) -> None:
+    """A file cannot say EINVAL, so it is not there; opening it fails as well."""
+    allocated = iter([False, True, False])
+
+    def show() -> str:
+        if not next(allocated):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return "1\n"
+
+    entries["ring"] = Attribute(show)
+    seen = []
+    for _ in range(3):
+        copy.refresh()
+        seen.append((tmp_path / "tree/ring").exists())
+
+    assert seen == [False, True, False]

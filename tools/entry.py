@@ -1,0 +1,24 @@
+"""The `vmbus-emu` script: gives the zygote a head start where one will be needed, then runs the command line.
+
+Nothing is imported before that: click and what it brings take as long as the zygote takes to warm up.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line of this process; its exit status."""
+    asked = sys.argv[1:]
+    if asked[:1] == ["run"] and not {"--help", "--detach"} & set(asked):
+        from tools.zygote_start import start_early
+
+        start_early()
+    from tools.cli import main as run_command
+
+    return run_command(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
