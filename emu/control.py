@@ -349,9 +349,7 @@ class Control:
 
     def row(self, slot: int) -> ActorRow:
         """Copy one row out."""
-        state, generation, pid, kind, cpu, status, start, name = _ROW.unpack_from(
-            self.memory, self._row_offset(slot)
-        )
+        state, generation, pid, kind, cpu, status, start, name = _ROW.unpack_from(self.memory, self._row_offset(slot))
         # A name cut at 40 bytes, or copied while it is being written, may end in half a character.
         text = name.rstrip(b"\0").decode(errors="replace")
         return ActorRow(slot, ActorState(state), generation, pid, ActorKind(kind), cpu, status, start, text)

@@ -222,11 +222,7 @@ class Machine:
     def find_actor(self, kind: ActorKind, cpu: int = 0) -> ActorRow | None:
         """The living actor of a kind (and CPU number, for vCPUs), if any."""
         for row in self.control.rows():
-            if (
-                row.kind == kind
-                and row.state == ActorState.ALIVE
-                and (kind != ActorKind.VCPU or row.cpu == cpu)
-            ):
+            if row.kind == kind and row.state == ActorState.ALIVE and (kind != ActorKind.VCPU or row.cpu == cpu):
                 return row
         return None
 

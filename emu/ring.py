@@ -24,7 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import count, islice, repeat
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from emu.errors import ProtocolViolation, RingFull
 from emu.ring_memory import Payload, RingMemory, RingWords
@@ -35,8 +35,6 @@ from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 __all__ = ["Packet", "PacketTooLong", "RingConsumer", "RingMemory", "RingProducer", "RingWords"]
 
 T = TypeVar("T")
-
-_LONGEST_RUN: Final = 64
 
 Packet = tuple[int, int, int, bytes]
 """Packet type, flags, trans_id, payload (whose padding the wire cannot tell from its bytes)."""
@@ -460,11 +458,12 @@ class RingConsumer:
                         plan = plans.add(word)
                     if plan is not last_plan:
                         last_plan = plan
-                        packet_type, flags, size, unpack, unpack_run = plan
-                    elif unpack_run is not None and stop - at >= 2 * size:
+                        packet_type, flags, size, unpack, unpack_run, longest_run = plan
+                    elif longest_run and stop - at >= 2 * size:
                         # Two alike, and more to come: copy several at once, and go on while they are alike.
-                        for copied, trans_id, payload in unpack_run(buffer, at, min((stop - at) // size, _LONGEST_RUN)):
+                        for copied, trans_id, payload in unpack_run(buffer, at, min((stop - at) // size, longest_run)):
                             if copied != word:
+                                last_plan = None
                                 break
                             at += size
                             packets += 1

@@ -16,13 +16,14 @@ from emu.ring_memory import Pack, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
 _MOST_ENTRIES: Final = 4096
-_LARGEST_IN_RUN: Final = 2048
+# Copying more than this for packets that then turn out to be different would cost more than it saves.
+_RUN_BYTES: Final = 8192
 
 Shape = tuple[Pack, int, int]
 """What stores the packet, its descriptor word, the bytes it takes in the ring."""
 
-Plan = tuple[int, int, int, Unpack, UnpackRun | None]
-"""Packet type, flags, the bytes it takes in the ring, what copies one out, what copies a run of them out."""
+Plan = tuple[int, int, int, Unpack, UnpackRun, int]
+"""Packet type, flags, bytes in the ring; what copies one out, what copies several alike, how many at most."""
 
 
 class PacketTooLong(VmbusError):
@@ -87,17 +88,16 @@ class Plans:
         # Whether so much has been published is no matter of the word: the drain looks, each time.
         check_descriptor(packet_type, offset8, len8, flags, packet + TRAILER_SIZE)
         start, size = 8 * offset8, packet + TRAILER_SIZE
-        unpack_run = None
+        longest_run = _RUN_BYTES // size
+        unpack_run = self._memory.run_unpacker(start, packet - start)
         if self._with_header:
             whole = self._memory.unpacker(DESCRIPTOR_SIZE, packet - DESCRIPTOR_SIZE)
-            unpack = _splitting(whole, start - DESCRIPTOR_SIZE)
+            unpack, longest_run = _splitting(whole, start - DESCRIPTOR_SIZE), 0
         else:
             unpack = self._memory.unpacker(start, packet - start)
-            if size <= _LARGEST_IN_RUN:
-                unpack_run = self._memory.run_unpacker(start, packet - start)
         if len(self.table) >= _MOST_ENTRIES:
             self.table.clear()
-        plan = self.table[word] = packet_type, flags, size, unpack, unpack_run
+        plan = self.table[word] = packet_type, flags, size, unpack, unpack_run, longest_run
         return plan
 
 

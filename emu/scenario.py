@@ -36,7 +36,13 @@ from emu.scenario_text import (
     whole_number,
 )
 from emu.wire.device_classes import BY_NAME, SINGLETON_INSTANCES
-from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN10_V5_3, version_from_text, version_text
+from emu.wire.versions import (
+    KNOWN_VERSIONS,
+    VERSION_WIN8,
+    VERSION_WIN10_V5_3,
+    version_from_text,
+    version_text,
+)
 
 MAX_OFFERS: Final = 2047
 """relid 0 is nobody's and 2,047 is the last flag of an event-flag page: so many channels can be offered."""
@@ -51,7 +57,9 @@ MAX_RING_PAGES: Final = 1 << 15
 
 ERAS: Final = ("current", "seed")
 SUPPORTED_ERAS: Final = frozenset({"current"})
-SUPPORTED_HOST_VERSIONS: Final = frozenset({VERSION_WIN10_V5_3})
+SUPPORTED_HOST_VERSIONS: Final = frozenset(
+    version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
+)
 SUPPORTED_SUBCHANNELS: Final = 0
 
 BACKENDS: Final = ("echo",)
@@ -187,9 +195,7 @@ class Scenario:
         top.end()
         specs = cls.default().device_specs
         if blocks is not None:
-            specs = tuple(
-                _read_device(Table(block, source, f"device#{n}")) for n, block in enumerate(blocks, 1)
-            )
+            specs = tuple(_read_device(Table(block, source, f"device#{n}")) for n, block in enumerate(blocks, 1))
         return cls(machine, specs, source)
 
     def with_overrides(
@@ -220,9 +226,7 @@ class Scenario:
             for _ in range(spec.count):
                 instance = spec.instance or derived_instance(spec.class_name, seen[spec.class_name])
                 seen[spec.class_name] += 1
-                devices.append(
-                    Device(spec.class_name, spec.backend, instance, spec.ring_pages, spec.subchannels)
-                )
+                devices.append(Device(spec.class_name, spec.backend, instance, spec.ring_pages, spec.subchannels))
         return devices
 
     def to_config(self) -> dict[str, Any]:
@@ -262,15 +266,11 @@ class Scenario:
             )
             raise complaint(self.source, "device.ring_pages", problem)
         if self.machine.numa > self.machine.vcpus:
-            problem = Nonsense(
-                f"{self.machine.numa} nodes are more than the {self.machine.vcpus} vCPUs", "lower it"
-            )
+            problem = Nonsense(f"{self.machine.numa} nodes are more than the {self.machine.vcpus} vCPUs", "lower it")
             raise complaint(self.source, "machine.numa", problem)
         twice = [instance for instance, n in Counter(d.instance for d in self.devices()).items() if n > 1]
         if twice:
-            problem = Nonsense(
-                f"{twice[0]} names more than one device", "give each device an instance of its own"
-            )
+            problem = Nonsense(f"{twice[0]} names more than one device", "give each device an instance of its own")
             raise complaint(self.source, "device.instance", problem)
 
 
@@ -328,9 +328,7 @@ def _read_device(table: Table) -> DeviceSpec:
     )
     table.end()
     if spec.instance is not None and spec.count > 1:
-        raise table.complaint(
-            "instance", Nonsense(f"names one device, count is {spec.count}", "leave one of them out")
-        )
+        raise table.complaint("instance", Nonsense(f"names one device, count is {spec.count}", "leave one of them out"))
     return spec
 
 
@@ -340,9 +338,7 @@ def _as_it_is(value: object) -> Any:
 
 def _array(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise Nonsense(
-            f"{shown(value)} is {type_name(value)}, not an array of tables", "write it as [[device]]"
-        )
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array of tables", "write it as [[device]]")
     return value
 
 
@@ -358,9 +354,7 @@ def _ram(value: object) -> int:
 def _era(value: object) -> str:
     era = one_of(*ERAS)(value)
     if era not in SUPPORTED_ERAS:
-        raise Nonsense(
-            f'era "{era}" is not supported yet by this version', f"set it to {_either(SUPPORTED_ERAS)}"
-        )
+        raise Nonsense(f'era "{era}" is not supported yet by this version', f"set it to {_either(SUPPORTED_ERAS)}")
     return era
 
 

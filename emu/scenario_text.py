@@ -76,9 +76,7 @@ class Table:
         self.source = source
         self.name = name
         if not isinstance(entries, dict):
-            problem = Nonsense(
-                f"{shown(entries)} is {type_name(entries)}, not a table", f"write it as [{name}]"
-            )
+            problem = Nonsense(f"{shown(entries)} is {type_name(entries)}, not a table", f"write it as [{name}]")
             raise complaint(source, name, problem)
         self._left: dict[str, object] = dict(entries)
         self._known: list[str] = []
@@ -146,9 +144,7 @@ def whole_number(least: int, most: int, meaning: str) -> Reader[int]:
 
     def read(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise Nonsense(
-                f"{shown(value)} is {type_name(value)}, not a whole number", f"set it to {meaning}"
-            )
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not a whole number", f"set it to {meaning}")
         if not least <= value <= most:
             raise Nonsense(f"{shown(value)} is not between {least} and {most}", f"set it to {meaning}")
         return value
@@ -161,9 +157,7 @@ def seconds(least: float, most: float) -> Reader[int]:
 
     def read(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Nonsense(
-                f"{shown(value)} is {type_name(value)}, not a number", "set it to seconds, such as 5 or 0.5"
-            )
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not a number", "set it to seconds, such as 5 or 0.5")
         if not least <= value <= most:
             raise Nonsense(
                 f"{shown(value)} is not between {least:g} and {most:g}", "set it to seconds, such as 5 or 0.5"
@@ -178,9 +172,7 @@ def one_of(*words: str) -> Reader[str]:
 
     def read(value: object) -> str:
         if not isinstance(value, str):
-            raise Nonsense(
-                f"{shown(value)} is {type_name(value)}, not a string", f"known: {', '.join(words)}"
-            )
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", f"known: {', '.join(words)}")
         if value not in words:
             raise Nonsense(f"{shown(value)} is not known", nearest(value, words))
         return value

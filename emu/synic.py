@@ -132,9 +132,7 @@ class Synic:
     def auto_eoi_vectors(self) -> list[int]:
         """Vectors of unmasked SINTs that need no EOI."""
         return [
-            sint_vector(sint)
-            for sint in self.sint
-            if sint & HV_SYNIC_SINT_AUTO_EOI and not sint & HV_SYNIC_SINT_MASKED
+            sint_vector(sint) for sint in self.sint if sint & HV_SYNIC_SINT_AUTO_EOI and not sint & HV_SYNIC_SINT_MASKED
         ]
 
     def masked(self, sint: int) -> bool:

@@ -51,10 +51,7 @@ class EventSpec:
 
 
 def _table(*rows: tuple[str, str]) -> dict[str, EventSpec]:
-    return {
-        name: EventSpec(number, name, tuple(arguments.split()))
-        for number, (name, arguments) in enumerate(rows, 1)
-    }
+    return {name: EventSpec(number, name, tuple(arguments.split())) for number, (name, arguments) in enumerate(rows, 1)}
 
 
 EVENTS: Final = _table(
@@ -178,9 +175,7 @@ class Recorder:
         self.vp = vp
         self.context = int(context)
 
-    def record(
-        self, event: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0
-    ) -> None:
+    def record(self, event: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0) -> None:
         """Write one record; the oldest one gives way when the ring is full.
 
         Arguments are u64; one that is not (an errno below 0) is stored modulo 2^64.

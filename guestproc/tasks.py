@@ -71,6 +71,8 @@ class EchoSession:
 
     def send(self, payloads: list[bytes], *, first_trans_id: int = 0, flags: int = 0) -> int:
         """Send as many as fit; when nothing does, ask for room and wait a while. How many were sent."""
+        if self.sent == self.received and not self._wished:
+            self._moved_ns = self.vcpu.now()  # nothing was awaited until now
         self.check()
         count = vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
         if count == 0 and payloads:
@@ -121,6 +123,7 @@ class EchoSession:
 
     def until(self, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
         """Take packets until `done`, waiting in between."""
+        self._moved_ns = self.vcpu.now()
         while True:
             for packet in self.take():
                 handle(packet)
@@ -300,6 +303,4 @@ def run_task(current: Current, vcpu: Vcpu, board: TaskBoard, row: TaskRow) -> No
     tally = PROGRAMS[row.program](current, vcpu, row)
     vcpu.counters.flush()
     state = TaskState.FAILED if tally.errors else TaskState.DONE
-    board.report(
-        row, state, packets=tally.packets, nbytes=tally.nbytes, errors=tally.errors, digest=tally.digest
-    )
+    board.report(row, state, packets=tally.packets, nbytes=tally.nbytes, errors=tally.errors, digest=tally.digest)

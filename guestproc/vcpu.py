@@ -213,6 +213,7 @@ class Vcpu:
                 if not (self.lapic.deliverable() or self.softirq_pending()):
                     return
                 self._computing = False
+                raise_if_stopping(self)
         except MachineStopping:
             self._leave_computing()
         except BaseException:
@@ -230,6 +231,11 @@ class Vcpu:
         os._exit(4)
 
     # -- safe points, waiting -----------------------------------------------------------------------
+
+    def retire(self) -> None:
+        """Before the process ends: a kick that comes late must not find a half-finished interpreter."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        self.counters.flush()
 
     def safe_point(self) -> None:
         """Take what is due; does nothing with interrupts off or inside an ISR."""

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Final
 
 from emu.control import Ready
-from emu.errors import MachineStopping, VmbusError
+from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
 from emu.memory import GuestMemory
@@ -22,16 +23,20 @@ from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
-from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu
+from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
-from guestproc.vmbus.hv import hv_synic_cleanup, hv_synic_free, hv_synic_init
+from guestproc.vmbus.hv import hv_synic_init
 from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
 from guestproc.vmbus.vector import Gate
 
 IDLE_NS: Final = SECOND_NS
+CPUS_TIMEOUT_NS: Final = 30 * SECOND_NS
+PATIENT_TIMEOUT_NS: Final = 3_600 * SECOND_NS
+"""Where a process is started by hand, under a debugger."""
 BOOT_CPU: Final = 0
+EXIT_BOOT_FAILED: Final = 4
 
 Report = Callable[..., None]
 
@@ -45,19 +50,29 @@ def run(machine: Machine, cpu: int, report: Report) -> int:
     vcpu = Vcpu(machine, cpu, report)
     try:
         current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
-        board = TaskBoard(machine.control)
-        while not vcpu.stopping():
-            vcpu.safe_point()
-            if (row := board.take(cpu)) is not None:
-                run_task(current, vcpu, board, row)
-            elif cpu == BOOT_CPU and machine.control.shutdown_requested and not machine.control.shutdown_done:
-                _shut_down(current)
-            else:
-                vcpu.idle(IDLE_NS)
+        _serve(current, vcpu)
     except MachineStopping:
         pass
-    vcpu.counters.flush()
+    except BootFailed as failure:
+        report("crashed", f"vcpu{cpu}", f"{failure}\n")
+        return EXIT_BOOT_FAILED
+    finally:
+        vcpu.retire()
     return 0
+
+
+def _serve(current: Current, vcpu: Vcpu) -> None:
+    """Interrupts, what the harness orders, and nothing in between, until the machine stops."""
+    control = current.machine.control
+    board = TaskBoard(control)
+    while not vcpu.stopping():
+        vcpu.safe_point()
+        if (row := board.take(vcpu.cpu)) is not None:
+            run_task(current, vcpu, board, row)
+        elif vcpu.cpu == BOOT_CPU and control.shutdown_requested and not control.shutdown_done:
+            _shut_down(current)
+        else:
+            vcpu.idle(IDLE_NS)
 
 
 def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
@@ -87,35 +102,66 @@ def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
     return current
 
 
+# -- coming up --------------------------------------------------------------------------------------------
+
+
 def _boot(vcpu: Vcpu, report: Report) -> Current:
     """The boot CPU: attach, format RAM, bring the bus up, connect, and see all offers through."""
     machine = vcpu.machine
     vcpu.exit(ExitOperation.ATTACH, vcpu.row.pid, ABI_MAJOR << 16 | ABI_MINOR)
     positions: list[int] = machine.config["cpu_positions"]
     vp_indices = [machine.vp_index(position) for position in positions]
-    tables = KernelTables.format(machine.ram.memory, machine.vp_count, EraNumber.CURRENT, vp_indices)
+    try:
+        tables = KernelTables.format(machine.ram.memory, machine.vp_count, EraNumber.CURRENT, vp_indices)
+    except OutOfMemory as error:
+        raise BootFailed(str(error)) from None
     _note_numa(machine, tables)
     current = _current(vcpu, tables, report)
-    result = vmbus_bus_init(current, machine.vp_count)
-    if result:
-        raise BootFailed(f"vmbus_bus_init: {result}")
-    machine.control.set_guest_formatted()
-    for cpu in range(machine.vp_count):
-        vcpu.kick_cpu(cpu)
+    _expect(vmbus_bus_init(current, machine.vp_count), "vmbus_bus_init")
+    _release_others(machine, vcpu)
     _synic_online(current, vcpu)
     connection = tables.connection
-    connection.state_wait.wait_until(
-        current.actor, lambda: all(one.online.load() for one in tables.cpus.live()), 30 * SECOND_NS, "CPUs to come online"
-    )
+    try:
+        connection.state_wait.wait_until(
+            current.actor,
+            lambda: all(one.online.load() for one in tables.cpus.live()),
+            PATIENT_TIMEOUT_NS if machine.config.get("by_hand") else CPUS_TIMEOUT_NS,
+            "CPUs to come online",
+        )
+        _connect(current)
+        _reached(machine, vcpu, report, Ready.CONNECTED)
+        vmbus_wait_for_offers(current, lambda: machine.control.ready >= Ready.OFFERS_DELIVERED)
+    except DeadlinePassed as error:
+        raise BootFailed(str(error)) from None
+    _reached(machine, vcpu, report, Ready.CHANNELS_OPEN)
+    return current
+
+
+def _expect(result: int, step: str) -> None:
+    """Go on after a step of the boot that returned 0; BootFailed otherwise."""
+    if result:
+        raise BootFailed(f"{step}: {errno.errorcode.get(-result, result)}; the guest's log says why")
+
+
+def _connect(current: Current) -> None:
+    """`vmbus_start`; a host that does not want us leaves nothing of the bus behind."""
     result = vmbus_start(current)
     if result:
-        raise BootFailed(f"vmbus_connect: {result}")
-    machine.control.reach(Ready.CONNECTED)
-    report("stage", f"vcpu{vcpu.cpu}", int(Ready.CONNECTED))
-    vmbus_wait_for_offers(current, lambda: machine.control.ready >= Ready.OFFERS_DELIVERED)
-    machine.control.reach(Ready.CHANNELS_OPEN)
-    report("stage", f"vcpu{vcpu.cpu}", int(Ready.CHANNELS_OPEN))
-    return current
+        vmbus_exit(current)
+    _expect(result, "vmbus_connect")
+
+
+def _reached(machine: Machine, vcpu: Vcpu, report: Report, stage: Ready) -> None:
+    machine.control.reach(stage)
+    report("stage", f"vcpu{vcpu.cpu}", int(stage))
+
+
+def _release_others(machine: Machine, vcpu: Vcpu) -> None:
+    """RAM is laid out: the other CPUs and the workqueue process may attach to it."""
+    machine.control.set_guest_formatted()
+    machine.wakeup("actor.0").post()
+    for cpu in range(machine.vp_count):
+        vcpu.kick_cpu(cpu)
 
 
 def _note_numa(machine: Machine, tables: KernelTables) -> None:
@@ -130,8 +176,7 @@ def _come_online(vcpu: Vcpu, report: Report) -> Current:
     """Another CPU: wait until the boot CPU has laid RAM out, then bring this SynIC up."""
     machine = vcpu.machine
     while not machine.control.guest_formatted:
-        if vcpu.stopping():
-            raise MachineStopping("the machine stopped before it booted")
+        raise_if_stopping(vcpu)
         vcpu.idle(IDLE_NS)
     current = _current(vcpu, KernelTables.attach(machine.ram.memory), report)
     _synic_online(current, vcpu)
@@ -147,17 +192,17 @@ def _synic_online(current: Current, vcpu: Vcpu) -> None:
     current.connection.state_wait.wake_all(current.actor)
 
 
+# -- going down -------------------------------------------------------------------------------------------
+
+
 def _shut_down(current: Current) -> None:
-    """Drivers, bus, SynIC of this CPU; then say what could not be given back."""
+    """Drivers, bus, every CPU's SynIC; then say what could not be given back."""
     tables, machine = current.tables, current.machine
     vmbus_exit(current)
-    hv_synic_cleanup(current)
-    hv_synic_free(current, machine.vp_count)
-    # The hypercall page and the boot CPU's own waiters stay until the processor is off.
-    leaks = {what: count for what, count in tables.leaks().items() if not what.startswith("HYPERCALL")}
+    leaks = tables.leaks()
     for what, count in leaks.items():
         current.log(f"leaked: {count} of {what}")
     for line in tables.damage():
         current.log(f"damaged: {line}")
-    machine.control.shutdown_complete(sum(leaks.values()))
     current.counters.flush()
+    machine.control.shutdown_complete(sum(leaks.values()))

@@ -73,10 +73,12 @@ def _worker(
         memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
         era = ERAS[machine.config["machine"]["era"]]
         current = Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
-        while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
-            _run(current, queue, item)
-            tables.work_queues.finish(current.actor, item, worker)
-        hooks.counters.flush()
+        try:
+            while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
+                _run(current, queue, item)
+                tables.work_queues.finish(current.actor, item, worker)
+        finally:
+            hooks.counters.flush()
     except MachineStopping:
         return
     except BaseException:

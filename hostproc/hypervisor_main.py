@@ -85,7 +85,9 @@ class Hypervisor:
             lambda position, slot: machine.wakeup(f"exit.{position}.{slot}"),
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
-        self.loop = Loop(serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now)
+        self.loop = Loop(
+            serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
+        )
         self._looks = self.exits.loads + self.doorbells.loads
         self._halt = Halt(
             machine.doorbells.view,
@@ -271,5 +273,3 @@ class Hypervisor:
 def run(machine: Machine, report: Report) -> int:
     """Be the machine's hypervisor; the process's exit status."""
     return Hypervisor(machine, report).run()
-
-

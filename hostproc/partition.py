@@ -108,9 +108,7 @@ class Partition:
 
     # -- one exit -----------------------------------------------------------------------------------
 
-    def execute(
-        self, position: int, operation: int, arguments: tuple[int, int, int], serial: int = 0
-    ) -> Answer:
+    def execute(self, position: int, operation: int, arguments: tuple[int, int, int], serial: int = 0) -> Answer:
         """Carry out one exit of the VP at `position`; unknown operations are a #UD."""
         a0, a1, _a2 = arguments
         try:

@@ -42,6 +42,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
+    "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "bench": Entry("Measure", "Measure, print medians, ratios and goals."),
     "sysfs": Entry("Look", "Run a command that sees the machine's live tree at /sys/bus/vmbus."),
     "doctor": Entry("This computer", "Check what this computer has of what a machine needs."),

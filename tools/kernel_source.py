@@ -25,9 +25,7 @@ def tools_hv() -> Path:
     MissingPrerequisite when no kernel source package is installed, or it cannot be unpacked.
     """
     archive = source_archive()
-    place = (
-        cache_dir() / "tools-hv" / f"{archive.name.removesuffix('.tar.xz')}-{archive.stat().st_mtime_ns:x}"
-    )
+    place = cache_dir() / "tools-hv" / f"{archive.name.removesuffix('.tar.xz')}-{archive.stat().st_mtime_ns:x}"
     if not place.is_dir():
         _unpack(archive, place)
     return place

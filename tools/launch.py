@@ -375,7 +375,7 @@ def launch(
     with _unlinking_on_failure(name, link.process):
         machine = Machine.create(
             name,
-            config_of(scenario, no_guest=no_guest, **extra),
+            config_of(scenario, no_guest=no_guest, by_hand=bool(without), **extra),
             ram_bytes=scenario.machine.ram_bytes,
             vp_indices=scenario.machine.vp_indices(),
             cpuid=cpuid.leaves(),

@@ -17,9 +17,7 @@ from tools.output import print_json
 
 @click.command()
 @machine_option
-@click.option(
-    "-v", "--verbose", "verbosity", count=True, help="Class GUIDs and channels, too; -vv: and paths."
-)
+@click.option("-v", "--verbose", "verbosity", count=True, help="Class GUIDs and channels, too; -vv: and paths.")
 @json_option
 def ls(machine_name: str | None, verbosity: int, as_json: bool) -> None:
     """List a machine's devices as the kernel's lsvmbus does.

@@ -29,6 +29,6 @@ def machine_option(function: F) -> F:
 
 def scenario_argument(function: F) -> F:
     """`[SCENARIO.toml]` (parameter `scenario_path`, None for the default one); `Scenario.load` checks it."""
-    return click.argument(
-        "scenario_path", metavar="[SCENARIO.toml]", required=False, type=click.Path(path_type=Path)
-    )(function)
+    return click.argument("scenario_path", metavar="[SCENARIO.toml]", required=False, type=click.Path(path_type=Path))(
+        function
+    )

@@ -32,6 +32,7 @@ CRUNCH_NUMBERS: Final = 400
 TASK_TIMEOUT_S: Final = 60.0
 BY_HAND_TIMEOUT_S: Final = 3600.0
 SHOWN_DEVICES: Final = 40
+SHOWN_REFUSALS: Final = 5
 
 
 @dataclass(slots=True)
@@ -435,5 +436,7 @@ def _tell_people(outcome: Outcome) -> None:
         )
     if outcome.refused:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
+        for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
+            click.echo(f"  {refusal['rule']}: {refusal['text']}")
     if outcome.leaked:
         click.echo(f"leaked: {outcome.leaked}")

@@ -20,9 +20,9 @@ GRACE_S = 2.0
 
 def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
     """Wait for the launcher's end, then for the zygote's, then unlink everything of `machine`."""
+    made = _inode(machine)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    made = _inode(machine)
     _wait(launcher_pidfd, None)
     # The zygote and its children die with their parents (PR_SET_PDEATHSIG): names go when nobody uses them.
     if not _wait(zygote_pidfd, GRACE_S):

@@ -28,6 +28,7 @@ from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
 from hostproc import hypervisor_main
 from tools import sweeper
+from tools.warm_up import warm_up
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -166,6 +167,7 @@ def main() -> int:
     # Ignored until a vCPU installs its handler: its default action would kill whoever it reaches early.
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
+    warm_up()
     gc.collect()
     gc.freeze()
     return Zygote(link, launcher_pid).run()

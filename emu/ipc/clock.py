@@ -52,10 +52,8 @@ class MachineClock:
         value = 0
         for _ in range(_MOST_LOOKS):
             change = self._load()
-            if change & _HOLDS:
-                value = self._load_held_at()
-            else:
-                value = (time.monotonic_ns() - self._load_offset()) % _U64
+            held = change & _HOLDS
+            value = self._load_held_at() if held else (time.monotonic_ns() - self._load_offset()) % _U64
             # Looked at again: a hold that came and went between the loads above would make time step back.
             if not change & _BUSY and self._load() == change:
                 break

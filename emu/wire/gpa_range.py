@@ -30,9 +30,7 @@ class GpaRange:
 
     def pack(self) -> bytes:
         """Write the 8 bytes of the range and its PFNs."""
-        return GPA_RANGE.pack(self.byte_count, self.byte_offset) + Struct(f"<{len(self.pfns)}Q").pack(
-            *self.pfns
-        )
+        return GPA_RANGE.pack(self.byte_count, self.byte_offset) + Struct(f"<{len(self.pfns)}Q").pack(*self.pfns)
 
 
 def pfn_count(byte_count: int, byte_offset: int) -> int:
@@ -63,9 +61,7 @@ def parse_gpa_ranges(data: bytes, count: int, start: int = 0) -> tuple[tuple[Gpa
         byte_count, byte_offset = GPA_RANGE.unpack_from(data, at)
         at += GPA_RANGE.size
         if byte_count == 0:
-            raise ProtocolViolation(
-                f"range {index} has no bytes", rule="gpa-range-empty", field="byte_count", value=0
-            )
+            raise ProtocolViolation(f"range {index} has no bytes", rule="gpa-range-empty", field="byte_count", value=0)
         if byte_offset >= PAGE_SIZE:
             raise ProtocolViolation(
                 f"range {index} begins at byte {byte_offset} of its first page",

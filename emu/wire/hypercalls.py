@@ -145,9 +145,7 @@ class PostMessageInput:
 
     def pack(self) -> bytes:
         """Write 256 bytes, filled up with zeros."""
-        return self.LAYOUT.pack(
-            self.connectionid, self.reserved, self.message_type, self.payload_size, self.payload
-        )
+        return self.LAYOUT.pack(self.connectionid, self.reserved, self.message_type, self.payload_size, self.payload)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:

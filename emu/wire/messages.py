@@ -837,9 +837,7 @@ def gpadl_messages(
 
 def split_gpadl(child_relid: int, gpadl: int, ranges: bytes, rangecount: int) -> list[Message]:
     """Cut the bytes of any number of ranges into a header message and bodies, as full as they can be."""
-    messages: list[Message] = [
-        GpadlHeader(child_relid, gpadl, len(ranges), rangecount, ranges[:_HEADER_BYTES])
-    ]
+    messages: list[Message] = [GpadlHeader(child_relid, gpadl, len(ranges), rangecount, ranges[:_HEADER_BYTES])]
     for start in range(_HEADER_BYTES, len(ranges), _BODY_BYTES):
         messages.append(GpadlBody(0, gpadl, ranges[start : start + _BODY_BYTES]))
     return messages

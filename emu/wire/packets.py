@@ -162,13 +162,9 @@ def check_descriptor(packet_type: int, offset8: int, len8: int, flags: int, avai
     ProtocolViolation with the rule `packet-type`, `packet-flags`, `packet-length` or `packet-offset`.
     """
     if packet_type not in CURRENT_TYPES:
-        raise ProtocolViolation(
-            f"packet of type {packet_type}", rule="packet-type", field="type", value=packet_type
-        )
+        raise ProtocolViolation(f"packet of type {packet_type}", rule="packet-type", field="type", value=packet_type)
     if flags & ~COMPLETION_REQUESTED:
-        raise ProtocolViolation(
-            f"packet with flags {flags:#x}", rule="packet-flags", field="flags", value=flags
-        )
+        raise ProtocolViolation(f"packet with flags {flags:#x}", rule="packet-flags", field="flags", value=flags)
     if len8 * 8 < DESCRIPTOR_SIZE or len8 * 8 + TRAILER_SIZE > available:
         raise ProtocolViolation(
             f"packet of {len8 * 8} bytes and a trailer, in {available} bytes",

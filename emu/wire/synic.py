@@ -246,9 +246,7 @@ class HvMessage:
     def pack(self) -> bytes:
         """Write 256 bytes, filled up with zeros; `payload_size` is the payload's length."""
         assert len(self.payload) <= HV_MESSAGE_PAYLOAD_BYTE_COUNT, len(self.payload)
-        return self.LAYOUT.pack(
-            self.message_type, len(self.payload), self.message_flags, self.sender, self.payload
-        )
+        return self.LAYOUT.pack(self.message_type, len(self.payload), self.message_flags, self.sender, self.payload)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:

@@ -32,9 +32,7 @@ class FunctionTable(Generic[F]):
             assert number > NULL, f"{self.name}: number {number} for {label}, 0 is NULL"
             known = self._names.get(number)
             assert known is None, f"{self.name}: number {number} is {known}, not also {label}"
-            assert label not in self._numbers, (
-                f"{self.name}: {label} has number {self._numbers[label]} already"
-            )
+            assert label not in self._numbers, f"{self.name}: {label} has number {self._numbers[label]} already"
             self._functions[number] = function
             self._names[number] = label
             self._numbers[label] = number

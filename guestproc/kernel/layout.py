@@ -112,15 +112,11 @@ class Connection(Record):
     ready_for_suspend_event = completion()
     ready_for_resume_event = completion()
     offer_wait = wait_queue("atomic: woken when offer_in_progress falls to 0")
-    state_wait = wait_queue(
-        "atomic: woken after any change that a task may wait for (a channel's state, a device)"
-    )
+    state_wait = wait_queue("atomic: woken after any change that a task may wait for (a channel's state, a device)")
     tasklet_idle = wait_queue("atomic: woken when a tasklet that somebody waits for is idle")
     grace_wait = wait_queue("atomic: woken by ISRs that end while somebody waits for a grace period")
     numa_cpus = Words64(MAX_NUMA_NODES, "once: mask of the CPUs of each node, written at boot")
-    hv_numa_map = Words64(
-        MAX_NUMA_NODES, "channel_mutex (seed: bind_channel_to_cpu_lock): CPUs allocated, by node"
-    )
+    hv_numa_map = Words64(MAX_NUMA_NODES, "channel_mutex (seed: bind_channel_to_cpu_lock): CPUs allocated, by node")
 
 
 class Cpu(Record):
@@ -399,9 +395,7 @@ class KernelTables:
         self.chn_msg_list: Final = RecordList(self.connection.chn_msg_list, self.requests, "msglistentry")
 
     @classmethod
-    def format(
-        cls, buffer: Any, ncpus: int, era: Era, vp_indices: Sequence[int] | None = None
-    ) -> KernelTables:
+    def format(cls, buffer: Any, ncpus: int, era: Era, vp_indices: Sequence[int] | None = None) -> KernelTables:
         """At boot, once: lay out RAM that is all zeros. `vp_indices`: VP index of each CPU number."""
         ram = Ram(buffer)
         layout = compute(ram.size, ncpus)
@@ -425,9 +419,7 @@ class KernelTables:
         assert magic == BOOT_MAGIC, f"no guest kernel of ours is in this RAM (magic {magic:#x})"
         found = bytes(ram.octets[BOOT_RECORD_GPA : BOOT_RECORD_GPA + PAGE_SIZE])
         _, version, era, _, ncpus, _, _ = BOOT_RECORD.unpack_from(found)
-        assert version == LAYOUT_VERSION, (
-            f"guest RAM has layout version {version}, this code {LAYOUT_VERSION}"
-        )
+        assert version == LAYOUT_VERSION, f"guest RAM has layout version {version}, this code {LAYOUT_VERSION}"
         layout = compute(ram.size, ncpus)
         record = _boot_record(layout, Era(era))
         assert found[: len(record)] == record, "guest RAM is laid out by other code than this"

@@ -278,9 +278,7 @@ class Mutex(Lock):
 
 def spinlock(rank: Rank) -> Part[Spinlock]:
     """A `Spinlock` as a field of a record."""
-    return Part(
-        lambda ram, gpa, name: Spinlock(ram, gpa, name, rank), Spinlock.SIZE, "atomic: it is the lock", 4
-    )
+    return Part(lambda ram, gpa, name: Spinlock(ram, gpa, name, rank), Spinlock.SIZE, "atomic: it is the lock", 4)
 
 
 def mutex(rank: Rank) -> Part[Mutex]:

@@ -163,15 +163,11 @@ class PageAllocator:
             else:
                 self._zone.refusals += 1
         if not pfn:
-            raise OutOfMemory(
-                f"no {count} contiguous pages of guest RAM for {owner_text(owner)}, {self._state()}"
-            )
+            raise OutOfMemory(f"no {count} contiguous pages of guest RAM for {owner_text(owner)}, {self._state()}")
         self._prepare(run, owner, zeroed)
         return run
 
-    def alloc_scattered(
-        self, actor: Actor, count: int, owner: int, seed: int, *, zeroed: bool = True
-    ) -> list[PageRun]:
+    def alloc_scattered(self, actor: Actor, count: int, owner: int, seed: int, *, zeroed: bool = True) -> list[PageRun]:
         """`count` single pages of which no two are neighbours in RAM; raises OutOfMemory.
 
         For tests of what must not depend on contiguity: every other page of a block, shuffled by `seed`.
@@ -187,9 +183,7 @@ class PageAllocator:
             else:
                 self._zone.refusals += 1
         if not runs:
-            raise OutOfMemory(
-                f"no {count} scattered pages of guest RAM for {owner_text(owner)}, {self._state()}"
-            )
+            raise OutOfMemory(f"no {count} scattered pages of guest RAM for {owner_text(owner)}, {self._state()}")
         for run in runs:
             self._prepare(run, owner, zeroed)
         random.Random(seed).shuffle(runs)
@@ -215,9 +209,7 @@ class PageAllocator:
     def assert_live(self, run: PageRun) -> None:
         """The run is still the one that was handed out."""
         pfn = run.pfn
-        assert (
-            self._owner[pfn] and self._generation[pfn] == run.generation and self._count[pfn] == run.count
-        ), (
+        assert self._owner[pfn] and self._generation[pfn] == run.generation and self._count[pfn] == run.count, (
             f"pages[{pfn}]: stale, {run.count} pages of generation {run.generation} were used but "
             f"{self._count[pfn]} of generation {self._generation[pfn]} are there: "
             f"{owner_text(self._owner[pfn])}"

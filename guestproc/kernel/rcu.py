@@ -47,7 +47,5 @@ def synchronize(
         return all(sequence.load() != value for sequence, value in seen)
 
     if not grace_wait.wait_until_timeout(actor, ended, timeout_ns):
-        stuck = [
-            position for position, sequence in enumerate(sequences) if (sequence, sequence.load()) in seen
-        ]
+        stuck = [position for position, sequence in enumerate(sequences) if (sequence, sequence.load()) in seen]
         raise DeadlinePassed(f"grace period, ISRs of CPUs {stuck}", timeout_ns)

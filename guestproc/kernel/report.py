@@ -38,12 +38,7 @@ def _held_in(table: Table[Any], actors: list[int]) -> list[str]:
         and field.size in (Spinlock.SIZE, Mutex.SIZE)
         and field.name.endswith(("lock", "mutex"))
     ]
-    return [
-        lock.name
-        for record in table.live()
-        for lock in _locks(record, lock_fields)
-        if lock_owner(lock) in actors
-    ]
+    return [lock.name for record in table.live() for lock in _locks(record, lock_fields) if lock_owner(lock) in actors]
 
 
 def _locks(record: Record, names: list[str]) -> list[Lock]:

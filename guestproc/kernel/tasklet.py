@@ -84,9 +84,7 @@ class Tasklet:
         return not word & RUN and word < DISABLED_ONE
 
 
-def tasklet_disable(
-    actor: Actor, tasklet: Tasklet, idle: WaitQueue, timeout_ns: int = DEFAULT_TIMEOUT_NS
-) -> None:
+def tasklet_disable(actor: Actor, tasklet: Tasklet, idle: WaitQueue, timeout_ns: int = DEFAULT_TIMEOUT_NS) -> None:
     """It does not start any more, and does not run now: waits for a running function to return."""
     assert_may_wait(actor, tasklet.name)
     tasklet.word.fetch_add(DISABLED_ONE)
@@ -106,9 +104,7 @@ def tasklet_enable(actor: Actor, tasklet: Tasklet) -> None:
         actor.kick_cpu(word >> CPU_SHIFT & CPU_MASK)
 
 
-def tasklet_kill(
-    actor: Actor, tasklet: Tasklet, idle: WaitQueue, timeout_ns: int = DEFAULT_TIMEOUT_NS
-) -> None:
+def tasklet_kill(actor: Actor, tasklet: Tasklet, idle: WaitQueue, timeout_ns: int = DEFAULT_TIMEOUT_NS) -> None:
     """Wait until it is neither pending nor running; nobody may schedule it any more."""
     assert_may_wait(actor, tasklet.name)
     _wait_for(actor, tasklet, SCHED | RUN, idle, timeout_ns)

@@ -46,9 +46,7 @@ def assert_may_wait(actor: Actor, what: str) -> None:
 def new_waiter(actor: Actor, what: str) -> Waiter:
     """A waiter record for this actor, not yet in any chain."""
     waiter = actor.waiters.alloc()
-    assert waiter is not None, (
-        f"{actor} waits for {what}: all {actor.waiters.capacity} waiter records are used"
-    )
+    assert waiter is not None, f"{actor} waits for {what}: all {actor.waiters.capacity} waiter records are used"
     waiter.actor = actor.number
     waiter.since_ns = actor.now()
     waiter.state.store(WAITING)

@@ -180,9 +180,7 @@ class WorkQueues:
             if not queue.flushers.announced() or last < queue.flush_target:
                 queue.flush_target = last
         name = f"flush of {QueueNumber(number).name}"
-        queue.flushers.wait_until(
-            actor, lambda: self._oldest_unfinished(actor, queue) > last, timeout_ns, name
-        )
+        queue.flushers.wait_until(actor, lambda: self._oldest_unfinished(actor, queue) > last, timeout_ns, name)
 
     def worker_actors(self) -> set[int]:
         """Numbers of the actors that ever asked for work, as its queues' workers."""

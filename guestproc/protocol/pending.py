@@ -27,7 +27,13 @@ Matches = Callable[[Request], bool]
 
 
 def new_request(
-    tables: KernelTables, msgtype: MessageType, *, child_relid: int = 0, openid: int = 0, gpadl: int = 0, channel: int = 0
+    tables: KernelTables,
+    msgtype: MessageType,
+    *,
+    child_relid: int = 0,
+    openid: int = 0,
+    gpadl: int = 0,
+    channel: int = 0,
 ) -> Request | None:
     """A request record, not entered yet; None when all 512 are in use. `channel` is a handle, 0 for none."""
     request: Request | None = tables.requests.alloc()
@@ -80,9 +86,7 @@ def _matcher(reply: Message) -> Matches:
                 r.msgtype == MessageType.OPENCHANNEL and r.child_relid == child_relid and r.openid == openid
             )
         case GpadlCreated(child_relid, gpadl):
-            return lambda r: (
-                r.msgtype == MessageType.GPADL_HEADER and r.child_relid == child_relid and r.gpadl == gpadl
-            )
+            return lambda r: r.msgtype == MessageType.GPADL_HEADER and r.child_relid == child_relid and r.gpadl == gpadl
         case GpadlTorndown(gpadl):
             return lambda r: r.msgtype == MessageType.GPADL_TEARDOWN and r.gpadl == gpadl
         case ModifyChannelResponse(child_relid):

@@ -180,9 +180,7 @@ def vmbus_open(
     return result
 
 
-def _vmbus_open(
-    current: Current, channel: Channel, userdata: bytes, callback: int, context: int
-) -> tuple[int, int]:
+def _vmbus_open(current: Current, channel: Channel, userdata: bytes, callback: int, context: int) -> tuple[int, int]:
     """`__vmbus_open`: GPADL, rings, OPENCHANNEL, its result; undone in reverse when one of them fails.
 
     The second number is the GPADL handle of pages that the host has, also in failure.

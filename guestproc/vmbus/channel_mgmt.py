@@ -268,9 +268,7 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     vmbus_reset_channel_cb(current, channel)
     vmbus_rescind_cleanup(current, channel)
     counts = offers.closes_before_suspend(channel)
-    if not connection.state_wait.wait_until_timeout(
-        actor, lambda: channel.probe_done.load() != 0, HANDLED_TIMEOUT_NS
-    ):
+    if not connection.state_wait.wait_until_timeout(actor, lambda: channel.probe_done.load() != 0, HANDLED_TIMEOUT_NS):
         current.log(f"rescind of relid {channel.relid}: its probe does not end; it stays as it is")
         return
     _finish_rescind(current, channel)

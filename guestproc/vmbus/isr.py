@@ -6,10 +6,10 @@ a spurious one is harmless. The slot is only looked at here: its message is the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from emu.tracing import E_TASKLET_SCHED
-from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
+from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED
 from guestproc.protocol.numbers import Handlers, Tasklets
 from guestproc.vmbus.chan_sched import vmbus_chan_sched
 from guestproc.vmbus.message_dpc import vmbus_signal_eom

@@ -444,9 +444,7 @@ def test_owed_token_is_taken_after_a_timeout() -> None:
 
 def test_signal_does_not_cancel_an_owed_token() -> None:
     """A signal that ends the wait for an owed token ends that block only: the token is still taken."""
-    sleeper = Sleeper(
-        lambda: sleeper.taken(woke=False), lambda: False, lambda: False, lambda: True, owed_s=5.0
-    )
+    sleeper = Sleeper(lambda: sleeper.taken(woke=False), lambda: False, lambda: False, lambda: True, owed_s=5.0)
     sleeper.halt(10**6)
 
     assert len(sleeper.semaphore.blocks) == 4
@@ -727,9 +725,7 @@ def requests_meet_a_processor(name: str, poll: str | int, rounds: int) -> None:
     def request(who: int, pidfd: int) -> None:
         chance = random.Random(seed + who)
         counters = new_counters()
-        requester = InterruptRequester(
-            segment.view, 0, ProcessKick(Wakeup.attach(semaphore), pidfd), counters
-        )
+        requester = InterruptRequester(segment.view, 0, ProcessKick(Wakeup.attach(semaphore), pidfd), counters)
         mine = [vector for vector in range(0x30, 0x100) if vector % 2 == who]
         asked = dict.fromkeys(mine, 0)
         for number in range(rounds):

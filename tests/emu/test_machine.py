@@ -107,9 +107,7 @@ def open_files() -> set[str]:
 
 
 @pytest.mark.parametrize("missing", ["ram", "vps", "doorbells", "trace"])
-def test_half_made_machine_is_not_attached(
-    machine_name: str, make_machine: MakeMachine, missing: str
-) -> None:
+def test_half_made_machine_is_not_attached(machine_name: str, make_machine: MakeMachine, missing: str) -> None:
     """While an object is missing nobody attaches, and the attempt keeps nothing open."""
     make_machine()
     before = open_files()

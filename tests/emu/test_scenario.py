@@ -323,9 +323,7 @@ PLAIN = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=4,
 )
-MACHINE_KEYS = st.sampled_from(
-    ["name", "vcpus", "ram", "era", "poll", "numa", "exit_deadline_s", "vp_order", "x"]
-)
+MACHINE_KEYS = st.sampled_from(["name", "vcpus", "ram", "era", "poll", "numa", "exit_deadline_s", "vp_order", "x"])
 DEVICE_KEYS = st.sampled_from(["class", "backend", "instance", "count", "ring_pages", "subchannels", "x"])
 
 
@@ -379,8 +377,7 @@ def test_config_travels_as_msgpack(tmp_path: Path) -> None:
 def test_largest_config_fits_its_place() -> None:
     """As many differing [[device]] tables as there can be still fit the 256 KiB kept for them."""
     specs = tuple(
-        DeviceSpec(instance=derived_instance("scenario-test", number), ring_pages=4)
-        for number in range(MAX_OFFERS)
+        DeviceSpec(instance=derived_instance("scenario-test", number), ring_pages=4) for number in range(MAX_OFFERS)
     )
     config = Scenario(MachineSpec(ram_bytes=2 << 30), specs).to_config()
 
@@ -425,9 +422,7 @@ def test_flags_are_checked_like_the_file() -> None:
         default.with_overrides(name="a b")
     with pytest.raises(UserError, match=r'^command line: --poll: "now" is no way to poll; '):
         default.with_overrides(poll="now")
-    with pytest.raises(
-        UserError, match=r"^the default scenario and the command line: device.count: 3000 channels"
-    ):
+    with pytest.raises(UserError, match=r"^the default scenario and the command line: device.count: 3000 channels"):
         default.with_overrides(devices=[parse_device("echo:1500")] * 2)
 
 

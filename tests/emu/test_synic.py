@@ -193,6 +193,7 @@ def test_last_page_of_ram_can_be_an_overlay(synic: Synic, memory: GuestMemory) -
 
 def test_page_without_memory_behind_it_is_refused(synic: Synic, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tmpfs that is full makes a #GP of it, not a SIGBUS."""
+
     def full(_memory: GuestMemory, _gpa: int, _length: int) -> None:
         raise OutOfMemory("full")
 

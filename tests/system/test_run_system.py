@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -163,6 +164,50 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert_gone(name)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_death_at_a_random_moment_leaves_nothing(tmp_path: Path, seed: int) -> None:
+    """Any inner process, killed at any moment of a busy boot: reported by name, exit code 4, nothing left."""
+    die_at_random(tmp_path, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_death_at_many_random_moments_leaves_nothing(tmp_path: Path) -> None:
+    """The same, a hundred times."""
+    for seed in range(100, 200):
+        die_at_random(tmp_path, seed)
+
+
+def die_at_random(home: Path, seed: int) -> None:
+    """Kill one process of a booting machine of 300 devices, after a random part of its boot."""
+    rng = random.Random(seed)
+    victim = rng.choice(["hypervisor", "vcpu0", "vcpu1", "workqueue"])
+    moment_s = rng.uniform(0.0, 0.5)
+    print(f"seed {seed}: {victim} after {moment_s:.3f} s")
+    name = f"t-random{seed}"
+    with ended(start(home, "run", "--name", name, "--device", "echo:300", "--json")) as process:
+        wait_for(lambda: objects(name) != [] and victim in _pids_now(name), f"{victim} to be there")
+        pid = _pids_now(name)[victim]
+        # A random moment is what is tested: nothing is waited for here.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment_s)
+        os.kill(pid, signal.SIGKILL)
+        output, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 4, (seed, output, errors)
+    assert victim in errors and "SIGKILL" in errors, (seed, errors)
+    assert_gone(name)
+
+
+def _pids_now(name: str) -> dict[str, int]:
+    from emu.errors import UserError
+
+    try:
+        return inner_pids(name)
+    except UserError:
+        return {}
+
+
 def _sweeper_of(name: str, pids: dict[str, int]) -> int:
     """The sweeper is a child of the zygote and has no row of its own."""
     import psutil
@@ -241,7 +286,9 @@ def test_detached_machine_is_listed_and_stopped(tmp_path: Path) -> None:
 
 def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
     """A machine without one of its processors waits for it; started by hand, it comes online and takes channels."""
-    with ended(start(tmp_path, "run", "--name", "t-hand", "--without", "vcpu1", "--duration", "0", "--json")) as process:
+    with ended(
+        start(tmp_path, "run", "--name", "t-hand", "--without", "vcpu1", "--duration", "0", "--json")
+    ) as process:
         wait_for(lambda: "vmbus-emu.t-hand.trace" in objects("t-hand"), "the machine to be made")
         wait_for(lambda: _formatted("t-hand"), "the boot CPU to lay RAM out")
         by_hand = subprocess.Popen(

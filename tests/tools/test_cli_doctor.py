@@ -50,9 +50,7 @@ def test_doctor_leaves_nothing_in_shared_memory() -> None:
     assert list(Path("/dev/shm").glob(f"*doctor-{os.getpid()}*")) == []
 
 
-def test_missing_necessity_is_status_3(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_necessity_is_status_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One necessary thing that is absent makes the whole status 3 and says what to do."""
     absent = Finding("shared memory", ABSENT, "gone", "mount it", necessary=True)
     monkeypatch.setattr(doctor, "examine", lambda: [absent])
@@ -132,9 +130,7 @@ def test_outside_command_is_found_on_the_path(monkeypatch: pytest.MonkeyPatch, t
     """A program counts when it is on the PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     check = doctor.command("some-program", "for tests", "some-package")
-    assert check() == Finding(
-        "some-program", ABSENT, "not found", "optional, for tests: apt install some-package"
-    )
+    assert check() == Finding("some-program", ABSENT, "not found", "optional, for tests: apt install some-package")
 
     program = tmp_path / "some-program"
     program.write_text("#!/bin/sh\n")

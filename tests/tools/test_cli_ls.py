@@ -258,9 +258,7 @@ def test_kernel_source_that_is_not_installed_is_told_with_the_cure(
         tools_hv()
 
 
-def test_archive_that_is_broken_leaves_nothing_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_archive_that_is_broken_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An archive that cannot be unpacked is told, and no half of it is taken for the whole."""
     (tmp_path / "linux-source-6.12.tar.xz").write_bytes(b"no archive")
     monkeypatch.setattr(kernel_source, "SOURCES", tmp_path)

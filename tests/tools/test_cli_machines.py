@@ -128,9 +128,7 @@ def test_killed_launcher_that_nobody_reaped_is_dead(launcher: Callable[..., Fake
     assert find_machine(dead.name).life is Life.DEAD
 
 
-def test_reused_pid_is_no_launcher(
-    launcher: Callable[..., FakeLauncher], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reused_pid_is_no_launcher(launcher: Callable[..., FakeLauncher], monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that merely has the launcher's old number does not keep a machine alive."""
     running = launcher()
     monkeypatch.setattr(machines, "start_time_of", lambda _pid: 1)
@@ -150,9 +148,7 @@ def test_machine_without_a_table_lives_while_somebody_has_it_open(
     assert find_machine(maker.name).life is Life.DEAD
 
 
-def test_clean_removes_what_is_dead_and_nothing_else(
-    run_cli: RunCli, launcher: Callable[..., FakeLauncher]
-) -> None:
+def test_clean_removes_what_is_dead_and_nothing_else(run_cli: RunCli, launcher: Callable[..., FakeLauncher]) -> None:
     """Dead machines go whole, running and half-made ones keep every object, other people's files stay."""
     running, making, dead = launcher(), launcher("half-made"), launcher()
     kept = {one.name: objects_of(one.name) for one in (running, making)}
@@ -238,9 +234,7 @@ def test_machine_must_be_named_when_there_are_several(launcher: Callable[..., Fa
     assert chosen_machine(second.name) == second.name
 
 
-def test_only_machine_needs_no_name(
-    launcher: Callable[..., FakeLauncher], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_machine_needs_no_name(launcher: Callable[..., FakeLauncher], monkeypatch: pytest.MonkeyPatch) -> None:
     """With one machine alive, dead ones aside, the name may be left out; with none it is refused."""
     running, dead = launcher(), launcher()
     dead.kill()

@@ -8,10 +8,11 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 
 import pytest
 
-from emu.ipc.segments import Segment, object_name, objects_of, unlink_objects
+from emu.ipc.segments import Segment, object_name, objects_of, unlink_objects, unlink_segment
 from emu.ipc.semaphores import Wakeup
 from tools import sweeper
 
@@ -24,12 +25,9 @@ class Family:
 
     def __init__(self, name: str, *, zygote_stays: bool = True) -> None:
         self.name = name
-        # Held open by the zygote alone, once the sweeper has let go of it.
-        self.zygote_lives, write_end = os.pipe()
         told, tell = os.pipe()
         self.launcher = self._fork(lambda: self._launch(tell, zygote_stays))
         os.close(tell)
-        os.close(write_end)
         with os.fdopen(told, "rb") as pids:
             self.zygote, self.sweeper = struct.unpack("<II", pids.read(8))
         self._pidfds = {pid: os.pidfd_open(pid) for pid in (self.zygote, self.sweeper)}
@@ -78,7 +76,6 @@ class Family:
                 continue
         for pidfd in self._pidfds.values():
             os.close(pidfd)
-        os.close(self.zygote_lives)
 
 
 @pytest.fixture
@@ -105,8 +102,18 @@ def make(name: str) -> None:
     Wakeup.create(object_name(name, "host")).close()
 
 
+def wait_until_ready(family: Family) -> None:
+    """Wait until the sweeper ignores the last of its signals: then it waits for the launcher's end."""
+    while True:
+        lines = Path(f"/proc/{family.sweeper}/status").read_text().splitlines()
+        ignored = next(line for line in lines if line.startswith("SigIgn"))
+        if int(ignored.split()[1], 16) >> (signal.SIGQUIT - 1) & 1:
+            return
+
+
 def test_killed_launcher_leaves_no_names(family: Family) -> None:
     """kill -9 of the launcher: a zygote that does not go is killed, names are removed, the sweeper ends."""
+    wait_until_ready(family)
     family.kill_launcher()
 
     assert family.ended(family.sweeper)
@@ -116,42 +123,26 @@ def test_killed_launcher_leaves_no_names(family: Family) -> None:
 
 def test_sweeper_does_nothing_while_the_launcher_lives(family: Family) -> None:
     """It waits, whatever the terminal sends it."""
+    wait_until_ready(family)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        wait_until_ignored(family.sweeper, number)
         os.kill(family.sweeper, number)
 
     assert family.ended(family.sweeper, timeout_ms=50) is False
     assert len(objects_of(family.name)) == 2
 
 
-def wait_until_ignored(pid: int, number: int) -> None:
-    """Wait for the kernel to say that a process ignores a signal."""
-    while True:
-        with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
-            ignored = next(line for line in status if line.startswith("SigIgn"))
-        if int(ignored.split()[1], 16) >> (number - 1) & 1:
-            return
+def test_sweeper_keeps_no_descriptor_of_the_zygotes(family: Family) -> None:
+    """Two pidfds and the standard three: whoever watches the zygote's socket sees the zygote go."""
+    wait_until_ready(family)
+    links = [str(link.readlink()) for link in Path(f"/proc/{family.sweeper}/fd").iterdir()]
 
-
-def test_zygotes_end_is_not_hidden_by_the_sweeper(family: Family) -> None:
-    """The sweeper keeps no descriptor of the zygote's: whoever watches its socket sees the zygote go."""
-    wait_until_ignored(family.sweeper, signal.SIGQUIT)
-    os.kill(family.zygote, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(family.zygote_lives, select.POLLHUP)
-
-    # The launcher of this test holds the pipe too: it goes, the sweeper notices, and only then is the pipe shut.
-    assert family.ended(family.zygote)
-    assert family.ended(family.sweeper, timeout_ms=50) is False
-    os.kill(family.launcher, signal.SIGSTOP)
-    descriptors = os.listdir(f"/proc/{family.sweeper}/fd")  # noqa: PTH208
-    assert len(descriptors) == 5
-    os.kill(family.launcher, signal.SIGCONT)
+    assert len(links) == 5
+    assert sum("pidfd" in link for link in links) == 2
 
 
 def test_successor_of_the_name_is_left_alone(family: Family, name: str) -> None:
     """Somebody cleaned up and started a machine of the same name before the sweeper came to it."""
-    wait_until_ignored(family.sweeper, signal.SIGQUIT)
+    wait_until_ready(family)
     os.kill(family.sweeper, signal.SIGSTOP)
     family.kill_launcher()
     keep = Segment.attach(object_name(name, "control"))
@@ -166,9 +157,8 @@ def test_successor_of_the_name_is_left_alone(family: Family, name: str) -> None:
 
 def test_rest_of_a_half_cleaned_machine_is_removed(family: Family, name: str) -> None:
     """Without a control segment there is no successor: what is left is the dead machine's."""
-    (control,) = (entry for entry in objects_of(name) if entry.endswith(".control"))
-    wait_until_ignored(family.sweeper, signal.SIGQUIT)
-    os.unlink(f"/dev/shm/{control}")  # noqa: PTH108
+    wait_until_ready(family)
+    unlink_segment(object_name(name, "control"))
     family.kill_launcher()
 
     assert family.ended(family.sweeper)
@@ -191,7 +181,7 @@ def test_zygote_that_died_first_costs_nobody_else_his_life(name: str) -> None:
     family = Family(name, zygote_stays=False)
     try:
         assert family.ended(family.zygote)
-        wait_until_ignored(family.sweeper, signal.SIGQUIT)
+        wait_until_ready(family)
         family.kill_launcher()
 
         assert family.ended(family.sweeper)

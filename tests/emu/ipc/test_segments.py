@@ -111,9 +111,7 @@ def test_size_that_cannot_be_had_leaves_no_name(machine_name: str, name: str, re
     assert objects_of(machine_name) == []
 
 
-def test_interrupt_while_making_leaves_no_name(
-    machine_name: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_while_making_leaves_no_name(machine_name: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C between two steps of the making is no reason to leave something."""
 
     def interrupt(_fd: int, _size: int) -> None:

@@ -125,6 +125,4 @@ def test_singletons_are_classes() -> None:
 
 def test_rings_are_whole_pages() -> None:
     """A control page and at least one page of data."""
-    assert all(
-        one.ring_bytes % 4096 == 0 and one.ring_bytes >= 8192 for one in CLASSES if one.ring_bytes is not None
-    )
+    assert all(one.ring_bytes % 4096 == 0 and one.ring_bytes >= 8192 for one in CLASSES if one.ring_bytes is not None)

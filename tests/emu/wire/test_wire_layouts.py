@@ -265,9 +265,7 @@ def ones(kind: str, size: int) -> Any:
             return UUID(int=(1 << 128) - 1)
 
 
-@pytest.mark.parametrize(
-    ("spec", "field"), FIELDS, ids=[f"{spec.cls.__name__}.{field.name}" for spec, field in FIELDS]
-)
+@pytest.mark.parametrize(("spec", "field"), FIELDS, ids=[f"{spec.cls.__name__}.{field.name}" for spec, field in FIELDS])
 def test_message_field_lies_where_the_struct_has_it(spec: MessageSpec, field: dataclasses.Field[Any]) -> None:
     """A field of all ones changes just the bytes (of a bit field, the bit) that the struct gives it."""
     offset, size = where(spec, field.name)

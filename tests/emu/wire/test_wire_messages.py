@@ -123,9 +123,7 @@ SPELLED_OUT: list[tuple[str, Message, str]] = [
     ),
     (
         "contact-5.3",
-        InitiateContact(
-            vmbus_version_requested=0x50003, msg_sint=2, monitor_page1=0x11000, monitor_page2=0x12000
-        ),
+        InitiateContact(vmbus_version_requested=0x50003, msg_sint=2, monitor_page1=0x11000, monitor_page2=0x12000),
         "0e000000 00000000 03000500 00000000 02000000 00000000 00100100 00000000 00200100 00000000",
     ),
     (
@@ -136,8 +134,7 @@ SPELLED_OUT: list[tuple[str, Message, str]] = [
     (
         "contact-6.0-client-id",
         InitiateContact(vmbus_version_requested=0x60000, msg_sint=2, feature_flags=8, client_id=INSTANCE),
-        "0e000000 00000000 00000600 00000000 02000000 08000000 00000000 00000000 00000000 00000000"
-        + INSTANCE_BYTES,
+        "0e000000 00000000 00000600 00000000 02000000 08000000 00000000 00000000 00000000 00000000" + INSTANCE_BYTES,
     ),
     ("version-ok", VersionResponse(1, 0, 1), "0f000000 00000000 01000000 01000000"),
     ("version-refused", VersionResponse(0), "0f000000 00000000 00000000 00000000"),
@@ -195,11 +192,7 @@ NAMES = [name for name, _message, _text in SPELLED_OUT]
 
 def test_every_message_is_spelled_out() -> None:
     """The list above has each of the 29 types."""
-    assert (
-        {message.TYPE for message, _data in BYTES}
-        == set(MESSAGES)
-        == set(MessageType) - {MessageType.INVALID}
-    )
+    assert {message.TYPE for message, _data in BYTES} == set(MESSAGES) == set(MessageType) - {MessageType.INVALID}
 
 
 @pytest.mark.parametrize(("message", "data"), BYTES, ids=NAMES)
@@ -282,9 +275,7 @@ def test_unknown_msgtype_is_refused(msgtype: int) -> None:
     )
 
 
-@given(
-    st.binary(max_size=260) | st.builds(lambda n, b: bytes([n, 0, 0, 0]) + b, st.integers(0, 31), st.binary())
-)
+@given(st.binary(max_size=260) | st.builds(lambda n, b: bytes([n, 0, 0, 0]) + b, st.integers(0, 31), st.binary()))
 @settings(deadline=None)
 def test_noise_is_a_message_or_a_violation(payload: bytes) -> None:
     """No bytes make the parser raise anything but ProtocolViolation, and what it takes it can write again."""
@@ -461,9 +452,7 @@ def test_table_names_features_and_what_needs_no_connection() -> None:
         (8190, 293, [236, *[240] * 291, 144]),
     ],
 )
-def test_gpadl_messages_are_as_many_and_as_long_as_linux_posts(
-    pages: int, count: int, sizes: list[int]
-) -> None:
+def test_gpadl_messages_are_as_many_and_as_long_as_linux_posts(pages: int, count: int, sizes: list[int]) -> None:
     """26 PFNs in the header, 28 in each body, the last as long as needed; together they are the range."""
     pfns = [0x1_0000_0000 + 7 * number for number in range(pages)]
     written = [message.pack() for message in gpadl_messages(3, 0xE1E11, pfns)]

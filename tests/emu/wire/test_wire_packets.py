@@ -60,9 +60,7 @@ def test_payload_is_padded_to_8_bytes() -> None:
     st.binary(max_size=40).map(lambda header: header[: len(header) & ~7]),
 )
 @settings(deadline=None)
-def test_packet_survives_a_round_trip(
-    payload: bytes, trans_id: int, flags: int, kind: int, header: bytes
-) -> None:
+def test_packet_survives_a_round_trip(payload: bytes, trans_id: int, flags: int, kind: int, header: bytes) -> None:
     """Type, flags, id and header come back, and the payload with its padding; the size is as computed."""
     packet = pack_packet(payload, trans_id, flags, kind, header)
     padded = payload.ljust((len(payload) + 7) // 8 * 8, b"\0")

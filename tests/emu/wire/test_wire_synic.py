@@ -98,9 +98,7 @@ def test_timer_message_is_written_as_spelled_out() -> None:
     )
 
 
-@given(
-    st.integers(0, 0xFFFF_FFFF), st.binary(max_size=240), st.integers(0, 255), st.integers(0, (1 << 64) - 1)
-)
+@given(st.integers(0, 0xFFFF_FFFF), st.binary(max_size=240), st.integers(0, 255), st.integers(0, (1 << 64) - 1))
 @settings(deadline=None)
 def test_message_survives_a_round_trip(kind: int, payload: bytes, flags: int, sender: int) -> None:
     """What was written is what is read."""

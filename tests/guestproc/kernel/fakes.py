@@ -99,9 +99,7 @@ class Lone:
 
     def new_actor(self, slot: int, *, is_vcpu: bool = False, cpu: int = 0) -> Actor:
         """Another actor with the same hooks."""
-        return Actor(
-            actor_number(slot, 1), self.hooks, self.waiters, cpu=cpu, is_vcpu=is_vcpu, name=f"a{slot}"
-        )
+        return Actor(actor_number(slot, 1), self.hooks, self.waiters, cpu=cpu, is_vcpu=is_vcpu, name=f"a{slot}")
 
 
 class ProcessHooks(LoneHooks):

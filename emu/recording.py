@@ -1,0 +1,354 @@
+"""A recording: what all actors of a machine recorded, in one file that tells how to read itself.
+
+The file is a head and then chunks, each (kind, slot, length, payload), so that it can be written while the
+machine runs and read although its writer was killed: whatever is whole is read, and `damage` says the rest.
+
+    head   8 bytes VMBUSREC, u32 format version, u32 0
+    HEAD   msgpack: schema, machine, contexts, the event table, when the recording began
+    ACTR   msgpack: one actor (its slot, name, kind, pid, cpu), before its first records
+    RECS   records of one actor as they stood in its ring, oldest first (64 bytes each, see `emu.tracing`)
+    TAIL   msgpack: how many records there are and how many were dropped; without it the writer was cut off
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import mmap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from types import TracebackType
+from typing import IO, Any, Final, NoReturn
+
+import msgpack
+
+from emu.control import ActorRow, ActorState
+from emu.errors import UserError
+from emu.machine import Machine
+from emu.tracing import EVENTS, NO_VP, RECORD, RECORD_BYTES, Context, Drain, EventSpec
+
+MAGIC: Final = b"VMBUSREC"
+FORMAT_VERSION: Final = 1
+SCHEMA: Final = {"name": "vmbus-emu.recording", "version": 1}
+
+_FILE_HEAD: Final = Struct("<8sII")
+_CHUNK: Final = Struct("<4sIQ")
+_SEQUENCES: Final = 1 << 32
+
+
+class RecordingError(UserError):
+    """The file is no recording, or none that this program reads; one line that names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedActor:
+    """One process or thread that recorded: `kind` is an ActorKind's name, `cpu` a guest CPU number."""
+
+    slot: int
+    name: str
+    kind: str
+    pid: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """One record: CLOCK_MONOTONIC ns, the actor's own sequence, VP index (None: none), where, and what."""
+
+    t_ns: int
+    seq: int
+    actor: RecordedActor
+    vp: int | None
+    context: str
+    event: EventSpec
+    values: tuple[int, ...]
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """The event's named arguments (u64)."""
+        return dict(zip(self.event.arguments, self.values, strict=False))
+
+
+class RecordingWriter:
+    """Drains a machine's recorders into a file; `poll` every 50 ms or so, `close` at the end.
+
+    Raises UserError, in one line, when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, machine: Machine) -> None:
+        self.path = path
+        self.records = 0
+        self._control = machine.control
+        self._drain = Drain(machine.trace)
+        self._known: set[int] = set()
+        try:
+            self._file: IO[bytes] = path.open("wb")
+        except OSError as error:
+            raise UserError(f"cannot record into {path}: {error.strerror}") from None
+        self._write(_FILE_HEAD.pack(MAGIC, FORMAT_VERSION, 0))
+        self._write_map(b"HEAD", head_of(machine))
+        self._flush()
+
+    @property
+    def dropped(self) -> int:
+        """Records that were overwritten before they could be drained."""
+        return self._drain.dropped
+
+    def poll(self) -> int:
+        """Drain every actor once; how many records came (none after `close`, or after a failed write)."""
+        if self._file.closed:
+            return 0
+        before = self.records
+        for row in self._control.rows():
+            if row.state != ActorState.STARTING:
+                self._take(row)
+        if self.records != before:
+            self._flush()
+        return self.records - before
+
+    def close(self) -> None:
+        """Drain what is left, say that this is all, close the file. May be called twice."""
+        if self._file.closed:
+            return
+        self.poll()
+        tail = {"records": self.records, "dropped": self.dropped, "ended_ns": time.monotonic_ns()}
+        self._write_map(b"TAIL", tail)
+        self._flush()
+        self._file.close()
+
+    def _take(self, row: ActorRow) -> None:
+        raw = self._drain.take(row.slot)
+        if not raw:
+            return
+        if row.slot not in self._known:
+            self._known.add(row.slot)
+            actor = {"name": row.name, "kind": row.kind.name, "pid": row.pid, "cpu": row.cpu}
+            self._write_map(b"ACTR", actor, row.slot)
+        self._write(_CHUNK.pack(b"RECS", row.slot, len(raw)) + raw)
+        self.records += len(raw) // RECORD_BYTES
+
+    def _write_map(self, kind: bytes, content: dict[str, Any], slot: int = 0) -> None:
+        payload = msgpack.packb(content)
+        self._write(_CHUNK.pack(kind, slot, len(payload)) + payload)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._fail(error)
+
+    def _flush(self) -> None:
+        """Whole chunks go to the file, so that a killed writer leaves what it drained."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> NoReturn:
+        # Closing tries to write what is still buffered, and fails the same way.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        raise UserError(f"cannot record into {self.path}: {error.strerror}") from None
+
+
+def head_of(machine: Machine) -> dict[str, Any]:
+    """The HEAD of a recording that begins now: enough to read its records without this program's tables."""
+    return {
+        "schema": SCHEMA,
+        "machine": machine.name,
+        "vp_indices": [machine.vp_index(position) for position in range(machine.vp_count)],
+        "began_ns": time.monotonic_ns(),
+        "began_unix_ns": time.time_ns(),
+        "contexts": {context.value: context.name for context in Context},
+        "events": [[spec.number, spec.name, list(spec.arguments)] for spec in EVENTS.values()],
+    }
+
+
+class Recording:
+    """A recording opened for reading; a context manager.
+
+    `damage` is "" for a whole file, else a sentence that says from where on it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read head and chunk table; RecordingError when this is no recording."""
+        self.path = path
+        self.damage = ""
+        self.actors: dict[int, RecordedActor] = {}
+        self._chunks: dict[int, list[tuple[int, int]]] = {}
+        self._tail: dict[str, Any] = {}
+        self.head: dict[str, Any] = {}
+        self._data = _mapped(path)
+        self._read_file_head()
+        self._read_chunks()
+        self.machine: str = str(self.head.get("machine", ""))
+        self.events = _events(self.head)
+        self._contexts = _contexts(self.head)
+        self._check_tail()
+
+    # -- what is in it ------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Records that can be read."""
+        return sum(end - start for chunks in self._chunks.values() for start, end in chunks) // RECORD_BYTES
+
+    @property
+    def dropped(self) -> int:
+        """Records that were overwritten before they were drained, by the gaps in the actors' sequences."""
+        missing = 0
+        for chunks in self._chunks.values():
+            expected = 0
+            for sequence in self._sequences(chunks):
+                missing += (sequence - expected) % _SEQUENCES
+                expected = sequence + 1
+        return missing
+
+    def counts(self) -> Counter[str]:
+        """How often each event is recorded: what every export of this recording has to agree with."""
+        numbers: Counter[int] = Counter()
+        for chunks in self._chunks.values():
+            for start, end in chunks:
+                numbers.update(record[2] for record in RECORD.iter_unpack(self._data[start:end]))
+        return Counter({self._event(number).name: count for number, count in numbers.items()})
+
+    def records(self) -> Iterator[TraceRecord]:
+        """All records by time; those of one actor stay in the order in which it made them."""
+        return heapq.merge(*map(self._of_actor, self._chunks), key=lambda record: record.t_ns)
+
+    def _of_actor(self, slot: int) -> Iterator[TraceRecord]:
+        actor = self.actors.get(slot) or RecordedActor(slot, f"slot {slot}", "NONE", 0, 0)
+        for start, end in self._chunks[slot]:
+            for t_ns, seq, number, vp, context, *values in RECORD.iter_unpack(self._data[start:end]):
+                event = self._event(number)
+                yield TraceRecord(
+                    t_ns,
+                    seq,
+                    actor,
+                    None if vp == NO_VP else vp,
+                    self._contexts.get(context, str(context)),
+                    event,
+                    tuple(values[: len(event.arguments)]),
+                )
+
+    def _event(self, number: int) -> EventSpec:
+        spec = self.events.get(number)
+        if spec is None:
+            spec = self.events[number] = EventSpec(number, f"event_{number}", tuple("abcdef"))
+        return spec
+
+    def _sequences(self, chunks: list[tuple[int, int]]) -> Iterator[int]:
+        for start, end in chunks:
+            for record in RECORD.iter_unpack(self._data[start:end]):
+                yield record[1]
+
+    # -- reading the file ---------------------------------------------------------------------------
+
+    def _read_file_head(self) -> None:
+        data = self._data
+        if len(data) < _FILE_HEAD.size or data[: len(MAGIC)] != MAGIC:
+            self.close()
+            raise RecordingError(f"{self.path} is no recording; `vmbus-emu run --record FILE` makes one")
+        _magic, version, _zero = _FILE_HEAD.unpack_from(data)
+        if version != FORMAT_VERSION:
+            self.close()
+            raise RecordingError(f"{self.path} has format {version}; this program reads {FORMAT_VERSION}")
+
+    def _read_chunks(self) -> None:
+        at = _FILE_HEAD.size
+        while at < len(self._data) and not self.damage:
+            at = self._read_chunk(at)
+
+    def _read_chunk(self, at: int) -> int:
+        """Note one chunk; where the next one begins."""
+        left = len(self._data) - at - _CHUNK.size
+        if left < 0:
+            return self._damaged(at, "the file ends in the head of a chunk")
+        kind, slot, length = _CHUNK.unpack_from(self._data, at)
+        start = at + _CHUNK.size
+        if not (kind.isascii() and kind.isalpha() and kind.isupper()):
+            return self._damaged(at, "this is no chunk")
+        if length > left:
+            self._damaged(at, f"the file ends in the middle of a {kind.decode()} chunk")
+            length = left
+        elif kind == b"RECS" and length % RECORD_BYTES:
+            self._damaged(at, f"{length} bytes are no whole number of records")
+        if kind == b"RECS":
+            whole = length // RECORD_BYTES * RECORD_BYTES
+            self._chunks.setdefault(slot, []).append((start, start + whole))
+        elif kind in (b"HEAD", b"ACTR", b"TAIL") and not self.damage:
+            self._read_map(at, kind, slot, bytes(self._data[start : start + length]))
+        return int(start + length)
+
+    def _read_map(self, at: int, kind: bytes, slot: int, payload: bytes) -> None:
+        try:
+            content = msgpack.unpackb(payload, strict_map_key=False)
+            if kind == b"ACTR":
+                actor = (str(content["name"]), str(content["kind"]), int(content["pid"]), int(content["cpu"]))
+                self.actors[slot] = RecordedActor(slot, *actor)
+            elif kind == b"HEAD":
+                _events(content)
+                _contexts(content)
+                self.head = content
+            else:
+                self._tail = {"records": int(content["records"])}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            self._damaged(at, f"a {kind.decode()} chunk that cannot be read")
+
+    def _check_tail(self) -> None:
+        if self.damage:
+            return
+        if not self._tail:
+            self._damaged(len(self._data), "the file ends without its TAIL: its writer was cut off")
+        elif self._tail["records"] != self.count:
+            said = self._tail["records"]
+            self._damaged(len(self._data), f"{said} records were written, {self.count} are there")
+
+    def _damaged(self, at: int, what: str) -> int:
+        """The first damage is kept; nothing behind it is read."""
+        if not self.damage:
+            self.damage = f"{self.path}: at byte {at} {what}; {self.count} records before it are whole"
+        return len(self._data)
+
+    # -- closing ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Unmap the file."""
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, mapped; RecordingError when it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            if not path.is_file():
+                raise RecordingError(f"{path} is not a regular file")
+            if path.stat().st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise RecordingError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _events(head: dict[str, Any]) -> dict[int, EventSpec]:
+    """The event table of a HEAD, by number."""
+    rows = head.get("events", ())
+    return {int(number): EventSpec(int(number), str(name), tuple(map(str, names))) for number, name, names in rows}
+
+
+def _contexts(head: dict[str, Any]) -> dict[int, str]:
+    """The contexts of a HEAD, by number."""
+    return {int(number): str(name) for number, name in head.get("contexts", {}).items()}

@@ -1,0 +1,183 @@
+"""`vmbus-emu trace`: a recording as JSON Lines, whole, agreeing with the recording's own count."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emu.control import ActorKind
+from emu.ipc.segments import unlink_objects
+from emu.machine import Machine
+from emu.recording import RecordedActor, Recording, RecordingWriter, TraceRecord
+from emu.tracing import (
+    E_EOM,
+    E_FAULT,
+    E_LOCK,
+    E_POST,
+    E_RELEASE,
+    E_TASKLET_RUN,
+    E_WORK_QUEUE,
+    EVENTS,
+    Context,
+)
+from tools.exit_status import ExitStatus
+from tools.trace import FORMATS, as_json
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def recording_path(tmp_path: Path) -> Iterator[Path]:
+    """A recording of every event once, by two actors in turn."""
+    name = f"trace{os.getpid()}"
+    machine = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0, 1], cpuid=[])
+    try:
+        machine.control.set_recording()
+        actors = []
+        for cpu in range(2):
+            row, _counters = machine.enlist(ActorKind.VCPU, f"vcpu{cpu}", cpu=cpu)
+            made = machine.recorder(row, vp=cpu, context=Context.ISR)
+            assert made is not None
+            actors.append(made)
+        writer = RecordingWriter(tmp_path / "boot.rec", machine)
+        for number, spec in enumerate(EVENTS.values()):
+            actors[number % 2].record(spec.number, 1, 2, 3, 4, 5, 6)
+        writer.close()
+    finally:
+        unlink_objects(name)
+        machine.close()
+    yield tmp_path / "boot.rec"
+
+
+def record(event: int, *values: int) -> dict[str, Any]:
+    """One record as its JSON object."""
+    spec = next(spec for spec in EVENTS.values() if spec.number == event)
+    actor = RecordedActor(3, "vcpu1", "VCPU", 77, 1)
+    return as_json(TraceRecord(1_000, 9, actor, 0, "ISR", spec, values))
+
+
+def test_record_is_one_object() -> None:
+    """Time, sequence, actor, processor, context and event; the arguments by name, apart from those."""
+    assert record(E_EOM, 1, 2, 3) == {
+        "t_ns": 1_000,
+        "seq": 9,
+        "actor": "vcpu1",
+        "vp": 0,
+        "context": "isr",
+        "event": "eom",
+        "args": {"position": 1, "sint": 2, "delivered": 3},
+    }
+
+
+def test_argument_may_be_called_like_a_column() -> None:
+    """The actor that a lock belongs to does not replace the actor that recorded it."""
+    locked = record(E_LOCK, 5, 6)
+
+    assert (locked["actor"], locked["args"]) == ("vcpu1", {"lock": 5, "actor": 6})
+
+
+def test_numbers_are_named() -> None:
+    """Message types, statuses, tasklets, queues, functions and faults come with their names."""
+    assert record(E_POST, 4, 14, 240, 0x13)["args"] == {
+        "connection_id": 4,
+        "msgtype": 14,
+        "msgtype_name": "INITIATE_CONTACT",
+        "size": 240,
+        "status": 0x13,
+        "status_name": "INSUFFICIENT_BUFFERS",
+    }
+    assert record(E_TASKLET_RUN, 1)["args"]["tasklet_name"] == "VMBUS_ON_MSG_DPC"
+    work = record(E_WORK_QUEUE, 1, 2, 3)["args"]
+    assert (work["queue_name"], work["function_name"]) == ("RESCIND", "VMBUS_ADD_CHANNEL_WORK")
+    fault = record(E_FAULT, 2, 1)["args"]
+    assert (fault["operation_name"], fault["code_name"]) == ("RDMSR", "GENERAL_PROTECTION")
+
+
+def test_number_without_a_name_stays_a_number() -> None:
+    """What a hostile peer sent has no name, and is told all the same."""
+    assert record(E_POST, 4, 0xFFFF, 0, 0)["args"]["msgtype"] == 0xFFFF
+    assert "msgtype_name" not in record(E_POST, 4, 0xFFFF, 0, 0)["args"]
+
+
+def test_errno_is_signed_again() -> None:
+    """A result below zero was stored modulo 2^64."""
+    assert record(E_RELEASE, 1, 2, (1 << 64) - 19)["args"]["ret"] == -19
+    assert record(E_RELEASE, 1, 2, 19)["args"]["ret"] == 19
+
+
+def test_command_prints_json_lines(run_cli: RunCli, recording_path: Path) -> None:
+    """Every record of the recording is one line of JSON on stdout, in the order of time."""
+    done = run_cli("trace", recording_path, "--to", "json")
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line["event"] for line in lines] == list(EVENTS)
+    assert {line["actor"] for line in lines} == {"vcpu0", "vcpu1"}
+    with Recording(recording_path) as recording:
+        assert Counter(line["event"] for line in lines) == recording.counts()
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_every_format_writes_every_record(form: str, recording_path: Path, tmp_path: Path) -> None:
+    """What a format says it wrote is what the recording holds."""
+    with Recording(recording_path) as recording, (tmp_path / "out").open("w") as out:
+        assert FORMATS[form](recording, out) == recording.count == len(EVENTS)
+
+
+def test_command_writes_into_a_file(run_cli: RunCli, recording_path: Path, tmp_path: Path) -> None:
+    """`-o OUT`: the same lines there, nothing on stdout."""
+    shown = run_cli("trace", recording_path).stdout
+    done = run_cli("trace", recording_path, "--to", "json", "-o", tmp_path / "out.jsonl")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out.jsonl").read_text() == shown
+
+
+def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path) -> None:
+    """What is whole is written; stderr says in one line what is not, and the status is 1."""
+    recording_path.write_bytes(recording_path.read_bytes()[:-100])
+    done = run_cli("trace", recording_path)
+
+    assert done.returncode == ExitStatus.FINDING
+    assert len(done.stdout.splitlines()) >= len(EVENTS) - 2
+    assert done.stderr.startswith(f"vmbus-emu: {recording_path}: at byte ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "directory", "empty"])
+def test_wrong_file_is_one_line(run_cli: RunCli, tmp_path: Path, what: str) -> None:
+    """A file that is no recording: exit 2 and one line that names it."""
+    path = tmp_path / what
+    if what == "directory":
+        path.mkdir()
+    elif what != "missing":
+        path.write_text("hello" if what == "text" else "")
+    done = run_cli("trace", path)
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.USAGE, "", 1)
+    assert str(path) in done.stderr
+
+
+def test_recording_is_not_overwritten_by_its_export(run_cli: RunCli, recording_path: Path) -> None:
+    """Writing into the file that is being read is refused."""
+    before = recording_path.read_bytes()
+    done = run_cli("trace", recording_path, "-o", recording_path)
+
+    assert done.returncode == ExitStatus.USAGE
+    assert "is the recording itself" in done.stderr
+    assert recording_path.read_bytes() == before
+
+
+def test_output_that_cannot_be_written_is_one_line(run_cli: RunCli, recording_path: Path) -> None:
+    """The user's to mend."""
+    done = run_cli("trace", recording_path, "-o", recording_path / "below")
+
+    assert (done.returncode, done.stderr.count("\n")) == (ExitStatus.USAGE, 1)
+    assert "cannot write" in done.stderr

@@ -1,0 +1,109 @@
+"""Exercise what inner processes will run, before the zygote freezes its heap.
+
+CPython 3.11 rewrites a function's bytecode in place while it gets warm. What is warm before the fork is
+shared; what gets warm after it costs every child a private copy of the page. Nothing here touches a machine.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from emu.ring import RingConsumer, RingMemory, RingProducer
+from emu.wire.messages import GpadlCreated, MessageType, OpenChannelResult, gpadl_messages, parse
+from guestproc.kernel.actors import Actor, Context
+from guestproc.kernel.layout import Era, KernelTables
+from guestproc.kernel.tasklet import TaskletQueue
+from guestproc.protocol import pending
+from guestproc.protocol.era import CURRENT
+from guestproc.protocol.triage import triage
+
+ROUNDS = 12
+"""A function is specialised after eight calls."""
+
+
+class _Hooks:
+    """An actor that is alone in its machine: it never waits, and nobody is woken."""
+
+    def block(self, deadline_ns: int) -> bool:
+        return False
+
+    def wake(self, actor: int) -> None:
+        return None
+
+    def yield_processor(self) -> None:
+        return None
+
+    def now(self) -> int:
+        return 1
+
+    def is_dead(self, actor: int) -> bool:
+        return False
+
+    def stopping(self) -> bool:
+        return False
+
+    def irq_save(self) -> int:
+        return 0
+
+    def irq_restore(self, flags: int) -> None:
+        return None
+
+    def irqs_disabled(self) -> bool:
+        return False
+
+    def context(self) -> Context:
+        return Context.TASK
+
+    def kick_cpu(self, cpu: int) -> None:
+        return None
+
+    def send_ipi(self, cpu: int) -> None:
+        return None
+
+
+def warm_up() -> None:
+    """Tables, locks, completions, messages and rings, a dozen times each (about 10 ms)."""
+    for _ in range(ROUNDS):
+        _messages()
+        _rings()
+    tables = KernelTables.format(mmap.mmap(-1, 64 << 20), 2, Era.CURRENT, [0, 1])
+    actor = Actor(1 << 12, _Hooks(), tables.waiters, is_vcpu=True)
+    tasklets = TaskletQueue(actor, tables.connection.tasklet_idle)
+    for _ in range(ROUNDS):
+        _kernel(tables, actor, tasklets)
+
+
+def _messages() -> None:
+    for message in gpadl_messages(1, 0xE1E10, range(32)):
+        parse(message.pack())
+    for reply in (GpadlCreated(1, 0xE1E10, 0), OpenChannelResult(1, 1, 0)):
+        triage(CURRENT, (1).to_bytes(4, "little") + bytes([20]) + bytes(11) + reply.pack().ljust(240, b"\0"))
+        parse(reply.pack())
+
+
+def _rings() -> None:
+    memory = RingMemory.on(bytearray(3 * 4096))
+    producer, consumer = RingProducer(memory, sole=False), RingConsumer(memory, sole=False)
+    producer.write(b"warm")
+    producer.write_many([b"up"] * 4, 1)
+    consumer.begin_read()
+    list(consumer.drain())
+    consumer.end_read()
+
+
+def _kernel(tables: KernelTables, actor: Actor, tasklets: TaskletQueue) -> None:
+    connection = tables.connection
+    request = pending.new_request(tables, MessageType.GPADL_HEADER, child_relid=1, gpadl=1)
+    assert request is not None
+    with connection.channelmsg_lock.hold(actor):
+        pending.enter(tables, request)
+    request.waitevent.complete(actor)
+    request.waitevent.wait(actor)
+    with connection.channelmsg_lock.hold(actor):
+        pending.leave(tables, request)
+    tables.requests.free(request)
+    with connection.channel_mutex.hold(actor):
+        tables.relids.lookup(1)
+    tables.pages.free(actor, tables.pages.alloc_pages_exact(actor, 4, 1))
+    tasklets.runnable()
+    tasklets.run()
