@@ -38,6 +38,7 @@ INTERRUPTS_OFF: Final = int(RunState.INTERRUPTS_OFF)
 
 LOOKS_BEFORE_YIELD: Final = 20
 LONG_YIELD_NS: Final = 100_000
+MOST_STRAYS: Final = 1_000
 POLL_START_NS: Final = 10_000
 
 _ALL: Final = (1 << 64) - 1
@@ -243,7 +244,8 @@ class Halt:
         if self._block(timeout_s):
             # A token that nobody's exchange stands behind (the launcher's nudge, a guest's) leaves us HALTED:
             # taken back here, or we would run as HALTED and be sent another one.
-            self._state.cas(HALTED, AWAKE)
+            if self._state.cas(HALTED, AWAKE) == HALTED:
+                self._take_strays()
             return
         # Timed out, or a signal ran a handler. If the state is still HALTED nobody owes us a token.
         if self._state.cas(HALTED, AWAKE) == HALTED:
@@ -255,6 +257,15 @@ class Halt:
         end = now() + self._owed_s
         while not self._block(max(0.0, end - now())) and now() < end:
             pass
+
+    def _take_strays(self) -> None:
+        """Take the tokens away that somebody posted for nothing: each would end a halt of its own.
+
+        Nobody owes one now, and whoever wakes looks anyway, so none of them is missed.
+        """
+        for _ in range(MOST_STRAYS):
+            if not self._block(0.0):
+                break
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
         """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from emu.control import ActorKind, ActorRow, ActorState, Control, Counters, start_time_of
 from emu.errors import UserError
+from emu.ipc.atomics import AtomicView
 from emu.ipc.segments import Segment, object_name, unlink_segment, unlink_semaphore
 from emu.ipc.semaphores import Wakeup
 from emu.layout import (
@@ -118,7 +119,7 @@ class Machine:
                 wakeup = Wakeup.create(object_name(name, part))
                 made.append(wakeup)
                 wakeup.close()
-            _write_machine_page(segments["vps"], ram_bytes, vp_indices, cpuid)
+            write_machine_page(segments["vps"].view, ram_bytes, vp_indices, cpuid)
         except BaseException:
             _unmake(made)
             raise
@@ -269,10 +270,10 @@ class VpKick:
         return True
 
 
-def _write_machine_page(
-    vps: Segment, ram_bytes: int, vp_indices: list[int], cpuid: list[tuple[int, int, int, int, int]]
+def write_machine_page(
+    view: AtomicView, ram_bytes: int, vp_indices: list[int], cpuid: list[tuple[int, int, int, int, int]]
 ) -> None:
-    view = vps.view
+    """Write the machine page, but for its state, and the identity of every VP page into `vps`."""
     view.store_u16(M_ABI_MAJOR, ABI_MAJOR)
     view.store_u16(M_ABI_MINOR, ABI_MINOR)
     view.store_u64(M_RAM_BYTES, ram_bytes)

@@ -84,7 +84,7 @@ class GuestMemory:
     the caller's, except a mapping that `map` made.
     """
 
-    __slots__ = ("_atomics", "_owned", "buffer", "fd", "size")
+    __slots__ = ("_atomics", "_owned", "_reserved", "buffer", "fd", "size")
 
     def __init__(self, fd: int | None, buffer: mmap.mmap | bytearray, size: int | None = None) -> None:
         self.fd = fd
@@ -92,6 +92,7 @@ class GuestMemory:
         self.size = len(buffer) if size is None else size
         self._atomics: AtomicView | None = None
         self._owned: mmap.mmap | None = None
+        self._reserved: mmap.mmap | None = None
         assert self.size <= len(buffer), (self.size, len(buffer))
 
     @classmethod
@@ -126,21 +127,31 @@ class GuestMemory:
 
     def read(self, gpa: int, length: int) -> bytes:
         """Copy `length` bytes out; ProtocolViolation when they are not all RAM."""
-        self.check(gpa, length)
+        if gpa < 0 or length < 0 or gpa + length > self.size:
+            self.check(gpa, length)
         return bytes(self.buffer[gpa : gpa + length])
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` in; ProtocolViolation when it does not all fall in RAM."""
-        self.check(gpa, len(data))
-        self.buffer[gpa : gpa + len(data)] = data
+        end = gpa + len(data)
+        if gpa < 0 or end > self.size:
+            self.check(gpa, len(data))
+        self.buffer[gpa:end] = data
 
     def reserve(self, gpa: int, length: int) -> None:
         """Make sure that these pages exist, so that touching them cannot fail; what they hold stays.
 
-        Raises ProtocolViolation outside RAM, OutOfMemory when the tmpfs behind RAM is full.
+        A page that this process has reserved once is there for good, and costs no system call again. Raises
+        ProtocolViolation outside RAM, OutOfMemory when the tmpfs behind RAM is full.
         """
         self.check(gpa, length)
         if self.fd is None or length == 0:
+            return
+        if self._reserved is None:
+            # A byte a page of RAM, itself without memory until it is written to.
+            self._reserved = mmap.mmap(-1, -(-self.size >> PAGE_SHIFT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        first, end = gpa >> PAGE_SHIFT, gpa + length + PAGE_SIZE - 1 >> PAGE_SHIFT
+        if self._reserved.find(b"\0", first, end) < 0:
             return
         try:
             os.posix_fallocate(self.fd, gpa, length)
@@ -148,6 +159,7 @@ class GuestMemory:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                 raise
             raise OutOfMemory(f"no pages behind {length} bytes of RAM at GPA {gpa:#x}: {error.strerror}") from error
+        self._reserved[first:end] = b"\1" * (end - first)
 
     def close(self) -> None:
         """End `atomics`, and the mapping if `map` made it; rings mapped from the fd live on.
@@ -157,5 +169,8 @@ class GuestMemory:
         if self._atomics is not None:
             self._atomics.close()
             self._atomics = None
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
         if self._owned is not None:
             self._owned.close()

@@ -39,16 +39,21 @@ from emu.wire.synic import (
 )
 
 
+Overlays = dict[int, list["OverlayPage"]]
+"""What lies over each page of a partition's RAM, the lowest first; a guest may put several over one."""
+
+
 class OverlayPage:
     """A page of the hypervisor's that lies over guest RAM while its register enables it."""
 
-    __slots__ = ("_content", "_hidden", "gpa", "register")
+    __slots__ = ("_content", "_hidden", "_overlays", "gpa", "register")
 
-    def __init__(self) -> None:
+    def __init__(self, overlays: Overlays) -> None:
         self.register = 0
         self.gpa: int | None = None
         self._content = bytes(PAGE_SIZE)
         self._hidden = b""
+        self._overlays = overlays
 
     def place(self, memory: GuestMemory, value: int, name: str, msr: int) -> None:
         """Take a new register value; GeneralProtection when the page is not RAM (or RAM's tmpfs is full)."""
@@ -64,14 +69,26 @@ class OverlayPage:
                 self._hidden = memory.read(target, PAGE_SIZE)
                 memory.write(target, self._content)
                 self.gpa = target
+                self._overlays.setdefault(target, []).append(self)
         self.register = value
 
     def lift(self, memory: GuestMemory) -> None:
-        """Take the overlay away: keep its bytes, give RAM its own back."""
-        if self.gpa is not None:
+        """Take the overlay away: keep its bytes, give RAM, or the overlay below, its own back."""
+        if self.gpa is None:
+            return
+        pile = self._overlays[self.gpa]
+        place = pile.index(self)
+        if place == len(pile) - 1:
             self._content = memory.read(self.gpa, PAGE_SIZE)
             memory.write(self.gpa, self._hidden)
-            self.gpa = None
+        else:
+            # Our bytes are what the one above hides; what we hid lies under that one now.
+            above = pile[place + 1]
+            self._content, above._hidden = above._hidden, self._hidden
+        del pile[place]
+        if not pile:
+            del self._overlays[self.gpa]
+        self.gpa = None
 
     def reset(self, memory: GuestMemory) -> None:
         """VP reset: register 0, page lifted and zeroed."""
@@ -81,15 +98,16 @@ class OverlayPage:
 
 
 class Synic:
-    """Registers and pages of one VP; `memory` is the partition's RAM."""
+    """Registers and pages of one VP; `memory` is the partition's RAM, `overlays` those of all its VPs."""
 
     __slots__ = ("_memory", "scontrol", "siefp", "simp", "sint")
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, overlays: Overlays | None = None) -> None:
         self._memory = memory
         self.scontrol = 0
-        self.simp = OverlayPage()
-        self.siefp = OverlayPage()
+        shared: Overlays = {} if overlays is None else overlays
+        self.simp = OverlayPage(shared)
+        self.siefp = OverlayPage(shared)
         self.sint = [SINT_RESET] * HV_SYNIC_SINT_COUNT
 
     def reset(self) -> None:

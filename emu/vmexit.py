@@ -49,6 +49,8 @@ _OPERATIONS: Final = {int(operation): operation.name for operation in ExitOperat
 _ASK: Final = Struct("<IIIQQQ")
 _ANSWER: Final = Struct("<QQ")
 _FAULT: Final = Struct("<I")
+_OUTCOME: Final = Struct(f"<I{X_RESULT - X_FAULT - 4}xQQ")
+"""From the fault on: fault, then both result words."""
 _WHOLE: Final = Struct("<IIIIQQQQQQ")
 
 
@@ -97,6 +99,7 @@ class ExitClient:
         self._memory = memory
         self._bases = [base + EXIT_SLOT.size * slot for slot in range(EXIT_SLOTS)]
         self._states = [vps.cell_u32(at + X_STATE) for at in self._bases]
+        self._claim_first = self._states[0].cas
         bell = doorbells.cell_u64(D_EXIT_BELL + 8 * (position // 8))
         self._ring = bell.fetch_or
         self._bits = [1 << ((position * EXIT_SLOTS + slot) & 63) for slot in range(EXIT_SLOTS)]
@@ -114,7 +117,8 @@ class ExitClient:
         Raises GeneralProtection or InvalidOpcode for a fault, DeadlinePassed when the host does not answer
         within the deadline (5 s), MachineStopping when the machine ends meanwhile.
         """
-        slot = self._claim()
+        # The first slot is nearly always free: the others are for threads that exit at the same time.
+        slot = 0 if self._claim_first(FREE, CLAIMED) == FREE else self._claim()
         at = self._bases[slot]
         state = self._states[slot]
         _ASK.pack_into(self._memory, at + X_CLAIMER, self._claimer, operation, 0, a0, a1, a2)
@@ -124,13 +128,12 @@ class ExitClient:
         self._ring(self._bits[slot])
         self._host.wake()
         self._wait(slot, state.load, state.cas)
-        fault = _FAULT.unpack_from(self._memory, at + X_FAULT)[0]
-        result: tuple[int, int] = _ANSWER.unpack_from(self._memory, at + X_RESULT)
+        fault, low, high = _OUTCOME.unpack_from(self._memory, at + X_FAULT)
         state.store(FREE)
         if fault:
             kind = GeneralProtection if fault == Fault.GENERAL_PROTECTION else InvalidOpcode
             raise kind(_operation_name(operation), a0, a1)
-        return result
+        return low, high
 
     def _claim(self) -> int:
         """Swap a slot FREE -> CLAIMED; waits while all eight are in use."""
@@ -221,6 +224,11 @@ class ExitServer:
         self._loads = tuple(cell.load for cell in self._bells)
         self._wakeups = wakeups
         self._vp_count = vp_count
+        self._bases = [
+            vp_page_offset(position) + VP_EXIT_SLOT + EXIT_SLOT.size * slot
+            for position in range(vp_count)
+            for slot in range(EXIT_SLOTS)
+        ]
         self._states = [
             vps.cell_u32(vp_page_offset(position) + VP_EXIT_SLOT + EXIT_SLOT.size * slot + X_STATE)
             for position in range(vp_count)
@@ -265,16 +273,14 @@ class ExitServer:
                 state.cas(seen, FREE)
 
     def _copy(self, index: int) -> ExitRequest:
-        position, slot = divmod(index, EXIT_SLOTS)
-        at = vp_page_offset(position) + VP_EXIT_SLOT + EXIT_SLOT.size * slot
-        whole = _WHOLE.unpack_from(self._memory, at)
+        whole = _WHOLE.unpack_from(self._memory, self._bases[index])
         _state, claimer, operation, _fault, a0, a1, a2, _result0, _result1, serial = whole
-        return ExitRequest(position, slot, claimer, operation, (a0, a1, a2), serial)
+        return ExitRequest(index // EXIT_SLOTS, index % EXIT_SLOTS, claimer, operation, (a0, a1, a2), serial)
 
     def answer(self, request: ExitRequest, result: tuple[int, int] = (0, 0), fault: int = 0) -> None:
         """Store the answer and hand the slot back; a sleeper gets its token."""
         index = request.position * EXIT_SLOTS + request.slot
-        at = vp_page_offset(request.position) + VP_EXIT_SLOT + EXIT_SLOT.size * request.slot
+        at = self._bases[index]
         _FAULT.pack_into(self._memory, at + X_FAULT, fault)
         _ANSWER.pack_into(self._memory, at + X_RESULT, *result)
         state = self._states[index]

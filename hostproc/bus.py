@@ -203,9 +203,13 @@ class Bus:
         """Take a device away, at any moment, with its sub-channels."""
         self._take(self.server.revoke(key))
 
+    def forget_outgoing(self) -> None:
+        """Another guest is here: drop what was to be sent to the one before."""
+        self._outgoing.clear()
+
     def guest_gone(self) -> None:
         """The guest is gone without UNLOAD: disconnect, and drop what was to be sent to it."""
-        self._outgoing.clear()
+        self.forget_outgoing()
         self._take(self.server.reset())
 
     def backends(self) -> dict[int, Backend]:

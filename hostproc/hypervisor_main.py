@@ -18,7 +18,6 @@ from emu.gpadl import MapBudget
 from emu.interrupts import Halt, InterruptRequester, PollPolicy
 from emu.layout import (
     D_HOST_RUN_STATE,
-    M_ATTACH_GENERATION,
     VP_AUTO_EOI,
     VP_IN_SERVICE,
     VP_REQUEST,
@@ -34,14 +33,14 @@ from emu.vmexit import ExitServer
 from hostproc.bus import CARRIED_VERSIONS, Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import new_backend, offer_of
-from hostproc.loop import Loop
+from hostproc.loop import OWED_TOKEN_S, Loop
 from hostproc.partition import Partition
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
+from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
 
-GUEST_WATCH_NS: Final = 100_000_000
 PUBLISH_NS: Final = 1_000_000
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
@@ -85,6 +84,7 @@ class Hypervisor:
             lambda position, slot: machine.wakeup(f"exit.{position}.{slot}"),
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
+        self.upkeep = Upkeep(machine, cpuid.leaves())
         self.loop = Loop(
             serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
         )
@@ -97,7 +97,7 @@ class Hypervisor:
             PollPolicy(machine.config["machine"]["poll"], lambda: machine.clock.now() < self._expecting_until),
             self.counters,
             # Guests may write the host's run state: nobody may have meant to post.
-            owed_s=0.1,
+            owed_s=OWED_TOKEN_S,
         )
         limits = Limits(
             vp_count=machine.vp_count,
@@ -208,10 +208,13 @@ class Hypervisor:
         if self._guest_died():
             # Its successor was faster than our timer: the end is the same.
             self._bury_guest()
+        # What the one before had posted, and what waits to be sent to it, is nobody's.
+        self.control_plane.forget_messages()
+        self.bus.forget_outgoing()
         self.control_plane.attached_pid = pid
         if self.machine.config["no_guest"]:
             self._watch_guest(pid)
-        return self._vps.fetch_add_u32(M_ATTACH_GENERATION, 1) + 1
+        return self.upkeep.attached()
 
     def _watch_guest(self, pid: int) -> None:
         self._forget_pidfd()
@@ -222,10 +225,21 @@ class Hypervisor:
             self.partition.refused["attach-pid"] += 1
 
     def watch_guest(self) -> None:
-        """A timer: a foreign guest that died is as good as detached."""
+        """A timer: a foreign guest that died is as good as detached, and what it spoilt is set right."""
         if self._guest_died():
             self._bury_guest()
-        self.loop.call_at(self.machine.clock.now() + GUEST_WATCH_NS, self.watch_guest)
+        self._set_right()
+        # A guest may keep the host from ever halting, and a doorbell alone is no reason to publish.
+        self.control_plane.publish()
+        self.loop.call_at(self.machine.clock.now() + UPKEEP_NS, self.watch_guest)
+
+    def _set_right(self) -> None:
+        pages, slots = self.upkeep.look(self.counters.exits, watched=self._guest_pidfd >= 0)
+        counts = {"vps-page-written": pages, "exit-slot-lost": slots}
+        counts["exit-bell-without-exit"], self.exits.unknown_bells = self.exits.unknown_bells, 0
+        for rule, count in counts.items():
+            if count:
+                self.partition.refused[rule] += count
 
     def _guest_died(self) -> bool:
         if self._guest_pidfd < 0:
@@ -247,6 +261,8 @@ class Hypervisor:
         self.partition.reset()
         self.control_plane.forget_messages()
         self.bus.guest_gone()
+        if self.machine.config["no_guest"]:
+            self._set_right()
 
     def _forget_pidfd(self) -> None:
         if self._guest_pidfd >= 0:

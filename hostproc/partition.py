@@ -14,7 +14,7 @@ from typing import Final
 from emu.errors import GeneralProtection, OutOfMemory, ProtocolViolation
 from emu.layout import ABI_MAJOR, PAGE_SIZE, ExitOperation, Fault
 from emu.memory import GuestMemory
-from emu.synic import Synic
+from emu.synic import Overlays, Synic
 from emu.tracing import E_EOM, E_POST, Recorder
 from emu.wire.hypercalls import (
     HVCALL_POST_MESSAGE,
@@ -90,7 +90,8 @@ class Partition:
         trace: Recorder | None = None,
     ) -> None:
         self.memory = memory
-        self.vps = [VpState(position, index, Synic(memory)) for position, index in enumerate(vp_indices)]
+        overlays: Overlays = {}
+        self.vps = [VpState(position, index, Synic(memory, overlays)) for position, index in enumerate(vp_indices)]
         self.synics = [vp.synic for vp in self.vps]
         self.queues = MessageQueues(self.synics, request_interrupt, note_serial, trace)
         self.connections = Connections()

@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
+from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import ExitStatus
 from tools.output import print_json, say
 from tools.paths import made, state_dir
-
-if TYPE_CHECKING:
-    from tools.run import Options
+from tools.run_machine import Options, run_here
 
 
 def run_detached(options: Options) -> int:
     """Fork the launcher into a session of its own and wait for its word, or for its end."""
     reader, writer = os.pipe()
-    log = made(state_dir()) / "detached.log"
+    log = made(state_dir()) / f"detached-{os.getpid()}.log"
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _become_launcher(options, writer, str(log))
+        _become_launcher(options, writer, log)
     os.close(writer)
     with os.fdopen(reader) as word:
         name = word.readline().strip()
     if not name:
         _pid, status = os.waitpid(pid, 0)
-        say(log.read_text().rstrip() if log.exists() else "the launcher ended before its machine was up")
-        return os.waitstatus_to_exitcode(status) or int(ExitStatus.FAILED)
+        said = log.read_text().rstrip() if log.exists() else ""
+        log.unlink(missing_ok=True)
+        say(said or "vmbus-emu: the launcher ended before its machine was up")
+        code = os.waitstatus_to_exitcode(status)
+        return code if code > 0 else int(ExitStatus.FAILED)
     if options.as_json:
         print_json("run-detached", 1, {"machine": name, "pid": pid})
     else:
@@ -39,11 +41,8 @@ def run_detached(options: Options) -> int:
     return ExitStatus.FINE
 
 
-def _become_launcher(options: Options, writer: int, log: str) -> None:
+def _become_launcher(options: Options, writer: int, log: Path) -> None:
     """In the child: no terminal, output to the log, run, leave."""
-    from emu.errors import MissingPrerequisite, UserError
-    from tools.run import run_here
-
     status = int(ExitStatus.FAILED)
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
@@ -54,6 +53,8 @@ def _become_launcher(options: Options, writer: int, log: str) -> None:
     try:
         with os.fdopen(writer, "w") as pipe:
             status = run_here(options, pipe)
+        if status in (ExitStatus.FINE, ExitStatus.TERMINATED):
+            log.unlink(missing_ok=True)
     except UserError as error:
         sys.stderr.write(f"vmbus-emu: {error}\n")
         status = int(ExitStatus.USAGE)

@@ -68,7 +68,8 @@ class ListedDevice:
 
 def list_devices(machine: Machine) -> list[ListedDevice]:
     """Every device that the guest knows (a foreign guest: that the host offers), by relid."""
-    if machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
+    # The RAM of somebody else's guest is not ours to read: it may hold anything, or have no page to hold it.
+    if machine.config["no_guest"] or machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         return host_devices(list(Mirror(machine.control).channels()))
     # A mapping of its own: the tables hold views of it for as long as they live, and nobody waits for them.
     return guest_devices(KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size)))

@@ -98,7 +98,7 @@ class RunningMachine:
     log: list[str] = field(default_factory=list)
     """The guest kernel's newest lines, each with the thread that wrote it."""
     peers: Peers | None = None
-    on_pump: Callable[[], None] | None = None
+    on_pump: Callable[[], object] | None = None
     """Called at each look at the zygote (a recording drains there)."""
     closed: bool = False
     by_hand: frozenset[str] = frozenset()
@@ -168,7 +168,9 @@ class RunningMachine:
             if row.pid == pid and row.state == ActorState.ALIVE:
                 self.machine.control.set_dead(row.slot, status)
                 numbers.append(row.number)
-        return () if self._stopping else tuple(held_locks(self.machine.ram.fd, self.machine.ram.size, numbers))
+        if self._stopping or self.machine.config["no_guest"]:
+            return ()  # what lies in the RAM of somebody else's guest are no locks of ours
+        return tuple(held_locks(self.machine.ram.fd, self.machine.ram.size, numbers))
 
     def _look_after_by_hand(self) -> None:
         """Processes that are not the zygote's children are looked at twice a second."""
@@ -360,8 +362,9 @@ def launch(
 ) -> RunningMachine:
     """Make a machine and start its processes; returns while it boots (see `RunningMachine.wait_ready`).
 
-    `without` names processes that will be started by hand. `extra` goes into the machine's configuration. Raises UserError for a name in use, MissingPrerequisite
-    when shared memory is not to be had; nothing is left behind then.
+    `without` names processes that will be started by hand; `extra` goes into the machine's configuration.
+    Raises UserError for a name in use, MissingPrerequisite when shared memory is not to be had; nothing is left
+    behind then.
     """
     launched_at = time.monotonic()
     name = name or scenario.machine.name or unused_name()

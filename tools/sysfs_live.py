@@ -57,12 +57,14 @@ class LiveTree:
     def _current(self) -> BusTree:
         if not self._runs():
             return self._nobody
-        if self._machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
+        # The RAM of somebody else's guest is not ours to read: it may hold anything, or have no page to hold it.
+        ram, foreign = self._machine.ram, self._machine.config["no_guest"]
+        if foreign or ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
             return self._host
         if self._guest is None:
             # A mapping of its own, which lives as long as the tables' views of it.
-            ram = mmap.mmap(self._machine.ram.fd, self._machine.ram.size)
-            self._guest = GuestBus(GuestView(KernelTables.attach(ram)), self._runs)
+            mapping = mmap.mmap(ram.fd, ram.size)
+            self._guest = GuestBus(GuestView(KernelTables.attach(mapping)), self._runs)
         return self._guest
 
     def _runs(self) -> bool:

@@ -219,8 +219,7 @@ class Mutex(Lock):
         held = actor.held
         if held and held[-1][0].rank >= self.rank:
             raise self.out_of_rank(actor)
-        word = self._word.cas(0, actor.number << 32)
-        if word:
+        if self._word.cas(0, actor.number << 32):
             self._wait(actor)
         held.append((self, 0))
 
@@ -235,10 +234,14 @@ class Mutex(Lock):
 
     def release(self, actor: Actor) -> None:
         """`mutex_unlock`; mutexes may be given back in any order."""
-        for position in range(len(actor.held) - 1, -1, -1):
-            if actor.held[position][0].name == self.name:
-                del actor.held[position]
-                break
+        held = actor.held
+        if held and held[-1][0] is self:  # the last one taken, nearly always
+            held.pop()
+        else:
+            for position in range(len(held) - 1, -1, -1):
+                if held[position][0].name == self.name:
+                    del held[position]
+                    break
         word = self._word.exchange(0)
         assert word >> 32 == actor.number, f"{actor} gave back {self.name}, which {word >> 32:#x} held"
         if word & INDEX_MASK:

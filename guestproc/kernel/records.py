@@ -19,8 +19,7 @@ about 100 ns, the check of the generation included.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import attrgetter
-from typing import Any, ClassVar, Final, Generic, TypeVar, cast
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from emu.ipc.atomics import ACQUIRE, RELAXED, RELEASE, AtomicU32, AtomicU64, AtomicView
 
@@ -116,20 +115,33 @@ class Word(Field):
                 words[position] = value
 
             return property(get, put, doc=self.lock)
-        view = attrgetter("_octets" if self.size == 1 else "_quads")
+        if self.size == 8:
 
-        def get_other(record: Record) -> int:
+            def get_quad(record: Record) -> int:
+                if record._words[0] != record.generation:
+                    raise record.stale()
+                value: int = record._quads[position]
+                return value
+
+            def put_quad(record: Record, value: int) -> None:
+                if record._words[0] != record.generation:
+                    raise record.stale()
+                record._quads[position] = value
+
+            return property(get_quad, put_quad, doc=self.lock)
+
+        def get_octet(record: Record) -> int:
             if record._words[0] != record.generation:
                 raise record.stale()
-            value: int = view(record)[position]
+            value: int = record._octets[position]
             return value
 
-        def put_other(record: Record, value: int) -> None:
+        def put_octet(record: Record, value: int) -> None:
             if record._words[0] != record.generation:
                 raise record.stale()
-            view(record)[position] = value
+            record._octets[position] = value
 
-        return property(get_other, put_other, doc=self.lock)
+        return property(get_octet, put_octet, doc=self.lock)
 
 
 class Blob(Field):
@@ -182,12 +194,14 @@ class Part(Field, Generic[P]):
         def get(record: Record) -> P:
             if record._words[0] != record.generation:
                 raise record.stale()
-            part = record._parts.get(offset)
-            if part is None:
+            try:
+                # Behind the first time nothing is built: this is the way of nearly every use.
+                part: P = record._parts[offset]
+            except KeyError:
                 table = record.table
                 label = f"{table.name}[{record.index}].{name}"
                 part = record._parts[offset] = build(table.ram, record.gpa + offset, label)
-            return cast("P", part)
+            return part
 
         return property(get, doc=self.lock)
 
@@ -224,7 +238,7 @@ class Record:
     _quads: memoryview
     _parts: dict[int, Any]
 
-    __slots__ = ("_octets", "_parts", "_quads", "_words", "generation", "gpa", "index", "table")
+    __slots__ = ("_octets", "_parts", "_quads", "_words", "generation", "gpa", "handle", "index", "table")
 
     def __init_subclass__(cls) -> None:
         """Give the fields their offsets, in the order of the class body, and fast accessors."""
@@ -246,14 +260,11 @@ class Record:
         self.table: Final = table
         self.index: Final = index
         self.generation: Final = generation
-        self.gpa: Final = table.record_gpa(index)
+        self.gpa: Final = table._first + index * table.record_size
         # Views and parts are the same for every generation of a record: they lie in the same place.
         self._octets, self._words, self._quads, self._parts = table.views(index)
-
-    @property
-    def handle(self) -> int:
-        """(generation << 32 | index + 1): how another record, or an argument word, names this one."""
-        return self.generation << 32 | self.index + 1
+        self.handle: Final = generation << 32 | index + 1
+        """How another record, or an argument word, names this one."""
 
     def alive(self) -> bool:
         """Whether this name still names the record (a hint, unless what keeps it alive is held)."""
@@ -292,6 +303,8 @@ class Table(Generic[R]):
         self.capacity: Final = capacity
         self.record_size: Final = record_class.SIZE
         self._first: Final = gpa + TABLE_HEADER_SIZE
+        self._load_u32: Final = ram.atomics.load_u32
+        self._store_u32: Final = ram.atomics.store_u32
         self._head: Final = ram.u64(gpa)
         self._taken: Final = ram.u32(gpa + 8)
         self._in_use: Final = ram.u32(gpa + 12)
@@ -332,7 +345,11 @@ class Table(Generic[R]):
 
     def at(self, index: int) -> R:
         """The record that is allocated at `index` now."""
-        return self.get(index, self.ram.atomics.load_u32(self.record_gpa(index), ACQUIRE))
+        generation = self._load_u32(self._first + index * self.record_size, ACQUIRE)
+        record = self._cache.get(index)
+        if record is not None and record.generation == generation:
+            return record
+        return self.get(index, generation)
 
     def get(self, index: int, generation: int) -> R:
         """The record (index, generation); an AssertionError if it is not, or no longer, that one."""
@@ -348,8 +365,12 @@ class Table(Generic[R]):
 
     def from_handle(self, handle: int) -> R:
         """The record that `handle` names; 0 names none and is an error here."""
+        index = (handle & INDEX_MASK) - 1
+        record = self._cache.get(index)
+        if record is not None and record.handle == handle and record._words[0] == record.generation:
+            return record
         assert handle, f"{self.name}: handle 0 names no record"
-        return self.get((handle & INDEX_MASK) - 1, handle >> 32)
+        return self.get(index, handle >> 32)
 
     def find(self, handle: int) -> R | None:
         """The record that `handle` names, None if it names none (0) or its record is gone."""
@@ -375,16 +396,18 @@ class Table(Generic[R]):
         else:
             untouched = self._poison
         self._in_use.fetch_add(1, RELAXED)
-        gpa = self.record_gpa(index)
-        octets = self.views(index)[0]
-        if octets[RECORD_HEADER_SIZE:].tobytes() != untouched:
+        size = self.record_size
+        gpa = self._first + index * size
+        # Slices of the buffer itself: one copy each way, no view object.
+        buffer, body, end = self.ram.buffer, gpa + RECORD_HEADER_SIZE, gpa + size
+        if buffer[body:end] != untouched:
             raise AssertionError(self._damage(index, untouched))
-        octets[RECORD_HEADER_SIZE:] = self._zeros
-        generation = (self.ram.atomics.load_u32(gpa) + 1) & INDEX_MASK
+        if untouched is not self._zeros:
+            buffer[body:end] = self._zeros
+        generation = (self._load_u32(gpa) + 1) & INDEX_MASK
         assert generation & 1, f"{self.name}[{index}] was on the free list while allocated"
-        self.ram.atomics.store_u32(gpa, generation, RELEASE)
-        record = self.record_class(self, index, generation)
-        self._cache[index] = record
+        self._store_u32(gpa, generation, RELEASE)
+        record = self._cache[index] = self.record_class(self, index, generation)
         return record
 
     def free(self, record: R) -> None:
@@ -397,12 +420,12 @@ class Table(Generic[R]):
         if found != record.generation:
             raise record.stale()
         self._cache.pop(record.index, None)
-        record._octets[RECORD_HEADER_SIZE:] = self._poison
+        self.ram.buffer[gpa + RECORD_HEADER_SIZE : gpa + self.record_size] = self._poison
         self._in_use.fetch_sub(1, RELAXED)
         link = gpa + 4
         while True:
             head = self._head.load()
-            self.ram.atomics.store_u32(link, head & INDEX_MASK)
+            self._store_u32(link, head & INDEX_MASK)
             tag = ((head >> 32) + 1) & INDEX_MASK
             if self._head.cas(head, tag << 32 | record.index + 1) == head:
                 return
@@ -434,7 +457,7 @@ class Table(Generic[R]):
                 return -1
             # Another actor may take and re-use this record before the swap; the link read here is then
             # nonsense, but the tag has moved on and the swap fails.
-            link = self.ram.atomics.load_u32(self.record_gpa(position - 1) + 4)
+            link = self._load_u32(self._first + (position - 1) * self.record_size + 4)
             tag = ((head >> 32) + 1) & INDEX_MASK
             if self._head.cas(head, tag << 32 | link) == head:
                 return position - 1

@@ -28,6 +28,7 @@ DEFAULT_TIMEOUT_NS: Final = 60 * SECOND_NS
 COMPLETED_FOR_ALL: Final = 0xFFFFFFFF
 """Count of a completion after `complete_all` (the kernel's UINT_MAX): nobody takes it down."""
 
+TASK: Final = Context.TASK
 WAITING: Final = WaiterState.WAITING.value
 WOKEN: Final = WaiterState.WOKEN.value
 ABANDONED: Final = WaiterState.ABANDONED.value
@@ -35,26 +36,30 @@ ABANDONED: Final = WaiterState.ABANDONED.value
 
 def assert_may_wait(actor: Actor, what: str) -> None:
     """No wait, IPI, VM exit or driver callback inside a spinlock, an interrupt, or with interrupts off."""
+    if not actor.spinning and actor.context() is TASK and not actor.irqs_disabled():
+        return
     if actor.spinning:
         names = ", ".join(lock.name for lock, _ in actor.held)
         raise AssertionError(f"{actor} waits for {what} while holding {names}")
     context = actor.context()
-    assert context is Context.TASK, f"{actor} waits for {what} in {context.name}"
-    assert not actor.irqs_disabled(), f"{actor} waits for {what} with interrupts off"
+    assert context is TASK, f"{actor} waits for {what} in {context.name}"
+    raise AssertionError(f"{actor} waits for {what} with interrupts off")
 
 
-def new_waiter(actor: Actor, what: str) -> Waiter:
-    """A waiter record for this actor, not yet in any chain."""
+def new_waiter(actor: Actor, what: str, now_ns: int = 0) -> Waiter:
+    """A waiter record for this actor, not yet in any chain; `now_ns` is for who knows the time already."""
     waiter = actor.waiters.alloc()
     assert waiter is not None, f"{actor} waits for {what}: all {actor.waiters.capacity} waiter records are used"
     waiter.actor = actor.number
-    waiter.since_ns = actor.now()
+    waiter.since_ns = now_ns or actor.now()
     waiter.state.store(WAITING)
     return waiter
 
 
 def wake_chain(actor: Actor, newest: int) -> int:
     """Wake everybody in a chain that was taken out of its object, oldest first; how many were asleep."""
+    if not newest:
+        return 0
     chain = []
     while newest:
         waiter = actor.waiters.at(newest - 1)
@@ -175,19 +180,25 @@ class Completion(WaitWord):
     def wait_timeout(self, actor: Actor, timeout_ns: int) -> bool:
         """`wait_for_completion_timeout`: False when it was not done in time; raises MachineStopping."""
         assert_may_wait(actor, self.name)
-        deadline_ns = actor.now() + timeout_ns
-        while not self.try_wait():
-            waiter = new_waiter(actor, self.name)
-            if not self._announce(waiter):
+        if self.try_wait():
+            return True
+        now_ns = actor.now()
+        deadline_ns = now_ns + timeout_ns
+        while True:
+            waiter = new_waiter(actor, self.name, now_ns)
+            announced = self._announce(waiter)
+            woken = not announced or sleep(actor, waiter, deadline_ns)
+            if announced:
+                self.retract(actor, waiter)
+                if actor.stopping():
+                    raise MachineStopping(f"{actor} waited for {self.name}")
+            else:
                 actor.waiters.free(waiter)
-                continue
-            woken = sleep(actor, waiter, deadline_ns)
-            self.retract(actor, waiter)
-            if actor.stopping():
-                raise MachineStopping(f"{actor} waited for {self.name}")
+            if self.try_wait():
+                return True
             if not woken:
-                return self.try_wait()
-        return True
+                return False
+            now_ns = actor.now()
 
     def _announce(self, waiter: Waiter) -> bool:
         """Join the chain while the count is 0: announcing and looking again are this one swap."""
@@ -236,9 +247,10 @@ class WaitQueue(WaitWord):
         assert_may_wait(actor, self.name)
         if condition():
             return True
-        deadline_ns = actor.now() + timeout_ns
+        now_ns = actor.now()
+        deadline_ns = now_ns + timeout_ns
         while True:
-            waiter = new_waiter(actor, self.name)
+            waiter = new_waiter(actor, self.name, now_ns)
             self._announce(waiter)
             done = condition()
             woken = done or sleep(actor, waiter, deadline_ns)
@@ -249,6 +261,7 @@ class WaitQueue(WaitWord):
                 raise MachineStopping(f"{actor} waited for {self.name}")
             if not woken:
                 return False
+            now_ns = actor.now()
 
     def _announce(self, waiter: Waiter) -> None:
         while True:

@@ -15,7 +15,7 @@ from emu.ring import Packet, RingConsumer, RingProducer
 from emu.ring_memory import Payload
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
 from hostproc.devices.unmapped import UnmappedRings
-from hostproc.loop import WAIT, TaskBody
+from hostproc.loop import AGAIN, WAIT, TaskBody
 
 BATCH_PACKETS: Final = 128
 BATCH_BYTES: Final = 256 << 10
@@ -30,6 +30,7 @@ class HostChannel:
     """
 
     __slots__ = (
+        "_alarmed",
         "_fault",
         "_incoming",
         "_outgoing",
@@ -70,6 +71,7 @@ class HostChannel:
         self.signals = 0  # to the guest
         self._signal = signal
         self._fault: ProtocolViolation | None = None
+        self._alarmed = False  # packets were announced, and none has been seen since
 
     @property
     def incoming(self) -> RingConsumer:
@@ -136,10 +138,16 @@ class HostChannel:
             drain.close()
         if self.incoming.take_signal():
             self.signal()
+        if packets:
+            self._alarmed = False
         return packets
 
     def wait_for_packets(self) -> TaskBody:
         """Sleep until the guest has written something."""
+        if self._alarmed:
+            # A guest that shows a packet and takes it back, over and over, gets one look a round.
+            yield AGAIN
+        self._alarmed = True
         while self._unmapped is not None:
             if self._unmapped.unmask():
                 self._unmapped.mask()
@@ -167,6 +175,7 @@ class HostChannel:
         """
         ids = trans_ids if isinstance(trans_ids, int) else list(trans_ids)
         done = 0
+        stuck = False
         while True:
             rest, rest_ids = payloads, ids
             if done:
@@ -178,6 +187,10 @@ class HostChannel:
             done += written
             if done == len(payloads):
                 return
+            if stuck and not written:
+                # There was said to be room, and there was none: the same guest, the same one look a round.
+                yield AGAIN
+            stuck = not written
             yield from self.wait_for_room(ring_bytes(len(payloads[done])))
 
     def close(self) -> None:

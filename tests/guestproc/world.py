@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from emu import cpuid
 from emu.control import CONTROL_BYTES, ActorKind, Control, Counters
@@ -222,6 +222,7 @@ class World:
         self.cpus = [Vcpu(self.machine, cpu, self._report) for cpu in range(cpus)]
         for cpu in self.cpus:
             cpu.exits = cast(ExitClient, DirectExits(self, cpu.position))
+            cpu._die_of_isr = _raise_again  # type: ignore[method-assign]
         vp_indices = [self.machine.vp_index(cpu.position) for cpu in self.cpus]
         self.tables = KernelTables.format(self.machine.ram.memory, cpus, EraNumber.CURRENT, vp_indices)
         vcpu_main._note_numa(self.machine, self.tables)
@@ -376,6 +377,12 @@ class World:
             error, lane.error = lane.error, ""
             raise AssertionError(f"{lane.name} died:\n{error}")
 
+    def turn(self, name: str) -> None:
+        """Let one actor run until it waits; an assertion when it has nothing to do."""
+        lane = next(lane for lane in self.lanes if lane.name == name)
+        assert lane.ready(), f"{name} has nothing to do"
+        self._switch(lane)
+
     def pass_time(self, seconds: float) -> None:
         """Let machine time pass, waking everybody whose time comes."""
         end = self.clock.time_ns + int(seconds * SECOND_NS)
@@ -408,8 +415,8 @@ class World:
                 lane.go.release()
                 self.back.acquire()
         signal.signal(KICK_SIGNAL, self._handler)
-        for fd in self._fds:
-            os.close(fd)
+        while self._fds:
+            os.close(self._fds.pop())
 
     # -- a guest on it ------------------------------------------------------------------------------------
 
@@ -446,6 +453,11 @@ class World:
     def event_names(self) -> list[str]:
         """What happened, by name."""
         return [event.name for event in self.events]
+
+
+def _raise_again() -> NoReturn:
+    """Instead of the end of the process: the error of an ISR is the test's."""
+    raise  # noqa: PLE0704
 
 
 @contextmanager

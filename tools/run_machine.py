@@ -1,0 +1,250 @@
+"""A run from launch to its end: boot, exercise, stream, watch, settle, whatever interrupts it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+from emu.control import Ready
+from emu.errors import DeadlinePassed, UserError
+from emu.mirror import Mirror
+from emu.recording import RecordingWriter
+from emu.scenario import Scenario
+from emu.task_board import Program, TaskRow, TaskState
+from emu.wire.versions import version_text
+from tools.crash import write_crash_record
+from tools.device_list import list_devices
+from tools.exit_status import ExitStatus
+from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
+from tools.output import narrates, say
+from tools.run_outcome import Outcome, show_devices, tell
+
+ECHO_PACKETS: Final = 32
+CRUNCH_NUMBERS: Final = 400
+TASK_TIMEOUT_S: Final = 60.0
+BY_HAND_TIMEOUT_S: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asked for, checked."""
+
+    scenario: Scenario
+    duration_s: float | None
+    stream_path: Path | None
+    no_guest: bool
+    guest_timeout_s: float
+    record_path: Path | None
+    without: frozenset[str]
+    seed: int
+    as_json: bool
+
+    def check(self, *, detach: bool) -> None:
+        """Refuse what does not go together, before anything is made."""
+        if self.stream_path is not None:
+            if detach or self.no_guest:
+                raise UserError("--stream needs our guest in the foreground; leave --detach and --no-guest out")
+            if not self.scenario.devices():
+                raise UserError("--stream needs a device; the scenario has none")
+            check_stream_file(self.stream_path)
+        if self.record_path is not None and not self.record_path.absolute().parent.is_dir():
+            raise UserError(f"--record {self.record_path}: there is no directory {self.record_path.absolute().parent}")
+        if detach and self.no_guest and self.duration_s is not None:
+            raise UserError("--detach --no-guest ends with its guest; leave --duration out")
+
+
+def check_stream_file(path: Path) -> None:
+    """A readable regular file, or one line that says what is wrong with it."""
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"--stream {path}: {error.strerror}; give a file that can be read") from None
+    if not path.is_file():
+        raise UserError(f"--stream {path}: not a regular file; its contents are read twice, to send and to compare")
+    if len(os.fsencode(path.resolve())) > 256:
+        raise UserError(f"--stream {path}: its full path is longer than 256 bytes; use a shorter one")
+
+
+def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
+    """Run in this process; `ready_pipe` is told the machine's name when all channels are open (--detach)."""
+    scenario = options.scenario
+    interrupted: int | None = None
+    with launch(
+        scenario,
+        record=options.record_path is not None,
+        no_guest=options.no_guest,
+        without=options.without,
+        seed=options.seed,
+    ) as running:
+        for process in sorted(options.without):
+            say(f"start by hand: {by_hand_command(running.name, process)}")
+        outcome = Outcome(running.name, scenario, options.seed)
+        try:
+            with recording(running, options.record_path):
+                try:
+                    live(running, options, outcome, ready_pipe)
+                except KeyboardInterrupt:
+                    interrupted = ExitStatus.INTERRUPTED
+                except SystemExit as leave:
+                    interrupted = int(leave.code or 0) if isinstance(leave.code, int) else ExitStatus.FAILED
+                settle(running, outcome, no_guest=options.no_guest)
+        except MachineDied as death:
+            outcome.deaths = [one.report() for one in death.deaths]
+            outcome.crash_record = str(write_crash_record(running, death))
+            look(running, outcome)
+    return tell(outcome, options.as_json, interrupted)
+
+
+@contextlib.contextmanager
+def recording(running: RunningMachine, path: Path | None) -> Iterator[None]:
+    """Drain what the processes record into a file for as long as the block runs."""
+    if path is None:
+        yield
+        return
+    writer = RecordingWriter(path, running.machine)
+    running.on_pump = writer.poll
+    try:
+        yield
+    finally:
+        running.on_pump = None
+        writer.poll()
+        writer.close()
+
+
+def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe: IO[str] | None) -> None:
+    """From the first message to the end of the duration, the stream, or somebody's patience."""
+    if options.no_guest:
+        if ready_pipe is not None:
+            ready_pipe.write(running.name + "\n")
+            ready_pipe.flush()
+        wait_for_foreign_guest(running, options, outcome)
+        return
+    # Whoever starts a process by hand, under a debugger, takes his time.
+    timeout_s = BY_HAND_TIMEOUT_S if options.without else BOOT_TIMEOUT_S
+    show_discovery(running, options.as_json, timeout_s)
+    control = running.machine.control
+    outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
+    outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
+    look(running, outcome)
+    if ready_pipe is not None:
+        ready_pipe.write(running.name + "\n")
+        ready_pipe.flush()
+    outcome.tasks = exercise(running)
+    if not options.as_json and ready_pipe is None:
+        show_devices(outcome)
+    if options.stream_path is not None:
+        outcome.stream = stream_file(running, options.stream_path, outcome)
+        if options.duration_s is None:
+            return
+    if options.duration_s is None and not options.as_json and narrates():
+        say("Ctrl-C ends it")
+    running.watch(options.duration_s)
+
+
+def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:
+    """Wait until all channels are open; on a terminal with a line that counts them."""
+    expected = sum(1 for _ in running.scenario.devices())
+    if quiet or not narrates():
+        running.wait_ready(timeout_s=timeout_s)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tools.output import console
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(sys.stderr), transient=True) as progress:
+        bar = progress.add_task("discovering devices", total=expected or None)
+        mirror = Mirror(running.machine.control)
+
+        def opened() -> bool:
+            progress.update(bar, completed=mirror.head().open)
+            return running.machine.control.ready >= Ready.CHANNELS_OPEN
+
+        running.wait_until(opened, timeout_s, f"machine {running.name} to open its channels")
+
+
+def exercise(running: RunningMachine) -> list[TaskRow]:
+    """Both kinds of guest task on every CPU: echo with safe points, then computing while echoes interrupt."""
+    cpus = {channel.cpu for device in list_devices(running.machine) for channel in device.channels}
+    rows: list[TaskRow] = []
+    for program, wanted in ((Program.ECHO_CHECK, ECHO_PACKETS), (Program.CRUNCH, CRUNCH_NUMBERS)):
+        ordered = [running.order(program, cpu, wanted=wanted) for cpu in sorted(cpus)]
+        rows += running.wait_tasks(ordered, TASK_TIMEOUT_S)
+    return rows
+
+
+def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[str, Any]:
+    """Send a file through the first echo channel, take it back, compare SHA-256 with our own reading."""
+    channel = next((one for device in outcome.devices for one in device.channels if one.state == "opened"), None)
+    if channel is None:
+        raise UserError("--stream: no channel is open")
+    started = time.monotonic()
+    row = running.order(Program.STREAM, channel.cpu, relid=channel.relid, path=str(path.resolve()))
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            running.pump(0)
+    task = running.wait_tasks([row], float("inf"))[0]
+    return {
+        "path": str(path),
+        "bytes": task.nbytes,
+        "packets": task.packets,
+        "seconds": round(time.monotonic() - started, 6),
+        "sha256": digest.hexdigest(),
+        "sha256_ok": task.state == TaskState.DONE and task.digest == digest.digest(),
+    }
+
+
+def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: Outcome) -> None:
+    """Wait for a guest to attach, then until it has unloaded (or died, which the host treats alike)."""
+    mirror = Mirror(running.machine.control)
+    running.wait_until(lambda: running.machine.control.ready >= Ready.HOST_RUNS, 10.0, "the hypervisor process to run")
+    if not options.as_json and narrates():
+        say(f"machine {running.name} waits for a guest to attach (docs/abi.md)")
+    patience = time.monotonic() + options.guest_timeout_s
+    end = float("inf")
+    while (head := mirror.head()).disconnects == 0:
+        now = time.monotonic()
+        if head.attached_pid:
+            # One that leaves before it has connected is waited for in vain: then another may come, in as much time.
+            patience = now + options.guest_timeout_s
+            if end == float("inf") and options.duration_s is not None:
+                end = now + options.duration_s
+        elif now > patience:
+            raise DeadlinePassed("a guest to attach", int(options.guest_timeout_s * 1e9))
+        if now > end:
+            raise DeadlinePassed("the guest to unload", int((options.duration_s or 0) * 1e9))
+        if head.version:
+            look(running, outcome)
+        running.pump(0.02)
+
+
+def look(running: RunningMachine, outcome: Outcome) -> None:
+    """Note what can be seen now: version, offers, devices."""
+    head = Mirror(running.machine.control).head()
+    if head.version:
+        outcome.version = version_text(head.version)
+        outcome.offers = head.offers
+    if devices := list_devices(running.machine):
+        outcome.devices = devices
+
+
+def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None:
+    """Let the guest unload, then read the last figures."""
+    if no_guest:
+        outcome.leaked = Mirror(running.machine.control).head().gpadls
+    elif running.shut_down_guest():
+        outcome.leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
+    running.stop()
+    outcome.counters = running.machine.control.counter_totals()
+    outcome.refused, outcome.refusals = running.machine.control.refusals()
+    outcome.ignored = running.machine.control.ignored()

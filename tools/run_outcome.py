@@ -1,0 +1,138 @@
+"""What a run has to tell: filled while it goes, shown to people or printed as JSON at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import click
+
+from emu.scenario import Scenario
+from emu.task_board import TaskRow
+from tools.device_list import ListedDevice, device_report
+from tools.exit_status import ExitStatus
+from tools.output import print_json, print_table, say
+
+SHOWN_DEVICES: Final = 40
+SHOWN_REFUSALS: Final = 5
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run has to tell at its end, filled as it goes."""
+
+    machine: str
+    scenario: Scenario
+    seed: int
+    version: str | None = None
+    devices: list[ListedDevice] = field(default_factory=list)
+    offers: int = 0
+    boot_s: float | None = None
+    opened_at_ns: int | None = None
+    """CLOCK_MONOTONIC when the last channel was open: for whoever started this process and timed it."""
+    tasks: list[TaskRow] = field(default_factory=list)
+    stream: dict[str, Any] | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    leaked: int | None = None
+    deaths: list[str] = field(default_factory=list)
+    crash_record: str | None = None
+
+    @property
+    def channels_open(self) -> int:
+        """Channels that are open in both directions."""
+        return sum(channel.state in ("opened", "open") for device in self.devices for channel in device.channels)
+
+    def kicks(self) -> dict[str, int]:
+        """How often a processor had to be reached, and how."""
+        names = {"semaphore": "kicks_semaphore", "signal": "kicks_signal", "none": "kicks_none", "merged": "merged"}
+        return {kind: self.counters.get(name, 0) for kind, name in names.items()}
+
+    def finding(self) -> bool:
+        """Whether something is wrong with what was seen: a mismatch, a leak."""
+        wrong_stream = self.stream is not None and not self.stream["sha256_ok"]
+        return wrong_stream or bool(self.leaked) or any(task.errors for task in self.tasks)
+
+    def report(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "machine": self.machine,
+            "version": self.version,
+            "era": self.scenario.machine.era,
+            "vcpus": self.scenario.machine.vcpus,
+            "offers": self.offers,
+            "devices": [device_report(device) for device in self.devices],
+            "channels_open": self.channels_open,
+            "boot_s": self.boot_s,
+            "opened_at_ns": self.opened_at_ns,
+            "kicks": self.kicks(),
+            "packets": sum(task.packets for task in self.tasks),
+            "task_errors": sum(task.errors for task in self.tasks),
+            "counters": self.counters,
+            "stream": self.stream,
+            "refused": self.refused,
+            "ignored": self.ignored,
+            "refusals": self.refusals,
+            "leaked": self.leaked,
+            "seed": self.seed,
+            "deaths": self.deaths,
+            "crash_record": self.crash_record,
+        }
+
+
+def show_devices(outcome: Outcome) -> None:
+    """The table of devices, and what the exercise found."""
+    rows = [
+        (
+            device.relid,
+            device.class_name,
+            str(device.device_id),
+            device.driver or "-",
+            " ".join(f"{channel.relid}@cpu{channel.cpu}" for channel in device.channels),
+            device.state,
+        )
+        for device in outcome.devices[:SHOWN_DEVICES]
+    ]
+    print_table(("relid", "class", "instance", "driver", "channels", "state"), rows)
+    if len(outcome.devices) > SHOWN_DEVICES:
+        click.echo(f"… and {len(outcome.devices) - SHOWN_DEVICES} more (vmbus-emu ls lists them)")
+    click.echo(
+        f"VMBus {outcome.version}, {outcome.channels_open} of {outcome.offers} channels open "
+        f"after {outcome.boot_s:.3f} s"
+    )
+
+
+def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
+    """Print the end of the run and choose the exit status."""
+    status = ExitStatus.FAILED if outcome.deaths else interrupted
+    if status is None:
+        status = ExitStatus.FINDING if outcome.finding() else ExitStatus.FINE
+    if as_json:
+        print_json("run", 1, outcome.report())
+    else:
+        _tell_people(outcome)
+    for death in outcome.deaths:
+        say(f"vmbus-emu: {death}")
+    if outcome.crash_record:
+        say(f"vmbus-emu: crash record: {outcome.crash_record}")
+    return status
+
+
+def _tell_people(outcome: Outcome) -> None:
+    if outcome.tasks:
+        errors = sum(task.errors for task in outcome.tasks)
+        kicks = ", ".join(f"{count} {kind}" for kind, count in outcome.kicks().items())
+        click.echo(f"{sum(task.packets for task in outcome.tasks)} packets echoed, {errors} errors; kicks: {kicks}")
+    if outcome.stream is not None:
+        rate = outcome.stream["bytes"] / max(outcome.stream["seconds"], 1e-9) / 1e6
+        verdict = "equal" if outcome.stream["sha256_ok"] else "DIFFERENT"
+        moved = f"{outcome.stream['bytes']} bytes there and back at {rate:.1f} MB/s"
+        click.echo(f"{outcome.stream['path']}: {moved}, SHA-256 {verdict}")
+    if outcome.refused:
+        click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
+        for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
+            click.echo(f"  {refusal['rule']}: {refusal['text']}")
+    if outcome.leaked:
+        click.echo(f"leaked: {outcome.leaked}")
