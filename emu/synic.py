@@ -38,7 +38,6 @@ from emu.wire.synic import (
     sint_vector,
 )
 
-
 Overlays = dict[int, list["OverlayPage"]]
 """What lies over each page of a partition's RAM, the lowest first; a guest may put several over one."""
 

@@ -42,6 +42,10 @@ class Mounts(ABC):
     def tick(self) -> float | None:
         """Do what is due; seconds until something is due again, None for never."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Serve no more: whoever waits for an answer gets an error at once."""
+
 
 class FuseMounts(Mounts):
     """A FUSE connection for each place; every read is answered from the guest's records."""
@@ -88,6 +92,12 @@ class FuseMounts(Mounts):
         """Nothing is due."""
         return None
 
+    def close(self) -> None:
+        """Abort the connections. Who waits for a reply to a request that was read cannot even be killed before."""
+        while self._servers:
+            descriptor, _ = self._servers.popitem()
+            os.close(descriptor)
+
 
 class TmpfsMounts(Mounts):
     """One tmpfs with a copy of every tree, each seen at its place."""
@@ -125,3 +135,6 @@ class TmpfsMounts(Mounts):
             self._due = ended + max(REFRESH_S, REFRESH_SHARE * (ended - began))
             return self._due - ended
         return self._due - began
+
+    def close(self) -> None:
+        """Nobody waits for a tmpfs."""

@@ -116,6 +116,7 @@ def _wait(server: int, order: int) -> int:
 def _serve(session: Session, outside: Outside, orders: int, report: int) -> NoReturn:
     """Prepare, start the command, answer until it ends, end what it left."""
     status = int(ExitStatus.FAILED)
+    mounts: Mounts | None = None
     try:
         adopt_orphans()
         wakeups, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,6 +133,8 @@ def _serve(session: Session, outside: Outside, orders: int, report: int) -> NoRe
     except BaseException:
         traceback.print_exc()
     finally:
+        if mounts is not None:
+            mounts.close()  # before the children: SIGKILL does not end a wait for a reply of ours
         _end_children()
         os._exit(status)
 

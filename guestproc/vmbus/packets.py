@@ -119,7 +119,10 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
     In the channel's callback. What came before a broken rule is returned; nothing is read after it.
     """
     packets: list[Packet] = []
-    inbound = current.rings.of(channel).inbound
+    rings = inbound_rings(current, channel)
+    if rings is None:
+        return packets
+    inbound = rings.inbound
     try:
         # `extend` keeps what it took before an exception.
         packets.extend(inbound.drain(limit))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from emu.errors import ProtocolViolation, RingFull
 from emu.memory import PAGE_SIZE
 from emu.ring import RingConsumer, RingMemory, RingProducer
-from emu.ring_memory import Pack, Unpack
+from emu.ring_memory import Pack, Unpack, UnpackRun
 from emu.ring_packets import Plans, Shapes
 from emu.wire.packets import COMPLETION_REQUESTED, DESCRIPTOR, VM_PKT_DATA_INBAND, parse_gpa_direct, parse_xfer_pages
 from emu.wire.ring_layout import PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
@@ -211,6 +211,15 @@ class SwitchingMemory(RingMemory):
             self._pages.poke(offset, DESCRIPTOR.pack(0xDEAD, 0xFFFF, 0xFFFF, 0xFFFF, 1234)[:8])
             trans_id, payload = real(buffer, offset)
             return trans_id, payload
+
+        return switch_then_copy
+
+    def run_unpacker(self, start: int, length: int) -> UnpackRun:
+        real = self._pages.memory.run_unpacker(start, length)
+
+        def switch_then_copy(buffer: object, offset: int, count: int) -> Iterator[tuple[int, int, bytes]]:
+            self._pages.poke(offset, DESCRIPTOR.pack(0xDEAD, 0xFFFF, 0xFFFF, 0xFFFF, 1234)[:8])
+            return real(buffer, offset, count)
 
         return switch_then_copy
 

@@ -184,8 +184,8 @@ REFUSED = [
         'machine.era: era "seed" is not supported yet by this version; set it to "current"',
     ),
     (
-        '[machine]\nhost_version = "4.0"',
-        "machine.host_version: VMBus 4.0 is not supported yet by this version; set",
+        '[machine]\nhost_version = "1.1"',
+        "machine.host_version: VMBus 1.1 is not supported yet by this version; set",
     ),
     (
         '[machine]\nhost_version = "7.1"',

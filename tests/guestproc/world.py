@@ -186,16 +186,18 @@ class Task(Generic[T]):
 
     def __init__(self, function: Callable[[Current], T]) -> None:
         self.function = function
-        self.done = False
         self._results: list[T] = []
 
     def run(self, current: Current) -> None:
         self._results.append(self.function(current))
-        self.done = True
+
+    def ended(self) -> bool:
+        """Whether the function has returned."""
+        return bool(self._results)
 
     @property
     def result(self) -> T:
-        assert self.done, "the task has not ended"
+        assert self._results, "the task has not ended"
         return self._results[0]
 
 

@@ -11,8 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from struct import pack
@@ -31,7 +30,6 @@ from emu.layout import (
     PAGE_SIZE,
     VP_EXIT_SLOT,
     X_STATE,
-    ExitOperation,
     ExitState,
     vp_page_offset,
 )
@@ -48,17 +46,13 @@ from emu.wire.messages import (
     GpadlCreated,
     GpadlHeader,
     GpadlTeardown,
-    GpadlTorndown,
-    Message,
+    OfferChannel,
     OpenChannel,
     OpenChannelResult,
     RequestOffers,
     Unload,
     UnloadResponse,
-    VersionResponse,
     gpadl_messages,
-    parse,
-    split_gpadl,
 )
 from emu.wire.ring_layout import PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from emu.wire.synic import (
@@ -73,16 +67,13 @@ from emu.wire.synic import (
     HV_X64_MSR_TIME_REF_COUNT,
     HV_X64_MSR_VP_INDEX,
     MSR_NAMES,
-    VMBUS_MESSAGE_SINT,
 )
 from tests.hostproc.protocol.test_host_robustness import EXAMPLES
-from tests.system.commands import ROOT, assert_gone, call, environment, objects, processes, report, start, wait_for
+from tests.system.commands import ROOT, objects, processes
 from tests.system.python_guest import (
     FIRST_HANDLE,
-    HYPERCALL_PAGE,
     INPUT_PAGE,
-    SIEFP_PAGE,
-    SIMP_PAGE,
+    EchoChannel,
     PythonGuest,
 )
 from tools.launch import RunningMachine, launch
@@ -126,11 +117,25 @@ def guest(machine: RunningMachine) -> Iterator[PythonGuest]:
 
 
 @pytest.fixture
-def connected(guest: PythonGuest) -> PythonGuest:
-    """The same, connected, its offers received."""
+def offered(guest: PythonGuest) -> list[OfferChannel]:
+    """What that guest is offered once it has connected."""
     assert guest.contact().version_supported == 1
-    assert len(guest.offers()) == 8
+    offers = guest.offers()
+    assert len(offers) == 8
+    return offers
+
+
+@pytest.fixture
+def connected(guest: PythonGuest, offered: list[OfferChannel]) -> PythonGuest:
+    """The same guest, connected, its offers received."""
+    assert offered
     return guest
+
+
+@pytest.fixture
+def channel(connected: PythonGuest, offered: list[OfferChannel]) -> EchoChannel:
+    """The first of its channels, open."""
+    return connected.open(offered[0])
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +160,7 @@ def live_correctly(machine: RunningMachine, c_guest: Path | None = None) -> None
         with PythonGuest(machine.name) as guest:
             assert guest.live() == len(machine.scenario.devices())
         return
-    command = [c_guest, machine.name, "--packets", "50"]
+    command: list[str | Path] = [c_guest, machine.name, "--packets", "50"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -242,16 +247,375 @@ def test_messages_before_any_contact(machine: RunningMachine, guest: PythonGuest
     assert refused(machine, "not-connected", len(needing)) == len(needing)
 
 
-def test_garbage_of_any_length(machine: RunningMachine, connected: PythonGuest) -> None:
+def test_garbage_of_any_length(machine: RunningMachine, connected: PythonGuest, offered: list[OfferChannel]) -> None:
     """Random bytes are taken, and the connection stands."""
     rng = random.Random(7)
     for length in range(241):
-        connected.send(rng.randbytes(length))
+        # A msgtype of nobody's: what UNLOAD and its like would do is asked elsewhere.
+        connected.send(rng.randbytes(length)[:4].ljust(min(length, 4), b"\xff") + rng.randbytes(max(0, length - 4)))
 
-    assert sum(machine.machine.control.refusals()[0].values()) > 0
-    assert connected.open(first_offer(connected)).echo(3)
+    def counted() -> bool:
+        return sum(machine.machine.control.refusals()[0].values()) >= 241
+
+    machine.wait_until(counted, 5.0, "all to be counted", step_s=0.01)
+    assert len(connected.open(offered[0]).echo(3)) == 3
 
 
-def first_offer(guest: PythonGuest) -> OfferChannel:
-    """An offer of the echo device that has relid 1, as a guest that saw it knows it."""
-    return OfferChannel(if_type=ECHO_CLASS, if_instance=ECHO_CLASS, child_relid=1, connection_id=0x2001)
+def test_second_request_for_offers_is_refused(machine: RunningMachine, connected: PythonGuest) -> None:
+    """A guest has its offers once a connection."""
+    connected.send(RequestOffers())
+
+    assert refused(machine, "offers-requested-twice") == 1
+
+
+# -- page lists and channels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pfn", [RAM_PAGES, RAM_PAGES + 1, 1 << 40, (1 << 52) - 1, (1 << 64) - 1])
+def test_page_outside_ram_is_answered_with_failure(
+    machine: RunningMachine, connected: PythonGuest, offered: list[OfferChannel], pfn: int
+) -> None:
+    """CREATED tells that the pages were not mapped, and the handle may be used for pages that exist."""
+    relid = offered[0].child_relid
+
+    assert connected.lend(relid, FIRST_HANDLE + relid, [FREE_PFN, pfn, FREE_PFN + 1, FREE_PFN + 2]) != 0
+
+    assert refused(machine, "gpadl-page-outside-ram") == 1
+    assert len(connected.open(offered[0]).echo(3)) == 3
+
+
+def test_page_list_on_a_channel_that_is_nobodys(machine: RunningMachine, connected: PythonGuest) -> None:
+    """Answered with failure, and forgotten."""
+    assert connected.lend(77, FIRST_HANDLE, [FREE_PFN, FREE_PFN + 1]) == STATUS_UNSUCCESSFUL
+
+    assert refused(machine, "gpadl-unknown-relid") == 1
+
+
+def test_body_without_a_header_is_refused(machine: RunningMachine, connected: PythonGuest) -> None:
+    """Nobody waits for its pages, so nobody is answered."""
+    connected.send(GpadlBody(1, FIRST_HANDLE, bytes(224)))
+
+    assert refused(machine, "gpadl-body-without-header") == 1
+    assert not connected.inbox
+
+
+def test_unfinished_page_lists_go_with_their_guest(machine: RunningMachine, connected: PythonGuest) -> None:
+    """Headers whose bodies never come are held up to a bound; UNLOAD forgets them."""
+    header, *_bodies = gpadl_messages(1, FIRST_HANDLE, range(FREE_PFN, FREE_PFN + 100))
+    assert isinstance(header, GpadlHeader)
+    for number in range(300):
+        connected.send(GpadlHeader(1, FIRST_HANDLE + number, header.range_buflen, 1, header.ranges))
+
+    assert refused(machine, "gpadl-too-many-in-progress") > 0
+    connected.inbox.clear()
+    connected.send(Unload())
+    while not isinstance(connected.message(), UnloadResponse):
+        pass
+    assert head(machine).gpadls == 0
+
+
+def test_open_that_names_no_page_list_is_refused(
+    machine: RunningMachine, connected: PythonGuest, offered: list[OfferChannel]
+) -> None:
+    """OPENCHANNEL_RESULT tells the failure, and the channel can be opened afterwards."""
+    relid = offered[0].child_relid
+    result = connected.answered(OpenChannel(relid, 1, 0xBAD, connected.vp_index(), 4), OpenChannelResult)
+
+    assert result.status != 0
+    assert refused(machine, "open-unknown-gpadl") == 1
+    assert len(connected.open(offered[0]).echo(3)) == 3
+
+
+def test_teardown_under_an_open_ring_is_refused(
+    machine: RunningMachine, connected: PythonGuest, channel: EchoChannel
+) -> None:
+    """The host keeps the pages that it reads and writes, and the packets go on."""
+    connected.send(GpadlTeardown(channel.relid, channel.handle))
+
+    assert refused(machine, "gpadl-teardown-of-open-ring") == 1
+    assert len(channel.echo(3)) == 3
+
+
+def test_close_twice_and_close_of_nothing(
+    machine: RunningMachine, connected: PythonGuest, channel: EchoChannel
+) -> None:
+    """CLOSECHANNEL has no answer; what it names must be there all the same."""
+    connected.send(CloseChannel(99))
+
+    assert refused(machine, "close-unknown-relid") == 1
+    connected.close_channel(channel)
+    connected.send(CloseChannel(channel.relid))
+    connected.send(GpadlTeardown(channel.relid, channel.handle))
+    assert refused(machine, "gpadl-teardown-unknown") == 1
+    assert not connected.inbox
+
+
+def test_rings_on_one_page_many_times(
+    machine: RunningMachine, connected: PythonGuest, offered: list[OfferChannel]
+) -> None:
+    """Both rings, indices and data, on the same page: whatever comes of it, the host goes on."""
+    channel = connected.open(offered[0], pfns=[FREE_PFN] * 8)
+    for number in range(50):
+        connected.memory.write(FREE_PFN * PAGE_SIZE, pack("<IIII", 8 * number, 0, 0, 8) * 4)
+        channel.ring_bell()
+
+    assert len(connected.open(offered[1]).echo(3)) == 3
+
+
+# -- rings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1, 7, 3 * PAGE_SIZE, 3 * PAGE_SIZE + 8, 0x7FFF_FFF8, 0xFFFF_FFFF])
+@pytest.mark.parametrize("side", ["to_host", "to_guest"])
+@pytest.mark.parametrize("word", [WRITE_INDEX, READ_INDEX], ids=["write_index", "read_index"])
+def test_index_that_cannot_be(
+    machine: RunningMachine,
+    connected: PythonGuest,
+    offered: list[OfferChannel],
+    channel: EchoChannel,
+    word: int,
+    side: str,
+    value: int,
+) -> None:
+    """Counted where it is the guest's word and decides anything; another channel never notices."""
+    page = channel.gpas[0 if side == "to_host" else channel.split]
+    before = len(channel.echo(1))
+    if side == "to_guest":
+        # The host looks for room in the ring it answers into when there is something to answer.
+        channel.outgoing.write(b"answer me")
+    connected.memory.atomics.store_u32(page + word, value)
+    channel.ring_bell()
+
+    assert before == 1
+    if (side, word) in (("to_host", WRITE_INDEX), ("to_guest", READ_INDEX)):
+        assert refused(machine, "ring-index") >= 1
+    assert len(connected.open(offered[1]).echo(3)) == 3
+
+
+def test_packet_that_cannot_be(
+    machine: RunningMachine, connected: PythonGuest, offered: list[OfferChannel], channel: EchoChannel
+) -> None:
+    """A descriptor longer than what was published is refused once, by its rule."""
+    connected.memory.write(channel.gpas[1], pack("<HHHHQ", 6, 2, 0xFFFF, 0, 1))
+    connected.memory.atomics.store_u32(channel.gpas[0] + WRITE_INDEX, 64)
+    channel.ring_bell()
+
+    assert refused(machine, "packet-length") == 1
+    assert len(connected.open(offered[1]).echo(3)) == 3
+
+
+def test_wish_that_can_never_be_met(machine: RunningMachine, connected: PythonGuest, channel: EchoChannel) -> None:
+    """A guest that waits for more room than there is gets its packets, and no signal that never ends."""
+    connected.memory.atomics.store_u32(channel.gpas[0] + PENDING_SEND_SZ, 0xFFFF_FFF8)
+    answers = channel.echo(3)
+
+    assert len(answers) == 3
+    assert refused(machine, "pending-send-size") >= 1
+
+
+# -- registers, hypercalls, exits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("control", "argument", "status"),
+    [
+        (0x0000, 0, HvStatus.INVALID_HYPERCALL_CODE),
+        (0xFFFF, 0, HvStatus.INVALID_HYPERCALL_CODE),
+        (HVCALL_POST_MESSAGE | 1 << 32, INPUT_PAGE, HvStatus.INVALID_HYPERCALL_INPUT),
+        (HVCALL_POST_MESSAGE, INPUT_PAGE + 4, HvStatus.INVALID_ALIGNMENT),
+        (HVCALL_POST_MESSAGE, INPUT_PAGE + PAGE_SIZE - 8, HvStatus.INVALID_ALIGNMENT),
+        (FAST_SIGNAL, 0x3FFF, HvStatus.INVALID_CONNECTION_ID),
+        (FAST_SIGNAL, 0x2001 | 1 << 48, HvStatus.INVALID_PARAMETER),
+    ],
+)
+def test_hypercalls_have_their_documented_status(
+    guest: PythonGuest, control: int, argument: int, status: HvStatus
+) -> None:
+    """What is wrong with a hypercall comes back as its status, never as silence."""
+    guest.memory.write(INPUT_PAGE, bytes(PAGE_SIZE))
+
+    assert HvStatus(guest.hypercall(control, argument)) == status
+
+
+def test_unknown_connection_and_oversized_payload(guest: PythonGuest) -> None:
+    """INVALID_CONNECTION_ID for a port that is not there; INVALID_PARAMETER for what no message can hold."""
+    assert guest.post(b"hello", connection_id=0x1234) == HvStatus.INVALID_CONNECTION_ID
+    guest.memory.write(INPUT_PAGE, pack("<IIII", 4, 0, 1, 241) + bytes(240))
+    assert guest.hypercall(HVCALL_POST_MESSAGE, INPUT_PAGE) == HvStatus.INVALID_PARAMETER
+
+
+def test_hypercall_before_its_page_is_undefined(machine: RunningMachine) -> None:
+    """Without the hypercall page there is no instruction to make one: #UD, as a fault."""
+    with PythonGuest(machine.name) as guest:
+        guest.attach()
+        with pytest.raises(InvalidOpcode):
+            guest.hypercall(HVCALL_POST_MESSAGE, INPUT_PAGE)
+        guest.detach()
+
+
+def test_register_that_is_not_there_faults(guest: PythonGuest) -> None:
+    """RDMSR and WRMSR of any other number, and WRMSR of what is read-only, are #GP."""
+    for msr in (0, 0x10, 0x3FFF_FFFF, 0x4000_FFFF, 0xFFFF_FFFF):
+        assert msr not in MSR_NAMES
+        with pytest.raises(GeneralProtection):
+            guest.read_msr(msr)
+        with pytest.raises(GeneralProtection):
+            guest.write_msr(msr, 0)
+    for msr in (HV_X64_MSR_VP_INDEX, HV_X64_MSR_TIME_REF_COUNT):
+        with pytest.raises(GeneralProtection):
+            guest.write_msr(msr, 1)
+
+
+@pytest.mark.parametrize("msr", [HV_X64_MSR_SIMP, HV_X64_MSR_SIEFP, HV_X64_MSR_HYPERCALL])
+@pytest.mark.parametrize("gpa", [RAM_BYTES, 1 << 40, (1 << 64) - PAGE_SIZE])
+def test_overlay_outside_ram_does_no_harm(machine: RunningMachine, guest: PythonGuest, msr: int, gpa: int) -> None:
+    """Wherever a page register points, the host writes guest memory only; put right, all works."""
+    try:
+        guest.write_msr(msr, gpa & -PAGE_SIZE | 1)
+    except GeneralProtection:
+        assert refused(machine, "general-protection") >= 1
+    guest.enable_hypercalls()
+    guest.enable_synic()
+
+    assert guest.contact().version_supported == 1
+
+
+def test_synic_switched_off_under_its_messages(connected: PythonGuest, offered: list[OfferChannel]) -> None:
+    """SCONTROL off and on while an answer is on its way: it is kept, not lost, not doubled."""
+    connected.write_msr(HV_X64_MSR_SCONTROL, 0)
+    relid = offered[0].child_relid
+    for message in gpadl_messages(relid, FIRST_HANDLE, range(FREE_PFN, FREE_PFN + 4)):
+        assert connected.post(message.pack()) == HvStatus.SUCCESS
+    connected.write_msr(HV_X64_MSR_SCONTROL, 1)
+
+    assert connected.expect(GpadlCreated).creation_status == 0
+    assert not connected.inbox
+
+
+def test_end_of_message_with_nothing_to_end(guest: PythonGuest) -> None:
+    """EOM may be written at any time; it reads 0."""
+    for _ in range(100):
+        guest.write_msr(HV_X64_MSR_EOM, 0)
+
+    assert guest.read_msr(HV_X64_MSR_EOM) == 0
+    assert guest.contact().version_supported == 1
+
+
+def test_sint_with_a_vector_that_cannot_be(guest: PythonGuest) -> None:
+    """Vectors below 16 are the processor's own: #GP, and the register keeps what it had."""
+    had = guest.read_msr(HV_X64_MSR_SINT0 + 5)
+    with pytest.raises(GeneralProtection):
+        guest.write_msr(HV_X64_MSR_SINT0 + 5, 3)
+
+    assert guest.read_msr(HV_X64_MSR_SINT0 + 5) == had
+
+
+def test_reset_register_takes_everything_back(guest: PythonGuest) -> None:
+    """HV_X64_MSR_RESET resets every VP; a contact from there finds the host as new."""
+    assert guest.contact().version_supported == 1
+    guest.write_msr(HV_X64_MSR_RESET, 1)
+
+    assert [guest.read_msr(msr) for msr in (HV_X64_MSR_SCONTROL, HV_X64_MSR_SIMP, HV_X64_MSR_GUEST_OS_ID)] == [0, 0, 0]
+    assert len(guest.connect()) == 8
+
+
+def test_operation_that_is_none(machine: RunningMachine, guest: PythonGuest) -> None:
+    """An exit with an operation that is not one is answered all the same, and counted."""
+    with pytest.raises((GeneralProtection, InvalidOpcode)):
+        guest.exits.exit(0xDEAD, 1, 2, 3)
+
+    assert refused(machine, "unknown-exit-operation") == 1
+    assert guest.read_msr(HV_X64_MSR_GUEST_OS_ID) != 0
+
+
+# -- stores into what is shared ---------------------------------------------------------------------------------
+
+
+def test_host_run_state_of_nonsense_does_not_stop_the_host(guest: PythonGuest) -> None:
+    """Whatever stands in the host's run state, an exit that wakes nobody is answered within its halt's end."""
+    for value in (0, 1, 2, 3, 0xFFFF_FFFF):
+        guest.doorbells.view.store_u32(D_HOST_RUN_STATE, value)
+        assert guest.read_msr(HV_X64_MSR_VP_INDEX) == guest.vp_index()
+
+
+def test_unknown_doorbells_are_counted(machine: RunningMachine, guest: PythonGuest) -> None:
+    """A bell of no connection is cleared and counted."""
+    for connection_id in (0, 1, 0x1234, 16_383):
+        guest.bell(connection_id)()
+
+    assert refused(machine, "unknown-doorbell", 4) == 4
+
+
+def test_machine_page_is_set_right(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Overwritten, even by STOPPING, it is as before a moment later, and the machine goes on."""
+    guest.vps.memory[:PAGE_SIZE] = os.urandom(PAGE_SIZE)
+
+    machine.wait_until(lambda: page_is_right(machine), 5.0, "the machine page to be set right", step_s=0.01)
+    assert refused(machine, "vps-page-written") >= 1
+    assert not guest.stopping()
+
+
+def test_tokens_for_nobody(guest: PythonGuest) -> None:
+    """Thousands of tokens on the host's semaphore make it look in vain, and no more."""
+    wakeup = Wakeup.attach(object_name(guest.name, "host"))
+    for _ in range(5_000):
+        wakeup.post()
+    wakeup.close()
+
+    assert guest.contact().version_supported == 1
+
+
+def test_message_slot_that_is_never_emptied(machine: RunningMachine, connected: PythonGuest) -> None:
+    """A guest that takes no message is told that there are no buffers; one that begins again gets them in order."""
+    statuses = set()
+    for number in range(100):
+        message = gpadl_messages(1, FIRST_HANDLE + number, [FREE_PFN + number])[0]
+        statuses.add(connected.post(message.pack()))
+
+    assert statuses == {HvStatus.SUCCESS, HvStatus.INSUFFICIENT_BUFFERS}
+    created = [connected.expect(GpadlCreated).gpadl for _ in range(16)]
+    assert created == [FIRST_HANDLE + number for number in range(16)]
+    assert head(machine).attached_pid == os.getpid()
+
+
+def test_recording_goes_on_under_a_hostile_guest(tmp_path: Path) -> None:
+    """What a guest does shows in the trace, and spoils none of it."""
+    with running(record=True) as machine, PythonGuest(machine.name) as guest:
+        guest.bring_up()
+        for length in (0, 3, 8):
+            guest.post(bytes(length))
+        guest.detach()
+        assert refused(machine, "message-too-short") >= 2
+
+
+# -- campaigns --------------------------------------------------------------------------------------------------
+
+
+def run_campaign(machine: RunningMachine, seed: int, *arguments: str) -> None:
+    """Let one hostile guest live and end on the machine; repeat with `--seed` and the same arguments."""
+    command = [sys.executable, "-m", "tests.system.hostile_guest", machine.name, "--seed", str(seed), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    print(done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr, (seed, done.stderr)
+    machine.pump(0.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_machine_survives_a_hostile_guest(seed: int) -> None:
+    """A correct guest lives its whole life on the machine behind a hostile one."""
+    with running() as machine:
+        run_campaign(machine, seed)
+        wait_until_clean(machine)
+        live_correctly(machine)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_one_machine_survives_many_hostile_guests(c_guest: Path | None) -> None:
+    """Guest after guest on the same machine, a correct one behind each."""
+    with running() as machine:
+        for seed in SOAK_SEEDS:
+            print(f"seed {seed}")
+            run_campaign(machine, seed)
+            wait_until_clean(machine)
+            live_correctly(machine, c_guest)

@@ -105,7 +105,9 @@ def new_guest(era: Era = Era.CURRENT, ncpus: int = 4) -> Guest:
 @contextmanager
 def idle_machine(name: str, *, launched: bool = True) -> Iterator[Machine]:
     """A machine with nothing running in it; if it is `launched`, this process stands as its launcher."""
-    machine = Machine.create(f"test-{os.getpid()}-{name}", {}, ram_bytes=RAM_BYTES, vp_indices=[0, 1], cpuid=[])
+    machine = Machine.create(
+        f"test-{os.getpid()}-{name}", {"no_guest": False}, ram_bytes=RAM_BYTES, vp_indices=[0, 1], cpuid=[]
+    )
     try:
         if launched:
             machine.control.enlist(ActorKind.LAUNCHER, "launcher")

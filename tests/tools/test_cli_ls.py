@@ -199,7 +199,7 @@ def test_hosts_channels_become_devices() -> None:
 def machine() -> Iterator[Machine]:
     """A machine of this process, with nothing running in it."""
     name = f"test-{os.getpid()}-ls"
-    machine = Machine.create(name, {}, ram_bytes=64 << 20, vp_indices=[0, 1], cpuid=[])
+    machine = Machine.create(name, {"no_guest": False}, ram_bytes=64 << 20, vp_indices=[0, 1], cpuid=[])
     machine.control.enlist(ActorKind.LAUNCHER, "launcher")
     machine.set_state(MachineState.RUNNING)
     yield machine

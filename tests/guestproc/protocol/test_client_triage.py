@@ -41,7 +41,7 @@ def test_table_is_the_kernels() -> None:
         entry.msgtype: (entry.handler_type, entry.min_payload_len) for entry in table.values() if entry.message_handler
     } == HANDLED
     assert all(
-        entry.min_payload_len == MESSAGES[msgtype].min_payload_len for msgtype, entry in table.items() if msgtype
+        entry.min_payload_len == MESSAGES[entry.msgtype].min_payload_len for entry in table.values() if entry.msgtype
     )
 
 

@@ -202,7 +202,7 @@ def test_post_gives_up_after_a_hundred_tries(booted: World, status: HvStatus, er
     started = booted.clock.time_ns
     task = booted.start(lambda current: vmbus_post_msg(current, RelidReleased(9)))
     booted.pass_time(160)
-    assert not task.done
+    assert not task.ended()
     booted.pass_time(10)
 
     assert task.result == -error
@@ -236,7 +236,7 @@ def test_machine_that_stops_ends_the_tries(booted: World) -> None:
 
     booted.close()
 
-    assert not task.done
+    assert not task.ended()
 
 
 # -- unload ---------------------------------------------------------------------------------------------
@@ -247,13 +247,13 @@ def test_unload_waits_for_its_answer(booted: World) -> None:
     booted.host.hold(T.UNLOAD)
     task = booted.start(vmbus_disconnect)
     booted.settle()
-    assert not task.done
+    assert not task.ended()
     assert booted.tables.connection.int_page_gpa
 
     booted.host.release(T.UNLOAD)
     booted.settle()
 
-    assert task.done
+    assert task.ended()
     assert not booted.tables.connection.int_page_gpa
     assert booted.host.types().count(T.UNLOAD) == 1
 
@@ -275,7 +275,7 @@ def test_unload_answer_that_came_unasked_does_not_count(booted: World) -> None:
     task = booted.start(vmbus_initiate_unload)
     booted.settle()
 
-    assert not task.done
+    assert not task.ended()
 
 
 def test_unload_of_a_silent_host_ends(booted: World) -> None:
@@ -284,7 +284,7 @@ def test_unload_of_a_silent_host_ends(booted: World) -> None:
     task = booted.start(vmbus_disconnect)
     booted.pass_time(50)
 
-    assert task.done
+    assert task.ended()
     assert booted.tables.connection.int_page_gpa
     assert "VMBus UNLOAD did not complete (-110)" in booted.log
 

@@ -39,7 +39,7 @@ def still_alive(world: World) -> None:
 @pytest.mark.parametrize("msgtype", range(34))
 def test_every_type_cut_at_every_length(booted: World, msgtype: int) -> None:
     """Zeros behind the type: too short, without handler, unknown or meaningless, the guest goes on."""
-    for size in (*range(0, 44), 60, 100, 195, 196, 197, 239, MAX_MESSAGE_SIZE):
+    for size in (*range(44), 60, 100, 195, 196, 197, 239, MAX_MESSAGE_SIZE):
         booted.host.send(msgtype.to_bytes(4, "little").ljust(max(4, size), b"\0")[: max(4, size)])
     booted.settle()
 
@@ -90,10 +90,8 @@ def test_payload_size_beyond_a_message(booted: World) -> None:
 def test_messages_without_a_handler_are_dropped_silently(booted: World) -> None:
     """What only a host receives, and TL_CONNECT_RESULT: no work record, no line, the slot is free."""
     for spec in MESSAGES.values():
-        if spec.type < 25 and spec.min_payload_len == 0 and spec.type not in (
-            T.ALLOFFERS_DELIVERED,
-            T.UNLOAD_RESPONSE,
-        ):
+        handled = spec.min_payload_len or spec.type in (T.ALLOFFERS_DELIVERED, T.UNLOAD_RESPONSE)
+        if spec.type < 25 and not handled:
             booted.host.send(int(spec.type).to_bytes(4, "little").ljust(240, b"\0"))
     lines = len(booted.log)
     booted.settle()

@@ -145,9 +145,7 @@ def test_rescind_of_an_offer_that_fails(booted: World, what: str, hoard) -> None
 def test_relid_that_cannot_be(booted: World, relid: int) -> None:
     """Ignored and counted; there is nothing to release."""
     booted.host.offer(
-        OfferChannel(
-            if_type=BY_NAME["echo"].guid, if_instance=UUID(int=1), child_relid=relid, connection_id=0x2001
-        )
+        OfferChannel(if_type=BY_NAME["echo"].guid, if_instance=UUID(int=1), child_relid=relid, connection_id=0x2001)
     )
     booted.settle()
 

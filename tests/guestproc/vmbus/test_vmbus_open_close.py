@@ -225,11 +225,14 @@ def test_post_that_fails_in_the_middle_of_an_open(booted: World, post: int) -> N
     booted.host.device(9)
     booted.settle()
 
-    assert booted.host.types()[2:] == [
-        [],
-        [T.GPADL_HEADER],
-        [T.GPADL_HEADER, T.GPADL_BODY, T.GPADL_TEARDOWN],
-    ][post]
+    assert (
+        booted.host.types()[2:]
+        == [
+            [],
+            [T.GPADL_HEADER],
+            [T.GPADL_HEADER, T.GPADL_BODY, T.GPADL_TEARDOWN],
+        ][post]
+    )
     assert any("probe failed for device 00000000-0000-0000-0000-000000000009 (-22)" in line for line in booted.log)
     assert (pages_of_rings(booted), booted.channel(9).state.load()) == (0, ChannelState.OPEN_STATE)
 
@@ -242,7 +245,7 @@ def test_gpadl_without_an_answer_ends_and_leaves_its_pages_to_the_host(closed: W
     closed.host.hold(T.GPADL_HEADER)
     task = closed.start(opening(9))
     closed.pass_time(44)
-    assert not task.done
+    assert not task.ended()
     closed.pass_time(2)
 
     assert task.result == -errno.ETIMEDOUT
@@ -282,7 +285,7 @@ def test_teardown_without_an_answer_keeps_the_pages(closed: World) -> None:
     task = closed.start(closing(9))
     closed.pass_time(50)
 
-    assert task.done
+    assert task.ended()
     assert pages_of_rings(closed) == 8
     assert "Close failed: teardown gpadl return -110" in closed.log
     assert closed.tables.requests.in_use == 0
@@ -306,12 +309,12 @@ def test_close(closed: World) -> None:
     closed.host.hold(T.GPADL_TEARDOWN)
     task = closed.start(closing(9))
     closed.settle()
-    assert (task.done, pages_of_rings(closed)) == (False, 8)
+    assert (task.ended(), pages_of_rings(closed)) == (False, 8)
 
     closed.host.release(T.GPADL_TEARDOWN)
     closed.settle()
 
-    assert task.done
+    assert task.ended()
     assert closed.host.types() == [T.CLOSECHANNEL, T.GPADL_TEARDOWN]
     channel = closed.channel(9)
     assert (channel.state.load(), channel.onchannel_callback) == (ChannelState.OPEN_STATE, 0)
@@ -348,7 +351,7 @@ def test_torn_down_of_another_handle_is_nothing(closed: World) -> None:
     closed.host.answer[T.GPADL_TEARDOWN] = lambda message: [GpadlTorndown(gpadl + 1)]
     task = closed.start(lambda current: vmbus_teardown_gpadl(current, _channel(current, 9), gpadl))
     closed.settle()
-    assert not task.done
+    assert not task.ended()
 
     closed.host.send(GpadlTorndown(gpadl))
     closed.settle()

@@ -202,13 +202,13 @@ def test_rescind_in_close(booted: World) -> None:
     booted.host.hold(T.GPADL_TEARDOWN)
     task = booted.start(lambda current: vmbus_close(current, booted.channel(9)))
     booted.settle()
-    assert not task.done
+    assert not task.ended()
 
     booted.host.rescind(9)
     booted.host.release(T.GPADL_TEARDOWN)
     booted.settle()
 
-    assert task.done
+    assert task.ended()
     gone(booted, 9)
     assert booted.shut_down() == {}
 
@@ -223,7 +223,7 @@ def test_rescind_in_close_of_a_host_that_forgets_its_answer(booted: World) -> No
     booted.host.rescind(9)
     booted.pass_time(50)
 
-    assert task.done
+    assert task.ended()
     gone(booted, 9)
     assert list(booted.shut_down().values()) == [32]
 
@@ -474,7 +474,7 @@ def test_closer_and_rescind_of_a_sub_channel_meet(booted: World, primary: Channe
     booted.host.hold(T.GPADL_TEARDOWN)
     task = booted.start(lambda current: vmbus_close(current, primary))
     booted.settle()
-    assert not task.done
+    assert not task.ended()
     if first == "torn down":
         booted.host.release(T.GPADL_TEARDOWN)
     for relid in (10, 11, 9):
@@ -483,7 +483,7 @@ def test_closer_and_rescind_of_a_sub_channel_meet(booted: World, primary: Channe
         booted.host.release(T.GPADL_TEARDOWN)
     booted.settle()
 
-    assert task.done
+    assert task.ended()
     gone(booted, 9, 10, 11)
     assert booted.shut_down() == {}
 
