@@ -32,6 +32,10 @@ MIRROR_CHANNEL_ROW: Final = 64
 MIRROR_HEAD: Final = 1_024
 CONFIG_BYTES: Final = 1 << 18
 REFUSALS_BYTES: Final = 1 << 16
+ORDER_SLOTS: Final = 16
+ORDER_BYTES: Final = 1 << 14
+ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
+"""What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
 _HEAD: Final = 0
 _CLOCK: Final = 256
@@ -44,7 +48,9 @@ _MIRROR_CHANNELS: Final = _MIRROR + MIRROR_HEAD
 _REFUSALS: Final = _MIRROR_CHANNELS + MIRROR_CHANNELS * MIRROR_CHANNEL_ROW
 _REFUSALS_CHANGE: Final = _REFUSALS + 4
 _CONFIG: Final = _REFUSALS + REFUSALS_BYTES
-CONTROL_BYTES: Final = _CONFIG + CONFIG_BYTES
+_ORDERS: Final = _CONFIG + CONFIG_BYTES
+_ORDER_BELLS: Final = _ORDERS + ORDER_SLOTS * ORDER_BYTES
+CONTROL_BYTES: Final = _ORDER_BELLS + 4096
 
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
@@ -430,6 +436,16 @@ class Control:
     def task_offset(self, index: int) -> int:
         """Where the board's row for guest task `index` begins (see `emu.task_board`)."""
         return _TASKS + index * TASK_ROW
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def order_offset(self, slot: int) -> int:
+        """Where an order's slot begins (see `emu.orders`)."""
+        return _ORDERS + slot * ORDER_BYTES
+
+    def order_bell_offset(self, recipient: int) -> int:
+        """Where the bell of a recipient of orders stands, on a cache line of its own."""
+        return _ORDER_BELLS + 64 * recipient
 
     # -- the host's mirror ------------------------------------------------------------------------
 

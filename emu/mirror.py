@@ -133,8 +133,13 @@ class Mirror:
     def channels(self) -> Iterator[MirrorChannel]:
         """Every channel that the host has offered and not forgotten, by relid."""
         for relid in range(1, MIRROR_CHANNELS):
-            at = self._control.mirror_channel_offset(relid)
-            state, *words, if_type, if_instance = _ROW.unpack_from(self._control.memory, at)
-            if state:
-                values: list[Any] = [state - 1, *words, UUID(bytes_le=if_type), UUID(bytes_le=if_instance)]
-                yield MirrorChannel(relid, *values)
+            channel = self.channel(relid)
+            if channel is not None:
+                yield channel
+
+    def channel(self, relid: int) -> MirrorChannel | None:
+        """The channel of this id, None while the host knows none."""
+        at = self._control.mirror_channel_offset(relid)
+        state, *words, if_type, if_instance = _ROW.unpack_from(self._control.memory, at)
+        values: list[Any] = [state - 1, *words, UUID(bytes_le=if_type), UUID(bytes_le=if_instance)]
+        return MirrorChannel(relid, *values) if state else None

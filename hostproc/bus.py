@@ -216,6 +216,10 @@ class Bus:
         """Return the devices that are there, by key."""
         return {key: device.backend for key, device in self._devices.items()}
 
+    def offered(self) -> dict[int, OfferParameters]:
+        """Return what each device that is there was offered as, by key."""
+        return {key: device.parameters for key, device in self._devices.items()}
+
     def channel(self, key: int) -> HostChannel | None:
         """Return a device's open channel."""
         return self._devices[key].channel

@@ -34,6 +34,7 @@ from hostproc.bus import CARRIED_VERSIONS, Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import new_backend, offer_of
 from hostproc.loop import OWED_TOKEN_S, Loop
+from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
@@ -88,7 +89,6 @@ class Hypervisor:
         self.loop = Loop(
             serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
         )
-        self._looks = self.exits.loads + self.doorbells.loads
         self._halt = Halt(
             machine.doorbells.view,
             D_HOST_RUN_STATE,
@@ -118,6 +118,8 @@ class Hypervisor:
         self.control_plane = ControlPlane(
             self.partition, self.bus, self.loop, machine.control, self.scenario.machine.host_version
         )
+        self.orders = HostOrders(machine.control, self.bus)
+        self._looks = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)
 
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)
@@ -152,7 +154,9 @@ class Hypervisor:
                 self._delivered = delivered
                 self._expecting_until = self.machine.clock.now() + EXPECTING_NS
         self.counters.doorbells += len(rung)
-        return bool(requests or rung)
+        ordered = self.orders.serve()
+        self._changed |= ordered
+        return bool(requests or rung or ordered)
 
     def _look(self) -> bool:
         for load in self._looks:

@@ -178,6 +178,14 @@ class Server:
         channel = self._table.of_identity(identity)
         return channel is not None and channel.state is not ChannelState.REVOKED
 
+    def known(self, identity: Identity) -> bool:
+        """Whether any channel has this identity, also one that is revoked and that the guest still holds."""
+        return self._table.of_identity(identity) is not None
+
+    def relid_of(self, key: int) -> int:
+        """The relid of a device that is there; 0 while the guest has none for it."""
+        return self._table.of_device(key).relid
+
     def has_device(self, key: int) -> bool:
         """Whether device `key` is still there: a sub-channel may have gone with its primary."""
         return self._table.has_device(key)

@@ -1,0 +1,88 @@
+"""What a user may order of the host while the machine runs: offer a device, take one back.
+
+An order is done at once and answered at once; what follows from it (the guest's opening, its release) is for whoever
+ordered to watch in the mirror. What is wrong with an order is the user's to mend: the answer says what and how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+from uuid import UUID
+
+from emu.control import Control
+from emu.errors import UserError
+from emu.orders import Order, OrderDesk, Recipient
+from emu.scenario import derived_instance
+from hostproc.bus import Bus
+from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
+
+Values = dict[str, Any]
+
+
+class HostOrders:
+    """The host's counter for orders: `loads` says whether there may be one, `serve` does all there are."""
+
+    def __init__(self, control: Control, bus: Bus) -> None:
+        self._desk: Final = OrderDesk(control)
+        self._bus: Final = bus
+        self.loads: Final = (self._desk.bell(Recipient.HOST),)
+        self._orders: Final[Mapping[str, Callable[[Values], Values]]] = {"offer": self._offer, "rescind": self._rescind}
+
+    def serve(self) -> bool:
+        """Do what was ordered; whether there was anything."""
+        orders = self._desk.take(Recipient.HOST)
+        for order in orders:
+            self._desk.answer(order, self._do(order))
+        return bool(orders)
+
+    def _do(self, order: Order) -> Values:
+        try:
+            return self._orders[order.what](order.arguments)
+        except UserError as error:
+            return {"error": str(error)}
+
+    def _offer(self, asked: Values) -> Values:
+        """Offer `count` devices of `class`, with the back end `backend`; or one of `instance`."""
+        class_name, backend = asked["class"], asked["backend"]
+        if class_name not in DEVICES:
+            raise UserError(f"{class_name} is not a device class; there are {', '.join(sorted(DEVICES))}")
+        if backend not in BACKENDS:
+            raise UserError(f"{backend} is not a back end; there are {', '.join(sorted(BACKENDS))}")
+        offered = []
+        for _ in range(asked["count"]):
+            instance = UUID(asked["instance"]) if asked["instance"] else self._unused_instance(class_name)
+            parameters = offer_of(class_name, instance)
+            if self._bus.server.offered(parameters.identity):
+                raise UserError(f"device {instance} is offered already; choose another --instance")
+            key = self._bus.add(parameters, new_backend(backend))
+            offered.append({**self._name_of(key), "instance": str(instance), "class": class_name})
+        return {"offered": offered}
+
+    def _name_of(self, key: int) -> Values:
+        """A device's relid, and how often that was offered: one life of the number (0 and 0 without a guest)."""
+        relid = self._bus.server.relid_of(key)
+        return {"relid": relid, "generation": self._bus.server.generation(relid) if relid else 0}
+
+    def _unused_instance(self, class_name: str) -> UUID:
+        """The first derived instance of a class that no device has; a guest may still hold one that went."""
+        index = 0
+        while self._bus.server.known(offer_of(class_name, instance := derived_instance(class_name, index)).identity):
+            index += 1
+        return instance
+
+    def _rescind(self, asked: Values) -> Values:
+        """Take back the device whose channel has `relid`, or whose instance is `instance`."""
+        found = [
+            (key, parameters)
+            for key, parameters in self._bus.offered().items()
+            if asked["relid"] == self._bus.server.relid_of(key) or asked["instance"] == str(parameters.if_instance)
+        ]
+        if not found:
+            wanted = f"relid {asked['relid']}" if asked["relid"] else f"instance {asked['instance']}"
+            raise UserError(f"no device with {wanted} is offered; `vmbus-emu ls` lists them")
+        # A sub-channel alone is named by its relid; an instance means the device, and its sub-channels go with it.
+        key, parameters = min(found, key=lambda one: one[1].sub_channel_index)
+        answer = {**self._name_of(key), "instance": str(parameters.if_instance)}
+        self._bus.remove(key)
+        return answer

@@ -1,0 +1,146 @@
+"""`vmbus-emu ctl`: what a user asks of a running machine: hot add, hot remove."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+
+from emu.errors import DeadlinePassed, UserError
+from emu.machine import Machine
+from emu.mirror import Mirror
+from emu.orders import OrderDesk, Recipient
+from emu.scenario import parse_device
+from emu.scenario_text import Nonsense, guid
+from emu.vmexit import HostBell
+from hostproc.protocol.states import ChannelState
+from tools.machines import chosen_machine
+from tools.options import json_option, machine_option
+from tools.output import print_json
+
+WAIT_S: Final = 10.0
+_LOOK_S: Final = 0.001
+
+
+@click.group()
+def ctl() -> None:
+    """Offer or rescind devices of a running machine, at any moment.
+
+    \b
+    Example:
+      vmbus-emu ctl offer echo
+      vmbus-emu ctl rescind 9
+    """
+
+
+def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
+    """Order something of the host; raises as `OrderDesk.ask` does."""
+    bell = HostBell(machine.doorbells.view, machine.wakeup("host"))
+    return OrderDesk(machine.control).ask(Recipient.HOST, what, bell.wake, **arguments)
+
+
+def instance_option(value: str | None) -> str | None:
+    """A GUID as a flag gives it; UserError otherwise."""
+    try:
+        return None if value is None else str(guid(value))
+    except Nonsense as nonsense:
+        raise UserError(f"--instance: {nonsense.what}; {nonsense.cure}") from None
+
+
+@ctl.command()
+@click.argument("device", metavar="CLASS[:COUNT]")
+@click.option("--backend", default="echo", show_default=True, help="The back end behind it.")
+@click.option("--instance", metavar="GUID", help="Its instance GUID; default: one that is not in use.")
+@click.option("--wait", is_flag=True, help="Wait until the guest has opened every channel.")
+@machine_option
+@json_option
+def offer(device: str, backend: str, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> None:
+    """Offer a device (hot add); prints its relid and instance.
+
+    \b
+    Example:
+      vmbus-emu ctl offer nic --wait
+      vmbus-emu ctl offer echo:4
+    """
+    spec = parse_device(device)
+    chosen_instance = instance_option(instance)
+    if chosen_instance and spec.count != 1:
+        raise UserError("--instance names one device; leave it or the count out")
+    machine = Machine.attach(chosen_machine(machine_name))
+    try:
+        arguments = {"class": spec.class_name, "backend": backend, "count": spec.count, "instance": chosen_instance}
+        answer = ask_host(machine, "offer", **arguments)
+        offered = answer["offered"]
+        if wait:
+            for one in offered:
+                wait_until_open(machine, one["relid"], one["generation"])
+    finally:
+        machine.close()
+    if as_json:
+        print_json("ctl-offer", 1, {"machine": machine.name, "offered": offered})
+    else:
+        for one in offered:
+            click.echo(f"{one['relid']} {one['instance']}")
+
+
+@ctl.command()
+@click.argument("relid", type=click.IntRange(1, 2047), required=False)
+@click.option("--instance", metavar="GUID", help="The device's instance GUID instead of a relid.")
+@click.option("--wait", is_flag=True, help="Wait until the guest has released the relid.")
+@machine_option
+@json_option
+def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> None:
+    """Take a device back (hot remove), at any moment, also amid its opening.
+
+    \b
+    Example:
+      vmbus-emu ctl rescind 3 --wait
+    """
+    chosen_instance = instance_option(instance)
+    if (relid is None) == (chosen_instance is None):
+        raise UserError("give either a relid or --instance GUID")
+    machine = Machine.attach(chosen_machine(machine_name))
+    try:
+        answer = ask_host(machine, "rescind", relid=relid or 0, instance=chosen_instance or "")
+        if wait and answer["relid"]:
+            wait_until_released(machine, answer["relid"], answer["generation"])
+    finally:
+        machine.close()
+    if as_json:
+        print_json("ctl-rescind", 1, {"machine": machine.name, **answer})
+    else:
+        click.echo(f"{answer['relid']} {answer['instance']}")
+
+
+def wait_until_open(machine: Machine, relid: int, generation: int) -> None:
+    """Watch the host's mirror until this life of a relid is open; UserError when there is no guest to open it."""
+    if not relid:
+        raise UserError("--wait: no guest is connected, so nobody will open it; leave --wait out")
+    mirror = Mirror(machine.control)
+
+    def opened() -> bool:
+        channel = mirror.channel(relid)
+        return channel is not None and channel.generation >= generation and channel.state == ChannelState.OPEN
+
+    _watch(opened, f"relid {relid} to be open")
+
+
+def wait_until_released(machine: Machine, relid: int, generation: int) -> None:
+    """Watch the host's mirror until the guest has given this life of a relid back."""
+    mirror = Mirror(machine.control)
+
+    def released() -> bool:
+        channel = mirror.channel(relid)
+        return channel is None or channel.generation > generation
+
+    _watch(released, f"relid {relid} to be released")
+
+
+def _watch(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + WAIT_S
+    while not done():
+        if time.monotonic() > end:
+            raise DeadlinePassed(what, int(WAIT_S * 1e9))
+        time.sleep(_LOOK_S)
