@@ -26,7 +26,7 @@ _LOOK_S: Final = 0.001
 
 @click.group()
 def ctl() -> None:
-    """Offer or rescind devices of a running machine, at any moment.
+    """Offer and rescind devices of a running machine, at any moment.
 
     \b
     Example:
