@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Final
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, ring_bytes
-from guestproc.drivers.echo import INBOXES, being_removed, claim_channels, release_channel
+from guestproc.drivers.claims import being_removed
+from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
 from guestproc.kernel.layout import Channel
 from guestproc.vcpu import raise_if_stopping
 from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpackets, vmbus_wait_for_room

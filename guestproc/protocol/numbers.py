@@ -35,3 +35,6 @@ class Callbacks(IntEnum):
     """Numbers in CHANNEL_CALLBACKS; drivers begin at 16."""
 
     ECHO_ONCHANNELCALLBACK = 16
+    ECHO_SC_OPEN = 17
+    NETVSC_CHANNEL_CB = 18
+    NETVSC_SC_OPEN = 19
