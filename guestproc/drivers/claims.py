@@ -22,12 +22,12 @@ CLAIMS: Final = 3
 REMOVING: Final = 1 << 63
 CLAIMS_TIMEOUT_NS: Final = 30 * SECOND_NS
 
-_STATE_OFFSET: Final = field_of(Device, "driver_state").offset
+STATE_OFFSET: Final = field_of(Device, "driver_state").offset
 
 
 def state_word(current: Current, device: Device, index: int) -> AtomicU64:
     """A word of the device's driver state, as an atomic."""
-    return current.tables.ram.u64(device.gpa + _STATE_OFFSET + 8 * index)
+    return current.tables.ram.u64(device.gpa + STATE_OFFSET + 8 * index)
 
 
 def reset_state(device: Device) -> None:

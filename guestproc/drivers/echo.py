@@ -5,7 +5,7 @@ a program on the channel's CPU claims the channel, which gives it an inbox, and 
 has a claim any more. What arrives while nobody waits for it is counted and dropped.
 
 Driver state words in guest RAM: 0 packets taken, 1 completions among them, 2 payload bytes, of all its channels
-(sums that two CPUs may spoil for each other: they are for people); 3 the claims; 4 to 7 the sub-channels.
+(atomic: they are taken on several CPUs); 3 the claims; 4 to 7 the sub-channels.
 """
 
 from __future__ import annotations
@@ -82,12 +82,26 @@ class EchoDriver:
 @CHANNEL_CALLBACKS.register(Callbacks.ECHO_SC_OPEN)
 def echo_sc_open(current: Current, channel: Channel) -> None:
     """A new sub-channel: open it, with rings like the primary's."""
+    add_subchannel(current, channel, _Opening(current, channel))
 
-    def open_it(device: Device) -> int:
-        size = SETTINGS.of(current, device).ring_bytes
-        return vmbus_open(current, channel, size, size, b"", Callbacks.ECHO_ONCHANNELCALLBACK, device.handle)
 
-    add_subchannel(current, channel, open_it, undo=lambda: None)
+class _Opening:
+    """A channel needs nothing besides (`subchannels.Opening`)."""
+
+    def __init__(self, current: Current, channel: Channel) -> None:
+        self._current = current
+        self._channel = channel
+
+    def open(self, device: Device) -> int:
+        size = SETTINGS.of(self._current, device).ring_bytes
+        callback = Callbacks.ECHO_ONCHANNELCALLBACK
+        return vmbus_open(self._current, self._channel, size, size, b"", callback, device.handle)
+
+    def keep(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
 
 
 # -- for who sends ----------------------------------------------------------------------------------------
@@ -116,13 +130,13 @@ def echo_onchannelcallback(current: Current, channel: Channel) -> None:
     packets = vmbus_drain(current, channel, DRAIN_LIMIT)
     if not packets:
         return
-    device = current.tables.devices.from_handle(channel.channel_callback_context)
-    state = device.driver_state
-    if state[ANSWER] & PENDING and not channel.primary_channel:
+    device: Device = current.tables.devices.from_handle(channel.channel_callback_context)
+    if not channel.primary_channel and device.driver_state[ANSWER] & PENDING:
         take_answer(current, device, packets)
-    state[PACKETS] += len(packets)
-    state[COMPLETIONS] += sum(1 for packet in packets if packet[0] == VM_PKT_COMP)
-    state[BYTES] += sum(len(packet[3]) for packet in packets)
+    add, words = current.tables.ram.atomics.fetch_add_u64, device.gpa + claims.STATE_OFFSET
+    add(words + 8 * PACKETS, len(packets))
+    add(words + 8 * COMPLETIONS, sum(1 for packet in packets if packet[0] == VM_PKT_COMP))
+    add(words + 8 * BYTES, sum(len(packet[3]) for packet in packets))
     inbox = INBOXES.get(channel.handle)
     if inbox is not None:
         inbox.extend(packets)

@@ -12,7 +12,7 @@ running (all atomic).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.errors import ProtocolViolation
 from emu.ring import Packet
@@ -100,17 +100,28 @@ def _judged(current: Current, payload: bytes) -> int:
 # -- in the sc_creation_callback --------------------------------------------------------------------------
 
 
-def add_subchannel(
-    current: Current, channel: Channel, open_it: Callable[[Device], int], undo: Callable[[], None]
-) -> None:
-    """Open a new sub-channel for its device; `undo` what `open_it` began when it is not to stay."""
+class Opening(Protocol):
+    """One try of a driver to open one of its channels."""
+
+    def open(self, device: Device) -> int:
+        """Open the channel; 0 or a negative errno."""
+
+    def keep(self) -> None:
+        """Under channel_mutex: the channel stays; from now on the driver's `remove` is to take it away."""
+
+    def undo(self) -> None:
+        """It did not open, or was closed again at once: give back what `open` took besides."""
+
+
+def add_subchannel(current: Current, channel: Channel, opening: Opening) -> None:
+    """Open a new sub-channel for its device."""
     device = _hold_device(current, channel)
     if device is None:
         return
     try:
-        stays = open_it(device) == 0 and _keep(current, channel, device)
+        stays = opening.open(device) == 0 and _keep(current, channel, device, opening)
         if not stays:
-            undo()
+            opening.undo()
         state_word(current, device, OPENED if stays else FAILED).fetch_add(1)
     finally:
         state_word(current, device, RUNNING).fetch_sub(1)
@@ -131,13 +142,14 @@ def _hold_device(current: Current, channel: Channel) -> Device | None:
         return device
 
 
-def _keep(current: Current, channel: Channel, device: Device) -> bool:
+def _keep(current: Current, channel: Channel, device: Device, opening: Opening) -> bool:
     """Leave an open sub-channel to its driver, or close it: whoever removes the device may have passed it by.
 
     The remover sets REMOVING and then looks for open channels under the same mutex: one of the two closes it.
     """
     with current.connection.channel_mutex.hold(current.actor):
         if not state_word(current, device, CLAIMS).load() & REMOVING:
+            opening.keep()
             return True
         if vmbus_close_internal(current, channel) == 0:
             vmbus_free_ring(current, channel)

@@ -10,6 +10,7 @@ class Tasklets(IntEnum):
 
     VMBUS_ON_MSG_DPC = 1
     VMBUS_ON_EVENT = 2
+    NET_RX_ACTION = 3
 
 
 class Works(IntEnum):

@@ -147,7 +147,7 @@ def test_ram_is_a_size(tmp_path: Path, size: str, ram_bytes: int) -> None:
     assert load(tmp_path, f"[machine]\nram = {size}").machine.ram_bytes == ram_bytes
 
 
-@pytest.mark.parametrize("name", ["default", "devices", "reversed"])
+@pytest.mark.parametrize("name", ["default", "devices", "netlike", "reversed"])
 def test_example_scenarios_load(name: str) -> None:
     """The examples are right, and the first one writes out the defaults."""
     scenario = Scenario.load(SCENARIOS / f"{name}.toml")
