@@ -16,6 +16,7 @@ from emu.wire.guids import guid_from_wire
 from guestproc.kernel.layout import Device
 
 if TYPE_CHECKING:
+    from emu.machine import Machine
     from guestproc.current import Current
 
 PAGE_SIZE: Final = 4096
@@ -33,11 +34,13 @@ class Settings:
     """The scenario's devices by instance, read once in each process that probes."""
 
     def __init__(self) -> None:
-        self._known: dict[UUID, DeviceSettings] | None = None
+        self._machine: Machine | None = None
+        self._known: dict[UUID, DeviceSettings] = {}
 
     def of(self, current: Current, device: Device) -> DeviceSettings:
         """What is meant for one device."""
-        if self._known is None:
+        if self._machine is not current.machine:
+            self._machine = current.machine
             scenario = Scenario.from_config({key: current.machine.config[key] for key in ("machine", "device")})
             self._known = {
                 one.instance: DeviceSettings(one.ring_pages * PAGE_SIZE, one.subchannels) for one in scenario.devices()
