@@ -33,7 +33,7 @@ from emu.vmexit import ExitServer
 from hostproc.bus import CARRIED_VERSIONS, Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import new_backend, offer_of
-from hostproc.loop import OWED_TOKEN_S, Loop
+from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.protocol.server import Server
@@ -98,6 +98,7 @@ class Hypervisor:
             self.counters,
             # Guests may write the host's run state: nobody may have meant to post.
             owed_s=OWED_TOKEN_S,
+            look_again_s=LOOK_AGAIN_S,
         )
         limits = Limits(
             vp_count=machine.vp_count,
