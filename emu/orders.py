@@ -84,11 +84,23 @@ class OrderDesk:
         Raises UserError when the recipient will not (its text says why), DeadlinePassed when no slot is free or no
         answer comes, MachineStopping when the machine ends meanwhile.
         """
+        slot = self.post(recipient, what, wake, timeout_s=timeout_s, **arguments)
+        return self.wait(slot, what, timeout_s=timeout_s)
+
+    def post(
+        self,
+        recipient: Recipient,
+        what: str,
+        wake: Callable[[], None],
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        **arguments: Any,
+    ) -> int:
+        """Post a letter and wake its recipient; the slot, for `wait`, which must follow. Raises as `ask` does."""
         text: bytes = msgpack.packb([what, arguments])
         if len(text) > ORDER_TEXT_BYTES:
             raise UserError(f"{what}: arguments of {len(text)} bytes, {ORDER_TEXT_BYTES} is the most; shorten them")
-        end = time.monotonic() + timeout_s
-        slot = self._claim(end, timeout_s)
+        slot = self._claim(time.monotonic() + timeout_s, timeout_s)
         at = self._control.order_offset(slot)
         pid = os.getpid()
         _HEAD.pack_into(self._control.memory, at, OrderState.FILLING, recipient, len(text), pid, start_time_of(pid))
@@ -97,6 +109,12 @@ class OrderDesk:
         # Rung behind the state: a recipient takes the bell first and looks at the slots second.
         self._view.store_u32(self._control.order_bell_offset(recipient), 1)
         wake()
+        return slot
+
+    def wait(self, slot: int, what: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """Wait for the answer to a letter that was posted, and free its slot. Raises as `ask` does."""
+        at = self._control.order_offset(slot)
+        end = time.monotonic() + timeout_s
         while self._view.load_u32(at) != OrderState.DONE:
             stopping = self._control.state_word.load() == MachineState.STOPPING
             if stopping or time.monotonic() > end:
