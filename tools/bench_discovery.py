@@ -99,7 +99,9 @@ class HotPlug:
     def _opened(self) -> bool:
         channel: Channel | None = self._tables.relids.lookup(self._relid)
         # Its driver's probe has ended, too: what comes next shall not run beside the rest of it.
-        return channel is not None and channel.state.load() == ChannelState.OPENED_STATE and channel.probe_done.load() == 1
+        return (
+            channel is not None and channel.state.load() == ChannelState.OPENED_STATE and channel.probe_done.load() == 1
+        )
 
 
 def bring_up_s(era: str, devices: int) -> float:
