@@ -6,7 +6,7 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from emu.control import Ready
 from emu.errors import DeadlinePassed
@@ -85,7 +85,7 @@ class HotPlug:
         removed = self._timed("rescind", lambda: not channel.alive(), relid=self._relid, instance="")
         return added, removed
 
-    def _timed(self, what: str, done: Callable[[], bool], **arguments: object) -> int:
+    def _timed(self, what: str, done: Callable[[], bool], **arguments: Any) -> int:
         began = time.monotonic_ns()
         slot = self._desk.post(Recipient.HOST, what, self._wake, **arguments)
         while not done():
