@@ -101,6 +101,8 @@ EVENTS: Final = _table(
     ("probe", "relid driver ret"),
     ("open", "relid openid gpadl ret"),
     ("close", "relid ret"),
+    ("message_post", "position sint msgtype serial"),
+    ("task_take", "relid packets"),
 )
 """All events that a recording may hold; numbers never change, new ones go last."""
 
@@ -152,6 +154,8 @@ E_WORK_RUN: Final = EVENTS["work_run"].number
 E_PROBE: Final = EVENTS["probe"].number
 E_OPEN: Final = EVENTS["open"].number
 E_CLOSE: Final = EVENTS["close"].number
+E_MESSAGE_POST: Final = EVENTS["message_post"].number
+E_TASK_TAKE: Final = EVENTS["task_take"].number
 
 
 class Recorder:

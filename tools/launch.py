@@ -243,9 +243,9 @@ class RunningMachine:
             self.wait_until(lambda: control.shutdown_done, timeout_s, "the guest to unload")
         return control.shutdown_done
 
-    def order(self, program: Program, cpu: int, *, relid: int = 0, wanted: int = 0, path: str = "") -> int:
-        """Order a guest task on a CPU and wake it; the row's index on the task board."""
-        index = TaskBoard(self.machine.control).order(program, cpu, relid=relid, wanted=wanted, path=path)
+    def order(self, program: Program, cpu: int, **parameters: Any) -> int:
+        """Order a guest task on a CPU and wake it; the row's index on the task board (`TaskBoard.order`)."""
+        index = TaskBoard(self.machine.control).order(program, cpu, **parameters)
         self.nudge(cpu)
         return index
 
