@@ -45,6 +45,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
+    "profile": Entry("Measure", "Watch what a machine's processes cost, and per packet and interrupt."),
     "bench": Entry("Measure", "Measure, print medians, ratios and goals."),
     "sysfs": Entry("Look", "Run a command that sees the machine's live tree at /sys/bus/vmbus."),
     "doctor": Entry("This computer", "Check what this computer has of what a machine needs."),

@@ -15,6 +15,7 @@ from typing import Any, Final
 from hdrh.histogram import HdrHistogram
 
 from emu.errors import UserError
+from tools import svg
 
 MOST_NS: Final = 60_000_000_000
 DIGITS: Final = 3
@@ -94,8 +95,6 @@ def write_text(path: Path, text: str, option: str) -> None:
 # -- pictures -------------------------------------------------------------------------------------------------
 
 _SHOWN: Final = (50.0, 90.0, 99.0, 99.9, 99.99, 100.0)
-_COLORS: Final = ("#1f6feb", "#d29922", "#2da44e", "#cf222e", "#8250df", "#57606a", "#bf3989", "#0a7ea4", "#9a6700")
-_FONT: Final = 'font-family="sans-serif" font-size="12"'
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 380, 70, 580, 30, 40
 
 
@@ -120,22 +119,17 @@ def svg_plot(histograms: Mapping[str, HdrHistogram], title: str) -> str:
     curves = {name: points_of(one) for name, one in shown.items()}
     values = [value for curve in curves.values() for _, value in curve] or [1, 10]
     axes = _Axes(min(values), max(values), max((one.get_total_count() for one in shown.values()), default=100))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_FONT}>',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14">{title}</text>',
-        *axes.grid(),
-    ]
+    parts = axes.grid()
     for number, (name, curve) in enumerate(curves.items()):
-        line = " ".join(f"{axes.x_of(level):.1f},{axes.y_of(value):.1f}" for level, value in curve)
+        places = svg.points([(axes.x_of(level), axes.y_of(value)) for level, value in curve])
         # Where the colours begin again the lines are dashed.
-        dashes = ' stroke-dasharray="5 3"' if number >= len(_COLORS) else ""
-        stroke = f'stroke="{_COLORS[number % len(_COLORS)]}" stroke-width="2"{dashes}'
+        dashes = ' stroke-dasharray="5 3"' if number >= len(svg.COLORS) else ""
+        stroke = f'stroke="{svg.COLORS[number % len(svg.COLORS)]}" stroke-width="2"{dashes}'
         y = 40 + 16 * number
-        parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
-        parts.append(f'<line x1="{_RIGHT + 10}" y1="{y - 4}" x2="{_RIGHT + 28}" y2="{y - 4}" {stroke}/>')
-        parts.append(f'<text x="{_RIGHT + 34}" y="{y}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts.append(f'<polyline points="{places}" fill="none" {stroke}/>')
+        parts.append(svg.line(_RIGHT + 10, y - 4, _RIGHT + 28, y - 4, stroke))
+        parts.append(svg.text(_RIGHT + 34, y, name))
+    return svg.document(_WIDTH, _HEIGHT, _LEFT, title, parts)
 
 
 class _Axes:
@@ -163,13 +157,12 @@ class _Axes:
         for nines in range(int(self._nines) + 1):
             level = 100 * (1 - 10.0**-nines)
             x = self.x_of(level)
-            parts.append(f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{_HEIGHT - _BOTTOM}" stroke="#ddd"/>')
-            text = f"{level:.{max(0, nines - 2)}f} %"
-            parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{text}</text>')
+            parts.append(svg.line(x, _TOP, x, _HEIGHT - _BOTTOM))
+            parts.append(svg.text(x, _HEIGHT - 20, f"{level:.{max(0, nines - 2)}f} %", anchor="middle"))
         for power in range(self._least, self._most + 1):
-            y, label = self.y_of(10.0**power), f"{10.0**power / US:g} us"
-            parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
-            parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+            y = self.y_of(10.0**power)
+            parts.append(svg.line(_LEFT, y, _RIGHT, y))
+            parts.append(svg.text(_LEFT - 6, y + 4, f"{10.0**power / US:g} us", anchor="end"))
         return parts
 
 
