@@ -592,8 +592,8 @@ def test_recording_goes_on_under_a_hostile_guest(tmp_path: Path) -> None:
         guest.bring_up()
         for length in (0, 3, 8):
             guest.post(bytes(length))
-        guest.detach()
         assert refused(machine, "message-too-short") >= 2
+        guest.detach()
 
 
 # -- campaigns --------------------------------------------------------------------------------------------------
