@@ -35,7 +35,8 @@ from emu.scenario_text import (
     type_name,
     whole_number,
 )
-from emu.wire.device_classes import BY_NAME, SINGLETON_INSTANCES
+from emu.wire.device_classes import BY_NAME, NETLIKE, SINGLETON_INSTANCES
+from emu.wire.subchannel_request import MAX_SUBCHANNELS
 from emu.wire.versions import (
     KNOWN_VERSIONS,
     VERSION_WIN8,
@@ -60,9 +61,8 @@ SUPPORTED_ERAS: Final = frozenset({"current"})
 SUPPORTED_HOST_VERSIONS: Final = frozenset(
     version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
 )
-SUPPORTED_SUBCHANNELS: Final = 0
 
-BACKENDS: Final = ("echo",)
+BACKENDS: Final = ("echo", "netlike")
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
 
 
@@ -125,28 +125,41 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """One `[[device]]` table: `count` equal devices; `instance` names a single one, else it is derived."""
+    """One `[[device]]` table: `count` equal devices; `instance` names a single one, else it is derived.
+
+    What is not said depends on the class: an empty `backend` is `backend_of` it, `subchannels` None as many as
+    `subchannels_of` it says.
+    """
 
     class_name: str = "echo"
-    backend: str = "echo"
+    backend: str = ""
     instance: UUID | None = None
     count: int = 1
     ring_pages: int = 16
-    subchannels: int = 0
+    subchannels: int | None = None
 
-    @property
-    def channels(self) -> int:
+    def __post_init__(self) -> None:
+        if not self.backend:
+            object.__setattr__(self, "backend", backend_of(self.class_name))
+        if self.subchannels is None and self.class_name != NETLIKE.name:
+            object.__setattr__(self, "subchannels", 0)
+
+    def subchannels_with(self, vcpus: int) -> int:
+        """Sub-channels of each of these devices, on a machine of so many vCPUs."""
+        return subchannels_of(self.class_name, vcpus) if self.subchannels is None else self.subchannels
+
+    def channels(self, vcpus: int) -> int:
         """Channels of all these devices together, sub-channels included."""
-        return self.count * (1 + self.subchannels)
+        return self.count * (1 + self.subchannels_with(vcpus))
 
-    def ring_bytes(self, *, scattered: bool = False) -> int:
+    def ring_bytes(self, vcpus: int, *, scattered: bool = False) -> int:
         """Guest RAM that the rings of all these channels need, both ways.
 
         The guest takes the rings of a channel out of one block, a power of two of pages; twice as large when
         no two pages shall lie beside each other.
         """
         pages = 2 * self.ring_pages * (2 if scattered else 1)
-        return self.channels * (1 << (pages - 1).bit_length()) * PAGE_SIZE
+        return self.channels(vcpus) * (1 << (pages - 1).bit_length()) * PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +239,8 @@ class Scenario:
             for _ in range(spec.count):
                 instance = spec.instance or derived_instance(spec.class_name, seen[spec.class_name])
                 seen[spec.class_name] += 1
-                devices.append(Device(spec.class_name, spec.backend, instance, spec.ring_pages, spec.subchannels))
+                subchannels = spec.subchannels_with(self.machine.vcpus)
+                devices.append(Device(spec.class_name, spec.backend, instance, spec.ring_pages, subchannels))
         return devices
 
     def to_config(self) -> dict[str, Any]:
@@ -249,15 +263,16 @@ class Scenario:
 
     def _check(self) -> None:
         """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
-        offers = sum(spec.channels for spec in self.device_specs)
+        vcpus = self.machine.vcpus
+        offers = sum(spec.channels(vcpus) for spec in self.device_specs)
         if offers > MAX_OFFERS:
             problem = Nonsense(
                 f"{offers} channels (with sub-channels) are more than the {MAX_OFFERS} there are relids for",
-                "lower a count",
+                "lower a count, or subchannels",
             )
             raise complaint(self.source, "device.count", problem)
         scattered = self.machine.ring_memory == "scattered"
-        rings = sum(spec.ring_bytes(scattered=scattered) for spec in self.device_specs)
+        rings = sum(spec.ring_bytes(vcpus, scattered=scattered) for spec in self.device_specs)
         if rings > self.machine.ring_room:
             room = self.machine.ring_room >> 20
             problem = Nonsense(
@@ -320,13 +335,15 @@ def _read_device(table: Table) -> DeviceSpec:
     default = DeviceSpec()
     spec = DeviceSpec(
         class_name=table.take("class", _device_class, default.class_name),
-        backend=table.take("backend", one_of(*BACKENDS), default.backend),
+        backend=table.take("backend", one_of(*BACKENDS), ""),
         instance=table.take("instance", guid, default.instance),
         count=table.take("count", _count, default.count),
         ring_pages=table.take("ring_pages", page_count(MIN_RING_PAGES, MAX_RING_PAGES), default.ring_pages),
         subchannels=table.take("subchannels", _subchannels, default.subchannels),
     )
     table.end()
+    if (fault := backend_fault(spec.class_name, spec.backend)) is not None:
+        raise table.complaint("backend", fault)
     if spec.instance is not None and spec.count > 1:
         raise table.complaint("instance", Nonsense(f"names one device, count is {spec.count}", "leave one of them out"))
     return spec
@@ -367,10 +384,7 @@ def _host_version(value: object) -> int:
 
 
 def _subchannels(value: object) -> int:
-    count = whole_number(0, MAX_OFFERS - 1, "the number of sub-channels of each device")(value)
-    if count > SUPPORTED_SUBCHANNELS:
-        raise Nonsense("sub-channels are not supported yet by this version", "leave it out")
-    return count
+    return whole_number(0, MAX_SUBCHANNELS, "the number of sub-channels of each device")(value)
 
 
 def _device_class(value: object) -> str:
@@ -390,9 +404,27 @@ def _device_config(spec: DeviceSpec) -> dict[str, Any]:
         "ring_pages": spec.ring_pages,
         "subchannels": spec.subchannels,
     }
-    default = DeviceSpec()
+    default = DeviceSpec(spec.class_name)
     changed = {key: value for key, value in table.items() if value != getattr(default, key)}
     return {"class": spec.class_name, **changed}
+
+
+def backend_of(class_name: str) -> str:
+    """The back end of a device that names none."""
+    return "netlike" if class_name == NETLIKE.name else "echo"
+
+
+def backend_fault(class_name: str, backend: str) -> Nonsense | None:
+    """Why this back end cannot stand behind this class: `netlike` and its driver speak to each other only."""
+    if (class_name == NETLIKE.name) is (backend == "netlike"):
+        return None
+    other = "netlike" if class_name == NETLIKE.name else "echo"
+    return Nonsense(f'back end "{backend}" and class "{class_name}" do not go together', f'set backend to "{other}"')
+
+
+def subchannels_of(class_name: str, vcpus: int) -> int:
+    """How many sub-channels a device has that does not say: a NIC has as many channels as vCPUs, up to 8."""
+    return min(vcpus, 8) - 1 if class_name == NETLIKE.name else 0
 
 
 def _either(words: Iterable[str]) -> str:

@@ -32,11 +32,12 @@ class TaskState(IntEnum):
 
 
 class Program(IntEnum):
-    """What a guest task does: the first and the last have safe points, CRUNCH is pre-emptible."""
+    """What a guest task does: all but CRUNCH, which is pre-emptible, have safe points."""
 
     ECHO_CHECK = 1
     CRUNCH = 2
     STREAM = 3
+    NET_CHECK = 4
     PING = 5
 
 

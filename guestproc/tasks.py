@@ -1,6 +1,6 @@
 """The guest's user space: programs that the harness orders on a CPU, between whose lines interrupts come.
 
-ECHO_CHECK and STREAM have safe points: every call into the guest kernel is one. CRUNCH computes, and is
+ECHO_CHECK, STREAM and NET_CHECK have safe points: every call into the guest kernel is one. CRUNCH computes, and is
 interrupted by signal between two bytecodes. Each counts what it sent, got back, and found wrong. A channel
 that is taken away ends a program early, which is nothing wrong; one where nothing moves any more is.
 """
@@ -15,7 +15,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,8 +23,11 @@ from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.tracing import E_TASK_TAKE
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, ring_bytes
-from guestproc.drivers.echo import INBOXES, being_removed, claim_channels, release_channel
+from guestproc.drivers.claims import being_removed
+from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
 from guestproc.kernel.layout import Channel
+from guestproc.net_check import net_check
+from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled, Tally
 from guestproc.vcpu import raise_if_stopping
 from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpackets, vmbus_wait_for_room
 
@@ -34,31 +36,10 @@ if TYPE_CHECKING:
     from guestproc.vcpu import Vcpu
 
 BATCH: Final = 32
-STALL_NS: Final = 10_000_000_000
-"""A program gives up when nothing moves for this long."""
-IDLE_NS: Final = 50_000_000
 COMPUTE_PACKETS: Final = 8
 BURST: Final = 256
 """Round trips that fit into a ring of records with much to spare."""
 DRAIN_NS: Final = 30_000_000
-
-
-class ChannelGone(Exception):
-    """The host, or an unload, takes the channel away."""
-
-
-class Stalled(Exception):
-    """Nothing moves, for `STALL_NS` or because the host broke the ring."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a program has to report."""
-
-    packets: int = 0
-    nbytes: int = 0
-    errors: int = 0
-    digest: bytes = b""
 
 
 class EchoSession:
@@ -378,6 +359,7 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.ECHO_CHECK: echo_check,
     Program.CRUNCH: crunch,
     Program.STREAM: stream,
+    Program.NET_CHECK: net_check,
     Program.PING: ping,
 }
 

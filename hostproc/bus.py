@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
@@ -357,10 +358,30 @@ class Bus:
             signal=_nobody if event is None else event.signal,
             violation=lambda violation: self.refusals.add_violation(violation, f"channel {relid}"),
             closed=lambda: self._closed(key),
+            offer_subchannels=lambda indices: self._offer_subchannels(key, indices),
         )
         channel.attach()
         self._record(E_MAP, relid, effect.ring_gpadl, effect.ring_pages)
         return channel
+
+    def _offer_subchannels(self, key: int, indices: Iterable[int]) -> int:
+        """Offer sub-channels of an open primary, with its back end; how many the guest was given a relid for.
+
+        They go with the primary: the server revokes them when that is closed or revoked.
+        """
+        primary = self._devices[key]
+        assert primary.channel is not None and not primary.parameters.sub_channel_index, primary.parameters
+        given = 0
+        for index in indices:
+            parameters = replace(primary.parameters, sub_channel_index=index)
+            if self.server.offered(parameters.identity):
+                continue
+            subchannel = self.add(parameters, primary.backend)
+            if self.server.relid_of(subchannel):
+                given += 1
+            else:
+                self.remove(subchannel)  # all relids are taken, or this version has no sub-channels
+        return given
 
     def _run(self, channel: HostChannel, body: TaskBody) -> TaskBody:
         """Run a device's task; a guest that breaks its rings stops this channel's, and nothing else."""

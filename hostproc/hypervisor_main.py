@@ -279,7 +279,8 @@ class Hypervisor:
     def run(self) -> int:
         """Offer the devices, then serve until the machine stops."""
         for device in self.scenario.devices():
-            self.bus.add(offer_of(device.class_name, device.instance), new_backend(device.backend))
+            backend = new_backend(device.backend, subchannels=device.subchannels, seed=self.machine.config["seed"])
+            self.bus.add(offer_of(device.class_name, device.instance), backend)
         if self.machine.config["no_guest"]:
             self.watch_guest()
         self.machine.control.reach(Ready.HOST_RUNS)

@@ -13,7 +13,7 @@ from uuid import UUID
 from emu.control import Control
 from emu.errors import UserError
 from emu.orders import Order, OrderDesk, Recipient
-from emu.scenario import derived_instance
+from emu.scenario import backend_fault, backend_of, derived_instance, subchannels_of
 from hostproc.bus import Bus
 from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
 
@@ -43,19 +43,23 @@ class HostOrders:
             return {"error": str(error)}
 
     def _offer(self, asked: Values) -> Values:
-        """Offer `count` devices of `class`, with the back end `backend`; or one of `instance`."""
-        class_name, backend = asked["class"], asked["backend"]
+        """Offer `count` devices of `class`, with the back end `backend` (empty: the class's); or one of `instance`."""
+        class_name = asked["class"]
+        backend = asked["backend"] or backend_of(class_name)
         if class_name not in DEVICES:
             raise UserError(f"{class_name} is not a device class; there are {', '.join(sorted(DEVICES))}")
         if backend not in BACKENDS:
             raise UserError(f"{backend} is not a back end; there are {', '.join(sorted(BACKENDS))}")
+        if (fault := backend_fault(class_name, backend)) is not None:
+            raise UserError(f"{fault}; {fault.cure}")
+        subchannels = subchannels_of(class_name, self._bus.server.limits.vp_count)
         offered = []
         for _ in range(asked["count"]):
             instance = UUID(asked["instance"]) if asked["instance"] else self._unused_instance(class_name)
             parameters = offer_of(class_name, instance)
             if self._bus.server.offered(parameters.identity):
                 raise UserError(f"device {instance} is offered already; choose another --instance")
-            key = self._bus.add(parameters, new_backend(backend))
+            key = self._bus.add(parameters, new_backend(backend, subchannels=subchannels))
             offered.append({**self._name_of(key), "instance": str(instance), "class": class_name})
         return {"offered": offered}
 

@@ -51,7 +51,7 @@ def instance_option(value: str | None) -> str | None:
 
 @ctl.command()
 @click.argument("device", metavar="CLASS[:COUNT]")
-@click.option("--backend", default="echo", show_default=True, help="The back end behind it.")
+@click.option("--backend", default="", help="The back end behind it; default: echo, netlike for that class.")
 @click.option("--instance", metavar="GUID", help="Its instance GUID; default: one that is not in use.")
 @click.option("--wait", is_flag=True, help="Wait until the guest has opened every channel.")
 @machine_option

@@ -28,6 +28,7 @@ from tools.run_outcome import Outcome, show_devices, tell
 
 ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
+NET_FRAMES: Final = 200
 TASK_TIMEOUT_S: Final = 60.0
 BY_HAND_TIMEOUT_S: Final = 3600.0
 
@@ -151,7 +152,7 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
 
 def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:
     """Wait until all channels are open; on a terminal with a line that counts them."""
-    expected = sum(1 for _ in running.scenario.devices())
+    expected = sum(1 + device.subchannels for device in running.scenario.devices())
     if quiet or not narrates():
         running.wait_ready(timeout_s=timeout_s)
         return
@@ -172,11 +173,20 @@ def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> No
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:
-    """Both kinds of guest task on every CPU: echo with safe points, then computing while echoes interrupt."""
-    cpus = {channel.cpu for device in list_devices(running.machine) for channel in device.channels}
+    """Both kinds of guest task on every CPU: echo with safe points, then computing while echoes interrupt.
+
+    Where netlike devices have channels, frames both ways after that.
+    """
+    devices = list_devices(running.machine)
+    cpus = {channel.cpu for device in devices for channel in device.channels}
+    polled = {channel.cpu for device in devices if device.driver == "hv_netlike" for channel in device.channels}
     rows: list[TaskRow] = []
-    for program, wanted in ((Program.ECHO_CHECK, ECHO_PACKETS), (Program.CRUNCH, CRUNCH_NUMBERS)):
-        ordered = [running.order(program, cpu, wanted=wanted) for cpu in sorted(cpus)]
+    for program, wanted, there in (
+        (Program.ECHO_CHECK, ECHO_PACKETS, cpus),
+        (Program.CRUNCH, CRUNCH_NUMBERS, cpus),
+        (Program.NET_CHECK, NET_FRAMES, polled),
+    ):
+        ordered = [running.order(program, cpu, wanted=wanted) for cpu in sorted(there)]
         rows += running.wait_tasks(ordered, TASK_TIMEOUT_S)
     return rows
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from emu.scenario import Scenario
-from emu.task_board import TaskRow
+from emu.task_board import Program, TaskRow
 from tools.device_list import ListedDevice, device_report
 from tools.exit_status import ExitStatus
 from tools.output import print_json, print_table, say
@@ -122,9 +122,14 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
 
 def _tell_people(outcome: Outcome) -> None:
     if outcome.tasks:
-        errors = sum(task.errors for task in outcome.tasks)
+        echoes = [task for task in outcome.tasks if task.program != Program.NET_CHECK]
+        frames = [task for task in outcome.tasks if task.program == Program.NET_CHECK]
+        errors = sum(task.errors for task in echoes)
         kicks = ", ".join(f"{count} {kind}" for kind, count in outcome.kicks().items())
-        click.echo(f"{sum(task.packets for task in outcome.tasks)} packets echoed, {errors} errors; kicks: {kicks}")
+        click.echo(f"{sum(task.packets for task in echoes)} packets echoed, {errors} errors; kicks: {kicks}")
+        if frames:
+            errors = sum(task.errors for task in frames)
+            click.echo(f"{sum(task.packets for task in frames)} frames through hv_netlike, {errors} errors")
     if outcome.stream is not None:
         rate = outcome.stream["bytes"] / max(outcome.stream["seconds"], 1e-9) / 1e6
         verdict = "equal" if outcome.stream["sha256_ok"] else "DIFFERENT"

@@ -2,7 +2,7 @@
 
 `number` is the kernel's `vmbus_device_type`; 16 is HV_UNKNOWN, which is also what it calls the classes
 that it leaves alone (`supported` is false) and hv_sock, whose class GUIDs are made of a port and a
-fixed tail. `echo` is ours: no real guest and no real `lsvmbus` knows it.
+fixed tail. `echo` and `netlike` are ours: no real guest and no real `lsvmbus` knows them.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _table() -> tuple[DeviceClass, ...]:
           UNKNOWN_TEXT, None, _PLAIN | _PIPE, message),
         c(16, "echo", "HV_UNKNOWN", u("6563686f-766d-4275-9d2d-656d752d3031"), True, False,
           UNKNOWN_TEXT, 64 * _KIB),
+        c(16, "netlike", "HV_UNKNOWN", u("6e65746c-696b-4265-9d2d-656d752d3032"), True, False,
+          UNKNOWN_TEXT, 64 * _KIB),
     )
     # fmt: on
 
@@ -110,6 +112,7 @@ BY_GUID: Final[Mapping[UUID, DeviceClass]] = MappingProxyType({c.guid: c for c i
 
 HV_SOCK: Final = BY_NAME["hv_sock"]
 ECHO: Final = BY_NAME["echo"]
+NETLIKE: Final = BY_NAME["netlike"]
 _HV_SOCK_TAIL: Final = HV_SOCK.guid.bytes[4:]
 
 

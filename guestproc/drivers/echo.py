@@ -1,32 +1,37 @@
-"""The echo driver: opens the channel of any device that answers with what it got.
+"""The echo driver: opens the channels of any device that answers with what it got.
 
 Batched mode: the ISR masks the ring and schedules the tasklet, the callback drains. Packets are for who sends:
 a program on the channel's CPU claims the channel, which gives it an inbox, and `remove` waits until nobody
 has a claim any more. What arrives while nobody waits for it is counted and dropped.
 
-Driver state words in guest RAM: 0 packets taken, 1 completions among them, 2 payload bytes; 3 the claims: how
-many, and the bit REMOVING (atomic).
+Driver state words in guest RAM: 0 packets taken, 1 completions among them, 2 payload bytes, of all its channels
+(atomic: they are taken on several CPUs); 3 the claims; 4 to 7 the sub-channels.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING, Final
-from uuid import UUID
 
-from emu.ipc.atomics import AtomicU64
 from emu.ring import Packet
-from emu.scenario import Scenario
-from emu.wire.device_classes import CLASSES
+from emu.wire.device_classes import CLASSES, NETLIKE
 from emu.wire.guids import guid_to_wire
 from emu.wire.packets import VM_PKT_COMP
+from emu.wire.subchannel_request import ECHO_USERDATA
+from guestproc.drivers import claims
+from guestproc.drivers.settings import Settings
+from guestproc.drivers.subchannels import (
+    ANSWER,
+    PENDING,
+    add_subchannel,
+    ask_for_subchannels,
+    take_answer,
+    wait_for_callbacks,
+)
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, Device
-from guestproc.kernel.records import field_of
-from guestproc.kernel.wait import SECOND_NS
-from guestproc.protocol import opening
 from guestproc.protocol.numbers import Callbacks
-from guestproc.vmbus.channel import vmbus_close, vmbus_open
+from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
 from guestproc.vmbus.packets import vmbus_drain
 
 if TYPE_CHECKING:
@@ -35,111 +40,85 @@ if TYPE_CHECKING:
 PACKETS: Final = 0
 COMPLETIONS: Final = 1
 BYTES: Final = 2
-CLAIMS: Final = 3
-REMOVING: Final = 1 << 63
-PAGE_SIZE: Final = 4096
 DRAIN_LIMIT: Final = 512
 """Packets that one callback takes; the bus calls again while there are more."""
-CLAIMS_TIMEOUT_NS: Final = 30 * SECOND_NS
-DEFAULT_RING_PAGES: Final = 16
-
-_CLAIMS_OFFSET: Final = field_of(Device, "driver_state").offset + 8 * CLAIMS
 
 INBOXES: Final[dict[int, deque[Packet]]] = {}
 """Channel handle → what arrived for a claimant in this process."""
 
+SETTINGS: Final = Settings()
+
 
 class EchoDriver:
-    """`hv_driver` of the echo device; it takes every class, as a device's back end may be `echo` for any."""
+    """`hv_driver` of the echo device; it takes every class but that of `hv_netlike`: any may have this back end."""
 
     number: int = 1
     name: str = "hv_echo"
-    id_table: frozenset[bytes] = frozenset(guid_to_wire(one.guid) for one in CLASSES)
-
-    def __init__(self) -> None:
-        self._ring_pages: dict[UUID, int] | None = None
+    id_table: frozenset[bytes] = frozenset(guid_to_wire(one.guid) for one in CLASSES if one is not NETLIKE)
 
     def probe(self, current: Current, device: Device) -> int:
-        """Open the channel with the ring size that the scenario gives this device."""
-        device.driver_state[PACKETS : CLAIMS + 1] = memoryview(bytes(8 * (CLAIMS + 1))).cast("Q")
-        size = self._pages_of(current, device) * PAGE_SIZE
+        """Open the channel, and as many sub-channels as the scenario gives this device."""
+        claims.reset_state(device)
+        settings = SETTINGS.of(current, device)
         channel = current.channel(device.channel)
-        return vmbus_open(current, channel, size, size, b"", Callbacks.ECHO_ONCHANNELCALLBACK, device.handle)
+        # A sub-channel whose primary nobody knows is a device, too, but not one that has sub-channels.
+        asks = settings.subchannels > 0 and not channel.sub_channel_index
+        if asks:
+            vmbus_set_sc_create_callback(current, channel, Callbacks.ECHO_SC_OPEN)
+        size, userdata = settings.ring_bytes, ECHO_USERDATA if asks else b""
+        result = vmbus_open(current, channel, size, size, userdata, Callbacks.ECHO_ONCHANNELCALLBACK, device.handle)
+        if result == 0 and asks:
+            ask_for_subchannels(current, device, channel, settings.subchannels, self.name)
+        return result
 
     def remove(self, current: Current, device: Device) -> None:
-        """Let the claimants leave, then close the channel and free its rings."""
-        claims = _claims(current, device)
-        claims.fetch_or(REMOVING)
-        if not current.connection.state_wait.wait_until_timeout(
-            current.actor, lambda: claims.load() == REMOVING, CLAIMS_TIMEOUT_NS
-        ):
-            # It is closed all the same: who sends then is told so, and gets nothing any more.
-            current.log(f"{self.name}: {claims.load() & ~REMOVING} claimants do not leave")
-        vmbus_close(current, current.channel(device.channel))
+        """Let the claimants leave, then close all channels and free their rings."""
+        channel = current.channel(device.channel)
+        claims.begin_removal(current, device, self.name)
+        vmbus_close(current, channel)
+        wait_for_callbacks(current, device, channel, self.name)
 
-    def _pages_of(self, current: Current, device: Device) -> int:
-        if self._ring_pages is None:
-            scenario = Scenario.from_config({key: current.machine.config[key] for key in ("machine", "device")})
-            self._ring_pages = {one.instance: one.ring_pages for one in scenario.devices()}
-        return self._ring_pages.get(UUID(bytes_le=device.dev_instance), DEFAULT_RING_PAGES)
+
+@CHANNEL_CALLBACKS.register(Callbacks.ECHO_SC_OPEN)
+def echo_sc_open(current: Current, channel: Channel) -> None:
+    """A new sub-channel: open it, with rings like the primary's."""
+    add_subchannel(current, channel, _Opening(current, channel))
+
+
+class _Opening:
+    """A channel needs nothing besides (`subchannels.Opening`)."""
+
+    def __init__(self, current: Current, channel: Channel) -> None:
+        self._current = current
+        self._channel = channel
+
+    def open(self, device: Device) -> int:
+        size = SETTINGS.of(self._current, device).ring_bytes
+        callback = Callbacks.ECHO_ONCHANNELCALLBACK
+        return vmbus_open(self._current, self._channel, size, size, b"", callback, device.handle)
+
+    def keep(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
 
 
 # -- for who sends ----------------------------------------------------------------------------------------
 
 
 def claim_channels(current: Current, cpu: int, relid: int = 0) -> list[Channel]:
-    """Claim the open channels whose interrupts a CPU takes (the calling one), or the one that `relid` names.
-
-    A claimed channel and its device stay until `release_channel`; `being_removed` says when that is wanted.
-    """
-    claimed = []
-    with current.connection.channel_mutex.hold(current.actor):
-        for primary in current.tables.chn_list:
-            for channel in (primary, *current.tables.sc_list(primary)):
-                if (
-                    opening.is_open(channel)
-                    and channel.target_cpu.load() == cpu
-                    and relid in (0, channel.relid)
-                    and _claim(current, primary)
-                ):
-                    INBOXES[channel.handle] = deque()
-                    claimed.append(channel)
+    """Claim open echo channels (`claims.claim_channels`); each has an inbox until it is released."""
+    claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid)
+    for channel in claimed:
+        INBOXES[channel.handle] = deque()
     return claimed
-
-
-def _claim(current: Current, primary: Channel) -> bool:
-    """Under channel_mutex, so that the device is there: one claim more, unless it is being removed."""
-    device = current.tables.devices.find(primary.device_obj)
-    if device is None or device.driver != EchoDriver.number:
-        return False
-    claims = _claims(current, device)
-    while not (seen := claims.load()) & REMOVING:
-        if claims.cas(seen, seen + 1) == seen:
-            return True
-    return False
-
-
-def being_removed(current: Current, channel: Channel) -> bool:
-    """Whether who has claimed this channel is asked to let go of it."""
-    return bool(_claims(current, _device_of(current, channel)).load() & REMOVING) or channel.rescind.load() != 0
 
 
 def release_channel(current: Current, channel: Channel) -> None:
     """Give a claim back; its inbox is gone with it."""
     INBOXES.pop(channel.handle, None)
-    _claims(current, _device_of(current, channel)).fetch_sub(1)
-    current.connection.state_wait.wake_all(current.actor)
-
-
-def _device_of(current: Current, channel: Channel) -> Device:
-    """The device of a claimed channel."""
-    primary = current.channel(channel.primary_channel) if channel.primary_channel else channel
-    device: Device = current.tables.devices.from_handle(primary.device_obj)
-    return device
-
-
-def _claims(current: Current, device: Device) -> AtomicU64:
-    return current.tables.ram.u64(device.gpa + _CLAIMS_OFFSET)
+    claims.release_claim(current, channel)
 
 
 # -- in the channel's tasklet -----------------------------------------------------------------------------
@@ -151,10 +130,13 @@ def echo_onchannelcallback(current: Current, channel: Channel) -> None:
     packets = vmbus_drain(current, channel, DRAIN_LIMIT)
     if not packets:
         return
-    state = current.tables.devices.from_handle(channel.channel_callback_context).driver_state
-    state[PACKETS] += len(packets)
-    state[COMPLETIONS] += sum(1 for packet in packets if packet[0] == VM_PKT_COMP)
-    state[BYTES] += sum(len(packet[3]) for packet in packets)
+    device: Device = current.tables.devices.from_handle(channel.channel_callback_context)
+    if not channel.primary_channel and device.driver_state[ANSWER] & PENDING:
+        take_answer(current, device, packets)
+    add, words = current.tables.ram.atomics.fetch_add_u64, device.gpa + claims.STATE_OFFSET
+    add(words + 8 * PACKETS, len(packets))
+    add(words + 8 * COMPLETIONS, sum(1 for packet in packets if packet[0] == VM_PKT_COMP))
+    add(words + 8 * BYTES, sum(len(packet[3]) for packet in packets))
     inbox = INBOXES.get(channel.handle)
     if inbox is not None:
         inbox.extend(packets)

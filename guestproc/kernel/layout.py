@@ -26,6 +26,7 @@ from emu.ipc.atomics import ACQUIRE, RELEASE, fence
 from guestproc.kernel.actors import Waiter
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
+from guestproc.kernel.napi import napi
 from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, Zone
 from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64
 from guestproc.kernel.smp import CallRecord
@@ -234,6 +235,28 @@ class Device(Record):
     driver_state = Words64(DRIVER_STATE_WORDS, "the bound driver's own layout")
 
 
+class NetChannel(Record):
+    """`netvsc_channel`: what the netlike driver keeps of each channel that it has open."""
+
+    channel = Word(8, "once: handle of the channel")
+    device = Word(8, "once: handle of the device")
+    attached = Word(4, "channel_mutex: 1 while its device's remove is to take it away")
+    napi = napi()
+    # What the poll counts; it runs on one processor at a time.
+    rx_packets = Word(8, "the poll's")
+    rx_bytes = Word(8, "the poll's")
+    rx_gaps = Word(8, "the poll's: frames whose sequence was not the next")
+    rx_checksum_errors = Word(8, "the poll's")
+    rx_next = Word(4, "the poll's: sequence of the frame that is expected")
+    polls = Word(8, "the poll's")
+    full_polls = Word(8, "the poll's: those that used their whole budget")
+    repolls = Word(8, "the poll's: begun because bytes had come before the unmask")
+    replies = Word(4, "the poll's: completions of the claimant's requests")
+    reply = Blob(40, "the poll's, written before replies is raised: the last of them")
+    # What the program that has claimed the channel counts.
+    tx_next = Word(4, "the claimant's: sequence of the next frame")
+
+
 class Driver(Record):
     """A driver that is registered: `hv_driver`."""
 
@@ -266,6 +289,7 @@ TABLES: Final = (
     TableSpec("work", WorkItem, 4352),
     TableSpec("devices", Device, 2304),
     TableSpec("drivers", Driver, 64),
+    TableSpec("net_channels", NetChannel, 2304),
 )
 ARRAYS: Final[Mapping[str, int]] = {
     "relids": 8 * MAX_CHANNEL_RELIDS,
@@ -382,6 +406,7 @@ class KernelTables:
         self.work: Final = self._table("work", WorkItem)
         self.devices: Final = self._table("devices", Device)
         self.drivers: Final = self._table("drivers", Driver)
+        self.net_channels: Final = self._table("net_channels", NetChannel)
         self.relids: Final = RelidTable(ram, layout.tables["relids"].gpa, self.channels)
         self.instances: Final = GuidHash(
             ram, layout.tables["instances"].gpa, INSTANCE_BUCKETS, self.channels, "if_instance", "hash_next"
@@ -438,7 +463,7 @@ class KernelTables:
 
         Workers that sleep because there is nothing to do are none.
         """
-        tables = (self.channels, self.requests, self.work, self.devices)
+        tables = (self.channels, self.requests, self.work, self.devices, self.net_channels)
         found = {table.name: table.in_use for table in tables if table.in_use}
         # 0: a worker takes the record just now.
         workers = self.work_queues.worker_actors() | {0}
@@ -450,7 +475,7 @@ class KernelTables:
 
     def damage(self) -> list[str]:
         """What was written into freed records; call it when nothing runs."""
-        tables = (self.channels, self.requests, self.waiters, self.work, self.devices)
+        tables = (self.channels, self.requests, self.waiters, self.work, self.devices, self.net_channels)
         return [line for table in tables for line in table.damage()]
 
     def _table(self, name: str, record_class: type[R]) -> Table[R]:

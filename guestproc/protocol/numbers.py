@@ -10,6 +10,7 @@ class Tasklets(IntEnum):
 
     VMBUS_ON_MSG_DPC = 1
     VMBUS_ON_EVENT = 2
+    NET_RX_ACTION = 3
 
 
 class Works(IntEnum):
@@ -35,3 +36,6 @@ class Callbacks(IntEnum):
     """Numbers in CHANNEL_CALLBACKS; drivers begin at 16."""
 
     ECHO_ONCHANNELCALLBACK = 16
+    ECHO_SC_OPEN = 17
+    NETVSC_CHANNEL_CB = 18
+    NETVSC_SC_OPEN = 19

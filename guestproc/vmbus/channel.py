@@ -21,7 +21,7 @@ from emu.wire.messages import (
     MessageType,
     gpadl_messages,
 )
-from guestproc.kernel.layout import Channel, ChannelState
+from guestproc.kernel.layout import CallbackMode, Channel, ChannelState
 from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.kernel.tasklet import tasklet_disable, tasklet_enable
 from guestproc.protocol import opening, pending
@@ -143,6 +143,21 @@ def vmbus_teardown_gpadl(current: Current, channel: Channel, gpadl: int) -> int:
     if result == 0:
         current.record(E_GPADL_DROP, channel.relid, gpadl)
     return result
+
+
+# -- before it is opened --------------------------------------------------------------------------------
+
+
+def set_channel_read_mode(current: Current, channel: Channel, mode: CallbackMode) -> None:
+    """Who masks the inbound ring, and where the callback runs (`HV_CALL_BATCHED`, `_DIRECT`, `_ISR`)."""
+    with channel.sched_lock.hold(current.actor):
+        channel.callback_mode = mode
+
+
+def vmbus_set_sc_create_callback(current: Current, primary: Channel, callback: int) -> None:
+    """What is called for each new sub-channel; to be set before the device is asked for any."""
+    with current.connection.channel_mutex.hold(current.actor):
+        primary.sc_creation_callback = callback
 
 
 # -- open -----------------------------------------------------------------------------------------------

@@ -285,6 +285,8 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
         request = rescinds.mark(current.tables, channel)
         if request is not None:
             request.waitevent.complete(current.actor)
+    # A probe may wait for something of the device's own on this channel.
+    current.connection.state_wait.wake_all(current.actor)
 
 
 def _finish_rescind(current: Current, channel: Channel) -> None:

@@ -31,10 +31,13 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    subchannels: int = 0
+    """How many sub-channels a guest may be given, and `seed` what is random draws on; set by who makes the device."""
+    seed: int = 0
 
     @abstractmethod
     def open(self, channel: HostChannel) -> TaskBody:
-        """Begin to serve a channel; DeviceRefused if that cannot be."""
+        """Begin to serve a channel, primary or sub-channel; DeviceRefused if that cannot be."""
 
     def close(self, channel: HostChannel) -> bool:
         """End what serves the channel, whose task was closed. False: `channel.closed()` says when it has."""

@@ -26,7 +26,8 @@ class HostChannel:
 
     `incoming` is the guest's ring, `outgoing` the host's; both are mapped when the first packet comes.
     `signal` sets the guest's event flag (it does nothing for a guest that polls). `violation` counts what the
-    guest did wrong. After `close` the rings are gone.
+    guest did wrong. `offer_subchannels`, on a primary, offers those of the indices that are not offered yet, in that
+    order, and says how many the guest was given. After `close` the rings are gone.
     """
 
     __slots__ = (
@@ -38,6 +39,7 @@ class HostChannel:
         "_unmapped",
         "closed",
         "key",
+        "offer_subchannels",
         "relid",
         "signals",
         "sub_channel_index",
@@ -56,6 +58,7 @@ class HostChannel:
         signal: Callable[[], object],
         violation: Callable[[ProtocolViolation], None],
         closed: Callable[[], None],
+        offer_subchannels: Callable[[Iterable[int]], int] | None = None,
     ) -> None:
         self.key = key
         self.relid = relid
@@ -67,6 +70,7 @@ class HostChannel:
         else:
             self._incoming, self._outgoing = rings
         self.violation = violation
+        self.offer_subchannels = offer_subchannels or _none_offered
         self.closed = closed  # for a back end whose `close` said that it needs longer
         self.signals = 0  # to the guest
         self._signal = signal
@@ -198,3 +202,8 @@ class HostChannel:
         if self._unmapped is None:
             self._incoming.memory.close()
             self._outgoing.memory.close()
+
+
+def _none_offered(_indices: Iterable[int]) -> int:
+    """A channel of nobody's bus has no sub-channels."""
+    return 0

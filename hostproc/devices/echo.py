@@ -3,6 +3,9 @@
 A packet that asks for a completion (and has a transaction id to answer to) is answered by one, with its own
 payload; any other comes back as an in-band packet with its own id. A guest that does not read makes the
 device stop reading: what it holds then is one batch, and the guest's ring fills up.
+
+The one exception is the first packet of a primary whose user data announce it: a request for sub-channels
+(`emu.wire.subchannel_request`).
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from typing import ClassVar
 from emu.errors import ProtocolViolation
 from emu.ring import Packet
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
+from emu.wire.subchannel_request import ECHO_USERDATA
 from hostproc.devices.backend import Backend
 from hostproc.devices.channel import HostChannel
+from hostproc.devices.subchannels import SubchannelGrants
 from hostproc.loop import AGAIN, TaskBody
 
 
@@ -28,6 +33,10 @@ class Echo(Backend):
         return self._serve(channel)
 
     def _serve(self, channel: HostChannel) -> TaskBody:
+        if channel.userdata.startswith(ECHO_USERDATA) and not channel.sub_channel_index:
+            while not (request := channel.take(1)):
+                yield from channel.wait_for_packets()
+            yield from SubchannelGrants(channel, self.subchannels, self.seed).answer(request[0])
         # A packet that came through a ring no larger than the one back fits that, too.
         may_not_fit = channel.may_not_fit
         while True:

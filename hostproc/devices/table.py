@@ -14,18 +14,22 @@ from uuid import UUID
 from emu.wire.device_classes import CLASSES, DeviceClass
 from hostproc.devices.backend import Backend
 from hostproc.devices.echo import Echo
+from hostproc.devices.netlike import Netlike
 from hostproc.protocol.offers import OfferParameters
 
-BACKENDS: Final[Mapping[str, type[Backend]]] = MappingProxyType({backend.name: backend for backend in (Echo,)})
+BACKENDS: Final[Mapping[str, type[Backend]]] = MappingProxyType({backend.name: backend for backend in (Echo, Netlike)})
 """Back ends, by the name that a scenario gives them."""
 
 DEVICES: Final[Mapping[str, DeviceClass]] = MappingProxyType({kind.name: kind for kind in CLASSES})
 """Device classes, by the name that a scenario gives them; any back end may stand behind any of them."""
 
 
-def new_backend(name: str) -> Backend:
+def new_backend(name: str, *, subchannels: int = 0, seed: int = 0) -> Backend:
     """Make a back end for one device; KeyError when there is none of that name."""
-    return BACKENDS[name]()
+    backend = BACKENDS[name]()
+    backend.subchannels = subchannels
+    backend.seed = seed
+    return backend
 
 
 def offer_of(class_name: str, instance: UUID, *, sub_channel_index: int = 0) -> OfferParameters:

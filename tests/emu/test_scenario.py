@@ -121,13 +121,13 @@ def test_every_device_key_is_read(tmp_path: Path) -> None:
         backend = "echo"
         instance = "{{{INSTANCE.upper()}}}"
         ring_pages = "20KiB"
-        subchannels = 0
+        subchannels = 7
         """
 
     (device,) = load(tmp_path, text).devices()
 
     assert (device.class_name, device.backend, str(device.instance)) == ("echo", "echo", INSTANCE)
-    assert (device.ring_pages, device.subchannels) == (5, 0)
+    assert (device.ring_pages, device.subchannels) == (5, 7)
 
 
 @pytest.mark.parametrize("class_name", sorted(BY_NAME))
@@ -147,7 +147,7 @@ def test_ram_is_a_size(tmp_path: Path, size: str, ram_bytes: int) -> None:
     assert load(tmp_path, f"[machine]\nram = {size}").machine.ram_bytes == ram_bytes
 
 
-@pytest.mark.parametrize("name", ["default", "devices", "reversed"])
+@pytest.mark.parametrize("name", ["default", "devices", "netlike", "reversed"])
 def test_example_scenarios_load(name: str) -> None:
     """The examples are right, and the first one writes out the defaults."""
     scenario = Scenario.load(SCENARIOS / f"{name}.toml")
@@ -234,10 +234,18 @@ REFUSED = [
         'device#1.ring_pages: "5000B" is not a multiple of a page; set',
     ),
     ('[[device]]\nclass = "echo"\nring_pages = "16"', 'device#1.ring_pages: "16" is not a size; '),
-    ('[[device]]\nclass = "echo"\nsubchannels = -1', "device#1.subchannels: -1 is not between 0 and 2046; "),
+    ('[[device]]\nclass = "echo"\nsubchannels = -1', "device#1.subchannels: -1 is not between 0 and 64; "),
     (
-        '[[device]]\nclass = "echo"\nsubchannels = 1',
-        "device#1.subchannels: sub-channels are not supported yet by",
+        '[[device]]\nclass = "echo"\nsubchannels = 65',
+        "device#1.subchannels: 65 is not between 0 and 64; set it to the number of sub-channels of each device",
+    ),
+    (
+        '[[device]]\nclass = "netlike"\nbackend = "echo"',
+        'device#1.backend: back end "echo" and class "netlike" do not go together; set backend to "netlike"',
+    ),
+    (
+        '[[device]]\nclass = "nic"\nbackend = "netlike"',
+        'device#1.backend: back end "netlike" and class "nic" do not go together; set backend to "echo"',
     ),
     (
         '[[device]]\nclass = "echo"\ninstance = "nope"',
@@ -459,7 +467,7 @@ def test_rings_that_just_fit_are_accepted(ring_memory: str) -> None:
     """Rings may fill RAM up to what the guest kernel needs, and not a page more."""
     machine = MachineSpec(ram_bytes=64 << 20, ring_memory=ring_memory)
     ring = DeviceSpec(ring_pages=16)
-    fitting = machine.ring_room // ring.ring_bytes(scattered=ring_memory == "scattered")
+    fitting = machine.ring_room // ring.ring_bytes(2, scattered=ring_memory == "scattered")
 
     Scenario(machine, (replace(ring, count=fitting),))
     with pytest.raises(UserError, match="rings take"):
@@ -478,7 +486,7 @@ def test_sub_channels_count_as_channels() -> None:
     """A device with sub-channels takes a relid, and two rings, for each of its channels."""
     with pytest.raises(UserError, match="2048 channels"):
         Scenario(MachineSpec(), (DeviceSpec(count=512, subchannels=3, ring_pages=2),))
-    assert DeviceSpec(count=2, subchannels=3, ring_pages=2).ring_bytes() == 2 * 4 * 2 * 2 * 4096
+    assert DeviceSpec(count=2, subchannels=3, ring_pages=2).ring_bytes(2) == 2 * 4 * 2 * 2 * 4096
 
 
 @pytest.mark.parametrize(("ring_pages", "contiguous", "scattered"), [(2, 4, 8), (9, 32, 64), (16, 32, 64)])
@@ -486,4 +494,4 @@ def test_rings_need_a_power_of_two_of_pages(ring_pages: int, contiguous: int, sc
     """The guest's page allocator hands out aligned blocks, so that is what a channel's rings cost."""
     ring = DeviceSpec(ring_pages=ring_pages)
 
-    assert (ring.ring_bytes() // 4096, ring.ring_bytes(scattered=True) // 4096) == (contiguous, scattered)
+    assert (ring.ring_bytes(2) // 4096, ring.ring_bytes(2, scattered=True) // 4096) == (contiguous, scattered)

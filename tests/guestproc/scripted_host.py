@@ -16,7 +16,7 @@ from emu.doorbells import DoorbellServer
 from emu.errors import ProtocolViolation
 from emu.gpadl import map_ring
 from emu.machine import Machine
-from emu.ring import RingConsumer, RingProducer
+from emu.ring import Packet, RingConsumer, RingProducer
 from emu.wire.device_classes import ECHO
 from emu.wire.gpa_range import GpaRange, parse_gpa_ranges
 from emu.wire.hypercalls import HvStatus
@@ -51,6 +51,8 @@ from hostproc.ports import EventPort, HostMessagePort, MessagePort
 EVENT_CONNECTION = 0x2000
 MSG_CONN_ID = 4
 Answer = Callable[[Message], list[Message]]
+PacketAnswer = Callable[[Packet], list[Packet]]
+"""What comes back for a packet, as (type, flags, trans_id, payload)."""
 
 
 @dataclass
@@ -125,6 +127,7 @@ class ScriptedHost:
         self.target_position = 0
         self.contact: InitiateContact | None = None
         self.unloaded = False
+        self.on_packet: dict[int, PacketAnswer] = {}
         self.answer: dict[MessageType, Answer] = {}
         self._held: dict[MessageType, list[Message]] = {}
         self._serial = 0
@@ -317,21 +320,25 @@ class ScriptedHost:
                 del self.gpadls[gpadl]
 
     def _serve(self, relid: int) -> None:
-        """A doorbell: echo what is there, as far as there is room."""
+        """A doorbell: echo what is there, or answer it as `on_packet` of that relid says, as far as there is room."""
         channel = self.channels.get(relid)
         if channel is None or not channel.echo or channel.consumer is None or channel.producer is None:
             return
         signal = False
         try:
-            for packet_type, flags, trans_id, payload in channel.consumer.drain():
-                del packet_type
-                completes = flags & COMPLETION_REQUESTED and trans_id
-                kind = VM_PKT_COMP if completes else VM_PKT_DATA_INBAND
-                signal |= channel.producer.write(payload, trans_id, 0, kind)
+            for packet in channel.consumer.drain():
+                for kind, back_flags, trans_id, payload in self.on_packet.get(relid, _echo)(packet):
+                    signal |= channel.producer.write(payload, trans_id, back_flags, kind)
         except ProtocolViolation:
             return
         if channel.consumer.take_signal() or signal:
             self.signal(relid)
+
+
+def _echo(packet: Packet) -> list[Packet]:
+    _packet_type, flags, trans_id, payload = packet
+    completes = flags & COMPLETION_REQUESTED and trans_id
+    return [(VM_PKT_COMP if completes else VM_PKT_DATA_INBAND, 0, trans_id, payload)]
 
 
 def counted(messages: list[Message]) -> dict[MessageType, int]:

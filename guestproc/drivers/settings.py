@@ -1,0 +1,54 @@
+"""What the scenario says of a device, for its driver: how large its rings are, how many sub-channels to ask for.
+
+A driver of a real kernel has module parameters for that. A device that the scenario does not name (one that was
+offered later) gets what its class gets by default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+from emu.scenario import DeviceSpec, Scenario
+from emu.wire.device_classes import class_of
+from emu.wire.guids import guid_from_wire
+from guestproc.kernel.layout import Device
+
+if TYPE_CHECKING:
+    from emu.machine import Machine
+    from guestproc.current import Current
+
+PAGE_SIZE: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """Bytes of each of a channel's rings, control page included; sub-channels to ask for."""
+
+    ring_bytes: int
+    subchannels: int
+
+
+class Settings:
+    """The scenario's devices by instance, read once in each process that probes."""
+
+    def __init__(self) -> None:
+        self._machine: Machine | None = None
+        self._known: dict[UUID, DeviceSettings] = {}
+
+    def of(self, current: Current, device: Device) -> DeviceSettings:
+        """What is meant for one device."""
+        if self._machine is not current.machine:
+            self._machine = current.machine
+            scenario = Scenario.from_config({key: current.machine.config[key] for key in ("machine", "device")})
+            self._known = {
+                one.instance: DeviceSettings(one.ring_pages * PAGE_SIZE, one.subchannels) for one in scenario.devices()
+            }
+        return self._known.get(UUID(bytes_le=device.dev_instance)) or _default(current, device)
+
+
+def _default(current: Current, device: Device) -> DeviceSettings:
+    known = class_of(guid_from_wire(device.dev_type))
+    spec = DeviceSpec() if known is None else DeviceSpec(known.name)
+    return DeviceSettings(spec.ring_pages * PAGE_SIZE, spec.subchannels_with(current.machine.vp_count))
