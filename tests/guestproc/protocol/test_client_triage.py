@@ -91,7 +91,7 @@ def test_payload_ends_where_its_size_says() -> None:
 
     message = triage(CURRENT, copy)
 
-    assert message.payload == payload_of(copy) == copy[16:28]
+    assert message.payload == payload_of(CURRENT, copy) == copy[16:28]
 
 
 def test_rescind_does_not_queue_behind_offers() -> None:
