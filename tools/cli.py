@@ -43,6 +43,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
     "ctl": Entry("Machines", "Offer and rescind devices of a running machine, at any moment."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
+    "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "bench": Entry("Measure", "Measure, print medians, ratios and goals."),
     "sysfs": Entry("Look", "Run a command that sees the machine's live tree at /sys/bus/vmbus."),
