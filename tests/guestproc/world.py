@@ -212,7 +212,9 @@ class World:
         era: str = "current",
         deprecate_auto_eoi: bool = True,
         versions: set[int] | None = None,
+        first_vp: int = 10,
     ) -> None:
+        self._first_vp = first_vp
         self.era = ERAS[era]
         self._deprecate_auto_eoi = deprecate_auto_eoi
         self.clock = FakeClock()
@@ -278,7 +280,7 @@ class World:
             "trace": self._segment("trace", mmap.PAGESIZE),
         }
         for position in range(cpus):
-            segments["vps"].view.store_u32(vp_page_offset(position) + VP_INDEX, 10 + position)
+            segments["vps"].view.store_u32(vp_page_offset(position) + VP_INDEX, self._first_vp + position)
         machine = FakeMachine("world", segments, control)
         machine.world = self
         control.state_word.store(MachineState.RUNNING)
