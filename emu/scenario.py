@@ -4,7 +4,8 @@ It is read from TOML (`Scenario.load`), changed by flags (`with_overrides`: flag
 to the machine's processes as plain data (`to_config`, `from_config`). Whatever exists was checked: a value
 that cannot be meant, an unknown key, more than the machine can hold: a UserError names source, key and cure.
 
-    [machine]   name vcpus ram era host_version poll numa vp_order ring_memory exit_deadline_s
+    [machine]   name vcpus ram era host_version features deprecate_auto_eoi poll numa vp_order ring_memory
+                exit_deadline_s
     [[device]]  class backend instance count ring_pages subchannels
 """
 
@@ -39,8 +40,8 @@ from emu.wire.device_classes import BY_NAME, NETLIKE, SINGLETON_INSTANCES
 from emu.wire.subchannel_request import MAX_SUBCHANNELS
 from emu.wire.versions import (
     KNOWN_VERSIONS,
-    VERSION_WIN8,
     VERSION_WIN10_V5_3,
+    FeatureFlags,
     version_from_text,
     version_text,
 )
@@ -57,10 +58,13 @@ MIN_RING_PAGES: Final = 2  # one of indices, one of data
 MAX_RING_PAGES: Final = 1 << 15
 
 ERAS: Final = ("current", "seed")
-SUPPORTED_ERAS: Final = frozenset({"current"})
-SUPPORTED_HOST_VERSIONS: Final = frozenset(
-    version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
+SUPPORTED_FEATURES: Final = (
+    FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS
+    | FeatureFlags.MODIFY_CONNECTION
+    | FeatureFlags.CLIENT_ID
+    | FeatureFlags.PAUSE_RESUME
 )
+"""The features of 6.0 that the host carries out."""
 
 BACKENDS: Final = ("echo", "netlike")
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
@@ -102,6 +106,8 @@ class MachineSpec:
     ram_bytes: int = 1 << 30
     era: str = "current"
     host_version: int = VERSION_WIN10_V5_3
+    features: FeatureFlags = SUPPORTED_FEATURES
+    deprecate_auto_eoi: bool = True
     poll: Poll = field(default_factory=Poll)
     numa: int = 1
     vp_order: str = "identity"
@@ -251,6 +257,8 @@ class Scenario:
             "ram": machine.ram_bytes,
             "era": machine.era,
             "host_version": version_text(machine.host_version),
+            "features": [_feature_word(flag) for flag in machine.features],
+            "deprecate_auto_eoi": machine.deprecate_auto_eoi,
             "poll": machine.poll.text(),
             "numa": machine.numa,
             "vp_order": machine.vp_order,
@@ -317,8 +325,10 @@ def _read_machine(table: Table) -> MachineSpec:
         name=table.take("name", machine_name, default.name),
         vcpus=table.take("vcpus", _vcpus, default.vcpus),
         ram_bytes=table.take("ram", _ram, default.ram_bytes),
-        era=table.take("era", _era, default.era),
+        era=table.take("era", one_of(*ERAS), default.era),
         host_version=table.take("host_version", _host_version, default.host_version),
+        features=table.take("features", _features, default.features),
+        deprecate_auto_eoi=table.take("deprecate_auto_eoi", _yes_or_no, default.deprecate_auto_eoi),
         poll=table.take("poll", Poll.read, default.poll),
         numa=table.take("numa", whole_number(1, MAX_VPS, "the number of NUMA nodes"), default.numa),
         vp_order=table.take("vp_order", one_of("identity", "reverse"), default.vp_order),
@@ -368,19 +378,29 @@ def _ram(value: object) -> int:
     return ram_bytes
 
 
-def _era(value: object) -> str:
-    era = one_of(*ERAS)(value)
-    if era not in SUPPORTED_ERAS:
-        raise Nonsense(f'era "{era}" is not supported yet by this version', f"set it to {_either(SUPPORTED_ERAS)}")
-    return era
-
-
 def _host_version(value: object) -> int:
-    version = version_from_text(one_of(*map(version_text, KNOWN_VERSIONS))(value))
-    if version not in SUPPORTED_HOST_VERSIONS:
-        what = f"VMBus {version_text(version)} is not supported yet by this version"
-        raise Nonsense(what, f"set it to {_either(map(version_text, SUPPORTED_HOST_VERSIONS))}")
-    return version
+    return version_from_text(one_of(*map(version_text, KNOWN_VERSIONS))(value))
+
+
+def _feature_word(flag: FeatureFlags) -> str:
+    return str(flag.name).lower().replace("_", "-")
+
+
+def _features(value: object) -> FeatureFlags:
+    """Names of 6.0's features, as an array; older versions have none, whatever it says."""
+    words = {_feature_word(flag): flag for flag in SUPPORTED_FEATURES}
+    if not isinstance(value, list):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array", f"write an array of {_either(words)}")
+    features = FeatureFlags(0)
+    for word in value:
+        features |= words[one_of(*words)(word)]
+    return features
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a boolean", "set it to true or false")
+    return value
 
 
 def _subchannels(value: object) -> int:

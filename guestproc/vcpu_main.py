@@ -15,9 +15,9 @@ from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.task_board import TaskBoard
+from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
 from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
-from guestproc.kernel.layout import Era as EraNumber
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
@@ -111,8 +111,9 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     vcpu.exit(ExitOperation.ATTACH, vcpu.row.pid, ABI_MAJOR << 16 | ABI_MINOR)
     positions: list[int] = machine.config["cpu_positions"]
     vp_indices = [machine.vp_index(position) for position in positions]
+    era = ERAS[machine.config["machine"]["era"]]
     try:
-        tables = KernelTables.format(machine.ram.memory, machine.vp_count, EraNumber.CURRENT, vp_indices)
+        tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices)
     except OutOfMemory as error:
         raise BootFailed(str(error)) from None
     _note_numa(machine, tables)
@@ -198,7 +199,11 @@ def _synic_online(current: Current, vcpu: Vcpu) -> None:
 def _shut_down(current: Current) -> None:
     """Drivers, bus, every CPU's SynIC; then say what could not be given back."""
     tables, machine = current.tables, current.machine
+    unloads = current.connection.vmbus_proto_version >= VERSION_WIN8_1
     vmbus_exit(current)
+    if not unloads:
+        # There is no UNLOAD below 3.0: what the host hears of is that the power goes.
+        current.exit(ExitOperation.DETACH)
     leaks = tables.leaks()
     for what, count in leaks.items():
         current.log(f"leaked: {count} of {what}")

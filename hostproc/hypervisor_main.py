@@ -30,7 +30,7 @@ from emu.ring_trace import recorded
 from emu.scenario import Scenario
 from emu.tracing import E_FAULT, E_IRQ_RAISE, Context
 from emu.vmexit import ExitServer
-from hostproc.bus import CARRIED_VERSIONS, Bus
+from hostproc.bus import Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import new_backend, offer_of
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
@@ -57,6 +57,7 @@ class Hypervisor:
         self.trace = machine.recorder(row, context=Context.HOST)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
         self.scenario = Scenario.from_config({key: machine.config[key] for key in ("machine", "device")})
+        leaves = cpuid.leaves(deprecate_auto_eoi=self.scenario.machine.deprecate_auto_eoi)
         self._vps = machine.vps.view
         self._requesters = [self._requester(position) for position in range(machine.vp_count)]
         self._guest_pidfd = -1
@@ -67,7 +68,7 @@ class Hypervisor:
         self.partition = Partition(
             self.memory,
             machine.config["vp_indices"],
-            cpuid=cpuid.leaves(),
+            cpuid=leaves,
             reference_time=machine.clock.reference_time,
             request_interrupt=self.request_interrupt,
             set_auto_eoi=self._set_auto_eoi,
@@ -85,7 +86,7 @@ class Hypervisor:
             lambda position, slot: machine.wakeup(f"exit.{position}.{slot}"),
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
-        self.upkeep = Upkeep(machine, cpuid.leaves())
+        self.upkeep = Upkeep(machine, leaves)
         self.loop = Loop(
             serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
         )
@@ -104,7 +105,7 @@ class Hypervisor:
             vp_count=machine.vp_count,
             ram_bytes=machine.ram.size,
             max_version=self.scenario.machine.host_version,
-            spoken=CARRIED_VERSIONS,
+            features=self.scenario.machine.features,
         )
         vp_indices: list[int] = machine.config["vp_indices"]
         self.bus = Bus(

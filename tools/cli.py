@@ -43,6 +43,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
     "ctl": Entry("Machines", "Offer and rescind devices of a running machine, at any moment."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
+    "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
     "profile": Entry("Measure", "Watch what a machine's processes cost, and per packet and interrupt."),

@@ -384,7 +384,7 @@ def launch(
             config_of(scenario, no_guest=no_guest, by_hand=bool(without), **extra),
             ram_bytes=scenario.machine.ram_bytes,
             vp_indices=scenario.machine.vp_indices(),
-            cpuid=cpuid.leaves(),
+            cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
         if record:
             machine.control.set_recording()

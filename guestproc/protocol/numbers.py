@@ -24,6 +24,8 @@ class Ipis(IntEnum):
     """Numbers in IPI_FUNCTIONS."""
 
     HV_SYNIC_CLEANUP = 1
+    PERCPU_CHANNEL_ENQ = 2
+    PERCPU_CHANNEL_DEQ = 3
 
 
 class Handlers(IntEnum):

@@ -20,10 +20,11 @@ from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import offers, opening, pending, rescinds
-from guestproc.protocol.numbers import Works
+from guestproc.protocol.numbers import Ipis, Works
 from guestproc.protocol.offers import Place
-from guestproc.protocol.placement import hv_get_dev_type
+from guestproc.protocol.placement import hv_get_dev_type, init_vp_index_seed
 from guestproc.protocol.rescinds import Removal
+from guestproc.vmbus.chan_list import run_on_target_cpu
 from guestproc.vmbus.channel import vmbus_free_ring, vmbus_reset_channel_cb
 from guestproc.vmbus.connection import vmbus_release_relid
 from guestproc.vmbus.device import (
@@ -172,9 +173,12 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
     """Primary or sub-channel? Link it, publish its relid, and queue the half that may wait for the host."""
     connection, actor, queues = current.connection, current.actor, current.tables.work_queues
     with connection.cpus_mutex.hold(actor), connection.channel_mutex.hold(actor):
+        # Under the mutex, which a rescind takes when it saw the count fall: it finds the channel.
+        if current.era.early_offer_done:
+            offer_done(current)
         entered = offers.enter_channel(current.tables, newchannel)
-        # Under the mutex and behind the publication: a rescind that saw the count fall finds the channel.
-        offer_done(current)
+        if not current.era.early_offer_done:
+            offer_done(current)
     if entered.refusal is not None:
         # As in the kernel, no RELID_RELEASED: that id, or that device, is in use.
         current.refuse(entered.refusal, "vmbus_process_offer")
@@ -190,6 +194,10 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
 def vmbus_add_channel_work(current: Current, item: WorkItem) -> None:
     """The second half of an offer: device and driver for a primary, the driver's callback for a sub-channel."""
     newchannel = current.channel(item.arguments[0])
+    if current.era.percpu_lists:
+        with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
+            init_vp_index_seed(current.tables, newchannel)
+        run_on_target_cpu(current, newchannel, Ipis.PERCPU_CHANNEL_ENQ)
     newchannel.state.store(ChannelState.OPEN_STATE)
     done = _add_sub_channel if newchannel.primary_channel else _add_primary
     if done(current, newchannel):
@@ -239,6 +247,8 @@ def err_deq_chan(current: Current, channel: Channel) -> None:
             probe_done(current, channel)
             return
         offers.leave_lists(current.tables, channel)
+    if current.era.percpu_lists:
+        run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     closed_before_suspend(current, offers.closes_before_suspend(channel))
     vmbus_release_relid(current, channel.relid, channel.generation)
     free_channel(current, channel)

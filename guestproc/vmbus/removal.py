@@ -12,6 +12,8 @@ from guestproc.kernel.layout import Channel
 from guestproc.kernel.rcu import synchronize
 from guestproc.kernel.tasklet import tasklet_kill
 from guestproc.protocol import offers
+from guestproc.protocol.numbers import Ipis
+from guestproc.vmbus.chan_list import run_on_target_cpu
 from guestproc.vmbus.connection import vmbus_release_relid
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ def hv_process_channel_removal(current: Current, channel: Channel) -> None:
     """Remove a channel that is rescinded; under channel_mutex."""
     current.connection.channel_mutex.assert_held(current.actor)
     assert channel.rescind.load(), f"{channel} removed without a rescind"
+    if current.era.percpu_lists:
+        run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     offers.leave_lists(current.tables, channel)
     vmbus_release_relid(current, channel.relid, channel.generation)
     free_channel(current, channel)
