@@ -101,6 +101,7 @@ EVENTS: Final = _table(
     ("probe", "relid driver ret"),
     ("open", "relid openid gpadl ret"),
     ("close", "relid ret"),
+    ("uevent", "action relid seqnum"),
 )
 """All events that a recording may hold; numbers never change, new ones go last."""
 
@@ -152,6 +153,7 @@ E_WORK_RUN: Final = EVENTS["work_run"].number
 E_PROBE: Final = EVENTS["probe"].number
 E_OPEN: Final = EVENTS["open"].number
 E_CLOSE: Final = EVENTS["close"].number
+E_UEVENT: Final = EVENTS["uevent"].number
 
 
 class Recorder:

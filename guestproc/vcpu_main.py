@@ -23,9 +23,11 @@ from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
+from guestproc.user import end_user_space
 from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
+from guestproc.vmbus.device import vmbus_shutdown
 from guestproc.vmbus.hv import hv_synic_init
 from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
@@ -196,8 +198,10 @@ def _synic_online(current: Current, vcpu: Vcpu) -> None:
 
 
 def _shut_down(current: Current) -> None:
-    """Drivers, bus, every CPU's SynIC; then say what could not be given back."""
+    """User space, drivers, bus, every CPU's SynIC; then say what could not be given back."""
     tables, machine = current.tables, current.machine
+    end_user_space(current)
+    vmbus_shutdown(current)
     vmbus_exit(current)
     leaks = tables.leaks()
     for what, count in leaks.items():

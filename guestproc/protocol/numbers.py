@@ -35,3 +35,5 @@ class Callbacks(IntEnum):
     """Numbers in CHANNEL_CALLBACKS; drivers begin at 16."""
 
     ECHO_ONCHANNELCALLBACK = 16
+    HV_UIO_CHANNEL_CB = 24
+    HV_UIO_RESCIND = 25
