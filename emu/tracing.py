@@ -103,6 +103,7 @@ EVENTS: Final = _table(
     ("close", "relid ret"),
     ("message_post", "position sint msgtype serial"),
     ("task_take", "relid packets"),
+    ("uevent", "action relid seqnum"),
 )
 """All events that a recording may hold; numbers never change, new ones go last."""
 
@@ -156,6 +157,7 @@ E_OPEN: Final = EVENTS["open"].number
 E_CLOSE: Final = EVENTS["close"].number
 E_MESSAGE_POST: Final = EVENTS["message_post"].number
 E_TASK_TAKE: Final = EVENTS["task_take"].number
+E_UEVENT: Final = EVENTS["uevent"].number
 
 
 class Recorder:

@@ -23,9 +23,11 @@ from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
+from guestproc.user import end_user_space
 from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
+from guestproc.vmbus.device import vmbus_shutdown
 from guestproc.vmbus.hv import hv_synic_init
 from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
@@ -197,9 +199,11 @@ def _synic_online(current: Current, vcpu: Vcpu) -> None:
 
 
 def _shut_down(current: Current) -> None:
-    """Drivers, bus, every CPU's SynIC; then say what could not be given back."""
+    """User space, drivers, bus, every CPU's SynIC; then say what could not be given back."""
     tables, machine = current.tables, current.machine
     unloads = current.connection.vmbus_proto_version >= VERSION_WIN8_1
+    end_user_space(current)
+    vmbus_shutdown(current)
     vmbus_exit(current)
     if not unloads:
         # There is no UNLOAD below 3.0: what the host hears of is that the power goes.

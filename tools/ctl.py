@@ -1,4 +1,4 @@
-"""`vmbus-emu ctl`: what a user asks of a running machine: hot add, hot remove."""
+"""`vmbus-emu ctl`: what a user asks of a running machine: hot add and hot remove here, the guest's half next door."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from emu.scenario import parse_device
 from emu.scenario_text import Nonsense, guid
 from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
+from tools.ctl_guest import GUEST_COMMANDS
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option
 from tools.output import print_json
@@ -26,13 +27,18 @@ _LOOK_S: Final = 0.001
 
 @click.group()
 def ctl() -> None:
-    """Offer and rescind devices of a running machine, at any moment.
+    """Offer and rescind devices of a running machine, bind and unbind its drivers, let its guest's steps fail.
 
     \b
     Example:
       vmbus-emu ctl offer echo
       vmbus-emu ctl rescind 9
+      vmbus-emu ctl unbind 3
     """
+
+
+for command in GUEST_COMMANDS:
+    ctl.add_command(command)
 
 
 def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:

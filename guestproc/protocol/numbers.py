@@ -41,3 +41,5 @@ class Callbacks(IntEnum):
     ECHO_SC_OPEN = 17
     NETVSC_CHANNEL_CB = 18
     NETVSC_SC_OPEN = 19
+    HV_UIO_CHANNEL_CB = 24
+    HV_UIO_RESCIND = 25

@@ -14,12 +14,13 @@ from emu.control import Ready
 from emu.errors import ProtocolViolation
 from emu.tracing import E_OFFER, E_REQ_COMPLETE, E_RESCIND, E_WORK_QUEUE
 from emu.wire.guids import guid_from_wire
-from emu.wire.messages import RescindChannelOffer, parse
+from emu.wire.messages import OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
-from guestproc.protocol import offers, opening, pending, rescinds
+from guestproc.protocol import faults, offers, opening, pending, rescinds
+from guestproc.protocol.faults import Fault
 from guestproc.protocol.numbers import Ipis, Works
 from guestproc.protocol.offers import Place
 from guestproc.protocol.placement import hv_get_dev_type, init_vp_index_seed
@@ -147,8 +148,7 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
         return
     # The kernel's channel object has its add_channel_work inside; here both are records, had together or not.
     queues = current.tables.work_queues
-    item = queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, serial=current.serial)
-    channel = offers.new_channel(current.tables, offer, payload, current.serial) if item is not None else None
+    item, channel = _allocate_channel(current, offer, payload)
     current.record(
         E_OFFER,
         offer.child_relid,
@@ -167,6 +167,17 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
         current.log(f"Unknown GUID: {guid_from_wire(channel.if_type)}")
     item.arguments[0] = channel.handle
     vmbus_process_offer(current, channel, item)
+
+
+def _allocate_channel(current: Current, offer: OfferChannel, payload: bytes) -> tuple[WorkItem | None, Channel | None]:
+    """The two records of an offer, as far as there are any."""
+    tables, relid = current.tables, offer.child_relid
+    if faults.strikes(tables, Fault.WORK_ALLOC, relid):
+        return None, None
+    item = tables.work_queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, serial=current.serial)
+    if item is None or faults.strikes(tables, Fault.ALLOC_CHANNEL, relid):
+        return item, None
+    return item, offers.new_channel(tables, offer, payload, current.serial)
 
 
 def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work: WorkItem) -> None:
