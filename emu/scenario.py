@@ -208,9 +208,9 @@ class Scenario:
         blocks = top.take("device", _array, None)
         names: list[str] = []
         paths = [*(directory / name for name in top.take("plugins", _paths, names)), *more_plugins]
-        plugins = plugin.load(paths) if paths else plugin.installed()
         top.not_yet("switches", "step", "expect")
         top.end()
+        plugins = plugin.load(paths) if paths else plugin.installed()
         specs = cls.default().device_specs
         if blocks is not None:
             specs = tuple(
