@@ -7,19 +7,22 @@ that cannot be meant, an unknown key, more than the machine can hold: a UserErro
     [machine]   name vcpus ram era host_version features deprecate_auto_eoi poll numa vp_order ring_memory
                 exit_deadline_s
     [[device]]  class backend instance count ring_pages subchannels
+    plugins     files that register classes and back ends of your own (see `emu.plugin`)
 """
 
 from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from emu import plugin
 from emu.layout import MAX_VPS, PAGE_SIZE
+from emu.plugin import NO_PLUGINS, Plugins
 from emu.scenario_text import (
     Nonsense,
     Table,
@@ -186,36 +189,52 @@ class Scenario:
     machine: MachineSpec
     device_specs: tuple[DeviceSpec, ...]
     source: str = field(default="the default scenario", compare=False)
+    plugins: Plugins = NO_PLUGINS
 
     def __post_init__(self) -> None:
         self._check()
 
     @classmethod
-    def default(cls) -> Scenario:
-        """2 vCPUs and 8 echo devices."""
-        return cls(MachineSpec(), (DeviceSpec(count=8),))
+    def default(cls, plugins: Iterable[Path] = ()) -> Scenario:
+        """2 vCPUs, 8 echo devices, and one device of each class that these plugins register."""
+        loaded = plugin.load(plugins) or NO_PLUGINS
+        own = tuple(DeviceSpec(name, default_backend(name, loaded)) for name in loaded.classes)
+        return cls(MachineSpec(), (DeviceSpec(count=8), *own), plugins=loaded)
 
     @classmethod
-    def load(cls, path: Path) -> Scenario:
-        """Read a scenario file; UserError names the file, the key and the cure."""
-        return cls._read(read_toml(path), str(path))
+    def load(cls, path: Path, plugins: Iterable[Path] = ()) -> Scenario:
+        """Read a scenario file; UserError names the file, the key and the cure.
+
+        Its own plugins, relative to it, are loaded first, then those of `plugins`.
+        """
+        return cls._read(read_toml(path), str(path), path.parent, plugins)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Scenario:
-        """The scenario that `to_config` gave; what did not come from there is a UserError as in a file."""
-        return cls._read(config, "configuration")
+        """The scenario that `to_config` gave; what did not come from there is a UserError as in a file.
+
+        Without `plugins` in it, those count that this process is attached with.
+        """
+        return cls._read(config, "configuration", Path("/"))
 
     @classmethod
-    def _read(cls, document: Mapping[str, Any], source: str) -> Scenario:
+    def _read(
+        cls, document: Mapping[str, Any], source: str, directory: Path, more_plugins: Iterable[Path] = ()
+    ) -> Scenario:
         top = Table(dict(document), source, "")
         machine = _read_machine(Table(top.take("machine", _as_it_is, {}), source, "machine"))
         blocks = top.take("device", _array, None)
-        top.not_yet("switches", "step", "expect", "plugins")
+        names: list[str] = []
+        paths = [*(directory / name for name in top.take("plugins", _paths, names)), *more_plugins]
+        top.not_yet("switches", "step", "expect")
         top.end()
+        plugins = plugin.load(paths) if paths else plugin.installed()
         specs = cls.default().device_specs
         if blocks is not None:
-            specs = tuple(_read_device(Table(block, source, f"device#{n}")) for n, block in enumerate(blocks, 1))
-        return cls(machine, specs, source)
+            specs = tuple(
+                _read_device(Table(block, source, f"device#{n}"), plugins) for n, block in enumerate(blocks, 1)
+            )
+        return cls(machine, specs, source, plugins)
 
     def with_overrides(
         self,
@@ -267,7 +286,8 @@ class Scenario:
         }
         if machine.name is not None:
             table["name"] = machine.name
-        return {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        config = {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        return {**config, "plugins": self.plugins.paths} if self.plugins else config
 
     def _check(self) -> None:
         """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
@@ -297,15 +317,21 @@ class Scenario:
             raise complaint(self.source, "device.instance", problem)
 
 
-def parse_device(text: str) -> DeviceSpec:
+def parse_device(text: str, plugins: Plugins = NO_PLUGINS) -> DeviceSpec:
     """Read `CLASS[:COUNT]`, as `--device` takes it; UserError otherwise."""
     class_name, colon, count = text.partition(":")
     flags = Table({}, "command line", "")
-    spec = DeviceSpec(flags.read("--device", _device_class, class_name))
+    known = flags.read("--device", _device_class(plugins), class_name)
+    spec = DeviceSpec(known, default_backend(known, plugins))
     if not colon:
         return spec
     number: object = int(count) if count.isascii() and count.isdigit() and len(count) < 19 else count
     return replace(spec, count=flags.read("--device", _count, number))
+
+
+def default_backend(class_name: str, plugins: Plugins) -> str:
+    """The back end of a device of which nobody says: a plugin's own for its class; else `backend_of` it."""
+    return plugins.backend_of(class_name) or backend_of(class_name)
 
 
 def derived_instance(class_name: str, index: int) -> UUID:
@@ -339,13 +365,14 @@ def _read_machine(table: Table) -> MachineSpec:
     return machine
 
 
-def _read_device(table: Table) -> DeviceSpec:
+def _read_device(table: Table, plugins: Plugins) -> DeviceSpec:
     if "class" not in table:
-        raise table.complaint("class", Nonsense("missing", nearest("", BY_NAME)))
+        raise table.complaint("class", Nonsense("missing", nearest("", (*BY_NAME, *plugins.classes))))
     default = DeviceSpec()
+    class_name = table.take("class", _device_class(plugins), default.class_name)
     spec = DeviceSpec(
-        class_name=table.take("class", _device_class, default.class_name),
-        backend=table.take("backend", one_of(*BACKENDS), ""),
+        class_name=class_name,
+        backend=table.take("backend", one_of(*BACKENDS, *plugins.backends), default_backend(class_name, plugins)),
         instance=table.take("instance", guid, default.instance),
         count=table.take("count", _count, default.count),
         ring_pages=table.take("ring_pages", page_count(MIN_RING_PAGES, MAX_RING_PAGES), default.ring_pages),
@@ -407,12 +434,26 @@ def _subchannels(value: object) -> int:
     return whole_number(0, MAX_SUBCHANNELS, "the number of sub-channels of each device")(value)
 
 
-def _device_class(value: object) -> str:
-    if not isinstance(value, str):
-        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", nearest("", BY_NAME))
-    if value not in BY_NAME:
-        raise Nonsense(f"{shown(value)} is not a device class", nearest(value, BY_NAME))
+def _paths(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array", 'write it as ["FILE.py", …]')
+    for one in value:
+        if not isinstance(one, str) or not one:
+            raise Nonsense(f"{shown(one)} is no path of a file", 'write it as ["FILE.py", …]')
     return value
+
+
+def _device_class(plugins: Plugins) -> Callable[[object], str]:
+    names = (*BY_NAME, *plugins.classes)
+
+    def read(value: object) -> str:
+        if not isinstance(value, str):
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", nearest("", names))
+        if value not in names:
+            raise Nonsense(f"{shown(value)} is not a device class", nearest(value, names))
+        return value
+
+    return read
 
 
 def _device_config(spec: DeviceSpec) -> dict[str, Any]:
@@ -426,6 +467,8 @@ def _device_config(spec: DeviceSpec) -> dict[str, Any]:
     }
     default = DeviceSpec(spec.class_name)
     changed = {key: value for key, value in table.items() if value != getattr(default, key)}
+    if spec.class_name not in BY_NAME:
+        changed["backend"] = spec.backend  # a plugin's class may have another default
     return {"class": spec.class_name, **changed}
 
 

@@ -9,6 +9,7 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from emu import plugin
 from emu.control import Ready
 from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
@@ -17,7 +18,7 @@ from emu.memory import GuestMemory
 from emu.task_board import TaskBoard
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
-from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
+from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
@@ -49,6 +50,7 @@ class BootFailed(VmbusError):
 
 def run(machine: Machine, cpu: int, report: Report) -> int:
     """Boot or come online, then serve until the machine stops; the process's exit status."""
+    add_plugins(plugin.attach(machine.config))
     vcpu = Vcpu(machine, cpu, report)
     try:
         current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from emu import plugin
 from emu.control import ActorKind
 from emu.errors import MachineStopping
 from emu.ipc.semaphores import Wakeup
@@ -18,7 +19,7 @@ from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.tracing import E_WORK_RUN
 from guestproc.current import Current
-from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
+from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
@@ -33,6 +34,7 @@ Report = Callable[..., None]
 
 def run(machine: Machine, report: Report) -> int:
     """Wait until RAM is laid out, then run every queue until the machine stops; the exit status."""
+    add_plugins(plugin.attach(machine.config))
     _row, counters = machine.enlist(ActorKind.WORKQUEUE, "workqueue")
     gate = machine.wakeup("actor.0")
     if not _wait_for_ram(machine, gate):

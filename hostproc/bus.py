@@ -11,6 +11,7 @@ message and by what the host does of its own accord.
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -144,6 +145,7 @@ class Bus:
         budget: MapBudget | None = None,
         trace: Recorder | None = None,
         instrument: Instrument | None = None,
+        log: Callable[[str], object] | None = None,
     ) -> None:
         self.server = server
         self.refusals = Refusals()
@@ -155,6 +157,7 @@ class Bus:
         self._budget = budget
         self._trace = trace
         self._instrument = instrument
+        self._log = log
         self._devices: dict[int, _Device] = {}
         self._last_key = 0
         self._effects: deque[Effect] = deque()
@@ -376,9 +379,15 @@ class Bus:
             channel.close()
             self._take(self.server.device_refused(effect.key, refused.status))
             return
+        except Exception as error:
+            channel.close()
+            self.backend_error(device.backend.name, f"open of channel {effect.relid}", error)
+            self._take(self.server.device_refused(effect.key))
+            return
         device.channel = channel
         # It runs once without being rung for: what the guest wrote before is found then.
-        device.task = self._tasks.task(f"{device.backend.name}.{effect.relid}", self._run(channel, body))
+        name = device.backend.name
+        device.task = self._tasks.task(f"{name}.{effect.relid}", self._run(name, channel, body))
         self._take(self.server.device_opened(effect.key))
 
     def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
@@ -425,12 +434,30 @@ class Bus:
                 self.remove(subchannel)  # all relids are taken, or this version has no sub-channels
         return given
 
-    def _run(self, channel: HostChannel, body: TaskBody) -> TaskBody:
-        """Run a device's task; a guest that breaks its rings stops this channel's, and nothing else."""
+    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> TaskBody:
+        """Run a device's task; a guest that breaks its rings, or an author's mistake, stops this channel's only."""
         try:
             yield from body
         except ProtocolViolation as violation:
             channel.violation(violation)
+        except Exception as error:
+            self.backend_error(name, f"channel {channel.relid}", error)
+
+    def backend_error(self, name: str, where: str, error: BaseException) -> None:
+        """Count what a back end let out, and say it: the first of them, the tenth, the hundredth, …"""
+        self.refusals.add(Refused("backend-error", f"{name}: {where}: {type(error).__name__}: {error}"))
+        count = self.refusals.refused["backend-error"]
+        if self._log is not None and str(count).strip("0") == "1":
+            often = f" ({count} back-end errors so far)" if count > 1 else ""
+            self._log(f"back end {name}, {where}{often}:\n{''.join(traceback.format_exception(error)).rstrip()}")
+
+    def _backend_close(self, device: _Device, channel: HostChannel) -> bool:
+        """`Backend.close`; one that raises has closed."""
+        try:
+            return device.backend.close(channel) is not False
+        except Exception as error:
+            self.backend_error(device.backend.name, f"close of channel {channel.relid}", error)
+            return True
 
     def _close(self, key: int) -> None:
         """Stop a device's task, and its channel once the back end has ended."""
@@ -438,7 +465,7 @@ class Bus:
         assert device.channel is not None and device.task is not None
         device.task.close()
         device.task = None
-        if device.backend.close(device.channel):
+        if self._backend_close(device, device.channel):
             self._closed(key)
 
     def _closed(self, key: int) -> None:
@@ -455,7 +482,7 @@ class Bus:
             device.task.close()
             device.task = None
             assert device.channel is not None
-            device.backend.close(device.channel)
+            self._backend_close(device, device.channel)
         self._unbind(device)
         self._give_back(device)
         device.gpadls.clear()

@@ -11,9 +11,10 @@ import select
 from collections.abc import Callable
 from typing import Final
 
-from emu import cpuid
+from emu import cpuid, plugin
 from emu.control import ActorKind, Ready
 from emu.doorbells import DoorbellServer
+from emu.errors import UserError
 from emu.gpadl import MapBudget
 from emu.interrupts import Halt, InterruptRequester, PollPolicy
 from emu.layout import (
@@ -32,7 +33,7 @@ from emu.tracing import E_FAULT, E_IRQ_RAISE, Context
 from emu.vmexit import ExitServer
 from hostproc.bus import Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
-from hostproc.devices.table import new_backend, offer_of
+from hostproc.devices.table import add_plugins, new_backend, offer_of
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
@@ -116,6 +117,7 @@ class Hypervisor:
             budget=MapBudget.of_system(),
             trace=self.trace,
             instrument=self._recorded if self.trace else None,
+            log=lambda text: report("log", "hypervisor", text),
         )
         self.control_plane = ControlPlane(
             self.partition, self.bus, self.loop, machine.control, self.scenario.machine.host_version
@@ -280,7 +282,11 @@ class Hypervisor:
     def run(self) -> int:
         """Offer the devices, then serve until the machine stops."""
         for device in self.scenario.devices():
-            backend = new_backend(device.backend, subchannels=device.subchannels, seed=self.machine.config["seed"])
+            try:
+                backend = new_backend(device.backend, subchannels=device.subchannels, seed=self.machine.config["seed"])
+            except UserError as error:
+                self.bus.backend_error(device.backend, f"making device {device.instance}", error.__cause__ or error)
+                continue
             self.bus.add(offer_of(device.class_name, device.instance), backend)
         if self.machine.config["no_guest"]:
             self.watch_guest()
@@ -295,4 +301,5 @@ class Hypervisor:
 
 def run(machine: Machine, report: Report) -> int:
     """Be the machine's hypervisor; the process's exit status."""
+    add_plugins(plugin.attach(machine.config))
     return Hypervisor(machine, report).run()

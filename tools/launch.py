@@ -332,6 +332,8 @@ def cpu_positions(scenario: Scenario) -> list[int]:
 
 def config_of(scenario: Scenario, **extra: Any) -> dict[str, Any]:
     """What the processes of a machine read from `control`: the scenario and what follows from it."""
+    if scenario.plugins:
+        extra["plugin_facts"] = scenario.plugins.facts()
     return {
         **scenario.to_config(),
         "vp_indices": scenario.machine.vp_indices(),
