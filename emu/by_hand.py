@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from emu.errors import VmbusError
+from emu.errors import UserError, VmbusError
 from emu.machine import KICK_SIGNAL, Machine
 
 
@@ -20,7 +20,11 @@ def attach_and_run(machine_name: str, body: Callable[[Machine, Callable[..., Non
     except VmbusError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    return body(machine, _report)
+    try:
+        return body(machine, _report)
+    except UserError as error:  # a plugin that is not what it was
+        sys.stderr.write(f"{error}\n")
+        return 2
 
 
 def _report(*message: Any) -> None:

@@ -126,6 +126,7 @@ COUNTERS: Final = (
     "preemptions",
     "packets",
     "bytes",
+    "plugin_errors",
 )
 """Names of the counters an actor may keep, in the order of their words; unused ones stay 0."""
 
@@ -196,6 +197,7 @@ class Counters:
     preemptions: int
     packets: int
     bytes: int
+    plugin_errors: int
 
     def __init__(self, memory: Any, base: int) -> None:
         self._memory = memory
@@ -230,6 +232,7 @@ class Counters:
             self.preemptions,
             self.packets,
             self.bytes,
+            self.plugin_errors,
         )
 
 

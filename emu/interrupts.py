@@ -196,11 +196,11 @@ class Halt:
     """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
 
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads.
-    `owed_s` bounds the wait for a token from somebody who took the announcement away: where guests may write
-    the run state, nobody may have meant to post.
+    Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
+    somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     """
 
-    __slots__ = ("_block", "_counters", "_look", "_owed_s", "_state", "policy")
+    __slots__ = ("_block", "_counters", "_look", "_look_again_s", "_owed_s", "_state", "policy")
 
     def __init__(
         self,
@@ -212,8 +212,10 @@ class Halt:
         counters: Counters,
         *,
         owed_s: float = WATCHDOG_S,
+        look_again_s: float = WATCHDOG_S,
     ) -> None:
         self._owed_s = owed_s
+        self._look_again_s = look_again_s
         self._state = view.cell_u32(state_offset)
         self._block = wakeup.block
         self._look = look
@@ -241,7 +243,7 @@ class Halt:
 
     def _sleep(self, timeout_s: float) -> None:
         """Block until a token, the timeout or a signal; leave HALTED by an atomic exchange only."""
-        if self._block(timeout_s):
+        if self._block_in_turns(timeout_s):
             # A token that nobody's exchange stands behind (the launcher's nudge, a guest's) leaves us HALTED:
             # taken back here, or we would run as HALTED and be sent another one.
             if self._state.cas(HALTED, AWAKE) == HALTED:
@@ -257,6 +259,16 @@ class Halt:
         end = now() + self._owed_s
         while not self._block(max(0.0, end - now())) and now() < end:
             pass
+
+    def _block_in_turns(self, timeout_s: float) -> bool:
+        """Block, looking every `look_again_s`; False when there is something to do, or the time is over."""
+        turn_s = self._look_again_s
+        while not self._block(min(turn_s, timeout_s)):
+            timeout_s -= turn_s
+            # Whatever a caller would find in a round of its own is one of these three: no round is run for nothing.
+            if timeout_s <= 0 or self._state.load() != HALTED or self._look():
+                return False
+        return True
 
     def _take_strays(self) -> None:
         """Take the tokens away that somebody posted for nothing: each would end a halt of its own.

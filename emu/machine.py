@@ -51,6 +51,8 @@ KICK_SIGNAL: Final = int(signal.SIGRTMIN) + 1
 SEGMENTS: Final = ("ram", "vps", "doorbells", "control", "trace")
 ACTOR_WAKEUPS: Final = 24
 """Semaphores for waiting threads of the workqueue process and of harness tools."""
+USER_WAKEUP: Final = 16
+"""The semaphore of the guest's user space (its first thread; the others' are behind it)."""
 
 
 def wakeup_names(vp_count: int) -> list[str]:

@@ -6,6 +6,9 @@ asked is a name and plain values (msgpack); an answer is plain values, or an err
 
     FREE -> FILLING -> POSTED (the asker) -> TAKEN -> DONE (the recipient) -> FREE (the asker)
                                                  \\-> ABANDONED (an asker that gave up) -> FREE (the recipient)
+
+State and asker are one word, changed by compare-and-swap only, so a slot whose asker died is taken over by one
+process, and never while the asker lives.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ from emu.control import ORDER_SLOTS, ORDER_TEXT_BYTES, Control, start_time_of
 from emu.errors import DeadlinePassed, MachineStopping, UserError
 from emu.layout import MachineState
 
-_HEAD: Final = Struct("<IIIIQ")
-"""state, recipient, bytes of text, asker's pid, and when that process started (clock ticks since boot)."""
+_HEAD: Final = Struct("<QII")
+"""The slot's word, recipient, bytes of text."""
+_LENGTH: Final = 12
+_STATE_MASK: Final = 0xFF
+"""The word: state, then 24 bits of the asker's pid, then 32 of its start time (clock ticks since boot)."""
 _LOOK_S: Final = 0.001
 ANSWER_TIMEOUT_S: Final = 10.0
 
@@ -38,7 +44,7 @@ class Recipient(IntEnum):
 
 
 class OrderState(IntEnum):
-    """State word of a slot."""
+    """State of a slot."""
 
     FREE = 0
     FILLING = 1
@@ -48,6 +54,14 @@ class OrderState(IntEnum):
     ABANDONED = 5
 
 
+class OrderRefused(UserError):
+    """The recipient will not: `errno` is the guest kernel's, 0 when there is none."""
+
+    def __init__(self, text: str, errno: int = 0) -> None:
+        super().__init__(text)
+        self.errno = errno
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """A letter that its recipient has taken; to be answered exactly once."""
@@ -55,6 +69,20 @@ class Order:
     slot: int
     what: str
     arguments: dict[str, Any]
+
+
+def _word(state: int, pid: int, started: int) -> int:
+    """A slot's word."""
+    return state | (pid & 0xFFFFFF) << 8 | (started & 0xFFFFFFFF) << 32
+
+
+def _state(word: int) -> int:
+    return word & _STATE_MASK
+
+
+def _orphan(word: int) -> bool:
+    """Whether the asker that a word names is no more."""
+    return start_time_of(word >> 8 & 0xFFFFFF) & 0xFFFFFFFF != word >> 32
 
 
 class OrderDesk:
@@ -67,6 +95,11 @@ class OrderDesk:
     def bell(self, recipient: Recipient) -> Callable[[], int]:
         """Load of a recipient's bell: not 0 when there may be a letter."""
         return self._view.cell_u32(self._control.order_bell_offset(recipient)).load
+
+    def states(self) -> list[OrderState]:
+        """The state of each slot (for reports)."""
+        words = (self._view.load_u64(self._control.order_offset(slot)) for slot in range(ORDER_SLOTS))
+        return [OrderState(_state(word)) for word in words]
 
     # -- who asks -----------------------------------------------------------------------------------
 
@@ -81,23 +114,40 @@ class OrderDesk:
     ) -> dict[str, Any]:
         """Post a letter, wake its recipient, wait for the answer.
 
-        Raises UserError when the recipient will not (its text says why), DeadlinePassed when no slot is free or no
-        answer comes, MachineStopping when the machine ends meanwhile.
+        Raises OrderRefused when the recipient will not (its text says why), DeadlinePassed when no slot is free or
+        no answer comes, MachineStopping when the machine ends meanwhile.
         """
+        return self.wait(self.post(recipient, what, wake, timeout_s=timeout_s, **arguments), what, timeout_s=timeout_s)
+
+    def post(
+        self,
+        recipient: Recipient,
+        what: str,
+        wake: Callable[[], None],
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        **arguments: Any,
+    ) -> int:
+        """Post a letter and wake its recipient; returns what `wait` wants, which must follow. Raises as `ask`."""
         text: bytes = msgpack.packb([what, arguments])
         if len(text) > ORDER_TEXT_BYTES:
             raise UserError(f"{what}: arguments of {len(text)} bytes, {ORDER_TEXT_BYTES} is the most; shorten them")
-        end = time.monotonic() + timeout_s
-        slot = self._claim(end, timeout_s)
-        at = self._control.order_offset(slot)
         pid = os.getpid()
-        _HEAD.pack_into(self._control.memory, at, OrderState.FILLING, recipient, len(text), pid, start_time_of(pid))
+        started = start_time_of(pid)
+        at = self._claim(pid, started, time.monotonic() + timeout_s, timeout_s)
         self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
-        self._view.store_u32(at, OrderState.POSTED)
+        self._view.store_u32(at + 8, recipient)
+        self._view.store_u32(at + _LENGTH, len(text))
+        self._view.store_u64(at, _word(OrderState.POSTED, pid, started))
         # Rung behind the state: a recipient takes the bell first and looks at the slots second.
         self._view.store_u32(self._control.order_bell_offset(recipient), 1)
         wake()
-        while self._view.load_u32(at) != OrderState.DONE:
+        return at
+
+    def wait(self, at: int, what: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """Wait for the answer to the letter that was posted at `at`, and free its slot. Raises as `ask`."""
+        end = time.monotonic() + timeout_s
+        while _state(self._view.load_u64(at)) != OrderState.DONE:
             stopping = self._control.state_word.load() == MachineState.STOPPING
             if stopping or time.monotonic() > end:
                 self._give_up(at)
@@ -106,40 +156,40 @@ class OrderDesk:
                 raise DeadlinePassed(f"an answer to `{what}`", int(timeout_s * 1e9))
             time.sleep(_LOOK_S)
         answer = self._text(at)
-        self._view.store_u32(at, OrderState.FREE)
+        self._view.store_u64(at, OrderState.FREE)
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise OrderRefused(answer["error"], answer.get("errno", 0))
         return answer
 
-    def _claim(self, end: float, timeout_s: float) -> int:
-        """A slot in state FILLING; one whose asker died is taken over."""
+    def _claim(self, pid: int, started: int, end: float, timeout_s: float) -> int:
+        """Where a slot lies that is FILLING for this process; one whose asker died is taken over."""
         while True:
             for slot in range(ORDER_SLOTS):
                 at = self._control.order_offset(slot)
-                state = self._view.load_u32(at)
+                word = self._view.load_u64(at)
+                state = _state(word)
                 if state in (OrderState.TAKEN, OrderState.ABANDONED):
                     continue  # its recipient still writes there
-                if state != OrderState.FREE and not self._orphan(at):
+                if state != OrderState.FREE and not _orphan(word):
                     continue
-                if self._view.cas_u32(at, state, OrderState.FILLING) == state:
-                    return slot
+                if self._view.cas_u64(at, word, _word(OrderState.FILLING, pid, started)) == word:
+                    return at
             if time.monotonic() > end:
                 raise DeadlinePassed("a free slot for an order", int(timeout_s * 1e9))
             time.sleep(_LOOK_S)
 
-    def _orphan(self, at: int) -> bool:
-        _state, _recipient, _length, pid, started = _HEAD.unpack_from(self._control.memory, at)
-        return bool(pid) and start_time_of(pid) != int(started)
-
     def _give_up(self, at: int) -> None:
-        # Whoever swaps first decides: a letter that was taken is freed by its recipient, an answer that came is ours.
-        if self._view.cas_u32(at, OrderState.POSTED, OrderState.FREE) == OrderState.POSTED:
+        # The slot is ours until it is FREE, so only its state changes meanwhile. Whoever swaps first decides: a letter
+        # that was taken is freed by its recipient, an answer that came is ours.
+        asker = self._view.load_u64(at) & ~_STATE_MASK
+        posted, taken = asker | OrderState.POSTED, asker | OrderState.TAKEN
+        if self._view.cas_u64(at, posted, OrderState.FREE) == posted:
             return
-        if self._view.cas_u32(at, OrderState.TAKEN, OrderState.ABANDONED) != OrderState.TAKEN:
-            self._view.store_u32(at, OrderState.FREE)
+        if self._view.cas_u64(at, taken, asker | OrderState.ABANDONED) != taken:
+            self._view.store_u64(at, OrderState.FREE)
 
     def _text(self, at: int) -> dict[str, Any]:
-        length = _HEAD.unpack_from(self._control.memory, at)[2]
+        length = self._view.load_u32(at + _LENGTH)
         value: dict[str, Any] = msgpack.unpackb(self._control.memory[at + _HEAD.size : at + _HEAD.size + length])
         return value
 
@@ -150,13 +200,16 @@ class OrderDesk:
         bell = self._control.order_bell_offset(recipient)
         if not self._view.load_u32(bell):
             return []
-        self._view.store_u32(bell, 0)
+        # A full barrier between the bell and the slots: a letter posted behind the look rings again.
+        self._view.exchange_u32(bell, 0)
         taken = []
         for slot in range(ORDER_SLOTS):
             at = self._control.order_offset(slot)
-            _state, asked, length, _pid, _started = _HEAD.unpack_from(self._control.memory, at)
-            if asked != recipient or self._view.cas_u32(at, OrderState.POSTED, OrderState.TAKEN) != OrderState.POSTED:
+            word, asked, length = _HEAD.unpack_from(self._control.memory, at)
+            if _state(word) != OrderState.POSTED or asked != recipient:
                 continue
+            if self._view.cas_u64(at, word, word & ~_STATE_MASK | OrderState.TAKEN) != word:
+                continue  # who asked gave up, or died and somebody else has the slot
             what, arguments = msgpack.unpackb(self._control.memory[at + _HEAD.size : at + _HEAD.size + length])
             taken.append(Order(slot, what, arguments))
         return taken
@@ -168,6 +221,9 @@ class OrderDesk:
             text = msgpack.packb({"error": f"{order.what}: the answer has {len(text)} bytes, more than fit"})
         at = self._control.order_offset(order.slot)
         self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
-        self._view.store_u32(at + 8, len(text))
-        if self._view.cas_u32(at, OrderState.TAKEN, OrderState.DONE) == OrderState.ABANDONED:
-            self._view.store_u32(at, OrderState.FREE)
+        self._view.store_u32(at + _LENGTH, len(text))
+        word = self._view.load_u64(at)
+        done = word & ~_STATE_MASK | OrderState.DONE
+        if _state(word) == OrderState.TAKEN and self._view.cas_u64(at, word, done) == word:
+            return
+        self._view.store_u64(at, OrderState.FREE)

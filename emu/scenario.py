@@ -4,21 +4,25 @@ It is read from TOML (`Scenario.load`), changed by flags (`with_overrides`: flag
 to the machine's processes as plain data (`to_config`, `from_config`). Whatever exists was checked: a value
 that cannot be meant, an unknown key, more than the machine can hold: a UserError names source, key and cure.
 
-    [machine]   name vcpus ram era host_version poll numa vp_order ring_memory exit_deadline_s
+    [machine]   name vcpus ram era host_version features deprecate_auto_eoi poll numa vp_order ring_memory
+                exit_deadline_s
     [[device]]  class backend instance count ring_pages subchannels
+    plugins     files that register classes and back ends of your own (see `emu.plugin`)
 """
 
 from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from emu import plugin
 from emu.layout import MAX_VPS, PAGE_SIZE
+from emu.plugin import NO_PLUGINS, Plugins
 from emu.scenario_text import (
     Nonsense,
     Table,
@@ -39,8 +43,8 @@ from emu.wire.device_classes import BY_NAME, NETLIKE, SINGLETON_INSTANCES
 from emu.wire.subchannel_request import MAX_SUBCHANNELS
 from emu.wire.versions import (
     KNOWN_VERSIONS,
-    VERSION_WIN8,
     VERSION_WIN10_V5_3,
+    FeatureFlags,
     version_from_text,
     version_text,
 )
@@ -57,10 +61,13 @@ MIN_RING_PAGES: Final = 2  # one of indices, one of data
 MAX_RING_PAGES: Final = 1 << 15
 
 ERAS: Final = ("current", "seed")
-SUPPORTED_ERAS: Final = frozenset({"current"})
-SUPPORTED_HOST_VERSIONS: Final = frozenset(
-    version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
+SUPPORTED_FEATURES: Final = (
+    FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS
+    | FeatureFlags.MODIFY_CONNECTION
+    | FeatureFlags.CLIENT_ID
+    | FeatureFlags.PAUSE_RESUME
 )
+"""The features of 6.0 that the host carries out."""
 
 BACKENDS: Final = ("echo", "netlike")
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
@@ -102,6 +109,8 @@ class MachineSpec:
     ram_bytes: int = 1 << 30
     era: str = "current"
     host_version: int = VERSION_WIN10_V5_3
+    features: FeatureFlags = SUPPORTED_FEATURES
+    deprecate_auto_eoi: bool = True
     poll: Poll = field(default_factory=Poll)
     numa: int = 1
     vp_order: str = "identity"
@@ -180,36 +189,52 @@ class Scenario:
     machine: MachineSpec
     device_specs: tuple[DeviceSpec, ...]
     source: str = field(default="the default scenario", compare=False)
+    plugins: Plugins = NO_PLUGINS
 
     def __post_init__(self) -> None:
         self._check()
 
     @classmethod
-    def default(cls) -> Scenario:
-        """2 vCPUs and 8 echo devices."""
-        return cls(MachineSpec(), (DeviceSpec(count=8),))
+    def default(cls, plugins: Iterable[Path] = ()) -> Scenario:
+        """2 vCPUs, 8 echo devices, and one device of each class that these plugins register."""
+        loaded = plugin.load(plugins) or NO_PLUGINS
+        own = tuple(DeviceSpec(name, default_backend(name, loaded)) for name in loaded.classes)
+        return cls(MachineSpec(), (DeviceSpec(count=8), *own), plugins=loaded)
 
     @classmethod
-    def load(cls, path: Path) -> Scenario:
-        """Read a scenario file; UserError names the file, the key and the cure."""
-        return cls._read(read_toml(path), str(path))
+    def load(cls, path: Path, plugins: Iterable[Path] = ()) -> Scenario:
+        """Read a scenario file; UserError names the file, the key and the cure.
+
+        Its own plugins, relative to it, are loaded first, then those of `plugins`.
+        """
+        return cls._read(read_toml(path), str(path), path.parent, plugins)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Scenario:
-        """The scenario that `to_config` gave; what did not come from there is a UserError as in a file."""
-        return cls._read(config, "configuration")
+        """The scenario that `to_config` gave; what did not come from there is a UserError as in a file.
+
+        Without `plugins` in it, those count that this process is attached with.
+        """
+        return cls._read(config, "configuration", Path("/"))
 
     @classmethod
-    def _read(cls, document: Mapping[str, Any], source: str) -> Scenario:
+    def _read(
+        cls, document: Mapping[str, Any], source: str, directory: Path, more_plugins: Iterable[Path] = ()
+    ) -> Scenario:
         top = Table(dict(document), source, "")
         machine = _read_machine(Table(top.take("machine", _as_it_is, {}), source, "machine"))
         blocks = top.take("device", _array, None)
-        top.not_yet("switches", "step", "expect", "plugins")
+        names: list[str] = []
+        paths = [*(directory / name for name in top.take("plugins", _paths, names)), *more_plugins]
+        top.not_yet("switches", "step", "expect")
         top.end()
+        plugins = plugin.load(paths) if paths else plugin.installed()
         specs = cls.default().device_specs
         if blocks is not None:
-            specs = tuple(_read_device(Table(block, source, f"device#{n}")) for n, block in enumerate(blocks, 1))
-        return cls(machine, specs, source)
+            specs = tuple(
+                _read_device(Table(block, source, f"device#{n}"), plugins) for n, block in enumerate(blocks, 1)
+            )
+        return cls(machine, specs, source, plugins)
 
     def with_overrides(
         self,
@@ -251,6 +276,8 @@ class Scenario:
             "ram": machine.ram_bytes,
             "era": machine.era,
             "host_version": version_text(machine.host_version),
+            "features": [_feature_word(flag) for flag in machine.features],
+            "deprecate_auto_eoi": machine.deprecate_auto_eoi,
             "poll": machine.poll.text(),
             "numa": machine.numa,
             "vp_order": machine.vp_order,
@@ -259,7 +286,8 @@ class Scenario:
         }
         if machine.name is not None:
             table["name"] = machine.name
-        return {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        config = {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        return {**config, "plugins": self.plugins.paths} if self.plugins else config
 
     def _check(self) -> None:
         """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
@@ -289,15 +317,21 @@ class Scenario:
             raise complaint(self.source, "device.instance", problem)
 
 
-def parse_device(text: str) -> DeviceSpec:
+def parse_device(text: str, plugins: Plugins = NO_PLUGINS) -> DeviceSpec:
     """Read `CLASS[:COUNT]`, as `--device` takes it; UserError otherwise."""
     class_name, colon, count = text.partition(":")
     flags = Table({}, "command line", "")
-    spec = DeviceSpec(flags.read("--device", _device_class, class_name))
+    known = flags.read("--device", _device_class(plugins), class_name)
+    spec = DeviceSpec(known, default_backend(known, plugins))
     if not colon:
         return spec
     number: object = int(count) if count.isascii() and count.isdigit() and len(count) < 19 else count
     return replace(spec, count=flags.read("--device", _count, number))
+
+
+def default_backend(class_name: str, plugins: Plugins) -> str:
+    """The back end of a device of which nobody says: a plugin's own for its class; else `backend_of` it."""
+    return plugins.backend_of(class_name) or backend_of(class_name)
 
 
 def derived_instance(class_name: str, index: int) -> UUID:
@@ -317,8 +351,10 @@ def _read_machine(table: Table) -> MachineSpec:
         name=table.take("name", machine_name, default.name),
         vcpus=table.take("vcpus", _vcpus, default.vcpus),
         ram_bytes=table.take("ram", _ram, default.ram_bytes),
-        era=table.take("era", _era, default.era),
+        era=table.take("era", one_of(*ERAS), default.era),
         host_version=table.take("host_version", _host_version, default.host_version),
+        features=table.take("features", _features, default.features),
+        deprecate_auto_eoi=table.take("deprecate_auto_eoi", _yes_or_no, default.deprecate_auto_eoi),
         poll=table.take("poll", Poll.read, default.poll),
         numa=table.take("numa", whole_number(1, MAX_VPS, "the number of NUMA nodes"), default.numa),
         vp_order=table.take("vp_order", one_of("identity", "reverse"), default.vp_order),
@@ -329,13 +365,14 @@ def _read_machine(table: Table) -> MachineSpec:
     return machine
 
 
-def _read_device(table: Table) -> DeviceSpec:
+def _read_device(table: Table, plugins: Plugins) -> DeviceSpec:
     if "class" not in table:
-        raise table.complaint("class", Nonsense("missing", nearest("", BY_NAME)))
+        raise table.complaint("class", Nonsense("missing", nearest("", (*BY_NAME, *plugins.classes))))
     default = DeviceSpec()
+    class_name = table.take("class", _device_class(plugins), default.class_name)
     spec = DeviceSpec(
-        class_name=table.take("class", _device_class, default.class_name),
-        backend=table.take("backend", one_of(*BACKENDS), ""),
+        class_name=class_name,
+        backend=table.take("backend", one_of(*BACKENDS, *plugins.backends), default_backend(class_name, plugins)),
         instance=table.take("instance", guid, default.instance),
         count=table.take("count", _count, default.count),
         ring_pages=table.take("ring_pages", page_count(MIN_RING_PAGES, MAX_RING_PAGES), default.ring_pages),
@@ -368,31 +405,55 @@ def _ram(value: object) -> int:
     return ram_bytes
 
 
-def _era(value: object) -> str:
-    era = one_of(*ERAS)(value)
-    if era not in SUPPORTED_ERAS:
-        raise Nonsense(f'era "{era}" is not supported yet by this version', f"set it to {_either(SUPPORTED_ERAS)}")
-    return era
-
-
 def _host_version(value: object) -> int:
-    version = version_from_text(one_of(*map(version_text, KNOWN_VERSIONS))(value))
-    if version not in SUPPORTED_HOST_VERSIONS:
-        what = f"VMBus {version_text(version)} is not supported yet by this version"
-        raise Nonsense(what, f"set it to {_either(map(version_text, SUPPORTED_HOST_VERSIONS))}")
-    return version
+    return version_from_text(one_of(*map(version_text, KNOWN_VERSIONS))(value))
+
+
+def _feature_word(flag: FeatureFlags) -> str:
+    return str(flag.name).lower().replace("_", "-")
+
+
+def _features(value: object) -> FeatureFlags:
+    """Names of 6.0's features, as an array; older versions have none, whatever it says."""
+    words = {_feature_word(flag): flag for flag in SUPPORTED_FEATURES}
+    if not isinstance(value, list):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array", f"write an array of {_either(words)}")
+    features = FeatureFlags(0)
+    for word in value:
+        features |= words[one_of(*words)(word)]
+    return features
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a boolean", "set it to true or false")
+    return value
 
 
 def _subchannels(value: object) -> int:
     return whole_number(0, MAX_SUBCHANNELS, "the number of sub-channels of each device")(value)
 
 
-def _device_class(value: object) -> str:
-    if not isinstance(value, str):
-        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", nearest("", BY_NAME))
-    if value not in BY_NAME:
-        raise Nonsense(f"{shown(value)} is not a device class", nearest(value, BY_NAME))
+def _paths(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array", 'write it as ["FILE.py", …]')
+    for one in value:
+        if not isinstance(one, str) or not one:
+            raise Nonsense(f"{shown(one)} is no path of a file", 'write it as ["FILE.py", …]')
     return value
+
+
+def _device_class(plugins: Plugins) -> Callable[[object], str]:
+    names = (*BY_NAME, *plugins.classes)
+
+    def read(value: object) -> str:
+        if not isinstance(value, str):
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", nearest("", names))
+        if value not in names:
+            raise Nonsense(f"{shown(value)} is not a device class", nearest(value, names))
+        return value
+
+    return read
 
 
 def _device_config(spec: DeviceSpec) -> dict[str, Any]:
@@ -406,6 +467,8 @@ def _device_config(spec: DeviceSpec) -> dict[str, Any]:
     }
     default = DeviceSpec(spec.class_name)
     changed = {key: value for key, value in table.items() if value != getattr(default, key)}
+    if spec.class_name not in BY_NAME:
+        changed["backend"] = spec.backend  # a plugin's class may have another default
     return {"class": spec.class_name, **changed}
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from emu.control import TASKS, Control
 from emu.errors import UserError
 
-_ROW: Final = Struct("<IIIIQQQQ32s256s")
+_ROW: Final = Struct("<IIIIQQQQQQ32s256s")
 _STATE: Final = 0
 PATH_BYTES: Final = 256
 
@@ -38,11 +38,15 @@ class Program(IntEnum):
     CRUNCH = 2
     STREAM = 3
     NET_CHECK = 4
+    PING = 5
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """One row, copied out: `relid` 0 means every channel of that CPU; counts are the task's own."""
+    """One row, copied out: `relid` 0 means every channel of that CPU; counts are the task's own.
+
+    `size` (bytes) and `rate` (a second) are of those programs that have one.
+    """
 
     index: int
     state: TaskState
@@ -50,6 +54,8 @@ class TaskRow:
     cpu: int
     relid: int
     wanted: int
+    size: int
+    rate: int
     packets: int
     nbytes: int
     errors: int
@@ -63,7 +69,17 @@ class TaskBoard:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def order(self, program: Program, cpu: int, *, relid: int = 0, wanted: int = 0, path: str = "") -> int:
+    def order(
+        self,
+        program: Program,
+        cpu: int,
+        *,
+        relid: int = 0,
+        wanted: int = 0,
+        size: int = 0,
+        rate: int = 0,
+        path: str = "",
+    ) -> int:
         """Put a program on the board for `cpu`; `wanted` is its amount of work. Returns the row's index.
 
         UserError for a path longer than a row holds; AssertionError when all rows are taken.
@@ -83,6 +99,8 @@ class TaskBoard:
                     cpu,
                     relid,
                     wanted,
+                    size,
+                    rate,
                     0,
                     0,
                     0,
@@ -95,7 +113,7 @@ class TaskBoard:
 
     def row(self, index: int) -> TaskRow:
         """Copy one row out (a FREE one reads as program ECHO_CHECK)."""
-        state, program, cpu, relid, wanted, packets, nbytes, errors, digest, path = _ROW.unpack_from(
+        state, program, cpu, relid, wanted, size, rate, packets, nbytes, errors, digest, path = _ROW.unpack_from(
             self._control.memory, self._control.task_offset(index)
         )
         text = os.fsdecode(path.rstrip(b"\0"))
@@ -106,6 +124,8 @@ class TaskBoard:
             cpu,
             relid,
             wanted,
+            size,
+            rate,
             packets,
             nbytes,
             errors,
@@ -142,6 +162,8 @@ class TaskBoard:
             row.cpu,
             row.relid,
             row.wanted,
+            row.size,
+            row.rate,
             packets,
             nbytes,
             errors,

@@ -101,6 +101,9 @@ EVENTS: Final = _table(
     ("probe", "relid driver ret"),
     ("open", "relid openid gpadl ret"),
     ("close", "relid ret"),
+    ("message_post", "position sint msgtype serial"),
+    ("task_take", "relid packets"),
+    ("uevent", "action relid seqnum"),
 )
 """All events that a recording may hold; numbers never change, new ones go last."""
 
@@ -152,6 +155,9 @@ E_WORK_RUN: Final = EVENTS["work_run"].number
 E_PROBE: Final = EVENTS["probe"].number
 E_OPEN: Final = EVENTS["open"].number
 E_CLOSE: Final = EVENTS["close"].number
+E_MESSAGE_POST: Final = EVENTS["message_post"].number
+E_TASK_TAKE: Final = EVENTS["task_take"].number
+E_UEVENT: Final = EVENTS["uevent"].number
 
 
 class Recorder:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
+import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
+from emu.tracing import E_TASK_TAKE
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, ring_bytes
 from guestproc.drivers.claims import being_removed
 from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 BATCH: Final = 32
 COMPUTE_PACKETS: Final = 8
+BURST: Final = 256
+"""Round trips that fit into a ring of records with much to spare."""
+DRAIN_NS: Final = 30_000_000
 
 
 class EchoSession:
@@ -272,11 +278,89 @@ def _stream_one(session: EchoSession, chunks: Iterator[bytes], update: Callable[
     return errors
 
 
+# -- PING -------------------------------------------------------------------------------------------------
+
+
+def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
+    """Round trips of `size` bytes on one channel for `wanted` ns, `rate` a second or (0) one after the other.
+
+    Each round trip is two u64 in the file `path`: when it was due, and when its answer was taken (CLOCK_MONOTONIC
+    ns). `errors` counts answers that never came. A machine that records is given time to be drained.
+    """
+    tally = Tally()
+    samples = array("Q")
+    with claimed(current, vcpu, row, tally) as sessions:
+        if sessions:
+            pinger = _Pinger(sessions[0], bytes(row.size), samples, BURST if current.trace else 0)
+            with suppress(ChannelGone, Stalled):
+                pinger.run(row.wanted, 1_000_000_000 // row.rate if row.rate else 0)
+            tally.errors = sessions[0].sent - sessions[0].received
+    Path(row.path).write_bytes(samples.tobytes())
+    tally.errors += not samples
+    return tally
+
+
+class _Pinger:
+    """One channel's round trips: which are under way, and when each was due."""
+
+    def __init__(self, session: EchoSession, payload: bytes, samples: array[int], burst: int) -> None:
+        self.session = session
+        self.payload = [payload]
+        self.samples = samples
+        self.burst = burst
+        self.drained = 0
+        self.due: deque[int] = deque()
+
+    def run(self, wanted_ns: int, every_ns: int) -> None:
+        """Send until the time is over, then take what is still under way."""
+        now = time.monotonic_ns
+        next_due = now()
+        end = next_due + wanted_ns
+        while next_due < end:
+            # At a rate the next one is due when it is due, whatever became of the ones before: a round trip that is
+            # sent late has waited, and that is part of how long it took (no coordinated omission).
+            while every_ns and now() < next_due and not self.due:
+                self.session.vcpu.safe_point()
+            if not every_ns:
+                next_due = now()
+            self.send(next_due)
+            next_due += every_ns
+            while self.due and (not every_ns or now() < next_due):
+                self.take()
+            if self.burst and len(self.samples) // 2 - self.drained >= self.burst:
+                self.drained = len(self.samples) // 2
+                paused = now()
+                self.session.vcpu.idle(DRAIN_NS)
+                next_due += now() - paused
+        while self.due:
+            self.take()
+
+    def send(self, due_ns: int) -> None:
+        """One packet that asks for a completion; a full ring is waited for."""
+        while not self.session.send(self.payload, first_trans_id=1, flags=COMPLETION_REQUESTED):
+            self.take()
+        self.due.append(due_ns)
+
+    def take(self) -> None:
+        """Answers that have come; a halt if there are none."""
+        packets = self.session.take()
+        if not packets:
+            self.session.wait()
+            packets = self.session.take()
+        done_ns = time.monotonic_ns()
+        self.session.current.record(E_TASK_TAKE, self.session.channel.relid, len(packets))
+        for _ in packets:
+            if self.due:
+                self.samples.append(self.due.popleft())
+                self.samples.append(done_ns)
+
+
 PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.ECHO_CHECK: echo_check,
     Program.CRUNCH: crunch,
     Program.STREAM: stream,
     Program.NET_CHECK: net_check,
+    Program.PING: ping,
 }
 
 

@@ -38,6 +38,8 @@ CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
 
 STOPPING: Final = int(MachineState.STOPPING)
+WORKER_WATCHDOG_S: Final = 4.0
+"""Who posts wakes; this is only for a poster that was killed, and then the launcher stops the machine anyway."""
 
 Report = Callable[..., None]
 
@@ -389,7 +391,7 @@ class WorkerThread:
             return False
         self.counters.blocks += 1
         self.counters.flush()
-        self._wakeup.block(min(left / 1e9, 1.0))
+        self._wakeup.block(min(left / 1e9, WORKER_WATCHDOG_S))
         return True
 
     def yield_processor(self) -> None:

@@ -9,23 +9,26 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from emu import plugin
 from emu.control import Ready
 from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.task_board import TaskBoard
+from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
-from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
-from guestproc.kernel.layout import Era as EraNumber
+from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
+from guestproc.user import end_user_space
 from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
+from guestproc.vmbus.device import vmbus_shutdown
 from guestproc.vmbus.hv import hv_synic_init
 from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
@@ -47,6 +50,7 @@ class BootFailed(VmbusError):
 
 def run(machine: Machine, cpu: int, report: Report) -> int:
     """Boot or come online, then serve until the machine stops; the process's exit status."""
+    add_plugins(plugin.attach(machine.config))
     vcpu = Vcpu(machine, cpu, report)
     try:
         current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
@@ -111,8 +115,9 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     vcpu.exit(ExitOperation.ATTACH, vcpu.row.pid, ABI_MAJOR << 16 | ABI_MINOR)
     positions: list[int] = machine.config["cpu_positions"]
     vp_indices = [machine.vp_index(position) for position in positions]
+    era = ERAS[machine.config["machine"]["era"]]
     try:
-        tables = KernelTables.format(machine.ram.memory, machine.vp_count, EraNumber.CURRENT, vp_indices)
+        tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices)
     except OutOfMemory as error:
         raise BootFailed(str(error)) from None
     _note_numa(machine, tables)
@@ -196,9 +201,15 @@ def _synic_online(current: Current, vcpu: Vcpu) -> None:
 
 
 def _shut_down(current: Current) -> None:
-    """Drivers, bus, every CPU's SynIC; then say what could not be given back."""
+    """User space, drivers, bus, every CPU's SynIC; then say what could not be given back."""
     tables, machine = current.tables, current.machine
+    unloads = current.connection.vmbus_proto_version >= VERSION_WIN8_1
+    end_user_space(current)
+    vmbus_shutdown(current)
     vmbus_exit(current)
+    if not unloads:
+        # There is no UNLOAD below 3.0: what the host hears of is that the power goes.
+        current.exit(ExitOperation.DETACH)
     leaks = tables.leaks()
     for what, count in leaks.items():
         current.log(f"leaked: {count} of {what}")

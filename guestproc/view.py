@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from emu.wire.ring_layout import CONTROL_PAGE_SIZE, INTERRUPT_MASK, READ_INDEX, WRITE_INDEX
 from guestproc.kernel.layout import Channel, Device, Driver, KernelTables
+from guestproc.protocol.devices import is_registered, name_of
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ class GuestView:
 
     def drivers(self) -> list[Driver]:
         """Every registered driver."""
-        return settled(lambda: list(self.tables.drivers.live()))
+        return settled(lambda: [driver for driver in self.tables.drivers.live() if is_registered(driver)])
 
     def driver_name(self, number: int) -> str:
         """Name of the driver of that number in DRIVERS, empty when none of that number is registered."""
@@ -183,8 +184,3 @@ class GuestView:
     def _word(self, layout: Struct, gpa: int) -> int:
         value: int = layout.unpack_from(self.tables.ram.octets, gpa)[0]
         return value
-
-
-def name_of(driver: Driver) -> str:
-    """A driver's name as text."""
-    return driver.name.rstrip(b"\0").decode()

@@ -1,7 +1,7 @@
 """The workqueue process: where the guest may sleep. A thread for each ordered queue, two for `system`.
 
 Workers block, they do not poll. An exception in one ends the process, loudly. They carry CPU number 0, the
-connect CPU, but are not that processor.
+connect CPU, but are not that processor. The guest's user space has its threads here, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from emu import plugin
 from emu.control import ActorKind
 from emu.errors import MachineStopping
 from emu.ipc.semaphores import Wakeup
@@ -18,11 +19,12 @@ from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.tracing import E_WORK_RUN
 from guestproc.current import Current
-from guestproc.drivers import table as _drivers  # noqa: F401 (fills the driver table)
+from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
 from guestproc.protocol.era import ERAS
+from guestproc.user_threads import start_user_space
 from guestproc.vcpu import WorkerThread
 from guestproc.vmbus import message_dpc as _message_dpc  # noqa: F401 (registers its work functions)
 from guestproc.vmbus.ring_buffer import RingCache
@@ -32,6 +34,7 @@ Report = Callable[..., None]
 
 def run(machine: Machine, report: Report) -> int:
     """Wait until RAM is laid out, then run every queue until the machine stops; the exit status."""
+    add_plugins(plugin.attach(machine.config))
     _row, counters = machine.enlist(ActorKind.WORKQUEUE, "workqueue")
     gate = machine.wakeup("actor.0")
     if not _wait_for_ram(machine, gate):
@@ -49,6 +52,7 @@ def run(machine: Machine, report: Report) -> int:
             semaphore += 1
     for thread in threads:
         thread.start()
+    start_user_space(machine, tables, lambda hooks: _current(machine, tables, hooks, report), report)
     for thread in threads:
         thread.join()
     counters.flush()
@@ -70,9 +74,7 @@ def _worker(
     """One worker thread: take, run, finish, until the machine stops."""
     try:
         hooks = WorkerThread(machine, name, semaphore)
-        memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
-        era = ERAS[machine.config["machine"]["era"]]
-        current = Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
+        current = _current(machine, tables, hooks, report)
         try:
             while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
                 _run(current, queue, item)
@@ -84,6 +86,13 @@ def _worker(
     except BaseException:
         report("crashed", "workqueue", f"in {name}:\n{traceback.format_exc()}")
         os._exit(4)
+
+
+def _current(machine: Machine, tables: KernelTables, hooks: WorkerThread, report: Report) -> Current:
+    """A thread as the kernel code sees it."""
+    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+    era = ERAS[machine.config["machine"]["era"]]
+    return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
 
 
 def _run(current: Current, queue: QueueNumber, item: WorkItem) -> None:

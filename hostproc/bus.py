@@ -11,10 +11,11 @@ message and by what the host does of its own accord.
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Final, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
@@ -32,10 +33,10 @@ from emu.tracing import (
 )
 from emu.wire.gpa_range import GpaRange
 from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
-from emu.wire.versions import KNOWN_VERSIONS, VERSION_WIN8, VERSION_WIN10_V5_3
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.unmapped import UnmappedRings
+from hostproc.interrupt_page import InterruptPage, SharedEvent
 from hostproc.loop import TaskBody
 from hostproc.protocol.effects import (
     BindEvent,
@@ -59,11 +60,7 @@ from hostproc.protocol.effects import (
 from hostproc.protocol.offers import OfferParameters
 from hostproc.protocol.refusals import Refusals
 from hostproc.protocol.server import Server
-
-CARRIED_VERSIONS: Final = frozenset(
-    version for version in KNOWN_VERSIONS if VERSION_WIN8 <= version <= VERSION_WIN10_V5_3
-)
-"""The versions that this bus carries out: those with event flags, without the features of 6.0."""
+from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 
 Instrument = Callable[[int, str, RingWords], RingWords]
 """Replaces the words of a ring (relid, "incoming" or "outgoing", words) by ones that record what they do."""
@@ -136,7 +133,7 @@ class _Device:
 
 
 class Bus:
-    """A partition's bus. Its server's limits must say CARRIED_VERSIONS."""
+    """A partition's bus."""
 
     def __init__(
         self,
@@ -148,8 +145,8 @@ class Bus:
         budget: MapBudget | None = None,
         trace: Recorder | None = None,
         instrument: Instrument | None = None,
+        log: Callable[[str], object] | None = None,
     ) -> None:
-        assert server.limits.spoken <= CARRIED_VERSIONS
         self.server = server
         self.refusals = Refusals()
         self.connects = 0
@@ -160,11 +157,15 @@ class Bus:
         self._budget = budget
         self._trace = trace
         self._instrument = instrument
+        self._log = log
         self._devices: dict[int, _Device] = {}
         self._last_key = 0
         self._effects: deque[Effect] = deque()
         self._carrying_out = False
         self._outgoing: deque[SendMessage] = deque()
+        # Below 2.4: the guest's page of bits, and (0.13) whose doorbell connection 2 is, by relid.
+        self._interrupt_page: InterruptPage | None = None
+        self._sharing: dict[int, int] = {}
 
     # -- from outside -------------------------------------------------------------------------------
 
@@ -255,17 +256,15 @@ class Bus:
                 self._record(E_GPADL_DROP, self._devices[key].relid, gpadl)
                 self._take(self.server.gpadl_torn_down(key, gpadl))
             case BindEvent():
-                assert not effect.shared
-                event = self._partition.bind_event(effect.target_vp, effect.sint, effect.flag)
-                self._devices[effect.key].event = event
+                self._bind(effect)
             case UnbindEvent(key):
                 self._unbind(self._devices[key])
             case RetargetEvent():
                 self._retarget(effect)
             case OpenDoorbell(key, connection_id):
-                self._partition.open_doorbell(connection_id, self._devices[key].wake)
-            case CloseDoorbell(_, connection_id):
-                self._partition.close_doorbell(connection_id)
+                self._open_doorbell(key, connection_id)
+            case CloseDoorbell(key, connection_id):
+                self._close_doorbell(key, connection_id)
             case OpenDevice():
                 self._open(effect)
             case CloseDevice(key):
@@ -279,8 +278,10 @@ class Bus:
                 self.refusals.add(effect)
             case Connected():
                 self.connects += 1
+                self._interrupt_page = self._shared_page(effect.interrupt_page)
             case Disconnected():
                 self.disconnects += 1
+                self._interrupt_page = None
             case MonitorPages():
                 pass  # no offer of ours asks for monitored notification
             case _:
@@ -317,6 +318,50 @@ class Bus:
         self._record(E_TARGET_CHANGE, effect.relid, effect.target_vp)
         self._take(self.server.event_retargeted(effect.key))
 
+    # -- signals ------------------------------------------------------------------------------------
+
+    def _bind(self, effect: BindEvent) -> None:
+        event = self._partition.bind_event(effect.target_vp, effect.sint, effect.flag)
+        if effect.shared:
+            event = SharedEvent(event, self._interrupt_page, effect.relid)
+        self._devices[effect.key].event = event
+
+    def _open_doorbell(self, key: int, connection_id: int) -> None:
+        """Run the device at each signal; on the doorbell of 0.13 a bit of the interrupt page says which device."""
+        if connection_id != SHARED_DOORBELL_CONNECTION_ID:
+            self._partition.open_doorbell(connection_id, self._devices[key].wake)
+            return
+        if not self._sharing:
+            self._partition.open_doorbell(connection_id, self._shared_doorbell)
+        self._sharing[self._devices[key].relid] = key
+
+    def _close_doorbell(self, key: int, connection_id: int) -> None:
+        if connection_id == SHARED_DOORBELL_CONNECTION_ID:
+            self._sharing = {relid: other for relid, other in self._sharing.items() if other != key}
+            if self._sharing:
+                return
+        self._partition.close_doorbell(connection_id)
+
+    def _shared_doorbell(self) -> None:
+        """Wake the devices whose bits are set; all of them for a guest that gave no page to set bits in."""
+        page = self._interrupt_page
+        for relid in list(self._sharing) if page is None else page.take():
+            # A bit may also come too late, behind a close, and a hostile guest sets what it likes.
+            if relid in self._sharing:
+                self._devices[self._sharing[relid]].wake()
+            else:
+                self.refusals.ignored["interrupt-page-bit"] += 1
+
+    def _shared_page(self, gpa: int) -> InterruptPage | None:
+        """The interrupt page of a guest below 2.4; None without one, or when there is no memory behind it."""
+        if not gpa:
+            return None
+        try:
+            return InterruptPage(self._memory, gpa)
+        except OutOfMemory as fault:
+            self._refuse(fault, f"interrupt page {gpa:#x}")
+            return None
+
     # -- devices ------------------------------------------------------------------------------------
 
     def _open(self, effect: OpenDevice) -> None:
@@ -334,9 +379,15 @@ class Bus:
             channel.close()
             self._take(self.server.device_refused(effect.key, refused.status))
             return
+        except Exception as error:
+            channel.close()
+            self.backend_error(device.backend.name, f"open of channel {effect.relid}", error)
+            self._take(self.server.device_refused(effect.key))
+            return
         device.channel = channel
         # It runs once without being rung for: what the guest wrote before is found then.
-        device.task = self._tasks.task(f"{device.backend.name}.{effect.relid}", self._run(channel, body))
+        name = device.backend.name
+        device.task = self._tasks.task(f"{name}.{effect.relid}", self._run(name, channel, body))
         self._take(self.server.device_opened(effect.key))
 
     def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
@@ -383,12 +434,30 @@ class Bus:
                 self.remove(subchannel)  # all relids are taken, or this version has no sub-channels
         return given
 
-    def _run(self, channel: HostChannel, body: TaskBody) -> TaskBody:
-        """Run a device's task; a guest that breaks its rings stops this channel's, and nothing else."""
+    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> TaskBody:
+        """Run a device's task; a guest that breaks its rings, or an author's mistake, stops this channel's only."""
         try:
             yield from body
         except ProtocolViolation as violation:
             channel.violation(violation)
+        except Exception as error:
+            self.backend_error(name, f"channel {channel.relid}", error)
+
+    def backend_error(self, name: str, where: str, error: BaseException) -> None:
+        """Count what a back end let out, and say it: the first of them, the tenth, the hundredth, …"""
+        self.refusals.add(Refused("backend-error", f"{name}: {where}: {type(error).__name__}: {error}"))
+        count = self.refusals.refused["backend-error"]
+        if self._log is not None and str(count).strip("0") == "1":
+            often = f" ({count} back-end errors so far)" if count > 1 else ""
+            self._log(f"back end {name}, {where}{often}:\n{''.join(traceback.format_exception(error)).rstrip()}")
+
+    def _backend_close(self, device: _Device, channel: HostChannel) -> bool:
+        """`Backend.close`; one that raises has closed."""
+        try:
+            return device.backend.close(channel) is not False
+        except Exception as error:
+            self.backend_error(device.backend.name, f"close of channel {channel.relid}", error)
+            return True
 
     def _close(self, key: int) -> None:
         """Stop a device's task, and its channel once the back end has ended."""
@@ -396,7 +465,7 @@ class Bus:
         assert device.channel is not None and device.task is not None
         device.task.close()
         device.task = None
-        if device.backend.close(device.channel):
+        if self._backend_close(device, device.channel):
             self._closed(key)
 
     def _closed(self, key: int) -> None:
@@ -413,7 +482,7 @@ class Bus:
             device.task.close()
             device.task = None
             assert device.channel is not None
-            device.backend.close(device.channel)
+            self._backend_close(device, device.channel)
         self._unbind(device)
         self._give_back(device)
         device.gpadls.clear()

@@ -11,9 +11,10 @@ import select
 from collections.abc import Callable
 from typing import Final
 
-from emu import cpuid
+from emu import cpuid, plugin
 from emu.control import ActorKind, Ready
 from emu.doorbells import DoorbellServer
+from emu.errors import UserError
 from emu.gpadl import MapBudget
 from emu.interrupts import Halt, InterruptRequester, PollPolicy
 from emu.layout import (
@@ -30,10 +31,10 @@ from emu.ring_trace import recorded
 from emu.scenario import Scenario
 from emu.tracing import E_FAULT, E_IRQ_RAISE, Context
 from emu.vmexit import ExitServer
-from hostproc.bus import CARRIED_VERSIONS, Bus
+from hostproc.bus import Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
-from hostproc.devices.table import new_backend, offer_of
-from hostproc.loop import OWED_TOKEN_S, Loop
+from hostproc.devices.table import add_plugins, new_backend, offer_of
+from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.protocol.server import Server
@@ -57,6 +58,7 @@ class Hypervisor:
         self.trace = machine.recorder(row, context=Context.HOST)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
         self.scenario = Scenario.from_config({key: machine.config[key] for key in ("machine", "device")})
+        leaves = cpuid.leaves(deprecate_auto_eoi=self.scenario.machine.deprecate_auto_eoi)
         self._vps = machine.vps.view
         self._requesters = [self._requester(position) for position in range(machine.vp_count)]
         self._guest_pidfd = -1
@@ -67,7 +69,7 @@ class Hypervisor:
         self.partition = Partition(
             self.memory,
             machine.config["vp_indices"],
-            cpuid=cpuid.leaves(),
+            cpuid=leaves,
             reference_time=machine.clock.reference_time,
             request_interrupt=self.request_interrupt,
             set_auto_eoi=self._set_auto_eoi,
@@ -85,7 +87,7 @@ class Hypervisor:
             lambda position, slot: machine.wakeup(f"exit.{position}.{slot}"),
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
-        self.upkeep = Upkeep(machine, cpuid.leaves())
+        self.upkeep = Upkeep(machine, leaves)
         self.loop = Loop(
             serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
         )
@@ -98,12 +100,13 @@ class Hypervisor:
             self.counters,
             # Guests may write the host's run state: nobody may have meant to post.
             owed_s=OWED_TOKEN_S,
+            look_again_s=LOOK_AGAIN_S,
         )
         limits = Limits(
             vp_count=machine.vp_count,
             ram_bytes=machine.ram.size,
             max_version=self.scenario.machine.host_version,
-            spoken=CARRIED_VERSIONS,
+            features=self.scenario.machine.features,
         )
         vp_indices: list[int] = machine.config["vp_indices"]
         self.bus = Bus(
@@ -114,6 +117,7 @@ class Hypervisor:
             budget=MapBudget.of_system(),
             trace=self.trace,
             instrument=self._recorded if self.trace else None,
+            log=lambda text: report("log", "hypervisor", text),
         )
         self.control_plane = ControlPlane(
             self.partition, self.bus, self.loop, machine.control, self.scenario.machine.host_version
@@ -278,7 +282,11 @@ class Hypervisor:
     def run(self) -> int:
         """Offer the devices, then serve until the machine stops."""
         for device in self.scenario.devices():
-            backend = new_backend(device.backend, subchannels=device.subchannels, seed=self.machine.config["seed"])
+            try:
+                backend = new_backend(device.backend, subchannels=device.subchannels, seed=self.machine.config["seed"])
+            except UserError as error:
+                self.bus.backend_error(device.backend, f"making device {device.instance}", error.__cause__ or error)
+                continue
             self.bus.add(offer_of(device.class_name, device.instance), backend)
         if self.machine.config["no_guest"]:
             self.watch_guest()
@@ -293,4 +301,5 @@ class Hypervisor:
 
 def run(machine: Machine, report: Report) -> int:
     """Be the machine's hypervisor; the process's exit status."""
+    add_plugins(plugin.attach(machine.config))
     return Hypervisor(machine, report).run()

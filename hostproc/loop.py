@@ -14,8 +14,9 @@ from enum import Enum
 from itertools import count
 from typing import Final
 
-LONGEST_HALT_NS: Final = 90_000_000
-"""Guests may write the words that would wake the host: its halt ends by itself within 100 ms."""
+LONGEST_HALT_NS: Final = 1_000_000_000
+LOOK_AGAIN_S: Final = 0.09
+"""Guests may write the words that would wake the host: halted, it looks at every source within 100 ms all the same."""
 OWED_TOKEN_S: Final = 0.01
 """The rest of those 100 ms: how long the host waits for a token that a guest seemed to owe it."""
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from emu.synic import Synic
-from emu.tracing import E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
 from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
 from emu.wire.synic import MESSAGE_PAYLOAD_OFFSET
 
@@ -49,6 +49,8 @@ class MessageQueues:
 
     def post(self, position: int, sint: int, message: QueuedMessage) -> None:
         """Append to the queue of (VP, SINT) and deliver what can be delivered."""
+        if self._trace:
+            self._trace.record(E_MESSAGE_POST, position, sint, _msgtype(message), message.serial)
         self._queues[position * SINT_COUNT + sint].append(message)
         self.pump(position, sint)
 
@@ -111,5 +113,9 @@ class MessageQueues:
     def _record_write(self, position: int, sint: int, message: QueuedMessage, queued: int) -> None:
         assert self._trace is not None
         message_type = int.from_bytes(message.data[:4], "little")
-        msgtype = int.from_bytes(message.data[MESSAGE_PAYLOAD_OFFSET:][:4], "little")
-        self._trace.record(E_SLOT_WRITE, position, sint, message_type, msgtype, message.serial, queued)
+        self._trace.record(E_SLOT_WRITE, position, sint, message_type, _msgtype(message), message.serial, queued)
+
+
+def _msgtype(message: QueuedMessage) -> int:
+    """The type of a channel message; nonsense for any other message."""
+    return int.from_bytes(message.data[MESSAGE_PAYLOAD_OFFSET:][:4], "little")

@@ -38,6 +38,8 @@ class HostOrders:
 
     def _do(self, order: Order) -> Values:
         try:
+            if order.what not in self._orders:
+                raise UserError(f"no order {order.what}; there are {', '.join(self._orders)}")
             return self._orders[order.what](order.arguments)
         except UserError as error:
             return {"error": str(error)}

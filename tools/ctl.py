@@ -1,4 +1,4 @@
-"""`vmbus-emu ctl`: what a user asks of a running machine: hot add, hot remove."""
+"""`vmbus-emu ctl`: what a user asks of a running machine: hot add and hot remove here, the guest's half next door."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import click
 
+from emu import plugin
 from emu.errors import DeadlinePassed, UserError
 from emu.machine import Machine
 from emu.mirror import Mirror
@@ -16,6 +17,7 @@ from emu.scenario import parse_device
 from emu.scenario_text import Nonsense, guid
 from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
+from tools.ctl_guest import GUEST_COMMANDS
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option
 from tools.output import print_json
@@ -26,19 +28,41 @@ _LOOK_S: Final = 0.001
 
 @click.group()
 def ctl() -> None:
-    """Offer and rescind devices of a running machine, at any moment.
+    """Offer and rescind devices of a running machine, bind and unbind its drivers, let its guest's steps fail.
 
     \b
     Example:
       vmbus-emu ctl offer echo
       vmbus-emu ctl rescind 9
+      vmbus-emu ctl unbind 3
     """
+
+
+for command in GUEST_COMMANDS:
+    ctl.add_command(command)
 
 
 def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     """Order something of the host; raises as `OrderDesk.ask` does."""
     bell = HostBell(machine.doorbells.view, machine.wakeup("host"))
     return OrderDesk(machine.control).ask(Recipient.HOST, what, bell.wake, **arguments)
+
+
+def offer_devices(
+    machine: Machine, device: str, *, backend: str | None = None, instance: str | None = None
+) -> list[dict[str, Any]]:
+    """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class. UserError."""
+    spec = parse_device(device, plugin.known_from(machine.config))
+    if instance and spec.count != 1:
+        raise UserError("--instance names one device; leave it or the count out")
+    arguments = {
+        "class": spec.class_name,
+        "backend": backend or spec.backend,
+        "count": spec.count,
+        "instance": instance,
+    }
+    offered: list[dict[str, Any]] = ask_host(machine, "offer", **arguments)["offered"]
+    return offered
 
 
 def instance_option(value: str | None) -> str | None:
@@ -51,12 +75,14 @@ def instance_option(value: str | None) -> str | None:
 
 @ctl.command()
 @click.argument("device", metavar="CLASS[:COUNT]")
-@click.option("--backend", default="", help="The back end behind it; default: echo, netlike for that class.")
+@click.option("--backend", help="The back end behind it; default: its class's own, else echo.")
 @click.option("--instance", metavar="GUID", help="Its instance GUID; default: one that is not in use.")
 @click.option("--wait", is_flag=True, help="Wait until the guest has opened every channel.")
 @machine_option
 @json_option
-def offer(device: str, backend: str, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> None:
+def offer(
+    device: str, backend: str | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool
+) -> None:
     """Offer a device (hot add); prints its relid and instance.
 
     \b
@@ -64,15 +90,10 @@ def offer(device: str, backend: str, instance: str | None, wait: bool, machine_n
       vmbus-emu ctl offer nic --wait
       vmbus-emu ctl offer echo:4
     """
-    spec = parse_device(device)
     chosen_instance = instance_option(instance)
-    if chosen_instance and spec.count != 1:
-        raise UserError("--instance names one device; leave it or the count out")
     machine = Machine.attach(chosen_machine(machine_name))
     try:
-        arguments = {"class": spec.class_name, "backend": backend, "count": spec.count, "instance": chosen_instance}
-        answer = ask_host(machine, "offer", **arguments)
-        offered = answer["offered"]
+        offered = offer_devices(machine, device, backend=backend, instance=chosen_instance)
         if wait:
             for one in offered:
                 wait_until_open(machine, one["relid"], one["generation"])

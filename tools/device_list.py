@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
+from emu import plugin
 from emu.errors import DeadlinePassed
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import Machine
@@ -68,6 +69,7 @@ class ListedDevice:
 
 def list_devices(machine: Machine) -> list[ListedDevice]:
     """Every device that the guest knows (a foreign guest: that the host offers), by relid."""
+    plugin.known_from(machine.config)
     # The RAM of somebody else's guest is not ours to read: it may hold anything, or have no page to hold it.
     if machine.config["no_guest"] or machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         return host_devices(list(Mirror(machine.control).channels()))

@@ -216,7 +216,10 @@ class RunningMachine:
         """Watch for that long, or until something ends it (a death, an interrupt)."""
         end = None if duration_s is None else time.monotonic() + duration_s
         while end is None or time.monotonic() < end:
-            self.pump(0.25 if end is None else max(0.0, min(0.25, end - time.monotonic())))
+            # What happens is heard at once. But a recording has to be taken away before its rings are full, and
+            # nobody tells of processes that were started by hand.
+            turn_s = 1.0 if self.on_pump is None and not self.by_hand else 0.25
+            self.pump(turn_s if end is None else max(0.0, min(turn_s, end - time.monotonic())))
 
     # -- starting and stopping ----------------------------------------------------------------------
 
@@ -240,9 +243,9 @@ class RunningMachine:
             self.wait_until(lambda: control.shutdown_done, timeout_s, "the guest to unload")
         return control.shutdown_done
 
-    def order(self, program: Program, cpu: int, *, relid: int = 0, wanted: int = 0, path: str = "") -> int:
-        """Order a guest task on a CPU and wake it; the row's index on the task board."""
-        index = TaskBoard(self.machine.control).order(program, cpu, relid=relid, wanted=wanted, path=path)
+    def order(self, program: Program, cpu: int, **parameters: Any) -> int:
+        """Order a guest task on a CPU and wake it; the row's index on the task board (`TaskBoard.order`)."""
+        index = TaskBoard(self.machine.control).order(program, cpu, **parameters)
         self.nudge(cpu)
         return index
 
@@ -329,6 +332,8 @@ def cpu_positions(scenario: Scenario) -> list[int]:
 
 def config_of(scenario: Scenario, **extra: Any) -> dict[str, Any]:
     """What the processes of a machine read from `control`: the scenario and what follows from it."""
+    if scenario.plugins:
+        extra["plugin_facts"] = scenario.plugins.facts()
     return {
         **scenario.to_config(),
         "vp_indices": scenario.machine.vp_indices(),
@@ -381,7 +386,7 @@ def launch(
             config_of(scenario, no_guest=no_guest, by_hand=bool(without), **extra),
             ram_bytes=scenario.machine.ram_bytes,
             vp_indices=scenario.machine.vp_indices(),
-            cpuid=cpuid.leaves(),
+            cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
         if record:
             machine.control.set_recording()

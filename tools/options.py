@@ -27,6 +27,18 @@ def machine_option(function: F) -> F:
     )(function)
 
 
+def plugin_option(function: F) -> F:
+    """`--plugin FILE.py`, repeatable (parameter `plugin_paths`); `tools.plugins.scenario_of` loads them."""
+    return click.option(
+        "--plugin",
+        "plugin_paths",
+        metavar="FILE.py",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Load devices and drivers of your own (repeatable; docs/writing-a-driver.md).",
+    )(function)
+
+
 def scenario_argument(function: F) -> F:
     """`[SCENARIO.toml]` (parameter `scenario_path`, None for the default one); `Scenario.load` checks it."""
     return click.argument("scenario_path", metavar="[SCENARIO.toml]", required=False, type=click.Path(path_type=Path))(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from tools.detach import run_detached
-from tools.options import json_option, scenario_argument
+from tools.options import json_option, plugin_option, scenario_argument
+from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
 
 
@@ -18,6 +19,7 @@ from tools.run_machine import Options, run_here
 @click.option(
     "--device", "device_texts", metavar="CLASS[:COUNT]", multiple=True, help="Devices, instead of the file's."
 )
+@plugin_option
 @click.option("--duration", "duration_s", type=click.FloatRange(min=0), help="Seconds to run; default: until Ctrl-C.")
 @click.option(
     "--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel."
@@ -47,6 +49,7 @@ def run(
     scenario_path: Path | None,
     vcpus: int | None,
     device_texts: tuple[str, ...],
+    plugin_paths: tuple[Path, ...],
     duration_s: float | None,
     stream_path: Path | None,
     detach: bool,
@@ -66,10 +69,11 @@ def run(
       vmbus-emu run --duration 5
       vmbus-emu run scenarios/devices.toml --vcpus 4 --duration 2 --json
       vmbus-emu run --stream /bin/ls
+      vmbus-emu run --plugin tempsensor.py --device tempsensor:2
     """
-    scenario = (Scenario.load(scenario_path) if scenario_path else Scenario.default()).with_overrides(
-        name=name, vcpus=vcpus, devices=[parse_device(text) for text in device_texts], poll=poll
-    )
+    scenario = scenario_of(scenario_path, plugin_paths)
+    devices = [parse_device(text, scenario.plugins) for text in device_texts]
+    scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll)
     options = Options(
         scenario, duration_s, stream_path, no_guest, guest_timeout_s, record_path, frozenset(without), seed, as_json
     )

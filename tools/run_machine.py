@@ -19,6 +19,7 @@ from emu.recording import RecordingWriter
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow, TaskState
 from emu.wire.versions import version_text
+from guestproc.drivers.echo import EchoDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
@@ -87,7 +88,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     ) as running:
         for process in sorted(options.without):
             say(f"start by hand: {by_hand_command(running.name, process)}")
-        outcome = Outcome(running.name, scenario, options.seed)
+        outcome = Outcome(running.name, scenario, options.seed, foreign=options.no_guest)
         try:
             with recording(running, options.record_path):
                 try:
@@ -101,6 +102,8 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
             outcome.deaths = [one.report() for one in death.deaths]
             outcome.crash_record = str(write_crash_record(running, death))
             look(running, outcome)
+    if scenario.plugins:
+        outcome.log = running.log
     return tell(outcome, options.as_json, interrupted)
 
 
@@ -193,9 +196,10 @@ def exercise(running: RunningMachine) -> list[TaskRow]:
 
 def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[str, Any]:
     """Send a file through the first echo channel, take it back, compare SHA-256 with our own reading."""
-    channel = next((one for device in outcome.devices for one in device.channels if one.state == "opened"), None)
+    echoing = (one for device in outcome.devices if device.driver == EchoDriver.name for one in device.channels)
+    channel = next((one for one in echoing if one.state == "opened"), None)
     if channel is None:
-        raise UserError("--stream: no channel is open")
+        raise UserError("--stream: no channel of an echo device is open")
     started = time.monotonic()
     row = running.order(Program.STREAM, channel.cpu, relid=channel.relid, path=str(path.resolve()))
     digest = hashlib.sha256()

@@ -24,6 +24,8 @@ class Outcome:
     machine: str
     scenario: Scenario
     seed: int
+    foreign: bool = False
+    """Somebody else's guest: only the host knows its channels."""
     version: str | None = None
     devices: list[ListedDevice] = field(default_factory=list)
     offers: int = 0
@@ -37,13 +39,17 @@ class Outcome:
     ignored: dict[str, int] = field(default_factory=dict)
     refusals: list[dict[str, Any]] = field(default_factory=list)
     leaked: int | None = None
+    log: list[str] = field(default_factory=list)
+    """The log of a machine with plugins: the guest's lines, and the tracebacks of back ends."""
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
 
     @property
     def channels_open(self) -> int:
         """Channels that are open in both directions."""
-        return sum(channel.state in ("opened", "open") for device in self.devices for channel in device.channels)
+        # The guest's OPENED_STATE, or the host's OPEN; the kernel's OPEN_STATE is an offer that nobody has opened.
+        wanted = "open" if self.foreign else "opened"
+        return sum(channel.state == wanted for device in self.devices for channel in device.channels)
 
     def kicks(self) -> dict[str, int]:
         """How often a processor had to be reached, and how."""
@@ -53,7 +59,12 @@ class Outcome:
     def finding(self) -> bool:
         """Whether something is wrong with what was seen: a mismatch, a leak."""
         wrong_stream = self.stream is not None and not self.stream["sha256_ok"]
-        return wrong_stream or bool(self.leaked) or any(task.errors for task in self.tasks)
+        return wrong_stream or bool(self.leaked or self.plugin_errors) or any(task.errors for task in self.tasks)
+
+    @property
+    def plugin_errors(self) -> int:
+        """Exceptions that plugins let out, on both sides."""
+        return self.counters.get("plugin_errors", 0) + self.refused.get("backend-error", 0)
 
     def report(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -76,6 +87,9 @@ class Outcome:
             "ignored": self.ignored,
             "refusals": self.refusals,
             "leaked": self.leaked,
+            "plugins": self.scenario.plugins.paths,
+            "plugin_errors": self.plugin_errors,
+            "log": self.log,
             "seed": self.seed,
             "deaths": self.deaths,
             "crash_record": self.crash_record,
@@ -113,6 +127,8 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
         print_json("run", 1, outcome.report())
     else:
         _tell_people(outcome)
+        for line in outcome.log:
+            say(line)
     for death in outcome.deaths:
         say(f"vmbus-emu: {death}")
     if outcome.crash_record:
@@ -139,5 +155,7 @@ def _tell_people(outcome: Outcome) -> None:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
         for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
             click.echo(f"  {refusal['rule']}: {refusal['text']}")
+    if outcome.plugin_errors:
+        click.echo(f"plugin errors: {outcome.plugin_errors}")
     if outcome.leaked:
         click.echo(f"leaked: {outcome.leaked}")

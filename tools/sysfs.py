@@ -20,9 +20,9 @@ import click
 from emu.control import ActorKind
 from emu.errors import MissingPrerequisite
 from emu.machine import Machine
+from guestproc.protocol.uevents import PARENT_NAME
 from tools.machines import chosen_machine, runs
 from tools.options import machine_option
-from tools.sysfs_guest import PARENT_NAME
 from tools.sysfs_live import LiveTree
 from tools.sysfs_mounts import FuseMounts, Mounts, TmpfsMounts
 from tools.sysfs_namespace import enter_namespaces, mount_point

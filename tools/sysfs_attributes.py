@@ -18,6 +18,7 @@ from uuid import UUID
 
 from emu.wire.guids import braced, guid_from_wire, modalias
 from guestproc.kernel.layout import Channel, Device, Era
+from guestproc.protocol.devices import override_name
 from guestproc.view import (
     CLIENT,
     INBOUND,
@@ -113,7 +114,7 @@ def channel_vp_mapping(shown: Shown) -> str:
 
 def driver_override(shown: Shown) -> str:
     """Name of the driver that alone may bind; what %s makes of none."""
-    return (shown.view.driver_name(shown.device.driver_override) or "(null)") + "\n"
+    return (override_name(shown.device) or "(null)") + "\n"
 
 
 def uevent(shown: Shown) -> str:

@@ -16,13 +16,12 @@ from typing import Final
 from uuid import UUID
 
 from guestproc.kernel.layout import Channel, Device, Era
-from guestproc.view import GuestView, name_of, settled
+from guestproc.protocol.devices import name_of
+from guestproc.protocol.uevents import PARENT_NAME
+from guestproc.view import GuestView, settled
 from tools.sysfs_attributes import CHANNEL_ATTRIBUTES, DEVICE_ATTRIBUTES, Shown, Spec
 from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
 
-PARENT_NAME: Final = "vmbus-emu"
-"""Directory in /sys/devices that holds the devices. On a real machine it is one of ACPI or the device tree;
-here it must be none that the computer itself may have."""
 BUS_LINK: Final = "../../../bus/vmbus"
 """From a device's directory to the bus."""
 

@@ -21,9 +21,10 @@ from emu.mirror import Mirror
 from emu.wire.device_classes import device_number
 from emu.wire.guids import braced, modalias
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
+from guestproc.protocol.uevents import PARENT_NAME
 from guestproc.view import GuestView
 from tools.device_list import ListedChannel, ListedDevice, host_devices
-from tools.sysfs_guest import BUS_LINK, PARENT_NAME, GuestBus
+from tools.sysfs_guest import BUS_LINK, GuestBus
 from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
 
 PCI_VENDOR_ID_MICROSOFT: Final = 0x1414

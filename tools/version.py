@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from emu.layout import ABI_MAJOR, ABI_MINOR
-from emu.scenario import SUPPORTED_ERAS, SUPPORTED_HOST_VERSIONS
-from emu.wire.versions import version_text
+from emu.scenario import ERAS
+from emu.wire.versions import KNOWN_VERSIONS, version_text
 from tools.output import print_json
 
 _SOURCES = Path(__file__).resolve().parent.parent
@@ -53,8 +53,8 @@ def version_report() -> dict[str, Any]:
         "kernel": platform.release(),
         "machine": platform.machine(),
         "abi": f"{ABI_MAJOR}.{ABI_MINOR}",
-        "vmbus_versions": [version_text(version) for version in sorted(SUPPORTED_HOST_VERSIONS)],
-        "eras": sorted(SUPPORTED_ERAS),
+        "vmbus_versions": [version_text(version) for version in KNOWN_VERSIONS],
+        "eras": list(ERAS),
     }
 
 

@@ -7,7 +7,7 @@ fixed tail. `echo` and `netlike` are ours: no real guest and no real `lsvmbus` k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -114,11 +114,17 @@ HV_SOCK: Final = BY_NAME["hv_sock"]
 ECHO: Final = BY_NAME["echo"]
 NETLIKE: Final = BY_NAME["netlike"]
 _HV_SOCK_TAIL: Final = HV_SOCK.guid.bytes[4:]
+_REMEMBERED: Final[dict[UUID, DeviceClass]] = {}
+
+
+def remember_classes(classes: Iterable[DeviceClass]) -> None:
+    """Know classes of plugins by their GUIDs, too; what is said last of a GUID holds."""
+    _REMEMBERED.update((one.guid, one) for one in classes)
 
 
 def class_of(guid: UUID) -> DeviceClass | None:
     """Find the class of an offer's `if_type`; None for a GUID that nobody knows."""
-    known = BY_GUID.get(guid)
+    known = BY_GUID.get(guid) or _REMEMBERED.get(guid)
     if known is None and guid.bytes[4:] == _HV_SOCK_TAIL:
         return HV_SOCK
     return known
@@ -132,7 +138,7 @@ def device_number(guid: UUID) -> int:
 
 def lsvmbus_text(guid: UUID) -> str:
     """What `lsvmbus` prints for a class GUID."""
-    known = BY_GUID.get(guid)
+    known = BY_GUID.get(guid) or _REMEMBERED.get(guid)
     return UNKNOWN_TEXT if known is None else known.lsvmbus_text
 
 

@@ -7,7 +7,7 @@ state is `Device.driver_state`, 32 words in guest RAM, with whatever layout the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -26,6 +26,19 @@ class HvDriver(Protocol):
 
     def remove(self, current: Current, device: Device) -> None:
         """Give it back: close the channel. May sleep."""
+
+
+@runtime_checkable
+class ShutsDown(Protocol):
+    """A driver that wants to know of the machine's shutdown (`hv_driver.shutdown`; it may have none)."""
+
+    def shutdown(self, current: Current, device: Device) -> None:
+        """Make the device quiet; it stays bound."""
+
+
+def takes_sockets(driver: HvDriver) -> bool:
+    """`hv_driver.hvsock`: whether it is the driver of hv_sock channels; without a word, it is not."""
+    return bool(getattr(driver, "hvsock", False))
 
 
 DRIVER_OBJECTS: Final[dict[int, HvDriver]] = {}

@@ -49,6 +49,9 @@ INVALID_RELID: Final = 0xFFFFFFFF
 INSTANCE_BUCKETS: Final = 4096
 DRIVER_STATE_WORDS: Final = 32
 MAX_DYNAMIC_IDS: Final = 16
+MAX_FAULTS: Final = 16
+UEVENT_SLOTS: Final = 64
+UEVENT_BYTES: Final = 512
 
 
 class Era(IntEnum):
@@ -118,6 +121,10 @@ class Connection(Record):
     grace_wait = wait_queue("atomic: woken by ISRs that end while somebody waits for a grace period")
     numa_cpus = Words64(MAX_NUMA_NODES, "once: mask of the CPUs of each node, written at boot")
     hv_numa_map = Words64(MAX_NUMA_NODES, "channel_mutex (seed: bind_channel_to_cpu_lock): CPUs allocated, by node")
+    faults = Words64(MAX_FAULTS, "atomic: the faults to be injected (`protocol.faults`)")
+    user_calls = Atomic32("atomic: calls of user space that run, and the bit that there may be no more")
+    uevent_lock = spinlock(Rank.LEAF)
+    uevent_seqnum = Word(8, "uevent_lock: of the newest uevent, from 1")
 
 
 class Cpu(Record):
@@ -168,6 +175,7 @@ class Channel(Record):
     # Life.
     rescind_ref = Atomic32("atomic; changed under channel_mutex")
     probe_done = Atomic32("atomic; state_wait is woken behind it")
+    kobj_added = Word(4, "who handles the offer: 1 once user space was told of its directory")
     device_id = Word(4, "once: device type number")
     sub_channel_index = Word(4, "once")
     sc_creation_callback = Word(4, "channel_mutex: number in CHANNEL_CALLBACKS, 0 NULL")
@@ -226,12 +234,12 @@ class Device(Record):
     device_id = Word(4, "once: device type number")
     vendor_id = Word(4, "once: 0x1414")
     driver = Word(4, "device_lock: number in DRIVERS of the driver that is bound, 0: unbound")
-    driver_override = Word(4, "device_lock: number in DRIVERS, 0: none")
     state = Atomic32("atomic: bits of the driver core, changed under device_lock")
     probe_error = Word(4, "device_lock: errno of the last probe that failed")
     device_lock = mutex(Rank.DEVICE)
     dev_instance = Blob(16, "once")
     dev_type = Blob(16, "once: class GUID")
+    driver_override = Blob(32, "device_lock: name of the only driver that may bind, empty: any")
     driver_state = Words64(DRIVER_STATE_WORDS, "the bound driver's own layout")
 
 
@@ -258,14 +266,15 @@ class NetChannel(Record):
 
 
 class Driver(Record):
-    """A driver that is registered: `hv_driver`."""
+    """A driver that is or was registered: `hv_driver`. Whoever matches it needs no reference, for it stays."""
 
     number = Word(4, "once: number in DRIVERS")
     flags = Word(4, "once: hvsock")
-    devices = Word(4, "driver_mutex: how many are bound")
-    dynamic_count = Word(4, "driver_mutex")
+    unregistered = Atomic32("atomic: 1 while it is registered no more; changed under driver_mutex")
+    dynids_lock = spinlock(Rank.LEAF)
+    dynamic_count = Word(4, "dynids_lock")
     name = Blob(32, "once")
-    dynamic_ids = Blob(16 * MAX_DYNAMIC_IDS, "driver_mutex: class GUIDs of new_id")
+    dynamic_ids = Blob(16 * MAX_DYNAMIC_IDS, "dynids_lock: class GUIDs of new_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +303,10 @@ TABLES: Final = (
 ARRAYS: Final[Mapping[str, int]] = {
     "relids": 8 * MAX_CHANNEL_RELIDS,
     "instances": 4 * INSTANCE_BUCKETS,
+    "uevents": UEVENT_SLOTS * UEVENT_BYTES,
 }
-"""Plain arrays, in bytes: the relid table, and the heads of the hash of instances. `pages` depends on RAM."""
+"""Plain arrays, in bytes: the relid table, the heads of the hash of instances, the ring of uevents. `pages`
+depends on RAM."""
 
 
 @dataclass(frozen=True, slots=True)

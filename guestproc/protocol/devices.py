@@ -13,7 +13,8 @@ from enum import IntFlag
 from typing import Final, Protocol
 
 from emu.wire.device_classes import PCI_VENDOR_ID_MICROSOFT
-from guestproc.kernel.layout import Channel, Device, Driver, KernelTables
+from guestproc.kernel.layout import MAX_DYNAMIC_IDS, Channel, Device, Driver, KernelTables
+from guestproc.protocol.offers import is_hvsock_channel
 
 REFERENCE: Final = 1 << 16
 
@@ -26,10 +27,18 @@ class DeviceState(IntFlag):
     REMOVING = 4
 
 
+class DriverFlags(IntFlag):
+    """`Driver.flags`."""
+
+    HVSOCK = 1
+    """It takes hv_sock channels, and only it does."""
+
+
 class Matching(Protocol):
     """Of a driver, what decides whether a device is one of its."""
 
     number: int
+    name: str
     id_table: frozenset[bytes]
 
 
@@ -82,6 +91,18 @@ def put_device(tables: KernelTables, device: Device) -> None:
         tables.devices.free(device)
 
 
+def find_device(tables: KernelTables, relid: int, instance: bytes) -> Device | None:
+    """Under channel_mutex: the registered device of this relid (0: of this instance), with a reference more."""
+    channel = tables.relids.lookup(relid) if relid else next(iter(tables.instances.find(instance)), None)
+    if channel is not None and channel.primary_channel:
+        channel = tables.channels.find(channel.primary_channel)
+    device = None if channel is None else tables.devices.find(channel.device_obj)
+    if device is None or not device.state.load() & DeviceState.REGISTERED:
+        return None
+    device.state.fetch_add(REFERENCE)
+    return device
+
+
 def bind(device: Device, driver: Matching) -> None:
     """Under device_lock: this driver has taken the device."""
     device.driver = driver.number
@@ -95,43 +116,101 @@ def unbind(device: Device) -> None:
     device.state.fetch_and(~int(DeviceState.BOUND) & 0xFFFFFFFF)
 
 
+def override_name(device: Device) -> str:
+    """Name of the only driver that may bind, empty for any."""
+    return device.driver_override.rstrip(b"\0").decode()
+
+
 # -- drivers ------------------------------------------------------------------------------------------
 
 
-def add_driver(tables: KernelTables, number: int, name: str) -> Driver | None:
-    """Under driver_mutex: a driver is registered; None when there is no record for it."""
-    record: Driver | None = tables.drivers.alloc()
-    if record is not None:
-        record.number = number
-        record.name = name.encode()
+def add_driver(tables: KernelTables, number: int, name: str, flags: int = 0) -> Driver | int:
+    """Under driver_mutex: register a driver; -EBUSY when one of that name is, -ENOMEM without a record for it.
+
+    One that comes back finds its record again, without the dynamic ids that it had.
+    """
+    known = next((record for record in tables.drivers.live() if name_of(record) == name), None)
+    if known is not None and not known.unregistered.load():
+        return -errno.EBUSY
+    record = tables.drivers.alloc() if known is None else known
+    if record is None:
+        return -errno.ENOMEM
+    record.number = number
+    record.flags = flags
+    record.name = name.encode()
+    record.dynamic_count = 0
+    record.unregistered.store(0)
     return record
 
 
 def remove_driver(tables: KernelTables, number: int) -> bool:
     """Under driver_mutex: it is registered no more; whether it was."""
-    for record in tables.drivers.live():
-        if record.number == number:
-            tables.drivers.free(record)
-            return True
-    return False
+    return any(not record.unregistered.exchange(1) for record in tables.drivers.live() if record.number == number)
 
 
-def registered(tables: KernelTables) -> list[tuple[int, Callable[[], bool]]]:
-    """Under driver_mutex: each registered driver's number, with a question whether it still is registered."""
-    return [(record.number, record.alive) for record in tables.drivers.live()]
+def registered(tables: KernelTables) -> list[Driver]:
+    """Under driver_mutex: the registered drivers, in the order of their first registration."""
+    return [record for record in tables.drivers.live() if is_registered(record)]
 
 
-def matching(candidates: list[tuple[int, Callable[[], bool]]], match: Callable[[int], bool]) -> Iterator[int]:
-    """Under device_lock: the numbers of the drivers to try, in the order of their registration.
+def is_registered(driver: Driver) -> bool:
+    """Whether it is registered now."""
+    return not driver.unregistered.load()
+
+
+def name_of(driver: Driver) -> str:
+    """A driver's name as text."""
+    return driver.name.rstrip(b"\0").decode()
+
+
+def matching(candidates: list[Driver], match: Callable[[Driver], bool]) -> Iterator[Driver]:
+    """Under device_lock: the drivers to try, in the order of their registration.
 
     A driver that went since is passed over: whoever took it away walks over the devices after that, and
     waits for this one's lock.
     """
-    return (number for number, still_there in candidates if still_there() and match(number))
+    return (driver for driver in candidates if is_registered(driver) and match(driver))
 
 
-def vmbus_match(device: Device, driver: Matching) -> bool:
-    """driver_override first, which matches without an id; then the class GUID in the driver's table."""
-    if device.driver_override:
-        return bool(device.driver_override == driver.number)
-    return device.dev_type in driver.id_table
+def dynamic_ids(driver: Driver) -> list[bytes]:
+    """Under dynids_lock: class GUIDs (wire form) that `new_id` added, oldest first."""
+    ids = driver.dynamic_ids
+    return [ids[16 * n : 16 * n + 16] for n in range(driver.dynamic_count)]
+
+
+def add_dynid(driver: Driver, guid: bytes) -> int:
+    """Under dynids_lock: 0, -EEXIST when it is one already, -ENOMEM when there is no room."""
+    ids = dynamic_ids(driver)
+    if guid in ids:
+        return -errno.EEXIST
+    if len(ids) == MAX_DYNAMIC_IDS:
+        return -errno.ENOMEM
+    driver.dynamic_ids = b"".join([*ids, guid])
+    driver.dynamic_count = len(ids) + 1
+    return 0
+
+
+def remove_dynid(driver: Driver, guid: bytes) -> int:
+    """Under dynids_lock: 0, or -ENODEV when it is none. Who is bound stays bound."""
+    ids = dynamic_ids(driver)
+    if guid not in ids:
+        return -errno.ENODEV
+    ids.remove(guid)
+    driver.dynamic_ids = b"".join(ids)
+    driver.dynamic_count = len(ids)
+    return 0
+
+
+def vmbus_match(tables: KernelTables, device: Device, driver: Matching, record: Driver) -> bool:
+    """Under device_lock and the driver's dynids_lock: whether the driver may take the device.
+
+    An hv_sock channel goes to the driver of sockets, whatever else is said. driver_override excludes all other
+    drivers, and its own needs no id then. Dynamic ids are looked at before the driver's table.
+    """
+    channel = tables.channels.find(device.channel)
+    if channel is not None and is_hvsock_channel(channel):
+        return bool(record.flags & DriverFlags.HVSOCK)
+    override = override_name(device)
+    if override:
+        return override == driver.name
+    return device.dev_type in dynamic_ids(record) or device.dev_type in driver.id_table

@@ -1,7 +1,9 @@
 """What differs between the kernels that the guest can be: a policy that a scenario picks, not two copies of code.
 
-`current` is 6.x: versions 5.3 down to 2.4, 25 message types with least lengths, a private copy of each message,
-a global relid table, a rescind queue of its own. Another era is another value of `Era`.
+`current` is 6.x: versions 5.3 down to 2.4, 25 message types with least lengths, a global relid table, a rescind
+queue of its own. `seed` is about 5.0: versions 4.0 down to 0.13, 22 types without least lengths, a list of
+channels for each processor that is edited by IPI, rescinds on the system queue. Another era is another value
+of `Era`; whoever does something differently asks the value, never its name.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Final
 
 from emu.wire.messages import MessageType
 from emu.wire.versions import (
+    VERSION_WIN7,
     VERSION_WIN8,
     VERSION_WIN8_1,
     VERSION_WIN10,
@@ -21,8 +24,16 @@ from emu.wire.versions import (
     VERSION_WIN10_V5_1,
     VERSION_WIN10_V5_2,
     VERSION_WIN10_V5_3,
+    VERSION_WS2008,
 )
+from guestproc.kernel.layout import Era as EraNumber
+from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.workqueue import QueueNumber
+
+SHARED_INTERRUPT_VERSIONS: Final = frozenset({VERSION_WS2008, VERSION_WIN7})
+"""One interrupt for all channels: flag 0, then the bits of the interrupt page."""
+JIFFY_NS: Final = 4_000_000
+"""HZ is 250."""
 
 
 class HandlerType(IntEnum):
@@ -47,10 +58,25 @@ class Era:
     """One kernel's ways."""
 
     name: str
+    number: EraNumber
+    linux_version_code: int
     versions: tuple[int, ...]
+    """Those it asks for, in this order."""
     channel_message_table: Mapping[int, TableEntry]
     offer_queue: QueueNumber
     rescind_queue: QueueNumber
+    checks_lengths: bool
+    """Whether a message's size counts. Else handlers read the slot as far as they like, whatever it says."""
+    queues_unhandled: bool
+    """Whether a message without a handler is queued like any blocking one, for the worker to complain of."""
+    percpu_lists: bool
+    """Whether an interrupt finds its channel on its processor's chan_list; else in the relid table."""
+    early_offer_done: bool
+    """Whether an offer stops counting before it is entered; either way rescinds wait for the mutex around both."""
+    asks_vp_of_connect_cpu: bool
+    """Whether target_vcpu means something from 3.0 on only, and is 0 before."""
+    event_slice_ns: int
+    """How long one run of `vmbus_on_event` goes on with a ring that does not run empty."""
 
     @property
     def channelmsg_count(self) -> int:
@@ -73,21 +99,20 @@ _NON_BLOCKING: Final = {
 }
 
 
-def _table(count: int) -> dict[int, TableEntry]:
+def _table(count: int, *, lengths: bool) -> dict[int, TableEntry]:
     entries = {}
     for number in range(count):
         msgtype = MessageType(number)
-        if msgtype in _NON_BLOCKING:
-            handler, least = _NON_BLOCKING[msgtype]
-            entries[number] = TableEntry(msgtype, HandlerType.NON_BLOCKING, handler, least)
-        else:
-            handler, least = _BLOCKING.get(msgtype, ("", 0))
-            entries[number] = TableEntry(msgtype, HandlerType.BLOCKING, handler, least)
+        kind = HandlerType.NON_BLOCKING if msgtype in _NON_BLOCKING else HandlerType.BLOCKING
+        handler, least = (_NON_BLOCKING | _BLOCKING).get(msgtype, ("", 0))
+        entries[number] = TableEntry(msgtype, kind, handler, least if lengths else 0)
     return entries
 
 
 CURRENT: Final = Era(
     name="current",
+    number=EraNumber.CURRENT,
+    linux_version_code=0x060C75,  # 6.12.117
     versions=(
         VERSION_WIN10_V5_3,
         VERSION_WIN10_V5_2,
@@ -98,9 +123,37 @@ CURRENT: Final = Era(
         VERSION_WIN8_1,
         VERSION_WIN8,
     ),
-    channel_message_table=_table(25),
+    channel_message_table=_table(25, lengths=True),
     offer_queue=QueueNumber.WORK,
     rescind_queue=QueueNumber.RESCIND,
+    checks_lengths=True,
+    queues_unhandled=False,
+    percpu_lists=False,
+    early_offer_done=False,
+    asks_vp_of_connect_cpu=False,
+    event_slice_ns=0,
 )
 
-ERAS: Final = {era.name: era for era in (CURRENT,)}
+SEED: Final = Era(
+    name="seed",
+    number=EraNumber.SEED,
+    linux_version_code=0x050000,
+    versions=(VERSION_WIN10, VERSION_WIN8_1, VERSION_WIN8, VERSION_WIN7, VERSION_WS2008),
+    channel_message_table=_table(22, lengths=False),
+    offer_queue=QueueNumber.WORK,
+    rescind_queue=QueueNumber.SYSTEM,
+    checks_lengths=False,
+    queues_unhandled=True,
+    percpu_lists=True,
+    early_offer_done=True,
+    asks_vp_of_connect_cpu=True,
+    event_slice_ns=2 * JIFFY_NS,
+)
+
+ERAS: Final = {era.name: era for era in (CURRENT, SEED)}
+_BY_NUMBER: Final = {era.number: era for era in ERAS.values()}
+
+
+def era_of(tables: KernelTables) -> Era:
+    """The era of the kernel whose records these are."""
+    return _BY_NUMBER[tables.era]

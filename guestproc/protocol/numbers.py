@@ -24,6 +24,8 @@ class Ipis(IntEnum):
     """Numbers in IPI_FUNCTIONS."""
 
     HV_SYNIC_CLEANUP = 1
+    PERCPU_CHANNEL_ENQ = 2
+    PERCPU_CHANNEL_DEQ = 3
 
 
 class Handlers(IntEnum):
@@ -39,3 +41,5 @@ class Callbacks(IntEnum):
     ECHO_SC_OPEN = 17
     NETVSC_CHANNEL_CB = 18
     NETVSC_SC_OPEN = 19
+    HV_UIO_CHANNEL_CB = 24
+    HV_UIO_RESCIND = 25

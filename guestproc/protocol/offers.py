@@ -16,8 +16,11 @@ from enum import Enum, auto
 
 from emu.errors import ProtocolViolation
 from emu.wire.guids import guid_to_wire
+from emu.wire.hypercalls import VMBUS_EVENT_CONNECTION_ID
 from emu.wire.messages import ChannelFlags, OfferChannel, parse
+from emu.wire.versions import VERSION_WS2008
 from guestproc.kernel.layout import MAX_CHANNEL_RELIDS, CallbackMode, Channel, ChannelState, KernelTables
+from guestproc.protocol.era import era_of
 from guestproc.protocol.numbers import Tasklets
 from guestproc.protocol.placement import device_id_of, give_cpu_back, init_vp_index
 
@@ -61,8 +64,10 @@ def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, seria
     if channel is None:
         return None
     channel.relid = offer.child_relid
-    channel.sig_event = offer.connection_id
-    channel.is_dedicated_interrupt = int(offer.is_dedicated_interrupt)
+    # Before 1.1 an offer's last fields mean nothing: one doorbell is everybody's.
+    dedicated = tables.connection.vmbus_proto_version != VERSION_WS2008
+    channel.sig_event = offer.connection_id if dedicated else VMBUS_EVENT_CONNECTION_ID
+    channel.is_dedicated_interrupt = int(dedicated and offer.is_dedicated_interrupt)
     channel.monitor_allocated = int(offer.monitor_allocated)
     channel.monitor_grp = offer.monitorid // 32
     channel.monitor_bit = offer.monitorid % 32
@@ -99,19 +104,26 @@ def primary_of(tables: KernelTables, channel: Channel) -> Channel | None:
 
 
 def enter_channel(tables: KernelTables, channel: Channel) -> Entered:
-    """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`)."""
+    """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`).
+
+    Era `seed` places it later, in the work item.
+    """
     relid = channel.relid
+    places = not era_of(tables).percpu_lists
     if tables.relids.load(relid):
         return _refuse(Place.RELID_TAKEN, "offer-relid-taken", f"offer of relid {relid}, which is in use", relid)
     primary = primary_of(tables, channel)
     if primary is None:
         # Also a sub-channel whose primary nobody knows: the kernel does not look at the index of a new GUID.
-        init_vp_index(tables, channel, others=())
+        if places:
+            init_vp_index(tables, channel, others=())
         tables.chn_list.append(channel)
         tables.instances.add(channel)
         place = Place.PRIMARY
     elif channel.sub_channel_index:
-        init_vp_index(tables, channel, others=_target_cpus(tables, primary))
+        if places:
+            init_vp_index(tables, channel, others=_target_cpus(tables, primary))
+        channel.affinity_policy = primary.affinity_policy
         channel.primary_channel = primary.handle
         tables.sc_list(primary).append(channel)
         place = Place.SUB_CHANNEL

@@ -1,17 +1,29 @@
 """`hv_get_dev_type` and `init_vp_index`: what a channel's device is, and which CPU takes its interrupts.
 
-Under channel_mutex and the hotplug lock (reference 3.9, the algorithm of 6.12): devices rotate over NUMA
-nodes, channels of one device over the CPUs of theirs; devices that need no speed stay on CPU 0.
+Devices rotate over NUMA nodes, channels of one device over CPUs; devices that need no speed stay on CPU 0
+(reference 3.9). Two algorithms: that of 6.12 (`init_vp_index`), under channel_mutex and the hotplug lock, and
+era `seed`'s (`init_vp_index_seed`), under bind_channel_to_cpu_lock, where a device may ask to stay on one node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from functools import lru_cache
 
 from emu.wire.device_classes import HV_UNKNOWN, DeviceClass, class_of
 from emu.wire.guids import guid_from_wire
 from guestproc.kernel.layout import Channel, KernelTables
+from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS, era_of
+
+
+class Affinity(IntEnum):
+    """`hv_numa_policy` (era `seed`): where a device's sub-channels go."""
+
+    BALANCED = 0
+    """To a node each in turn, like devices."""
+    LOCALIZED = 1
+    """To the CPUs of their primary's node."""
 
 
 @lru_cache(maxsize=256)
@@ -69,12 +81,54 @@ def init_vp_index(tables: KernelTables, channel: Channel, others: Iterable[int])
     _place(tables, channel, target)
 
 
-def give_cpu_back(tables: KernelTables, channel: Channel) -> None:
-    """`hv_clear_allocated_cpu`, for a channel that is on no list any more: its CPU may be chosen first again.
+def init_vp_index_seed(tables: KernelTables, channel: Channel) -> None:
+    """Choose target_cpu, target_vp and numa_node as era `seed` does; `channel` is on its lists already."""
+    connection = tables.connection
+    online = online_cpus(tables)
+    shared = connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
+    if shared or not online or not hv_is_perf_channel(channel):
+        channel.numa_node = 0
+        _place(tables, channel, _cpu_of_vp_0(tables) if shared else 0)
+        return
+    primary = tables.channels.find(channel.primary_channel) if channel.primary_channel else None
+    if primary is None or channel.affinity_policy == Affinity.BALANCED:
+        channel.numa_node = _next_node(tables, online)
+        primary = channel
+    node: int = primary.numa_node
+    cpus = connection.numa_cpus[node] & online
+    if connection.hv_numa_map[node].bit_count() == cpus.bit_count():
+        connection.hv_numa_map[node] = 0
+    taken = 0
+    if primary.affinity_policy == Affinity.LOCALIZED:
+        if cpus & ~primary.alloced_cpus_in_node == 0:
+            primary.alloced_cpus_in_node = 0
+        taken = primary.alloced_cpus_in_node
+    available = cpus & ~connection.hv_numa_map[node] & ~taken or cpus & ~taken
+    bit = available & -available
+    connection.hv_numa_map[node] |= bit
+    if primary.affinity_policy == Affinity.LOCALIZED:
+        primary.alloced_cpus_in_node = taken | bit
+    _place(tables, channel, max(0, bit.bit_length() - 1))
 
-    Not while another channel of a fast device has that CPU; one of the first looked at usually does.
+
+def _cpu_of_vp_0(tables: KernelTables) -> int:
+    """Which CPU is VP 0, which takes every interrupt below 2.4. The kernel takes it for granted that CPU 0 is."""
+    return next((cpu.index for cpu in tables.cpus.live() if cpu.vp_index == 0), 0)
+
+
+def give_cpu_back(tables: KernelTables, channel: Channel) -> None:
+    """For a channel that is on no list any more: its CPU may be chosen first again.
+
+    6.12's `hv_clear_allocated_cpu` keeps it while another channel of a fast device has that CPU; one of the
+    first looked at usually does. Era `seed` gives back only what its primary's node keeps count of.
     """
     cpu = channel.target_cpu.load()
+    if era_of(tables).percpu_lists:
+        if channel.affinity_policy == Affinity.LOCALIZED:
+            primary = tables.channels.find(channel.primary_channel) if channel.primary_channel else channel
+            if primary is not None:
+                primary.alloced_cpus_in_node &= ~(1 << cpu)
+        return
     if not hv_is_perf_channel(channel):
         return
     if any(other.target_cpu.load() == cpu and hv_is_perf_channel(other) for other in _all_channels(tables)):

@@ -1,7 +1,9 @@
 """What to do with a message from the slot: the decisions of `vmbus_on_msg_dpc`, on a private copy.
 
 The host's bytes are not trusted: a type beyond the table, a payload longer than a message, one shorter than
-its handler needs, a type that has no handler: each is dropped, with the kernel's line in the log.
+its handler needs, a type that has no handler: each is dropped, with the kernel's line in the log. Era `seed`
+knows no lengths, and leaves a type without a handler to the worker; its kernel reads the shared slot itself,
+as often as it likes, where ours reads the copy in both eras.
 """
 
 from __future__ import annotations
@@ -56,13 +58,13 @@ def triage(era: Era, copy: bytes) -> Triage:
     if msgtype >= era.channelmsg_count:
         refusal = _wrong("unknown-msgtype", f"unknown msgtype={msgtype}", "msgtype", msgtype)
         return Triage(message_type, msgtype, b"", None, refusal)
-    if payload_size > MAX_MESSAGE_SIZE:
+    if era.checks_lengths and payload_size > MAX_MESSAGE_SIZE:
         text = f"payload size is too large ({payload_size})"
         return Triage(message_type, msgtype, b"", None, _wrong("message-too-long", text, "payload_size", payload_size))
     entry = era.channel_message_table[msgtype]
-    payload = copy[16 : 16 + payload_size]
+    payload = payload_of(era, copy)
     if not entry.message_handler:
-        return Triage(message_type, msgtype, payload, None)
+        return Triage(message_type, msgtype, payload, entry if era.queues_unhandled else None)
     if payload_size < entry.min_payload_len:
         text = f"message too short: msgtype={msgtype} len={payload_size}"
         refusal = _wrong("message-too-short", text, "payload_size", payload_size)
@@ -70,9 +72,9 @@ def triage(era: Era, copy: bytes) -> Triage:
     return Triage(message_type, msgtype, payload, entry)
 
 
-def payload_of(copy: bytes) -> bytes:
-    """The payload of a message that went through `triage`."""
-    return copy[16 : 16 + copy[4]]
+def payload_of(era: Era, copy: bytes) -> bytes:
+    """The payload of a message: what its size says, or all that is behind the header where no size counts."""
+    return copy[16 : 16 + copy[4]] if era.checks_lengths else copy[16:]
 
 
 def _wrong(rule: str, text: str, field: str, value: int) -> ProtocolViolation:

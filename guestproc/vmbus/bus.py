@@ -86,7 +86,7 @@ def vmbus_exit(current: Current) -> None:
 
 def _drain_queues(current: Current) -> None:
     """Offers first, since they queue work on the others; a rescind may wait for any of them."""
-    for queue in (QueueNumber.WORK, QueueNumber.PRI_CHAN, QueueNumber.SUB_CHAN, QueueNumber.RESCIND):
+    for queue in (QueueNumber.WORK, QueueNumber.PRI_CHAN, QueueNumber.SUB_CHAN, current.era.rescind_queue):
         current.tables.work_queues.flush(current.actor, queue, FLUSH_TIMEOUT_NS)
 
 

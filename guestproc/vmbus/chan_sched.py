@@ -1,8 +1,8 @@
 """`vmbus_chan_sched` and `vmbus_on_event`: from an event flag to a channel's callback (reference 3.4, 3.5).
 
 Each flag is cleared by an atomic operation *before* its ring is looked at: a flag that is set again later
-means data that this look may miss. The relid table is read without a lock; a channel that is being rescinded,
-or whose callback is gone, is passed over.
+means data that this look may miss. The channel is found without a lock, in the relid table or (era `seed`) on
+this processor's chan_list; one that is being rescinded, or whose callback is gone, is passed over.
 
     ISR       the callback right here; masking is the driver's
     BATCHED   mask the ring, then the tasklet; the tasklet unmasks and looks again
@@ -41,10 +41,10 @@ def sync_test_and_clear_bit(number: int, words: tuple[AtomicU64, ...]) -> bool:
 
 def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     """Schedule every channel whose event flag is set on this processor."""
-    words = hv_cpu.event_words
+    gpa, words = hv_cpu.channel_flags()
     octets = current.tables.ram.octets
-    # One look at the whole page half; whatever is set after it brings an interrupt of its own.
-    flags = int.from_bytes(octets[hv_cpu.event_gpa : hv_cpu.event_gpa + 256], "little")
+    # One look at all flags; whatever is set after it brings an interrupt of its own.
+    flags = int.from_bytes(octets[gpa : gpa + 8 * len(words)], "little")
     while flags:
         low = flags & -flags
         flags ^= low
@@ -54,9 +54,19 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
         current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
         # Relid 0 is the legacy shared flag, never a channel.
         if relid:
-            channel = current.tables.relids.lookup(relid)
+            channel = _find(current, relid)
             if channel is not None and not channel.rescind.load():
                 _schedule(current, hv_cpu, channel)
+
+
+def _find(current: Current, relid: int) -> Channel | None:
+    """The channel of a flag; era `seed` knows only those whose interrupts come to this processor."""
+    if not current.era.percpu_lists:
+        return current.tables.relids.lookup(relid)
+    for channel in current.tables.chan_list(current.cpu_record()):
+        if channel.relid == relid and not channel.rescind.load():
+            return channel
+    return None
 
 
 def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None:
@@ -82,32 +92,39 @@ def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None
 
 @TASKLET_FUNCTIONS.register(Tasklets.VMBUS_ON_EVENT)
 def vmbus_on_event(current: Current, handle: int) -> None:
-    """The channel's tasklet: one callback; in BATCHED mode unmask, look again, and go on if bytes came.
+    """The channel's tasklet: a callback; in BATCHED mode unmask, look again, and go on if bytes came.
 
-    A callback that was taken away leaves the mask as it is: nobody reads that ring any more.
+    Going on is the next run's; era `seed` goes on by itself for two jiffies before. A callback that was taken
+    away leaves the mask as it is: nobody reads that ring any more.
     """
     channel = current.tables.channels.find(handle)
-    if channel is None:
-        return
-    callback = channel.onchannel_callback
-    if not callback:
+    if channel is None or not channel.onchannel_callback:
         return
     current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
     current.counters.tasklets += 1
-    CHANNEL_CALLBACKS.lookup(callback)(current, channel)
-    if channel.callback_mode != _BATCHED or not channel.onchannel_callback:
-        return
+    slice_ns = current.era.event_slice_ns
+    end = current.actor.now() + slice_ns if slice_ns else 0
+    while callback := channel.onchannel_callback:
+        CHANNEL_CALLBACKS.lookup(callback)(current, channel)
+        if channel.callback_mode != _BATCHED or not channel.onchannel_callback or not _bytes_left(current, channel):
+            return
+        if not end or current.actor.now() >= end:
+            assert current.tasklets is not None
+            current.tasklets.schedule(channel.callback_event)
+            return
+
+
+def _bytes_left(current: Current, channel: Channel) -> bool:
+    """Unmask and look again; bytes that slipped in before the unmask bring no interrupt, so mask for them."""
     inbound = current.rings.of(channel).inbound
     try:
         left = inbound.end_read()
     except ProtocolViolation as violation:
         inbound.begin_read()
         stop_reading(current, channel, violation)
-        return
+        return False
     current.record(E_UNMASK, channel.relid, INBOUND, left)
     if left:
-        # Bytes slipped in before the unmask: no interrupt will come for them.
         inbound.begin_read()
         current.record(E_MASK, channel.relid, INBOUND)
-        assert current.tasklets is not None
-        current.tasklets.schedule(channel.callback_event)
+    return bool(left)

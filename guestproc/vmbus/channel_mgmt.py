@@ -14,16 +14,18 @@ from emu.control import Ready
 from emu.errors import ProtocolViolation
 from emu.tracing import E_OFFER, E_REQ_COMPLETE, E_RESCIND, E_WORK_QUEUE
 from emu.wire.guids import guid_from_wire
-from emu.wire.messages import RescindChannelOffer, parse
+from emu.wire.messages import OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
-from guestproc.protocol import offers, opening, pending, rescinds
-from guestproc.protocol.numbers import Works
+from guestproc.protocol import faults, offers, opening, pending, rescinds
+from guestproc.protocol.faults import Fault
+from guestproc.protocol.numbers import Ipis, Works
 from guestproc.protocol.offers import Place
-from guestproc.protocol.placement import hv_get_dev_type
+from guestproc.protocol.placement import hv_get_dev_type, init_vp_index_seed
 from guestproc.protocol.rescinds import Removal
+from guestproc.vmbus.chan_list import run_on_target_cpu
 from guestproc.vmbus.channel import vmbus_free_ring, vmbus_reset_channel_cb
 from guestproc.vmbus.connection import vmbus_release_relid
 from guestproc.vmbus.device import (
@@ -146,8 +148,7 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
         return
     # The kernel's channel object has its add_channel_work inside; here both are records, had together or not.
     queues = current.tables.work_queues
-    item = queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, serial=current.serial)
-    channel = offers.new_channel(current.tables, offer, payload, current.serial) if item is not None else None
+    item, channel = _allocate_channel(current, offer, payload)
     current.record(
         E_OFFER,
         offer.child_relid,
@@ -168,13 +169,27 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
     vmbus_process_offer(current, channel, item)
 
 
+def _allocate_channel(current: Current, offer: OfferChannel, payload: bytes) -> tuple[WorkItem | None, Channel | None]:
+    """The two records of an offer, as far as there are any."""
+    tables, relid = current.tables, offer.child_relid
+    if faults.strikes(tables, Fault.WORK_ALLOC, relid):
+        return None, None
+    item = tables.work_queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, serial=current.serial)
+    if item is None or faults.strikes(tables, Fault.ALLOC_CHANNEL, relid):
+        return item, None
+    return item, offers.new_channel(tables, offer, payload, current.serial)
+
+
 def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work: WorkItem) -> None:
     """Primary or sub-channel? Link it, publish its relid, and queue the half that may wait for the host."""
     connection, actor, queues = current.connection, current.actor, current.tables.work_queues
     with connection.cpus_mutex.hold(actor), connection.channel_mutex.hold(actor):
+        # Under the mutex, which a rescind takes when it saw the count fall: it finds the channel.
+        if current.era.early_offer_done:
+            offer_done(current)
         entered = offers.enter_channel(current.tables, newchannel)
-        # Under the mutex and behind the publication: a rescind that saw the count fall finds the channel.
-        offer_done(current)
+        if not current.era.early_offer_done:
+            offer_done(current)
     if entered.refusal is not None:
         # As in the kernel, no RELID_RELEASED: that id, or that device, is in use.
         current.refuse(entered.refusal, "vmbus_process_offer")
@@ -190,6 +205,10 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
 def vmbus_add_channel_work(current: Current, item: WorkItem) -> None:
     """The second half of an offer: device and driver for a primary, the driver's callback for a sub-channel."""
     newchannel = current.channel(item.arguments[0])
+    if current.era.percpu_lists:
+        with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
+            init_vp_index_seed(current.tables, newchannel)
+        run_on_target_cpu(current, newchannel, Ipis.PERCPU_CHANNEL_ENQ)
     newchannel.state.store(ChannelState.OPEN_STATE)
     done = _add_sub_channel if newchannel.primary_channel else _add_primary
     if done(current, newchannel):
@@ -239,6 +258,8 @@ def err_deq_chan(current: Current, channel: Channel) -> None:
             probe_done(current, channel)
             return
         offers.leave_lists(current.tables, channel)
+    if current.era.percpu_lists:
+        run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     closed_before_suspend(current, offers.closes_before_suspend(channel))
     vmbus_release_relid(current, channel.relid, channel.generation)
     free_channel(current, channel)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LEAST_SLEEP_NS: Final = 50_000
 VMBUS_CONNECT_CPU: Final = 0
+SEND_INT_PAGE: Final = 2048
+"""The guest's half of the interrupt page; the host's is the first one."""
 
 
 # -- posting ------------------------------------------------------------------------------------------
@@ -124,9 +126,11 @@ def vmbus_negotiate_version(current: Current, version: int) -> int:
     connection = current.connection
     multiclient = version >= VERSION_WIN10_V5
     connection.msg_conn_id = VMBUS_MESSAGE_CONNECTION_ID_4 if multiclient else VMBUS_MESSAGE_CONNECTION_ID
+    # Before 3.0 a host sends to VP 0 whatever is asked for; old kernels then say so.
+    by_cpu = version >= VERSION_WIN8_1 or not current.era.asks_vp_of_connect_cpu
     message = InitiateContact(
         vmbus_version_requested=version,
-        target_vcpu=current.cpu_record(VMBUS_CONNECT_CPU).vp_index,
+        target_vcpu=current.cpu_record(VMBUS_CONNECT_CPU).vp_index if by_cpu else 0,
         interrupt_page=0 if multiclient else connection.int_page_gpa,
         monitor_page1=connection.monitor_page_gpas[0],
         monitor_page2=connection.monitor_page_gpas[1],
@@ -191,7 +195,12 @@ def vmbus_send_modifychannel(current: Current, channel: Channel, target_vp: int)
 
 
 def vmbus_set_event(current: Current, channel: Channel) -> None:
-    """Signal the host: the doorbell where the connection id has one, HvCallSignalEvent elsewhere."""
+    """Signal the host: the doorbell where the connection id has one, HvCallSignalEvent elsewhere.
+
+    Before 1.1 all channels have one doorbell, and a bit in the interrupt page says whose ring it was.
+    """
+    if not channel.is_dedicated_interrupt:
+        _set_send_bit(current, channel.relid)
     channel.sig_events.fetch_add(1)
     connection_id = channel.sig_event
     current.counters.doorbells += 1
@@ -208,6 +217,13 @@ def vmbus_set_event(current: Current, channel: Channel) -> None:
         ring = make_bell(machine.doorbells.view, connection_id, machine.wakeup("host").post)
         current.bells[connection_id] = ring
     ring()
+
+
+def _set_send_bit(current: Current, relid: int) -> None:
+    """`sync_set_bit` in send_int_page: the host clears it when it looks, so by an atomic operation."""
+    page = current.connection.int_page_gpa
+    if page:  # a sender may be late: behind a disconnect there is no page, and nobody to signal
+        current.tables.ram.atomics.cell_u64(page + SEND_INT_PAGE + 8 * (relid >> 6)).fetch_or(1 << (relid & 63))
 
 
 def vmbus_setevent(current: Current, channel: Channel) -> None:

@@ -1,29 +1,36 @@
-"""Devices and drivers of the bus: create, register, match by class GUID, probe, remove (reference 3.10).
+"""Devices and drivers of the bus: create, register, match, probe, bind, unbind, remove (reference 3.10).
 
 Registration is what binds: it matches a driver and probes it, synchronously, in the work item of the offer.
 A probe that fails leaves the device to the next driver that matches, or unbound; that is no error of the
 registration. Probe and remove run under the device's lock. Drivers come and go beside it: whoever takes one
-away first makes it unfindable, then waits for each device's lock in turn.
+away first makes it unfindable, then waits for each device's lock in turn. So do those who write to sysfs: they
+find a device under channel_mutex, hold it by a reference, and take its lock.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from emu.tracing import E_PROBE
 from emu.wire.guids import guid_from_wire
-from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
-from guestproc.kernel.layout import Channel, Device
-from guestproc.protocol import devices
-from guestproc.protocol.devices import DeviceState, vmbus_match
+from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, ShutsDown, takes_sockets
+from guestproc.kernel.layout import Channel, Device, Driver
+from guestproc.kernel.wait import SECOND_NS
+from guestproc.protocol import devices, faults
+from guestproc.protocol.devices import DeviceState, DriverFlags
+from guestproc.protocol.faults import Fault
+from guestproc.protocol.uevents import Action
 from guestproc.vmbus.removal import hv_process_channel_removal
+from guestproc.vmbus.uevents import channel_uevent, device_uevent, driver_uevent
 
 if TYPE_CHECKING:
     from guestproc.current import Current
 
-Candidates = list[tuple[int, Callable[[], bool]]]
+HANG_TIMEOUT_NS: Final = 30 * SECOND_NS
+"""How long a probe hangs that was told to, if nobody lets it go: below the deadline of a mutex."""
 
 
 def dev_name(device: Device) -> str:
@@ -36,6 +43,8 @@ def dev_name(device: Device) -> str:
 
 def vmbus_device_create(current: Current, channel: Channel) -> Device | None:
     """The device object of a primary channel; None when there is no record for it."""
+    if faults.strikes(current.tables, Fault.DEVICE_CREATE, channel.relid):
+        return None
     device = devices.create(current.tables, channel)
     if device is not None:
         with current.connection.channel_mutex.hold(current.actor):
@@ -44,13 +53,26 @@ def vmbus_device_create(current: Current, channel: Channel) -> Device | None:
 
 
 def vmbus_device_register(current: Current, device: Device) -> int:
-    """Make the device known and look for its driver; 0, or -EEXIST when its name is taken."""
+    """Make the device known, look for its driver, make its channel's directory; 0 or a negative errno.
+
+    -EEXIST: its name is taken; -ENOMEM: told to fail; -ENODEV: no directory. Then it is known no more.
+    """
+    channel = current.channel(device.channel)
+    if faults.strikes(current.tables, Fault.DEVICE_REGISTER, channel.relid):
+        return -errno.ENOMEM
     with current.connection.channel_mutex.hold(current.actor):
         result = devices.register(current.tables, device)
-    if result == 0:
-        drivers = _registered_drivers(current)
-        with device.device_lock.hold(current.actor):
-            _attach(current, device, drivers)
+        if result:
+            return result
+        # Under the mutex by which others find the device: they bind it after user space was told of it.
+        device_uevent(current, device, Action.ADD)
+    drivers = _registered_drivers(current)
+    with device.device_lock.hold(current.actor):
+        _attach(current, device, drivers)
+    result = vmbus_add_channel_kobj(current, channel)
+    if result:
+        # The kernel calls device_unregister here, whose release trips over a channel that is not rescinded.
+        _device_del(current, device)
     return result
 
 
@@ -64,50 +86,87 @@ def vmbus_device_discard(current: Current, device: Device) -> None:
 def vmbus_device_unregister(current: Current, device: Device) -> None:
     """Unbind, then let go of the channel: its relid is released and its record freed."""
     channel = current.channel(device.channel)
-    with device.device_lock.hold(current.actor):
-        device.state.fetch_or(int(DeviceState.REMOVING))
-        vmbus_remove(current, device)
+    _device_del(current, device)
     with current.connection.channel_mutex.hold(current.actor):
         channel.device_obj = 0
         hv_process_channel_removal(current, channel)
     devices.put_device(current.tables, device)
 
 
+def _device_del(current: Current, device: Device) -> None:
+    """`device_del`: nobody binds it any more, its driver gives it back, user space hears that it went."""
+    with device.device_lock.hold(current.actor):
+        device.state.fetch_or(int(DeviceState.REMOVING))
+        vmbus_remove(current, device)
+    device_uevent(current, device, Action.REMOVE)
+
+
 def vmbus_add_channel_kobj(current: Current, channel: Channel) -> int:
-    """The sysfs directory of a sub-channel below its primary's device; -ENODEV when there is no such device.
+    """A channel's directory below its device: 0, -ENODEV when there is no such device, -ENOMEM.
 
     The tree itself is made from the records by whoever shows it.
     """
-    primary = current.tables.channels.find(channel.primary_channel)
-    return 0 if primary is not None and primary.device_obj else -errno.ENODEV
+    if faults.strikes(current.tables, Fault.ADD_KOBJ, channel.relid):
+        return -errno.ENOMEM
+    primary = current.tables.channels.find(channel.primary_channel) if channel.primary_channel else channel
+    if primary is None or not primary.device_obj:
+        return -errno.ENODEV
+    channel.kobj_added = 1
+    channel_uevent(current, channel, Action.ADD)
+    return 0
+
+
+@contextmanager
+def held_device(current: Current, relid: int, instance: bytes) -> Iterator[Device | None]:
+    """`bus_find_device`: the device of this relid (0: of this instance), which stays for the block; None if none."""
+    with current.connection.channel_mutex.hold(current.actor):
+        device = devices.find_device(current.tables, relid, instance)
+    try:
+        yield device
+    finally:
+        if device is not None:
+            devices.put_device(current.tables, device)
 
 
 # -- binding ------------------------------------------------------------------------------------------
 
 
-def _attach(current: Current, device: Device, drivers: Candidates) -> None:
+def vmbus_match(current: Current, device: Device, record: Driver) -> bool:
+    """Under device_lock: whether a registered driver may take a device."""
+    with record.dynids_lock.hold(current.actor):
+        return devices.vmbus_match(current.tables, device, DRIVER_OBJECTS[record.number], record)
+
+
+def _attach(current: Current, device: Device, candidates: list[Driver]) -> None:
     """Under device_lock: try the drivers that match, until one takes the device (`__device_attach`)."""
-
-    def match(number: int) -> bool:
-        return vmbus_match(device, DRIVER_OBJECTS[number])
-
-    for number in devices.matching(drivers, match):
+    for record in devices.matching(candidates, lambda record: vmbus_match(current, device, record)):
         if device.driver or not devices.is_there(device):
             return
-        vmbus_probe(current, device, DRIVER_OBJECTS[number])
+        vmbus_probe(current, device, DRIVER_OBJECTS[record.number])
 
 
 def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
-    """Under device_lock: let the driver take the device; its negative errno is only logged."""
-    result = driver.probe(current, device)
+    """Under device_lock: let the driver take the device; its negative errno is logged and returned."""
     relid = current.channel(device.channel).relid
+    if faults.strikes(current.tables, Fault.PROBE_HANG, relid):
+        _hang(current)
+    result = -errno.EIO if faults.strikes(current.tables, Fault.PROBE, relid) else driver.probe(current, device)
     current.record(E_PROBE, relid, driver.number, -result)
     if result:
         device.probe_error = -result
         current.log(f"probe failed for device {dev_name(device)} ({result})")
     else:
         devices.bind(device, driver)
+        device_uevent(current, device, Action.BIND, driver.name)
     return result
+
+
+def _hang(current: Current) -> None:
+    """A driver that waits for what does not come, until somebody lets it go; not for ever."""
+    ended = faults.hangs_ended(current.tables)
+    current.connection.state_wait.wait_until_timeout(
+        current.actor, lambda: faults.hangs_ended(current.tables) != ended, HANG_TIMEOUT_NS
+    )
 
 
 def vmbus_remove(current: Current, device: Device) -> None:
@@ -115,17 +174,48 @@ def vmbus_remove(current: Current, device: Device) -> None:
     if device.driver:
         DRIVER_OBJECTS[device.driver].remove(current, device)
         devices.unbind(device)
+        device_uevent(current, device, Action.UNBIND)
+
+
+def bind_store(current: Current, device: Device, record: Driver) -> int:
+    """A write to a driver's `bind`: 0, -ENODEV when they do not match, -EBUSY when it is bound, what probe says."""
+    with device.device_lock.hold(current.actor):
+        if not (devices.is_registered(record) and devices.is_there(device) and vmbus_match(current, device, record)):
+            return -errno.ENODEV
+        if device.driver:
+            return -errno.EBUSY
+        return vmbus_probe(current, device, DRIVER_OBJECTS[record.number])
+
+
+def unbind_store(current: Current, device: Device, number: int = 0) -> int:
+    """A write to a driver's `unbind` (0: of whichever has it): 0, or -ENODEV when it has not. It stays unbound."""
+    with device.device_lock.hold(current.actor):
+        if not device.driver or number not in (0, device.driver):
+            return -errno.ENODEV
+        vmbus_remove(current, device)
+        return 0
+
+
+def driver_override_store(current: Current, device: Device, name: str) -> None:
+    """A write to `driver_override`: from the next match on only this driver, or (empty) any. Nothing is unbound."""
+    with device.device_lock.hold(current.actor):
+        device.driver_override = name.encode()
 
 
 # -- drivers ------------------------------------------------------------------------------------------
 
 
-def _registered_drivers(current: Current) -> Candidates:
+def _registered_drivers(current: Current) -> list[Driver]:
     with current.connection.driver_mutex.hold(current.actor):
         return devices.registered(current.tables)
 
 
-def _for_each_device(current: Current, act: Callable[[Device], None]) -> None:
+def find_driver(current: Current, name: str) -> Driver | None:
+    """The registered driver of that name."""
+    return next((one for one in _registered_drivers(current) if devices.name_of(one) == name), None)
+
+
+def _for_each_device(current: Current, act: Callable[[Device], object]) -> None:
     """Call `act` under the lock of every device that is there; each is held by a reference meanwhile."""
     with current.connection.channel_mutex.hold(current.actor):
         found = devices.get_all(current.tables)
@@ -138,28 +228,67 @@ def _for_each_device(current: Current, act: Callable[[Device], None]) -> None:
             devices.put_device(current.tables, device)
 
 
-def vmbus_driver_register(current: Current, driver: HvDriver) -> int:
-    """Make a driver known; it is probed with devices that have none yet. 0, or -ENOMEM."""
-    with current.connection.driver_mutex.hold(current.actor):
-        record = devices.add_driver(current.tables, driver.number, driver.name)
-    if record is None:
-        return -errno.ENOMEM
+def _driver_attach(current: Current, record: Driver) -> None:
+    """`driver_attach`: probe the driver with every device that it matches and that has no driver yet."""
 
     def probe(device: Device) -> None:
-        if not device.driver and vmbus_match(device, driver):
-            vmbus_probe(current, device, driver)
+        if not device.driver and devices.is_registered(record) and vmbus_match(current, device, record):
+            vmbus_probe(current, device, DRIVER_OBJECTS[record.number])
 
     _for_each_device(current, probe)
+
+
+def vmbus_driver_register(current: Current, driver: HvDriver) -> int:
+    """Make a driver known; it is probed with devices that have none yet. 0, -EBUSY when it is, or -ENOMEM."""
+    flags = DriverFlags.HVSOCK if takes_sockets(driver) else 0
+    with current.connection.driver_mutex.hold(current.actor):
+        record = devices.add_driver(current.tables, driver.number, driver.name, flags)
+        if isinstance(record, int):
+            return record
+        driver_uevent(current, record, Action.ADD)
+    _driver_attach(current, record)
     return 0
 
 
-def vmbus_driver_unregister(current: Current, driver: HvDriver) -> None:
-    """Forget a driver, then take it from all its devices, which stay, unbound."""
+def vmbus_driver_unregister(current: Current, driver: HvDriver) -> bool:
+    """Forget a driver, then take it from all its devices, which stay, unbound; whether it was registered."""
     with current.connection.driver_mutex.hold(current.actor):
-        devices.remove_driver(current.tables, driver.number)
+        was = devices.remove_driver(current.tables, driver.number)
 
     def remove(device: Device) -> None:
         if device.driver == driver.number:
             vmbus_remove(current, device)
 
     _for_each_device(current, remove)
+    if was:
+        with current.connection.driver_mutex.hold(current.actor):
+            for record in current.tables.drivers.live():
+                if record.number == driver.number:
+                    driver_uevent(current, record, Action.REMOVE)
+    return was
+
+
+def new_id_store(current: Current, record: Driver, guid: bytes) -> int:
+    """A write to a driver's `new_id`: 0, -EEXIST, -ENOMEM; then the devices of that class are probed."""
+    with record.dynids_lock.hold(current.actor):
+        result = devices.add_dynid(record, guid)
+    if result == 0:
+        _driver_attach(current, record)
+    return result
+
+
+def remove_id_store(current: Current, record: Driver, guid: bytes) -> int:
+    """A write to a driver's `remove_id`: 0, or -ENODEV. Devices that are bound stay so."""
+    with record.dynids_lock.hold(current.actor):
+        return devices.remove_dynid(record, guid)
+
+
+def vmbus_shutdown(current: Current) -> None:
+    """`device_shutdown`, before the machine goes: each bound device's driver may make it quiet."""
+
+    def shut_down(device: Device) -> None:
+        driver: object = DRIVER_OBJECTS.get(device.driver)
+        if isinstance(driver, ShutsDown):
+            driver.shutdown(current, device)
+
+    _for_each_device(current, shut_down)

@@ -55,8 +55,8 @@ _CPUID: Final = int(ExitOperation.CPUID)
 
 _SINT2: Final = HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT
 _PAGE_BASE: Final = ~0xFFF
-_LINUX_GUEST_OS_ID: Final = 0x8100 << 48 | 0x060C75 << 16
-"""Open source, Linux 6.12.117 (reference 1.1)."""
+_LINUX_GUEST_OS_ID: Final = 0x8100 << 48
+"""Open source, Linux; its version code in bits 47 to 16 (reference 1.1)."""
 _LEAST_LEAF: Final = 0x4000_0005
 _MOST_LEAF: Final = 0x4000_FFFF
 _POST_HEAD: Final = Struct("<IIII")
@@ -92,7 +92,7 @@ def hyperv_init(current: Current) -> int:
     except OutOfMemory as error:
         current.log(str(error))
         return -errno.ENOMEM
-    wrmsr(current, HV_X64_MSR_GUEST_OS_ID, _LINUX_GUEST_OS_ID)
+    wrmsr(current, HV_X64_MSR_GUEST_OS_ID, _LINUX_GUEST_OS_ID | current.era.linux_version_code << 16)
     wrmsr(current, HV_X64_MSR_HYPERCALL, page.gpa | HV_X64_MSR_HYPERCALL_ENABLE)
     return 0
 

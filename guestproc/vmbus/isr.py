@@ -2,6 +2,8 @@
 
 Events before messages, as Windows guests do it. One interrupt may mean events, a message, both or neither;
 a spurious one is harmless. The slot is only looked at here: its message is the tasklet's.
+
+Hosts below 2.4 have one flag for all channels, number 0; only when it was set are their bits looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 from emu.tracing import E_TASKLET_SCHED
 from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED
 from guestproc.protocol.numbers import Handlers, Tasklets
-from guestproc.vmbus.chan_sched import vmbus_chan_sched
+from guestproc.vmbus.chan_sched import sync_test_and_clear_bit, vmbus_chan_sched
 from guestproc.vmbus.message_dpc import vmbus_signal_eom
 from guestproc.vmbus.vector import VMBUS_HANDLERS
 
@@ -26,7 +28,8 @@ def vmbus_isr(current: Current) -> None:
     hv_cpu = current.percpu
     if hv_cpu is None:
         return
-    vmbus_chan_sched(current, hv_cpu)
+    if not hv_cpu.shares_interrupt() or sync_test_and_clear_bit(0, hv_cpu.event_words):
+        vmbus_chan_sched(current, hv_cpu)
     message_type = hv_cpu.load_message_type()
     if message_type != HVMSG_NONE:
         if message_type == HVMSG_TIMER_EXPIRED:

@@ -88,7 +88,7 @@ def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, ser
 @WORK_FUNCTIONS.register(Works.VMBUS_ONMESSAGE_WORK)
 def vmbus_onmessage_work(current: Current, item: WorkItem) -> None:
     """A queued message: handled, unless the connection is gone by now."""
-    payload = payload_of(item.message)
+    payload = payload_of(current.era, item.message)
     if current.connection.conn_state.load() == ConnectionState.DISCONNECTED:
         # The kernel loses the record here, and the count with it, which a later connection would wait for.
         if payload[0] == MessageType.OFFERCHANNEL:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from emu.ipc.atomics import AtomicU64
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
+from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
 
 if TYPE_CHECKING:
     from guestproc.current import Current
 
 EVENT_WORDS: Final = 32
 """2,048 flags of one SINT."""
+INT_PAGE_WORDS: Final = 4
+"""256 bits of the interrupt page: no more channels are looked for below 2.4 (MAX_NUM_CHANNELS_SUPPORTED)."""
 
 
 class PerCpuContext:
@@ -36,8 +40,26 @@ class PerCpuContext:
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
         ).load
+        self._atomics: Final = atomics
+        self._connection: Final = current.connection
+        self._may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
+        self._int_page: tuple[int, tuple[AtomicU64, ...]] = (0, ())
         self.randomness = 0
         self.clock_events = 0
+
+    def shares_interrupt(self) -> bool:
+        """Whether the negotiated version has one interrupt for all channels (below 2.4)."""
+        return self._may_share and self._connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
+
+    def channel_flags(self) -> tuple[int, tuple[AtomicU64, ...]]:
+        """Where this version's channels have their flags: GPA and words; no words: there is no page (any more)."""
+        if not self.shares_interrupt():
+            return self.event_gpa, self.event_words
+        gpa = self._connection.int_page_gpa
+        if gpa != self._int_page[0]:
+            words = tuple(self._atomics.cell_u64(gpa + 8 * word) for word in range(INT_PAGE_WORDS)) if gpa else ()
+            self._int_page = (gpa, words)
+        return self._int_page
 
     def add_interrupt_randomness(self) -> None:
         """The entropy hook: mixes something of each interrupt into a word nobody depends on."""

@@ -12,7 +12,11 @@ from guestproc.kernel.layout import Channel
 from guestproc.kernel.rcu import synchronize
 from guestproc.kernel.tasklet import tasklet_kill
 from guestproc.protocol import offers
+from guestproc.protocol.numbers import Ipis
+from guestproc.protocol.uevents import Action
+from guestproc.vmbus.chan_list import run_on_target_cpu
 from guestproc.vmbus.connection import vmbus_release_relid
+from guestproc.vmbus.uevents import channel_uevent
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -22,6 +26,8 @@ def hv_process_channel_removal(current: Current, channel: Channel) -> None:
     """Remove a channel that is rescinded; under channel_mutex."""
     current.connection.channel_mutex.assert_held(current.actor)
     assert channel.rescind.load(), f"{channel} removed without a rescind"
+    if current.era.percpu_lists:
+        run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     offers.leave_lists(current.tables, channel)
     vmbus_release_relid(current, channel.relid, channel.generation)
     free_channel(current, channel)
@@ -35,6 +41,8 @@ def free_channel(current: Current, channel: Channel) -> None:
     Nobody finds it any more, and it has no callback: an ISR that found it before does not schedule it.
     """
     assert not channel.onchannel_callback, f"{channel} is freed with a callback"
+    if channel.kobj_added:
+        channel_uevent(current, channel, Action.REMOVE)
     tasklet_kill(current.actor, channel.callback_event, current.connection.tasklet_idle)
     sequences = [cpu.isr_sequence for cpu in current.tables.cpus.live()]
     synchronize(current.actor, sequences, current.connection.grace_wait)

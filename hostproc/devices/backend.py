@@ -27,7 +27,8 @@ class Backend(ABC):
     after `wait_for_packets` or `wait_for_room` has looked: a signal is not remembered for a task that did not
     ask), or AGAIN after a bounded amount of work. It ends at the latest when it is closed at one of its
     yields. A ProtocolViolation out of it is the guest's fault: it is counted, and the channel does nothing
-    more until the guest closes it.
+    more until the guest closes it. Any other exception is the author's: it is counted as `backend-error`, its
+    traceback goes to the log, and the same happens to the channel; one out of `open` refuses it.
     """
 
     name: ClassVar[str]

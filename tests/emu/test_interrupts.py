@@ -375,7 +375,11 @@ class Sleeper:
     """A run-state word and a halt over it."""
 
     def __init__(
-        self, *during: Callable[[], bool], look: Callable[[], object] | None = None, owed_s: float = 0.0
+        self,
+        *during: Callable[[], bool],
+        look: Callable[[], object] | None = None,
+        owed_s: float = 0.0,
+        look_again_s: float = WATCHDOG_S,
     ) -> None:
         self.view = AtomicView(bytearray(8))
         self.counters = new_counters()
@@ -388,6 +392,7 @@ class Sleeper:
             PollPolicy("off"),
             self.counters,
             owed_s=owed_s,
+            look_again_s=look_again_s,
         ).halt
 
     @property
@@ -431,6 +436,34 @@ def test_block_is_never_longer_than_the_watchdog() -> None:
     sleeper.halt(3600 * 10**9)
 
     assert sleeper.semaphore.blocks == [WATCHDOG_S]
+
+
+def test_block_in_turns_ends_when_a_look_finds_something() -> None:
+    """Who may be left without a token looks at every turn, and goes on sleeping when there is nothing."""
+    looks = iter([False, False, False, True])
+    sleeper = Sleeper(look=lambda: next(looks), look_again_s=0.125)
+    sleeper.halt(10**9)
+
+    # Two looks before the block, one after each turn.
+    assert sleeper.semaphore.blocks == [0.125, 0.125]
+    assert (sleeper.state, sleeper.counters.blocks) == (AWAKE, 1)
+
+
+def test_block_in_turns_ends_when_the_announcement_was_taken() -> None:
+    """A state that is not HALTED any more ends the sleep at the next turn, token or not."""
+    sleeper = Sleeper(lambda: False, lambda: sleeper.taken(woke=False), owed_s=0.0, look_again_s=0.125)
+    sleeper.halt(10**9)
+
+    assert sleeper.semaphore.blocks[:2] == [0.125, 0.125]
+    assert sleeper.state == AWAKE
+
+
+def test_block_in_turns_is_no_longer_than_asked() -> None:
+    """The last turn is what is left of the time."""
+    sleeper = Sleeper(look_again_s=0.125)
+    sleeper.halt(300_000_000)
+
+    assert sleeper.semaphore.blocks == [0.125, 0.125, pytest.approx(0.05)]
 
 
 def test_owed_token_is_taken_after_a_timeout() -> None:

@@ -24,7 +24,7 @@ from emu.scenario import (
     parse_device,
 )
 from emu.wire.device_classes import BY_NAME
-from emu.wire.versions import VERSION_WIN10_V5_3
+from emu.wire.versions import VERSION_COPPER, VERSION_WIN10_V5_3, FeatureFlags
 from guestproc.kernel.layout import compute
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
@@ -58,6 +58,8 @@ def test_default_scenario_has_the_documented_values() -> None:
         ram_bytes=1 << 30,
         era="current",
         host_version=VERSION_WIN10_V5_3,
+        features=FeatureFlags(0x2D),
+        deprecate_auto_eoi=True,
         poll=Poll(200, adaptive=True),
         numa=1,
         vp_order="identity",
@@ -87,8 +89,10 @@ def test_every_machine_key_is_read(tmp_path: Path) -> None:
         name = "a-b_9"
         vcpus = 4
         ram = "512MiB"
-        era = "current"
-        host_version = "5.3"
+        era = "seed"
+        host_version = "6.0"
+        features = ["client-id", "pause-resume"]
+        deprecate_auto_eoi = false
         poll = 50
         numa = 2
         vp_order = "reverse"
@@ -101,8 +105,10 @@ def test_every_machine_key_is_read(tmp_path: Path) -> None:
         name="a-b_9",
         vcpus=4,
         ram_bytes=512 << 20,
-        era="current",
-        host_version=VERSION_WIN10_V5_3,
+        era="seed",
+        host_version=VERSION_COPPER,
+        features=FeatureFlags.CLIENT_ID | FeatureFlags.PAUSE_RESUME,
+        deprecate_auto_eoi=False,
         poll=Poll(50, adaptive=False),
         numa=2,
         vp_order="reverse",
@@ -180,12 +186,16 @@ REFUSED = [
     ("[machine]\nram = 1.5", "machine.ram: 1.5 is a number with a fraction, not a size; "),
     ('[machine]\nera = "future"', 'machine.era: "future" is not known; known: current, seed'),
     (
-        '[machine]\nera = "seed"',
-        'machine.era: era "seed" is not supported yet by this version; set it to "current"',
+        "[machine]\nfeatures = true",
+        'machine.features: True is a boolean, not an array; write an array of "client-id" or "guest-specified-',
     ),
     (
-        '[machine]\nhost_version = "1.1"',
-        "machine.host_version: VMBus 1.1 is not supported yet by this version; set",
+        '[machine]\nfeatures = ["client-ids"]',
+        'machine.features: "client-ids" is not known; did you mean client-id? known: ',
+    ),
+    (
+        "[machine]\ndeprecate_auto_eoi = 1",
+        "machine.deprecate_auto_eoi: 1 is a whole number, not a boolean; set it to true or false",
     ),
     (
         '[machine]\nhost_version = "7.1"',
@@ -279,7 +289,8 @@ REFUSED = [
     ("[switches]\n", "switches: not supported yet by this version; leave it out"),
     ("[[step]]\n", "step: not supported yet by this version; leave it out"),
     ("expect = 1", "expect: not supported yet by this version; leave it out"),
-    ("plugins = []", "plugins: not supported yet by this version; leave it out"),
+    ('plugins = "x.py"', 'plugins: "x.py" is a string, not an array; write it as ["FILE.py", …]'),
+    ("plugins = [1]", 'plugins: 1 is no path of a file; write it as ["FILE.py", …]'),
     ("[machines]\n", "machines: unknown key; did you mean machine? known: machine, device, "),
     ("[machine\n", "not TOML: "),
     ("[machine]\nvcpus = 1\nvcpus = 2", "not TOML: "),

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from emu.wire.versions import VERSION_WIN10, VERSION_WIN10_V5_3
 from guestproc.kernel.layout import Era, KernelTables
 from tests.guestproc.world import World, new_world
 
 RAM_BYTES = 16 << 20
+HOST_VERSIONS = {"current": {VERSION_WIN10_V5_3}, "seed": {VERSION_WIN10}}
+"""What the scripted host speaks: the newest version of the guest, so that it is had at once."""
 
 
 @pytest.fixture
@@ -26,9 +29,15 @@ def tables() -> KernelTables:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def era() -> str:
+    """The guest's era; a module that holds in both has a fixture of this name with both."""
+    return "current"
+
+
+@pytest.fixture
+def world(era: str) -> Iterator[World]:
     """A machine with two CPUs and a scripted host, not booted."""
-    with new_world() as made:
+    with new_world(era=era, versions=HOST_VERSIONS[era]) as made:
         yield made
 
 

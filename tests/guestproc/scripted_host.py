@@ -44,7 +44,7 @@ from emu.wire.messages import (
 )
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
-from emu.wire.versions import VERSION_WIN10_V5, VERSION_WIN10_V5_3
+from emu.wire.versions import VERSION_WIN8, VERSION_WIN8_1, VERSION_WIN10_V5, VERSION_WIN10_V5_3
 from hostproc.partition import Partition
 from hostproc.ports import EventPort, HostMessagePort, MessagePort
 
@@ -186,10 +186,26 @@ class ScriptedHost:
         self.outbox.append((self.target_position if position is None else position, payload))
 
     def signal(self, relid: int) -> None:
-        """Set the channel's event flag."""
+        """Set the channel's event flag; below 2.4 its bit in the interrupt page, then flag 0."""
         event = self.channels[relid].event
         assert event is not None
+        if event.base_flag == 0:
+            self.set_page_bit(relid)
         event.signal()
+
+    def set_page_bit(self, relid: int) -> None:
+        """Set a bit in the host's half of the interrupt page."""
+        assert self.contact is not None
+        word = self.contact.interrupt_page + 8 * (relid >> 6)
+        self.memory.atomics.cell_u64(word).fetch_or(1 << (relid & 63))
+
+    def take_page_bits(self) -> list[int]:
+        """Relids whose bits the guest has set in its half of the interrupt page; they are cleared."""
+        assert self.contact is not None
+        half = self.contact.interrupt_page + 2048
+        bits = int.from_bytes(self.memory.read(half, 2048), "little")
+        self.memory.write(half, bytes(2048))
+        return [relid for relid in range(2048) if bits >> relid & 1]
 
     def write(self, relid: int, *payloads: bytes, trans_id: int = 0, signal: bool = True) -> None:
         """Write packets into the guest's inbound ring."""
@@ -234,7 +250,8 @@ class ScriptedHost:
             moved = True
         for connection_id in self.doorbells.take():
             moved = True
-            self._serve(connection_id & 0x7FF)
+            for relid in self.take_page_bits() if connection_id == 2 else [connection_id & 0x7FF]:
+                self._serve(relid)
         return moved
 
     def _answer(self, message: Message) -> None:
@@ -273,10 +290,13 @@ class ScriptedHost:
         return []
 
     def _contact(self, message: InitiateContact) -> list[Message]:
+        vps = [self.machine.vp_index(position) for position in range(self.machine.vp_count)]
+        # Before 3.0 messages go to VP 0, where this world has one.
+        asked = message.target_vcpu if message.vmbus_version_requested >= VERSION_WIN8_1 or 0 not in vps else 0
+        self.target_position = vps.index(asked) if asked in vps else 0
         if message.vmbus_version_requested not in self.versions:
             return [VersionResponse(0)]
         self.contact = message
-        self.target_position = self.machine.position_of_vp(message.target_vcpu)
         new = message.vmbus_version_requested >= VERSION_WIN10_V5
         return [VersionResponse(1, msg_conn_id=self.msg_conn_id if new else message.vmbus_version_requested)]
 
@@ -295,12 +315,14 @@ class ScriptedHost:
         channel.consumer = RingConsumer(map_ring(self.memory, pfns, 0, split))
         channel.producer = RingProducer(map_ring(self.memory, pfns, split, len(pfns) - split))
         channel.producer.announce()
+        assert self.contact is not None
+        shared = self.contact.vmbus_version_requested < VERSION_WIN8
         channel.event = EventPort(
             self.partition.synics,
             self.partition.request_interrupt,
-            self.machine.position_of_vp(message.target_vp),
+            self.target_position if shared else self.machine.position_of_vp(message.target_vp),
             VMBUS_MESSAGE_SINT,
-            message.child_relid,
+            0 if shared else message.child_relid,
         )
         return [OpenChannelResult(message.child_relid, message.openid, 0)]
 

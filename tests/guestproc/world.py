@@ -39,9 +39,8 @@ from emu.vmexit import ExitClient
 from guestproc import vcpu_main, workqueue_main
 from guestproc.current import Current
 from guestproc.kernel.layout import Channel, KernelTables
-from guestproc.kernel.layout import Era as EraNumber
 from guestproc.kernel.workqueue import WORKERS, QueueNumber
-from guestproc.protocol.era import CURRENT
+from guestproc.protocol.era import ERAS
 from guestproc.vcpu import Vcpu, WorkerThread
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start
 from guestproc.vmbus.ring_buffer import RingCache
@@ -204,7 +203,20 @@ class Task(Generic[T]):
 class World:
     """The machine, its guest and its host; see the module's docstring."""
 
-    def __init__(self, *, cpus: int = 2, perf_map: int = 1, ring_memory: str = "contiguous") -> None:
+    def __init__(
+        self,
+        *,
+        cpus: int = 2,
+        perf_map: int = 1,
+        ring_memory: str = "contiguous",
+        era: str = "current",
+        deprecate_auto_eoi: bool = True,
+        versions: set[int] | None = None,
+        first_vp: int = 10,
+    ) -> None:
+        self._first_vp = first_vp
+        self.era = ERAS[era]
+        self._deprecate_auto_eoi = deprecate_auto_eoi
         self.clock = FakeClock()
         self.events: list[Event] = []
         self.log: list[str] = []
@@ -220,13 +232,15 @@ class World:
         self.machine = self._make_machine(cpus, ring_memory, perf_map)
         self.partition = self._make_partition()
         self.host = ScriptedHost(self.partition, self.machine)
+        if versions is not None:
+            self.host.versions = versions
         self._handler = signal.getsignal(KICK_SIGNAL)
         self.cpus = [Vcpu(self.machine, cpu, self._report) for cpu in range(cpus)]
         for cpu in self.cpus:
             cpu.exits = cast(ExitClient, DirectExits(self, cpu.position))
             cpu._die_of_isr = _raise_again  # type: ignore[method-assign]
         vp_indices = [self.machine.vp_index(cpu.position) for cpu in self.cpus]
-        self.tables = KernelTables.format(self.machine.ram.memory, cpus, EraNumber.CURRENT, vp_indices)
+        self.tables = KernelTables.format(self.machine.ram.memory, cpus, self.era.number, vp_indices)
         vcpu_main._note_numa(self.machine, self.tables)
         self.currents = [vcpu_main._current(cpu, self.tables, self._report) for cpu in self.cpus]
         for cpu, current in zip(self.cpus, self.currents, strict=True):
@@ -250,7 +264,7 @@ class World:
             "machine": {
                 "poll": "off",
                 "exit_deadline_s": 5,
-                "era": "current",
+                "era": self.era.name,
                 "numa": nodes,
                 "ring_memory": ring_memory,
             },
@@ -266,7 +280,7 @@ class World:
             "trace": self._segment("trace", mmap.PAGESIZE),
         }
         for position in range(cpus):
-            segments["vps"].view.store_u32(vp_page_offset(position) + VP_INDEX, 10 + position)
+            segments["vps"].view.store_u32(vp_page_offset(position) + VP_INDEX, self._first_vp + position)
         machine = FakeMachine("world", segments, control)
         machine.world = self
         control.state_word.store(MachineState.RUNNING)
@@ -287,7 +301,7 @@ class World:
         return Partition(
             memory,
             [machine.vp_index(position) for position in range(machine.vp_count)],
-            cpuid=cpuid.leaves(),
+            cpuid=cpuid.leaves(deprecate_auto_eoi=self._deprecate_auto_eoi),
             reference_time=self.clock.reference_time,
             request_interrupt=lambda position, vector: requesters[position].request(vector),
             set_auto_eoi=set_auto_eoi,
@@ -305,14 +319,15 @@ class World:
 
     def _make_workers(self) -> None:
         semaphore = 1
-        for queue in QueueNumber:
+        # Whoever takes rescinds has its turn before those that probe, whatever queue that is.
+        for queue in sorted(QueueNumber, key=lambda one: (one != QueueNumber.WORK, one != self.era.rescind_queue)):
             for worker in range(WORKERS[queue]):
                 name = queue.name if WORKERS[queue] == 1 else f"{queue.name}/{worker}"
                 hooks = WorkerThread(self.machine, name, semaphore)
                 hooks.exits = cast(ExitClient, DirectExits(self, hooks.position))
                 memory = GuestMemory(self.machine.ram.fd, self.machine.ram.memory, self.machine.ram.size)
                 rings = RingCache(memory, lambda: None)
-                current = Current(hooks, self.tables, CURRENT, rings, memory, self._report)
+                current = Current(hooks, self.tables, self.era, rings, memory, self._report)
                 self.workers[name] = current
                 self._lane_for(name, lambda c=current, q=queue, w=worker: self._work(c, q, w))  # type: ignore[misc]
                 semaphore += 1
@@ -444,6 +459,12 @@ class World:
         channel = self.tables.relids.lookup(relid)
         assert channel is not None, f"no channel has relid {relid}"
         return channel
+
+    @property
+    def rescind_worker(self) -> str:
+        """The actor that takes a rescind when none is under way."""
+        name = self.era.rescind_queue.name
+        return name if name in self.workers else f"{name}/0"
 
     def refused(self) -> Counter[str]:
         """What the guest refused of the host's, by rule."""

@@ -37,8 +37,8 @@ from emu.wire.messages import (
     gpadl_messages,
     parse,
 )
-from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, VERSION_WIN10_V5_3
-from hostproc.bus import CARRIED_VERSIONS, Bus
+from emu.wire.versions import VERSION_COPPER, VERSION_WIN10_V5_3
+from hostproc.bus import Bus
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.echo import Echo
@@ -131,7 +131,7 @@ class Guest:
 
     def __init__(self, *backends: Backend, memory: GuestMemory | None = None, budget: MapBudget | None = None) -> None:
         self.memory = memory or GuestMemory.on(bytearray(RAM_PAGES * PAGE_SIZE))
-        limits = Limits(vp_count=2, ram_bytes=RAM_PAGES * PAGE_SIZE, spoken=CARRIED_VERSIONS)
+        limits = Limits(vp_count=2, ram_bytes=RAM_PAGES * PAGE_SIZE, max_version=VERSION_COPPER)
         self.partition = FakePartition()
         self.bus = Bus(Server(limits), self.partition, self.partition, self.memory, budget=budget)
         self.keys = [
@@ -440,16 +440,6 @@ def test_a_full_tmpfs_is_a_status() -> None:
 
     assert guest.bus.refusals.refused == {"out-of-memory": 1}
     assert guest.bus.server.summary().gpadls == 0
-
-
-def test_a_bus_carries_out_no_more_than_it_says() -> None:
-    """Versions without event flags, and 6.0, are not agreed to."""
-    guest = Guest()
-    assert {VERSION_WIN7, VERSION_COPPER}.isdisjoint(CARRIED_VERSIONS)
-
-    (answer,) = guest.post(InitiateContact(vmbus_version_requested=VERSION_WIN7))
-
-    assert answer.pack()[8:] == bytes(8)
 
 
 @pytest.mark.parametrize("scattered", [False, True])

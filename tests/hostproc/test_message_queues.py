@@ -9,7 +9,7 @@ import pytest
 
 from emu.memory import GuestMemory
 from emu.synic import Synic
-from emu.tracing import E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
 from emu.wire.synic import (
     HV_MESSAGE_FLAG_PENDING,
     HV_X64_MSR_SCONTROL,
@@ -227,7 +227,9 @@ def test_deliveries_and_pending_bits_are_recorded() -> None:
     delivery.post(0x0B)
 
     assert delivery.trace.records == [
+        (E_MESSAGE_POST, 0, SINT, 0x0A, 0x0A),
         (E_SLOT_WRITE, 0, SINT, 1, 0x0A, 0x0A, 0),
+        (E_MESSAGE_POST, 0, SINT, 0x0B, 0x0B),
         (E_PENDING_SET, 0, SINT, 1),
     ]
 

@@ -8,12 +8,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tools.testing import assert_gone, inner_pids, objects, processes, wait_for
+
+__all__ = [
+    "COMMAND",
+    "ROOT",
+    "assert_gone",
+    "call",
+    "ended",
+    "environment",
+    "inner_pids",
+    "objects",
+    "processes",
+    "report",
+    "start",
+    "wait_for",
+    "wait_until_open",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "tools.entry"]
@@ -59,50 +74,6 @@ def call(home: Path, *arguments: str, timeout_s: float = 60) -> subprocess.Compl
     )
 
 
-def objects(name: str) -> list[str]:
-    """Shared objects of a machine."""
-    return sorted(one.name for one in Path("/dev/shm").iterdir() if f"vmbus-emu.{name}." in one.name)
-
-
-def processes(name: str) -> list[psutil.Process]:
-    """Inner processes of a machine: those that map its RAM."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if f"vmbus-emu.{name}." in Path(f"/proc/{process.pid}/maps").read_text():
-                found.append(process)
-    return found
-
-
-def inner_pids(name: str) -> dict[str, int]:
-    """Names and pids of a machine's actors, read from its process table."""
-    from emu.control import ActorState, Control
-    from emu.ipc.segments import object_name
-
-    control = Control.attach(object_name(name, "control"))
-    try:
-        return {row.name: row.pid for row in control.rows() if row.state == ActorState.ALIVE}
-    finally:
-        control.close()
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    """Poll a condition of other processes; AssertionError when it stays false."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, os.getpid(), os.WNOHANG | os.WEXITED)
-        _pause()
-
-
-def _pause() -> None:
-    """Look again in 10 ms; what is waited for is the condition, not the time."""
-    import select
-
-    select.select([], [], [], 0.01)
-
-
 def wait_until_open(name: str, process: subprocess.Popen[str]) -> None:
     """Wait until all channels of a machine are open; AssertionError when its launcher ends before."""
     from emu.control import Control, Ready
@@ -121,11 +92,6 @@ def wait_until_open(name: str, process: subprocess.Popen[str]) -> None:
             control.close()
 
     wait_for(opened, f"machine {name} to open its channels")
-
-
-def assert_gone(name: str, timeout_s: float = 10) -> None:
-    """Nothing of a machine is left: no process, no shared object."""
-    wait_for(lambda: not processes(name) and not objects(name), f"machine {name} to be gone", timeout_s)
 
 
 def report(output: str) -> dict[str, Any]:

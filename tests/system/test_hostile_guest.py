@@ -18,21 +18,24 @@ from struct import pack
 
 import pytest
 
+from emu import cpuid
 from emu.errors import GeneralProtection
+from emu.ipc.atomics import AtomicView
 from emu.ipc.segments import object_name
 from emu.ipc.semaphores import Wakeup
 from emu.layout import (
     D_HOST_RUN_STATE,
     EXIT_SLOT,
     EXIT_SLOTS,
-    M_MAGIC,
-    MAGIC,
+    M_ATTACH_GENERATION,
+    M_STATE,
     PAGE_SIZE,
     VP_EXIT_SLOT,
     X_STATE,
     ExitState,
     vp_page_offset,
 )
+from emu.machine import write_machine_page
 from emu.mirror import Mirror, MirrorHead
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.vmexit import InvalidOpcode
@@ -189,8 +192,13 @@ def wait_until_clean(machine: RunningMachine) -> None:
 
 
 def page_is_right(machine: RunningMachine) -> bool:
-    """Whether the machine page is one that a guest would attach by."""
-    return machine.machine.vps.view.load_u64(M_MAGIC) == MAGIC
+    """Whether the machine page is one that a guest would attach by: as it was made, but for what changes in it."""
+    made = bytearray(machine.machine.vps.size)
+    with AtomicView(made) as view:
+        write_machine_page(view, RAM_BYTES, machine.machine.config["vp_indices"], cpuid.leaves())
+        view.store_u32(M_ATTACH_GENERATION, machine.machine.vps.view.load_u32(M_ATTACH_GENERATION))
+        view.store_u32(M_STATE, machine.machine.control.state_word.load())
+    return bytes(machine.machine.vps.memory[:PAGE_SIZE]) == made[:PAGE_SIZE]
 
 
 def refused(machine: RunningMachine, rule: str, least: int = 1) -> int:
@@ -584,8 +592,8 @@ def test_recording_goes_on_under_a_hostile_guest(tmp_path: Path) -> None:
         guest.bring_up()
         for length in (0, 3, 8):
             guest.post(bytes(length))
-        guest.detach()
         assert refused(machine, "message-too-short") >= 2
+        guest.detach()
 
 
 # -- campaigns --------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tu
 
     report = json.loads(done.stdout)
     assert report["schema"] == {"name": "vmbus-emu.version", "version": 1}
-    assert report["vmbus_versions"] == ["2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3"]
-    assert report["eras"] == ["current"]
+    assert report["vmbus_versions"] == ["0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0"]
+    assert report["eras"] == ["current", "seed"]
     assert {"version", "commit", "python", "kernel", "abi"} <= report.keys()
 
 

@@ -262,7 +262,7 @@ def test_driver_override_names_the_driver() -> None:
     """What may alone bind the device is said by its name."""
     guest = new_guest()
     name, tree = nic(guest)
-    guest.tables.devices.at(0).driver_override = 5
+    guest.tables.devices.at(0).driver_override = b"hv_storvsc"
 
     assert text(tree.parent, f"{name}/driver_override") == "hv_storvsc\n"
 

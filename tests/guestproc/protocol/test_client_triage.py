@@ -8,9 +8,12 @@ import pytest
 
 from emu.wire.messages import MESSAGES, MessageType
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, HVMSG_NONE
+from guestproc.kernel.layout import Era as EraNumber
+from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.workqueue import QueueNumber
-from guestproc.protocol.era import CURRENT, HandlerType
+from guestproc.protocol.era import CURRENT, ERAS, SEED, HandlerType, era_of
 from guestproc.protocol.triage import MESSAGE_BYTES, payload_of, triage
+from guestproc.vmbus.channel_mgmt import MESSAGE_HANDLERS
 
 HANDLED = {
     MessageType.OFFERCHANNEL: (HandlerType.BLOCKING, 196),
@@ -43,6 +46,56 @@ def test_table_is_the_kernels() -> None:
     assert all(
         entry.min_payload_len == MESSAGES[entry.msgtype].min_payload_len for entry in table.values() if entry.msgtype
     )
+
+
+def test_table_of_the_seed_is_that_kernels() -> None:
+    """22 types, the same handlers with the same flags but for MODIFYCHANNEL_RESPONSE, and not one least length."""
+    table = SEED.channel_message_table
+
+    assert list(table) == list(range(22)) == [int(entry.msgtype) for entry in table.values()]
+    assert {entry.msgtype: entry.handler_type for entry in table.values() if entry.message_handler} == {
+        msgtype: kind for msgtype, (kind, _least) in HANDLED.items() if msgtype < 22
+    }
+    assert {entry.handler_type for entry in table.values() if not entry.message_handler} == {HandlerType.BLOCKING}
+    assert {entry.min_payload_len for entry in table.values()} == {0}
+    for number, entry in table.items():
+        assert entry.message_handler == CURRENT.channel_message_table[number].message_handler
+
+
+@pytest.mark.parametrize("name", list(ERAS))
+def test_every_handler_of_a_table_exists(name: str) -> None:
+    """The table names functions; each is there under its name."""
+    entries = ERAS[name].channel_message_table.values()
+
+    assert {entry.message_handler for entry in entries} - {""} <= set(MESSAGE_HANDLERS)
+
+
+def test_era_is_found_by_what_guest_ram_says(tables: KernelTables) -> None:
+    """Any process that attaches knows which kernel this is."""
+    assert era_of(tables) is CURRENT
+    assert {era.number for era in ERAS.values()} == set(EraNumber)
+
+
+@pytest.mark.parametrize("msgtype", range(22))
+def test_seed_handles_every_type_at_every_length(msgtype: int) -> None:
+    """A known type is never dropped: the handler gets the slot to its end; one without a handler is queued."""
+    handled = HANDLED.get(MessageType(msgtype))
+    for size in range(256):
+        message = triage(SEED, slot(msgtype, size))
+
+        assert message.complaint is None
+        assert message.entry is SEED.channel_message_table[msgtype]
+        assert message.blocking == (handled is None or handled[0] is HandlerType.BLOCKING)
+        assert message.payload == slot(msgtype, size)[16:] == payload_of(SEED, slot(msgtype, size))
+
+
+@pytest.mark.parametrize("msgtype", [22, 24, 25, 0xFFFFFFFF])
+def test_type_beyond_the_table_of_the_seed_is_unknown(msgtype: int) -> None:
+    """Also those that came later: dropped with the kernel's line."""
+    message = triage(SEED, slot(msgtype, 16))
+
+    assert message.entry is None
+    assert str(message.complaint) == f"unknown msgtype={msgtype}"
 
 
 @pytest.mark.parametrize("msgtype", range(25))
@@ -91,7 +144,7 @@ def test_payload_ends_where_its_size_says() -> None:
 
     message = triage(CURRENT, copy)
 
-    assert message.payload == payload_of(copy) == copy[16:28]
+    assert message.payload == payload_of(CURRENT, copy) == copy[16:28]
 
 
 def test_rescind_does_not_queue_behind_offers() -> None:
@@ -101,3 +154,4 @@ def test_rescind_does_not_queue_behind_offers() -> None:
 
     assert (offer.is_offer, offer.is_rescind, offer.queue(CURRENT)) == (True, False, QueueNumber.WORK)
     assert (rescind.is_offer, rescind.is_rescind, rescind.queue(CURRENT)) == (False, True, QueueNumber.RESCIND)
+    assert (offer.queue(SEED), rescind.queue(SEED)) == (QueueNumber.WORK, QueueNumber.SYSTEM)

@@ -7,6 +7,8 @@ tasklet `vmbus_on_msg_dpc` → work record → `vmbus_signal_eom` → `vmbus_onm
 
 from __future__ import annotations
 
+import pytest
+
 from emu.tracing import Context as TraceContext
 from emu.wire.device_classes import ECHO
 from emu.wire.messages import GpadlHeader, MessageType, OpenChannel
@@ -23,6 +25,7 @@ from guestproc.protocol.devices import DeviceState
 from guestproc.protocol.numbers import Handlers, Tasklets, Works
 from tests.guestproc.world import Event, World
 
+pytestmark = pytest.mark.parametrize("era", ["current", "seed"])
 ISR, TASKLET, QUEUE = TraceContext.ISR, TraceContext.TASKLET, TraceContext.QUEUE
 
 
@@ -70,6 +73,13 @@ def test_device_is_discovered_the_way_the_article_tells_it(booted: World) -> Non
     # vmbus_add_channel_work: ready to be opened, device created and registered, matched by class, and the
     # driver's probe is in vmbus_open, where it waits for the pages of its rings to be mapped.
     world.turn("PRI_CHAN")
+    if world.era.percpu_lists:
+        # The article's kernel: init_vp_index, then smp_call_function_single to the channel's processor, which puts
+        # the channel on its own list; the worker waits.
+        assert (channel.state.load(), list(tables.chan_list(cpu0))) == (ChannelState.OFFER_STATE, [])
+        world.turn("vcpu0")
+        assert list(tables.chan_list(cpu0)) == [channel]
+        world.turn("PRI_CHAN")
     device = tables.devices.from_handle(channel.device_obj)
     assert device.dev_type == ECHO.guid.bytes_le
     assert device.state.load() & DeviceState.REGISTERED

@@ -36,6 +36,7 @@ def still_alive(world: World) -> None:
     assert world.shut_down() == {}
 
 
+@pytest.mark.parametrize("era", ["current", "seed"])
 @pytest.mark.parametrize("msgtype", range(34))
 def test_every_type_cut_at_every_length(booted: World, msgtype: int) -> None:
     """Zeros behind the type: too short, without handler, unknown or meaningless, the guest goes on."""
@@ -46,6 +47,7 @@ def test_every_type_cut_at_every_length(booted: World, msgtype: int) -> None:
     still_alive(booted)
 
 
+@pytest.mark.parametrize("era", ["current", "seed"])
 def test_random_messages(booted: World) -> None:
     """A thousand messages of random bytes behind a type that mostly exists."""
     rng = random.Random(1)
@@ -101,6 +103,7 @@ def test_messages_without_a_handler_are_dropped_silently(booted: World) -> None:
     still_alive(booted)
 
 
+@pytest.mark.parametrize("era", ["current", "seed"])
 def test_no_work_record_leaves_the_message_in_the_slot(booted: World) -> None:
     """As in the kernel: no end of message; whatever brings the next interrupt makes the tasklet try again (B3)."""
     taken = []

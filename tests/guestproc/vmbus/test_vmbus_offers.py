@@ -15,6 +15,8 @@ from guestproc.kernel.records import Record, Table
 from guestproc.protocol.offers import primary_of
 from tests.guestproc.world import World
 
+pytestmark = pytest.mark.parametrize("era", ["current", "seed"])
+
 T = MessageType
 SUB_CREATED = 910
 
@@ -129,7 +131,7 @@ def test_rescind_of_an_offer_that_fails(booted: World, what: str, hoard) -> None
     booted.host.rescind(10)
     booted.host.step()
     booted.turn("vcpu0")
-    booted.turn("RESCIND")  # claims it, and waits for probe_done
+    booted.turn(booted.rescind_worker)  # claims it, and waits for probe_done
     booted.settle()
 
     assert booted.host.released == [10]

@@ -66,6 +66,12 @@ def pages_of_rings(world: World) -> int:
     return sum(count for name, count in world.tables.pages.in_use_by_owner().items() if name.startswith("RING"))
 
 
+@pytest.fixture(params=["current", "seed"])
+def era(request: pytest.FixtureRequest) -> str:
+    """What is opened and closed here is so in both."""
+    return str(request.param)
+
+
 @pytest.fixture
 def closed(booted: World) -> World:
     """A channel, relid 9, that no driver has opened."""

@@ -21,6 +21,8 @@ from guestproc.vmbus.channel import vmbus_close, vmbus_open
 from guestproc.vmbus.connection import vmbus_connect, vmbus_request_offers
 from tests.guestproc.world import World
 
+pytestmark = pytest.mark.parametrize("era", ["current", "seed"])
+
 T = MessageType
 SUB_CREATED = 900
 OPEN_SUB = 901
@@ -71,12 +73,12 @@ def test_rescind_before_its_offer_was_handled(booted: World) -> None:
     """Offer and rescind one after the other in the queues: the rescind waits for the offer (races.md A1)."""
     booted.host.device(9)
     booted.host.rescind(9)
-    while booted.host.outbox or booted.tables.work_queues.length(1) == 0:
+    while booted.host.outbox or booted.tables.work_queues.length(booted.era.rescind_queue) == 0:
         booted.host.step()
         if booted.cpus[0].lapic.deliverable():
             booted.turn("vcpu0")
     assert booted.tables.connection.offer_in_progress.load() == 1
-    booted.turn("RESCIND")
+    booted.turn(booted.rescind_worker)
     assert booted.host.released == []
 
     booted.settle()
@@ -95,7 +97,7 @@ def test_rescind_before_probe(booted: World) -> None:
     booted.host.rescind(9)
     booted.host.step()
     booted.turn("vcpu0")
-    booted.turn("RESCIND")
+    booted.turn(booted.rescind_worker)
     assert (channel.rescind.load(), channel.probe_done.load()) == (1, 0)
     assert booted.host.released == []
 
@@ -497,7 +499,7 @@ def test_sub_channel_of_a_primary_that_went_is_given_back(booted: World, primary
     booted.host.rescind(9)
     booted.host.step()
     booted.turn("vcpu0")
-    booted.turn("RESCIND")
+    booted.turn(booted.rescind_worker)
     booted.settle()
 
     assert sorted(booted.host.released) == [9, 10]

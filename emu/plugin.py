@@ -1,0 +1,359 @@
+"""Your own devices and drivers: what a plugin file registers, and how every process of a machine comes to know it.
+
+A plugin is one Python file outside the package. It is executed once in each process of the machine, which is
+how a number in guest RAM can mean its code: numbers are handed out in the order of plugins and of the
+registrations in each, so the same file gives the same numbers everywhere. `docs/writing-a-driver.md` shows one
+from the first line to its test.
+
+    TEMPSENSOR = plugin.device_class("tempsensor", guid="…")    a class of devices
+    @plugin.backend           class …(Backend): name, open      its host side
+    @plugin.driver            class …: name, id_table, probe, remove    its guest side
+    @plugin.channel_callback  def …(current, channel)           what an interrupt of its channel calls
+
+A file that is imported as an ordinary module registers nothing: only `load` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, Protocol, TypeVar
+from uuid import UUID
+
+from emu.errors import UserError
+from emu.scenario_text import Nonsense, machine_name
+from emu.wire.device_classes import BY_GUID, BY_NAME, HV_UNKNOWN, DeviceClass, remember_classes
+from emu.wire.messages import ChannelFlags, PipeMode
+
+FIRST_DRIVER: Final = 64
+FIRST_CALLBACK: Final = 1024
+MAX_FILES: Final = 16
+MAX_DRIVERS: Final = 16
+MAX_FILE_BYTES: Final = 1 << 20
+
+Class = TypeVar("Class", bound=type[Any])
+
+
+class DriverLike(Protocol):
+    """What is asked of a plugin's driver here; the whole of it is `guestproc.drivers.driver.HvDriver`."""
+
+    name: str
+    id_table: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A channel callback with its number, by which `vmbus_open` and guest RAM name it; 0 outside of a machine."""
+
+    function: Callable[[Any, Any], None]
+    number: int
+
+    def __call__(self, current: Any, channel: Any) -> None:
+        """Call it directly, as a test does."""
+        self.function(current, channel)
+
+
+@dataclass(frozen=True, slots=True)
+class PluginFile:
+    """A file that was loaded, and what it held (SHA-256): every process of a machine must run the same."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredDriver:
+    """A driver, with its number and the file it comes from."""
+
+    number: int
+    driver: Any
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Plugins:
+    """What the plugin files of one machine register, in order. Two are equal when their files are."""
+
+    files: list[PluginFile] = field(default_factory=list, hash=False)
+    classes: dict[str, DeviceClass] = field(default_factory=dict, compare=False)
+    backends: dict[str, type[Any]] = field(default_factory=dict, compare=False)
+    drivers: list[RegisteredDriver] = field(default_factory=list, compare=False)
+    callbacks: dict[str, Callback] = field(default_factory=dict, compare=False)
+    """By `file.function`, the name that traces show."""
+    _owners: dict[tuple[str, object], Path] = field(default_factory=dict, compare=False, repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.files)
+
+    @property
+    def paths(self) -> list[str]:
+        """Absolute paths of the files, as a machine's configuration has them."""
+        return [str(file.path) for file in self.files]
+
+    def backend_of(self, class_name: str) -> str | None:
+        """The back end that a class of these plugins has if nobody says another: the one of the same name."""
+        return class_name if class_name in self.classes and class_name in self.backends else None
+
+    def facts(self) -> dict[str, Any]:
+        """What others may know of these plugins without running them, as plain values."""
+        return {
+            "digests": [file.digest for file in self.files],
+            "classes": [_class_values(one) for one in self.classes.values()],
+            "backends": list(self.backends),
+        }
+
+    def path_of(self, kind: str, key: object) -> Path:
+        """The file that registered something."""
+        return self._owners[kind, key]
+
+    def owned(self, kind: str, key: object, path: Path) -> None:
+        """Note who registered something; UserError when somebody has."""
+        owner = self._owners.setdefault((kind, key), path)
+        if owner is not path:
+            raise UserError(f"{kind} {key} is registered already by {owner}; choose another")
+
+
+NO_PLUGINS: Final = Plugins()
+
+
+@dataclass(slots=True)
+class _Loading:
+    """The load that goes on: where registrations go."""
+
+    plugins: Plugins
+    path: Path
+
+
+_loading: _Loading | None = None
+_installed: Plugins = NO_PLUGINS
+
+
+# -- what a plugin file calls -----------------------------------------------------------------------------
+
+
+def device_class(
+    name: str,
+    *,
+    guid: str | UUID,
+    description: str = "",
+    perf: bool = False,
+    flags: ChannelFlags = ChannelFlags.ENUMERATE_DEVICE_INTERFACE,
+    pipe_mode: PipeMode | None = None,
+) -> DeviceClass:
+    """Register a class of devices: its name in scenarios, the GUID of its offers, what its offers carry.
+
+    `perf`: the guest spreads its channels over CPUs. `description` is what `vmbus-emu ls` says of it.
+    """
+    _check_name("device class", name)
+    try:
+        value = guid if isinstance(guid, UUID) else UUID(guid)
+    except ValueError:
+        raise UserError(f"device class {name}: {guid!r} is no GUID; make one with `uuidgen`") from None
+    one = DeviceClass(HV_UNKNOWN, name, "HV_UNKNOWN", value, perf, False, description or name, None, flags, pipe_mode)
+    if _loading is not None:
+        if name in BY_NAME:
+            raise UserError(f"device class {name} is one of ours; choose another name")
+        if value in BY_GUID:
+            raise UserError(f"GUID {value} is that of our class {BY_GUID[value].name}; make one with `uuidgen`")
+        _own("device class", name, _loading.plugins.classes)
+        if any(known.guid == value for known in _loading.plugins.classes.values()):
+            raise UserError(f"device class {name}: GUID {value} is registered already; make one with `uuidgen`")
+        _loading.plugins.classes[name] = one
+    return one
+
+
+def ids(*classes: DeviceClass) -> frozenset[bytes]:
+    """An `id_table`: the class GUIDs as they are on the wire."""
+    return frozenset(one.guid.bytes_le for one in classes)
+
+
+def backend(cls: Class) -> Class:
+    """Class decorator: a `hostproc.devices.backend.Backend`, found by its `name`; each device gets one of its own."""
+    name = getattr(cls, "name", None)
+    _check_name(f"back end {cls.__name__}: name", name)
+    if inspect.isabstract(cls) or not callable(getattr(cls, "open", None)) or not callable(getattr(cls, "close", None)):
+        raise UserError(f"back end {name}: no open and close; derive it from hostproc.devices.backend.Backend")
+    if _loading is not None:
+        _own("back end", name, _loading.plugins.backends)
+        _loading.plugins.backends[str(name)] = cls
+    return cls
+
+
+def driver(cls: Class) -> Class:
+    """Class decorator: a guest driver (see `guestproc.drivers.driver.HvDriver`), made once in each process.
+
+    It is registered before our own drivers, so it is asked first about the devices whose class it takes. Its
+    `number` is set here.
+    """
+    name = getattr(cls, "name", None)
+    _check_name(f"driver {cls.__name__}: name", name)
+    table = getattr(cls, "id_table", None)
+    if not isinstance(table, frozenset) or not all(isinstance(one, bytes) and len(one) == 16 for one in table):
+        raise UserError(f"driver {name}: id_table is no frozenset of GUIDs in wire form; write plugin.ids(CLASS, …)")
+    for method in ("probe", "remove"):
+        if not callable(getattr(cls, method, None)):
+            raise UserError(f"driver {name}: it has no {method}(self, current, device)")
+    if _loading is not None:
+        drivers = _loading.plugins.drivers
+        _loading.plugins.owned("driver", name, _loading.path)
+        if any(one.driver.name == name for one in drivers):
+            raise UserError(f"driver {name} is registered already; choose another name")
+        if len(drivers) == MAX_DRIVERS:
+            raise UserError(f"driver {name}: more than {MAX_DRIVERS} drivers in plugins; leave some out")
+        cls.number = FIRST_DRIVER + len(drivers)
+        drivers.append(RegisteredDriver(cls.number, cls(), _loading.path))
+    return cls
+
+
+def channel_callback(function: Callable[[Any, Any], None]) -> Callback:
+    """Decorator: `function(current, channel)`, which `vmbus_open` is given as `function.number`.
+
+    It runs as the channel's callback mode says (in the channel's tasklet, or in the ISR) and must not sleep.
+    """
+    if _loading is None:
+        return Callback(function, 0)
+    callbacks = _loading.plugins.callbacks
+    name = f"{_loading.path.stem}.{function.__name__}"
+    _own("channel callback", name, callbacks)
+    callbacks[name] = Callback(function, FIRST_CALLBACK + len(callbacks))
+    return callbacks[name]
+
+
+# -- loading ----------------------------------------------------------------------------------------------
+
+
+def load(paths: Iterable[Path]) -> Plugins:
+    """Execute these files, in order, and return what they register; a file that is named twice counts once.
+
+    UserError, in one line that names the file, when one cannot be read, raises, or registers what cannot be.
+    """
+    plugins = Plugins()
+    for path in dict.fromkeys(Path(path).absolute() for path in paths):
+        if len(plugins.files) == MAX_FILES:
+            raise UserError(f"plugin {path}: more than {MAX_FILES} plugins; leave some out")
+        source = _read(path)
+        plugins.owned("plugin", path.stem, path)
+        with _registering(plugins, path):
+            _execute(path, source, len(plugins.files))
+        plugins.files.append(PluginFile(path, hashlib.sha256(source).hexdigest()))
+    return plugins
+
+
+def attach(config: Mapping[str, Any]) -> Plugins:
+    """Load the plugins of a machine into this process, which is to be one of the machine's.
+
+    UserError when a file is not what it was when the machine was made.
+    """
+    global _installed
+    paths = config.get("plugins", ())
+    if not paths:
+        return NO_PLUGINS
+    plugins = load(map(Path, paths))
+    for file, digest in zip(plugins.files, config["plugin_facts"]["digests"], strict=True):
+        if file.digest != digest:
+            raise UserError(f"plugin {file.path}: changed since the machine was made; start the machine anew")
+    remember_classes(plugins.classes.values())
+    _installed = plugins
+    return plugins
+
+
+def installed() -> Plugins:
+    """The plugins of the machine that this process belongs to."""
+    return _installed
+
+
+def known_from(config: Mapping[str, Any]) -> Plugins:
+    """A machine's plugins as far as its configuration tells: their classes and back ends by name, and no code."""
+    facts = config.get("plugin_facts")
+    if not facts:
+        return NO_PLUGINS
+    plugins = Plugins(
+        [PluginFile(Path(path), digest) for path, digest in zip(config["plugins"], facts["digests"], strict=True)]
+    )
+    plugins.classes.update((one.name, one) for one in map(_class_of_values, facts["classes"]))
+    plugins.backends.update(dict.fromkeys(facts["backends"], object))
+    remember_classes(plugins.classes.values())
+    return plugins
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            source = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"plugin {path}: {error.strerror}; give the path of a Python file") from None
+    if len(source) > MAX_FILE_BYTES:
+        raise UserError(f"plugin {path}: larger than {MAX_FILE_BYTES} bytes; give the path of a Python file")
+    return source
+
+
+@contextlib.contextmanager
+def _registering(plugins: Plugins, path: Path) -> Iterator[None]:
+    """Registrations go into `plugins`, in the name of `path`; what is printed meanwhile goes to stderr."""
+    global _loading
+    assert _loading is None, "a plugin loads plugins"
+    _loading = _Loading(plugins, path)
+    try:
+        # stdout is the command's: what it prints there may be read by a program.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except UserError as error:
+        raise UserError(f"plugin {path}: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"plugin {path}: {_said(error, path)}; mend it") from error
+    finally:
+        _loading = None
+
+
+def _execute(path: Path, source: bytes, number: int) -> None:
+    # Not imported: that would leave bytecode beside the file, and believe it when the file changed within a second.
+    module = ModuleType(f"vmbus_plugin_{number}_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+
+
+def _said(error: BaseException, path: Path) -> str:
+    """An exception in one line, with the line of the file that it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, text = [error.lineno], error.msg
+    else:
+        text = " ".join(str(error).split())
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def _own(kind: str, name: object, table: Mapping[str, object]) -> None:
+    """Refuse a name that is in the table already."""
+    assert _loading is not None
+    _loading.plugins.owned(kind, name, _loading.path)
+    if name in table:
+        raise UserError(f"{kind} {name} is registered twice; choose another name")
+
+
+def _check_name(what: str, name: object) -> None:
+    try:
+        machine_name(name)
+    except Nonsense:
+        raise UserError(f"{what}: {name!r} is no name; use up to 32 letters, digits, - and _") from None
+
+
+def _class_values(one: DeviceClass) -> list[Any]:
+    pipe = None if one.pipe_mode is None else int(one.pipe_mode)
+    return [one.name, str(one.guid), one.lsvmbus_text, one.perf, int(one.chn_flags), pipe]
+
+
+def _class_of_values(values: list[Any]) -> DeviceClass:
+    name, guid, text, perf, flags, pipe = values
+    mode = None if pipe is None else PipeMode(pipe)
+    return DeviceClass(HV_UNKNOWN, name, "HV_UNKNOWN", UUID(guid), perf, False, text, None, ChannelFlags(flags), mode)

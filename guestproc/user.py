@@ -1,0 +1,309 @@
+"""The guest's user space: what its administrator does to the bus, call by call.
+
+A call is what a process of a user's would do: a write to a file of `/sys/bus/vmbus`, a `modprobe`. It runs in the
+writer's context, a task that may sleep, so a write to `bind` returns when the probe has. An errno is told as text
+with the cure, `-EEXIST: …; …`.
+
+Calls run only while the bus is up: `begin_call` and `end_call` count them, and a shutdown first closes that gate and
+waits until those that run have ended, as a machine ends its processes before it takes its devices away.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from emu.errors import DeadlinePassed
+from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
+from guestproc.kernel.layout import Connection, ConnectionState, Device, Driver, KernelTables
+from guestproc.kernel.wait import SECOND_NS
+from guestproc.protocol import devices, faults
+from guestproc.protocol.faults import Fault
+from guestproc.vmbus import device as bus
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+
+Values = dict[str, Any]
+
+CLOSED: Final = 1 << 31
+"""Bit of `Connection.user_calls`: there may be no call any more."""
+CALLS_END_TIMEOUT_NS: Final = 60 * SECOND_NS
+
+
+class CallFailed(Exception):
+    """A system call returned an errno (positive here)."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"-{errno.errorcode.get(number, str(number))}: {text}")
+        self.errno = number
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One of user space's calls; `sleeps`: it may wait for the host, or for whoever does."""
+
+    run: Callable[[Current, Values], Values]
+    sleeps: bool = True
+
+
+CALLS: Final[dict[str, Call]] = {}
+
+
+def _call(name: str, *, sleeps: bool = True) -> Callable[[Callable[[Current, Values], Values]], Callable[..., Values]]:
+    def add(function: Callable[[Current, Values], Values]) -> Callable[..., Values]:
+        CALLS[name] = Call(function, sleeps)
+        return function
+
+    return add
+
+
+def run_call(current: Current, name: str, arguments: Mapping[str, Any]) -> Values:
+    """Run one call to its end: what it has to say, or its error as text."""
+    try:
+        call = CALLS.get(name)
+        if call is None:
+            raise CallFailed(errno.ENOSYS, f"no call {name}; there are {', '.join(sorted(CALLS))}")
+        begin_call(current.connection)
+        try:
+            return call.run(current, dict(arguments))
+        except DeadlinePassed as passed:
+            raise CallFailed(errno.ETIMEDOUT, f"{passed}; something holds it up, try again") from None
+        finally:
+            end_call(current)
+    except CallFailed as failed:
+        return {"error": str(failed), "errno": failed.errno}
+
+
+# -- the gate -------------------------------------------------------------------------------------------
+
+
+def begin_call(connection: Connection) -> None:
+    """One call more; CallFailed (ENODEV) before the bus is up, and once it goes."""
+    calls = connection.user_calls
+    while True:
+        seen = calls.load()
+        if seen & CLOSED or connection.conn_state.load() != ConnectionState.CONNECTED:
+            raise CallFailed(errno.ENODEV, "the guest has no VMBus now; wait until its channels are open")
+        if calls.cas(seen, seen + 1) == seen:
+            return
+
+
+def end_call(current: Current) -> None:
+    """One call less."""
+    current.connection.user_calls.fetch_sub(1)
+    current.connection.state_wait.wake_all(current.actor)
+
+
+def end_user_space(current: Current) -> None:
+    """Let no call begin, let those that hang go, and wait until all have ended."""
+    connection = current.connection
+    connection.user_calls.fetch_or(CLOSED)
+    faults.forget_all(current.tables)
+    connection.state_wait.wake_all(current.actor)
+    if not connection.state_wait.wait_until_timeout(
+        current.actor, lambda: connection.user_calls.load() == CLOSED, CALLS_END_TIMEOUT_NS
+    ):
+        current.log(f"{connection.user_calls.load() & ~CLOSED} calls of user space do not end")
+
+
+# -- drivers and devices --------------------------------------------------------------------------------
+
+
+@_call("bind")
+def bind(current: Current, asked: Values) -> Values:
+    """`echo DEVICE >drivers/DRIVER/bind`."""
+    driver = _registered(current, asked["driver"])
+    name = asked["driver"]
+    with bus.held_device(current, *_named(asked["device"])) as device:
+        told = _there(device, asked["device"])
+        result = bus.bind_store(current, told, driver)
+        if result == -errno.EBUSY:
+            raise CallFailed(errno.EBUSY, f"{_text(told)} has a driver already; `vmbus-emu ctl unbind` takes it away")
+        if result == -errno.ENODEV and not told.driver and not _matches(current, told, driver):
+            cure = f"`vmbus-emu ctl new-id {name} {UUID(bytes_le=told.dev_type)}`, or override it"
+            raise CallFailed(errno.ENODEV, f"{name} does not match {_text(told)}; {cure}")
+        if result:
+            raise CallFailed(-result, f"{name} does not take {_text(told)}; the guest's log says why")
+        return _device(current, told)
+
+
+@_call("unbind")
+def unbind(current: Current, asked: Values) -> Values:
+    """`echo DEVICE >drivers/DRIVER/unbind`; without a driver, of the one that has it."""
+    number = _registered(current, asked["driver"]).number if asked.get("driver") else 0
+    with bus.held_device(current, *_named(asked["device"])) as device:
+        told = _there(device, asked["device"])
+        if bus.unbind_store(current, told, number):
+            who = asked.get("driver") or "no driver"
+            state = "is not bound to it" if asked.get("driver") else "has it"
+            raise CallFailed(errno.ENODEV, f"{_text(told)}: {who} {state}; `vmbus-emu ls` says who has what")
+        return _device(current, told)
+
+
+@_call("override")
+def override(current: Current, asked: Values) -> Values:
+    """`echo DRIVER >devices/DEVICE/driver_override`; an empty name takes it away. The name need not be known."""
+    name = str(asked["driver"])
+    if len(name.encode()) >= 32 or not name.isprintable():
+        raise CallFailed(errno.EINVAL, "a driver's name is at most 31 bytes; shorten it")
+    with bus.held_device(current, *_named(asked["device"])) as device:
+        told = _there(device, asked["device"])
+        bus.driver_override_store(current, told, name)
+        return _device(current, told)
+
+
+@_call("new_id")
+def new_id(current: Current, asked: Values) -> Values:
+    """`echo GUID >drivers/DRIVER/new_id`: devices of that class that have no driver are probed at once."""
+    name, guid = asked["driver"], _guid(asked["guid"])
+    result = bus.new_id_store(current, _registered(current, name), guid.bytes_le)
+    if result == -errno.EEXIST:
+        raise CallFailed(errno.EEXIST, f"{guid} is an id of {name} already; `vmbus-emu ctl remove-id` takes it away")
+    if result:
+        raise CallFailed(-result, f"{name} has as many ids as fit; remove one")
+    return _driver(current, DRIVER_OBJECTS[_registered(current, name).number])
+
+
+@_call("remove_id")
+def remove_id(current: Current, asked: Values) -> Values:
+    """`echo GUID >drivers/DRIVER/remove_id`: who is bound stays bound."""
+    name, guid = asked["driver"], _guid(asked["guid"])
+    if bus.remove_id_store(current, _registered(current, name), guid.bytes_le):
+        raise CallFailed(errno.ENODEV, f"{guid} is no id that was added to {name}; `vmbus-emu ctl drivers` lists them")
+    return _driver(current, DRIVER_OBJECTS[_registered(current, name).number])
+
+
+@_call("register")
+def register(current: Current, asked: Values) -> Values:
+    """`modprobe DRIVER`: devices that it matches and that have no driver are probed."""
+    driver = _known(asked["driver"])
+    result = bus.vmbus_driver_register(current, driver)
+    if result == -errno.EBUSY:
+        raise CallFailed(errno.EBUSY, f"{driver.name} is registered already; `vmbus-emu ctl unregister` first")
+    if result:
+        raise CallFailed(-result, f"there is no record for {driver.name}; unregister another")
+    return _driver(current, driver)
+
+
+@_call("unregister")
+def unregister(current: Current, asked: Values) -> Values:
+    """`rmmod DRIVER`: its devices stay, unbound."""
+    driver = _known(asked["driver"])
+    if not bus.vmbus_driver_unregister(current, driver):
+        raise CallFailed(errno.ENODEV, f"{driver.name} is not registered; `vmbus-emu ctl register` does that")
+    return _driver(current, driver)
+
+
+@_call("drivers", sleeps=False)
+def drivers(current: Current, _asked: Values) -> Values:
+    """Every driver that this guest has, registered or not."""
+    return {"drivers": [_driver(current, DRIVER_OBJECTS[number]) for number in sorted(DRIVER_OBJECTS)]}
+
+
+# -- faults ---------------------------------------------------------------------------------------------
+
+
+@_call("fail", sleeps=False)
+def fail(current: Current, asked: Values) -> Values:
+    """Let a step fail the next `times` times, of one relid or of any; what is planned then."""
+    fault = Fault[asked["where"]]
+    faults.plan(current.tables, fault, asked["times"], asked["relid"])
+    if fault is Fault.PROBE_HANG and not asked["times"]:
+        faults.end_hangs(current.tables)
+        current.connection.state_wait.wake_all(current.actor)
+    planned = faults.planned(current.tables)
+    return {"faults": [{"where": one.name, "times": n, "relid": relid} for one, (n, relid) in planned.items()]}
+
+
+# -- what calls say, and how they read what they are given ----------------------------------------------
+
+
+def _named(text: str) -> tuple[int, bytes]:
+    """A device as a user names it: its relid, or its instance GUID (0 and the wire form then)."""
+    if text.isascii() and text.isdecimal() and len(text) <= 4:
+        return int(text), b""
+    return 0, _guid(text).bytes_le
+
+
+def _guid(text: str) -> UUID:
+    """A GUID as the kernel reads it (`guid_parse`): 36 characters."""
+    try:
+        guid = UUID(text)
+    except ValueError:
+        guid = None
+    if guid is None or len(text) != 36:
+        raise CallFailed(errno.EINVAL, f"{text!r} is no GUID; write it as 01234567-89ab-cdef-0123-456789abcdef")
+    return guid
+
+
+def _there(device: Device | None, named: str) -> Device:
+    if device is None:
+        raise CallFailed(errno.ENODEV, f"no device {named} on the guest's bus; `vmbus-emu ls` lists them")
+    return device
+
+
+def _registered(current: Current, name: str) -> Driver:
+    found = bus.find_driver(current, name)
+    if found is None:
+        raise CallFailed(errno.ENODEV, f"no driver {name} is registered; `vmbus-emu ctl drivers` lists them")
+    return found
+
+
+def _known(name: str) -> HvDriver:
+    found = next((driver for driver in DRIVER_OBJECTS.values() if driver.name == name), None)
+    if found is None:
+        raise CallFailed(errno.ENOENT, f"no driver {name}; there are {', '.join(_names())}")
+    return found
+
+
+def _names() -> list[str]:
+    return sorted(driver.name for driver in DRIVER_OBJECTS.values())
+
+
+def _matches(current: Current, device: Device, driver: Driver) -> bool:
+    with device.device_lock.hold(current.actor):
+        return bus.vmbus_match(current, device, driver)
+
+
+def _text(device: Device) -> str:
+    return f"device {bus.dev_name(device)}"
+
+
+def _device(current: Current, device: Device) -> Values:
+    """A device as an answer says it."""
+    with device.device_lock.hold(current.actor):
+        number, override_name = device.driver, devices.override_name(device)
+    return {
+        "device": bus.dev_name(device),
+        "driver": DRIVER_OBJECTS[number].name if number else "",
+        "driver_override": override_name,
+    }
+
+
+def _driver(current: Current, driver: HvDriver) -> Values:
+    """A driver as an answer says it: how many devices it has, and its dynamic ids."""
+    tables = current.tables
+    record = next((one for one in tables.drivers.live() if one.number == driver.number), None)
+    ids: list[bytes] = []
+    if record is not None:
+        with record.dynids_lock.hold(current.actor):
+            ids = devices.dynamic_ids(record)
+    return {
+        "name": driver.name,
+        "number": driver.number,
+        "registered": record is not None and devices.is_registered(record),
+        "devices": _bound(current, tables, driver.number),
+        "static_ids": len(driver.id_table),
+        "dynamic_ids": [str(UUID(bytes_le=one)) for one in ids],
+    }
+
+
+def _bound(current: Current, tables: KernelTables, number: int) -> int:
+    """How many devices a driver has."""
+    with current.connection.channel_mutex.hold(current.actor):
+        found = (tables.devices.find(channel.device_obj) for channel in tables.chn_list)
+        return sum(device is not None and device.driver == number for device in found)

@@ -1,0 +1,243 @@
+"""Every error exit of an offer, reached by a fault on demand: one RELID_RELEASED, nothing left, the id good again."""
+
+from __future__ import annotations
+
+import errno
+from itertools import product
+
+import pytest
+
+from emu.wire.messages import MessageType
+from guestproc.kernel.functions import CHANNEL_CALLBACKS
+from guestproc.kernel.layout import Channel, ChannelState, KernelTables
+from guestproc.protocol import faults, uevents
+from guestproc.protocol.faults import Fault
+from tests.guestproc.world import World
+
+T = MessageType
+SUB_CREATED = 920
+LINES = {
+    Fault.ALLOC_CHANNEL: "Unable to allocate channel object",
+    Fault.WORK_ALLOC: "Unable to allocate channel object",
+    Fault.DEVICE_REGISTER: "unable to add child device object (relid 9)",
+    Fault.ADD_KOBJ: "unable to add child device object (relid 9)",
+}
+"""What the kernel's log says; device_create and a sub-channel's directory fail without a word."""
+OF_PRIMARY = (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC, Fault.DEVICE_CREATE, Fault.DEVICE_REGISTER, Fault.ADD_KOBJ)
+OF_SUB = (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC, Fault.ADD_KOBJ)
+IN_THE_WORK = (Fault.DEVICE_CREATE, Fault.DEVICE_REGISTER, Fault.ADD_KOBJ)
+
+
+@CHANNEL_CALLBACKS.register(SUB_CREATED)
+def never_called_behind_a_fault(current: object, channel: object) -> None:
+    """A driver that must not hear of a sub-channel that failed."""
+    raise AssertionError("called for a sub-channel that could not be added")
+
+
+def plan(world: World, fault: Fault, times: int = 1, relid: int = 0) -> None:
+    """Let it fail."""
+    faults.plan(world.tables, fault, times, relid)
+
+
+def nothing_left_of(world: World, *relids: int) -> None:
+    """No trace of these in the guest, no offer in progress, every record whole."""
+    tables = world.tables
+    assert tables.connection.offer_in_progress.load() == 0
+    assert not set(relids) & set(tables.relids.published())
+    assert not [one for one in tables.channels.live() if one.relid in relids]
+    assert tables.work.in_use == tables.requests.in_use == 0
+    assert tables.damage() == []
+
+
+@pytest.fixture
+def primary(booted: World) -> Channel:
+    """An open primary, relid 5, whose driver hears of sub-channels."""
+    booted.host.device(5)
+    booted.settle()
+    channel = booted.channel(5)
+    channel.sc_creation_callback = SUB_CREATED
+    return channel
+
+
+# -- the plan -------------------------------------------------------------------------------------------
+
+
+def test_fault_strikes_as_often_as_planned(tables: KernelTables) -> None:
+    """Of any relid, or of one; then no more, and no other fault."""
+    faults.plan(tables, Fault.PROBE, 2)
+    faults.plan(tables, Fault.ADD_KOBJ, 1, 7)
+    assert faults.planned(tables) == {Fault.PROBE: (2, 0), Fault.ADD_KOBJ: (1, 7)}
+
+    assert [faults.strikes(tables, Fault.PROBE, relid) for relid in (1, 2, 3)] == [True, True, False]
+    assert [faults.strikes(tables, Fault.ADD_KOBJ, relid) for relid in (6, 7, 7)] == [False, True, False]
+    assert not faults.strikes(tables, Fault.DEVICE_CREATE, 7)
+    assert faults.planned(tables) == {}
+
+
+def test_plan_is_taken_back(tables: KernelTables) -> None:
+    """No times are none; `forget_all` forgets every fault and lets what hangs go."""
+    faults.plan(tables, Fault.PROBE, 3, 9)
+    faults.plan(tables, Fault.PROBE, 0, 9)
+    assert faults.planned(tables) == {}
+    faults.plan(tables, Fault.PROBE_HANG, 3)
+    before = faults.hangs_ended(tables)
+    faults.forget_all(tables)
+
+    assert faults.planned(tables) == {}
+    assert faults.hangs_ended(tables) == before + 1
+
+
+# -- primaries ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", OF_PRIMARY, ids=lambda fault: fault.name)
+def test_offer_that_fails_is_given_back_once(booted: World, fault: Fault) -> None:
+    """RELID_RELEASED once, the kernel's line, nothing leaked; the same id is good for the next offer."""
+    plan(booted, fault)
+    booted.host.device(9)
+    booted.settle()
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+    assert booted.tables.devices.in_use == 0 and booted.tables.chn_list.empty
+    assert LINES.get(fault, "") in "\n".join(booted.log)
+    del booted.host.channels[9]
+    booted.host.device(9)
+    booted.settle()
+
+    assert booted.channel(9).state.load() == ChannelState.OPENED_STATE
+    assert booted.shut_down() == {}
+    assert booted.host.released == [9, 9]
+
+
+def test_directory_that_fails_closes_what_probe_opened(booted: World) -> None:
+    """The driver had the device already: it is removed, its channel closed and torn down, then the id given back."""
+    plan(booted, Fault.ADD_KOBJ)
+    booted.host.posted.clear()
+    booted.host.device(9)
+    booted.settle()
+
+    assert [one for one in booted.host.types() if one != T.GPADL_BODY] == [
+        T.GPADL_HEADER,
+        T.OPENCHANNEL,
+        T.CLOSECHANNEL,
+        T.GPADL_TEARDOWN,
+        T.RELID_RELEASED,
+    ]
+    told = [one.head.partition("@")[0] for one in uevents.since(booted.tables, 0)[-4:]]
+    assert told == ["add", "bind", "unbind", "remove"]
+    assert booted.shut_down() == {}
+
+
+def test_probe_that_fails_is_no_error_of_the_offer(booted: World) -> None:
+    """The device stays, unbound; nothing is released before its rescind."""
+    plan(booted, Fault.PROBE)
+    booted.host.device(9)
+    booted.settle()
+    assert booted.host.released == []
+    assert booted.tables.devices.from_handle(booted.channel(9).device_obj).probe_error == errno.EIO
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+
+
+@pytest.mark.parametrize(("fault", "late"), list(product(IN_THE_WORK, (False, True))))
+def test_rescind_meets_an_offer_that_fails(booted: World, fault: Fault, late: bool) -> None:
+    """Claimed before the failure, or handled after it: one release, by one of the two; the id is good again."""
+    plan(booted, fault)
+    booted.host.device(9)
+    booted.host.step()
+    booted.turn("vcpu0")
+    booted.turn("WORK")
+    if late:
+        booted.turn("PRI_CHAN")
+    booted.host.rescind(9)
+    booted.settle()
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+    del booted.host.channels[9]
+    booted.host.device(9)
+    booted.settle()
+
+    assert booted.channel(9).state.load() == ChannelState.OPENED_STATE
+    assert booted.shut_down() == {}
+
+
+@pytest.mark.parametrize("fault", (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC))
+def test_rescind_of_an_offer_that_was_never_a_channel(booted: World, fault: Fault) -> None:
+    """Its id was given back by the offer: the rescind finds nothing, and releases nothing."""
+    plan(booted, fault)
+    booted.host.device(9)
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+
+
+def test_fault_of_one_relid_leaves_the_others_alone(booted: World) -> None:
+    """Three offers at once, the second fails: the others are opened."""
+    plan(booted, Fault.DEVICE_REGISTER, 1, 8)
+    for relid in (7, 8, 9):
+        booted.host.device(relid)
+    booted.settle()
+
+    assert booted.host.released == [8]
+    assert sorted(booted.tables.relids.published()) == [7, 9]
+    assert booted.shut_down() == {}
+
+
+def test_many_offers_that_fail_everywhere(booted: World) -> None:
+    """Each fault five times over forty offers: as many releases as failures, and the rest open."""
+    for fault in OF_PRIMARY:
+        plan(booted, fault, 5)
+    for relid in range(1, 41):
+        booted.host.device(relid)
+    booted.settle()
+
+    released = booted.host.released
+    assert len(released) == len(set(released)) == 25
+    assert len(booted.tables.relids.published()) == 15
+    assert booted.shut_down() == {}
+    assert sorted(booted.host.released) == list(range(1, 41))
+
+
+# -- sub-channels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", OF_SUB, ids=lambda fault: fault.name)
+def test_sub_channel_that_fails_is_given_back_once(booted: World, primary: Channel, fault: Fault) -> None:
+    """Off its primary's list, released once, the driver does not hear of it; the primary goes on."""
+    plan(booted, fault, 1, 9)
+    booted.host.device(9, instance=5, index=1)
+    booted.settle()
+
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+    assert booted.tables.sc_list(primary).empty
+    assert booted.tables.connection.nr_chan_close_on_suspend.load() == 0
+    assert primary.state.load() == ChannelState.OPENED_STATE
+    primary.sc_creation_callback = 0
+    booted.host.device(9, instance=5, index=1)
+    booted.settle()
+    assert booted.channel(9).primary_channel == primary.handle
+    assert booted.shut_down() == {}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_rescind_meets_a_sub_channel_that_fails(booted: World, primary: Channel, late: bool) -> None:
+    """One release, by one of the two."""
+    plan(booted, Fault.ADD_KOBJ, 1, 9)
+    booted.host.device(9, instance=5, index=1)
+    booted.host.step()
+    booted.turn("vcpu0")
+    booted.turn("WORK")
+    if late:
+        booted.turn("SUB_CHAN")
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert booted.host.released == [9]
+    nothing_left_of(booted, 9)
+    assert booted.shut_down() == {}

@@ -1,0 +1,108 @@
+"""`vmbus-emu bench`: what an anchor says of its runs, and that each bench measures what it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.conftest import RunCli
+from tools import bench as module
+from tools.anchors import Against, Anchor
+
+FIELDS = {"name", "value", "unit", "better", "runs", "spread", "against", "ratio", "goal", "floor", "met", "reason"}
+
+
+def anchor(*runs: float, **more: Any) -> Anchor:
+    """An anchor of these runs; more is better unless said otherwise."""
+    return Anchor.of("a", runs, "x", **{"better": "higher", **more})
+
+
+def test_value_is_the_median_and_spread_its_range() -> None:
+    """One lucky and one unlucky run change the spread, not the value."""
+    one = anchor(1.0, 10.0, 11.0, 12.0, 30.0)
+
+    assert (one.value, one.spread) == (11.0, 29.0 / 11.0)
+
+
+@pytest.mark.parametrize(
+    ("better", "goal", "met"),
+    [
+        ("higher", 9.0, True),
+        ("higher", 10.0, True),
+        ("higher", 11.0, False),
+        ("lower", 9.0, False),
+        ("lower", 10.0, True),
+    ],
+)
+def test_goal_is_of_the_value_where_there_is_nothing_to_compare_with(better: str, goal: float, met: bool) -> None:
+    """A goal that is just reached is met, in both directions."""
+    assert anchor(10.0, better=better, goal=goal).met is met
+
+
+def test_goal_is_of_the_ratio_where_there_is_something_to_compare_with() -> None:
+    """10 against 20 is half, whatever 10 is."""
+    one = anchor(10.0, against=Against("b", 20.0), goal=0.4)
+
+    assert (one.ratio, one.met) == (0.5, True)
+
+
+def test_comparison_that_is_not_to_be_had_is_neither_met_nor_missed() -> None:
+    """Ratio and verdict are null, and the reason is told."""
+    told = anchor(10.0, against=Against("b", None), goal=0.4, reason="b does not install here").as_json()
+
+    assert (told["ratio"], told["met"], told["reason"]) == (None, None, "b does not install here")
+    assert told.keys() == FIELDS
+
+
+def test_figure_without_a_verdict_needs_a_reason() -> None:
+    """An anchor that can judge nothing and does not say why is our own mistake."""
+    with pytest.raises(AssertionError, match="no reason"):
+        anchor(10.0, against=Against("b", None), goal=0.4)
+
+
+@pytest.fixture
+def benches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table with one bench that misses its goal and one that meets it."""
+
+    def of(name: str, goal: float) -> Callable[[int, bool, bool], list[Anchor]]:
+        return lambda runs, short, peers: [Anchor.of(name, [5.0] * runs, "x", better="higher", goal=goal)]
+
+    monkeypatch.setattr(module, "BENCHES", {"slow": of("slow", 6.0), "fast": of("fast", 4.0)})
+
+
+@pytest.mark.usefixtures("benches")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["fast", "--strict"], 0), (["all"], 0), (["slow", "--strict"], 1), (["all", "--strict"], 1)],
+)
+def test_missed_goal_is_a_finding_only_when_strict(arguments: list[str], status: int) -> None:
+    """Without --strict a bench informs; with it a missed goal is exit status 1."""
+    done = CliRunner().invoke(module.bench, [*arguments, "--json", "--runs", "3"], standalone_mode=False)
+
+    assert done.return_value == status
+    told = json.loads(done.output)
+    assert told["schema"] == {"name": "vmbus-emu.bench", "version": 1}
+    assert all(len(one["runs"]) == 3 for one in told["results"])
+
+
+def test_unknown_bench_is_one_line_with_those_there_are(run_cli: RunCli) -> None:
+    """Exit status 2, nothing measured."""
+    done = run_cli("bench", "wheels")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "wheels" in done.stderr and "ring" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(module.BENCHES))
+def test_every_bench_measures(run_cli: RunCli, name: str) -> None:
+    """A short run of each gives figures above zero, and says what it ran on."""
+    done = run_cli("bench", name, "--short", "--json", timeout_s=100.0)
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {"cpu", "cores", "kernel", "python"} <= told["machine"].keys()
+    assert told["results"] and all(one["value"] > 0 and one.keys() == FIELDS for one in told["results"])

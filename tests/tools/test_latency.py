@@ -1,0 +1,123 @@
+"""`vmbus-emu latency`: figures that add up, formats that other programs read, and limits that are held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hdrh.histogram import HdrHistogram
+
+from tests.conftest import RunCli
+from tools.histograms import (
+    MOST_NS,
+    figures_of,
+    hgrm_text,
+    histogram_of,
+    hlog_text,
+    regressions,
+    svg_plot,
+    terminal_plot,
+)
+
+SAMPLES = [1_000 * n for n in range(1, 1_001)]
+
+
+def test_figures_keep_the_tail() -> None:
+    """Three significant digits at every percentile, and the largest value as it was."""
+    figures = figures_of(histogram_of(SAMPLES))
+
+    assert figures["count"] == 1_000
+    for name, expected in (("p50", 500_000), ("p90", 900_000), ("p99", 990_000), ("p999", 999_000), ("max", 1_000_000)):
+        assert figures[f"{name}_ns"] == pytest.approx(expected, rel=0.001)
+
+
+def test_values_beyond_the_ends_count_as_the_ends() -> None:
+    """A clock that stood still, or a minute and more, is no error."""
+    figures = figures_of(histogram_of([0, -5, MOST_NS * 2]))
+
+    assert figures["count"] == 3
+    assert figures["max_ns"] == pytest.approx(MOST_NS, rel=0.001)
+
+
+def test_hgrm_ends_with_the_scaled_mean_and_deviation() -> None:
+    """The text of HdrHistogram's plotters: a curve that rises to 100 %, and a footer in its unit, microseconds."""
+    lines = hgrm_text(histogram_of(SAMPLES)).splitlines()
+    curve = [line.split() for line in lines[2:-3]]
+
+    assert lines[0].split() == ["Value", "Percentile", "TotalCount", "1/(1-Percentile)"]
+    assert [float(row[1]) for row in curve] == sorted(float(row[1]) for row in curve)
+    assert (float(curve[-1][1]), int(curve[-1][2])) == (1.0, 1_000)
+    assert lines[-3].startswith("#[Mean    =      500.") and "StdDeviation   =      288." in lines[-3]
+
+
+def test_hlog_holds_every_histogram() -> None:
+    """A tagged line each, which decodes to the histogram that was written."""
+    histograms = {"isr": histogram_of(SAMPLES, "isr"), "dpc": histogram_of([5, 6], "dpc")}
+    lines = [line for line in hlog_text(histograms, 1.0, 2.0).splitlines() if line.startswith("Tag=")]
+
+    assert [line.split(",")[0] for line in lines] == ["Tag=isr", "Tag=dpc"]
+    decoded = HdrHistogram.decode(lines[0].split(",")[-1].encode())
+    assert decoded.get_total_count() == 1_000
+
+
+def test_pictures_show_every_stage() -> None:
+    """The SVG is well-formed and has a curve for each stage that has samples; the bars rise."""
+    histograms = {"isr": histogram_of(SAMPLES), "empty": histogram_of([]), "dpc": histogram_of([500, 900])}
+    root = ElementTree.fromstring(svg_plot(histograms, "title"))
+    bars = [line.count("█") for line in terminal_plot(histograms["isr"])]
+
+    assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
+    assert bars == sorted(bars) and bars[-1] == 48
+
+
+@pytest.mark.parametrize(("now", "worse"), [(100, False), (110, False), (111, True), (50, False)])
+def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
+    """Exactly the limit is still allowed, and better is no regression."""
+    old, new = {"isr": {"p99_ns": 100}}, {"isr": {"p99_ns": now}, "other": {"p99_ns": 9}}
+
+    assert bool(regressions(old, new, {"p99": 0.1})) is worse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--closed", "--rate", "5"), "--closed"),
+        (("--fail", "p99:+10%"), "--compare"),
+        (("--compare", "nothing.json", "--fail", "p98:+10%"), "p98"),
+        (("--compare", "nothing.json", "--fail", "p99:ten"), "p99:ten"),
+        (("--compare", "nothing.json"), "nothing.json"),
+        (("--vcpus", "0"), "--vcpus"),
+        (("--size", "9000"), "--size"),
+    ],
+)
+def test_wrong_words_are_one_line_and_status_2(run_cli: RunCli, arguments: tuple[str, ...], word: str) -> None:
+    """Nothing is booted for a command that cannot be meant."""
+    done = run_cli("latency", *arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and word in done.stderr
+
+
+def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, tmp_path: Path) -> None:
+    """Real machines: every stage has samples, none is lost; against an impossible past the exit status is 1."""
+    done = run_cli("latency", "--duration", "0.3", "--json", "--hgrm", "out.hgrm", timeout_s=60)
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["schema"] == {"name": "vmbus-emu.latency", "version": 1}
+    assert told["lost"] == 0 and told["rate"] is None
+    stages = told["stages"]
+    assert {"round_trip", "send_to_host", "signal_to_request", "request_to_isr", "callback_to_task"} <= stages.keys()
+    assert {"post_to_slot", "slot_to_isr", "isr_to_dpc", "dpc_to_queue", "queue_to_handler"} <= stages.keys()
+    assert all(0 < one["p50_ns"] <= one["p99_ns"] <= one["max_ns"] for one in stages.values())
+    assert (tmp_path / "out.hgrm").read_text().count("\n") > 10
+
+    for figures in stages.values():
+        figures["p50_ns"] = 1
+    (tmp_path / "old.json").write_text(json.dumps(told))
+    again = ("--duration", "0.1", "--rate", "200", "--compare", "old.json", "--fail", "p50:+10%")
+    done = run_cli("latency", *again, timeout_s=60)
+    assert done.returncode == 1, done.stderr
+    assert "worse: round_trip p50" in done.stdout

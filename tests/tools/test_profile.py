@@ -1,0 +1,70 @@
+"""`vmbus-emu profile`: processes, the machine's counters, and what one of each costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.conftest import RunCli
+from tools.profile_picture import MOST_BANDS, svg_of
+from tools.profile_samples import ProcessCost, Profile
+
+POLYGON = "{http://www.w3.org/2000/svg}polygon"
+
+
+def cost(name: str, kind: str, cpu_ns: int) -> ProcessCost:
+    """A process that computed evenly for two seconds."""
+    return ProcessCost(name, kind, 1, cpu_ns=cpu_ns, timeline=[(0.0, 2.0, cpu_ns / 2e9)])
+
+
+def test_costs_are_of_host_and_guest_without_the_harness() -> None:
+    """Launcher and zygote are no part of the machine; what was never counted has no cost."""
+    processes = [cost("launcher", "launcher", 7_000), cost("hypervisor", "hypervisor", 600), cost("vcpu0", "vcpu", 400)]
+    found = Profile(2.0, processes, {"packets": 10, "interrupts": 4, "exits": 0})
+
+    assert found.machine_ns == 1_000
+    assert (found.per("packets"), found.per("interrupts"), found.per("exits")) == (100.0, 250.0, None)
+
+
+@pytest.mark.parametrize(("count", "bands"), [(1, 1), (MOST_BANDS, MOST_BANDS), (70, MOST_BANDS + 1)])
+def test_picture_has_a_band_for_each_process_up_to_a_limit(count: int, bands: int) -> None:
+    """Well-formed, the cheapest of many summed up in one band."""
+    found = Profile(2.0, [cost(f"vcpu{n}", "vcpu", 10**6 * (n + 1)) for n in range(count)], {})
+
+    assert len(ElementTree.fromstring(svg_of(found)).findall(POLYGON)) == bands
+
+
+def test_command_is_watched_from_its_machines_first_instruction(run_cli: RunCli, tmp_path: Path) -> None:
+    """A run's processes, threads, switches and memory, joined with its packets and interrupts."""
+    done = run_cli("profile", "--json", "--plot", "out.svg", "--", "run", "--duration", "0.5", timeout_s=60)
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["schema"] == {"name": "vmbus-emu.profile", "version": 1}
+    by_name = {one["name"]: one for one in told["processes"]}
+    assert {"launcher", "zygote", "hypervisor", "vcpu0", "vcpu1", "workqueue"} <= by_name.keys()
+    assert all(one["cpu_ns"] > 0 and one["rss"] >= one["uss"] > 0 for one in by_name.values())
+    assert len(by_name["workqueue"]["threads"]) > 5
+    assert told["per_packet_ns"] > 0 and told["per_interrupt_ns"] > 0
+    assert told["counters"]["packets"] > 0
+    ElementTree.parse(tmp_path / "out.svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--machine", "nobody"), "nobody"),
+        (("--machine", "nobody", "--", "run"), "--machine"),
+        (("--", "doctor"), "doctor"),
+        (("--duration", "0"), "--duration"),
+    ],
+)
+def test_nothing_to_watch_is_one_line_and_status_2(run_cli: RunCli, arguments: tuple[str, ...], word: str) -> None:
+    """A machine that is not there, or a command that runs none."""
+    done = run_cli("profile", *arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert word in done.stderr.splitlines()[-1]

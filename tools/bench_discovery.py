@@ -1,0 +1,116 @@
+"""`bench discovery`: a device that is added while the machine runs, one that is taken away, and 2,000 by IPI."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from emu.control import Ready
+from emu.errors import DeadlinePassed
+from emu.orders import OrderDesk, Recipient
+from emu.scenario import Scenario, parse_device
+from emu.vmexit import HostBell
+from guestproc.kernel.layout import Channel, ChannelState, KernelTables
+from tools.anchors import Against, Anchor
+from tools.launch import RunningMachine, launch
+
+HOT_GOAL_MS: Final = 2.0
+SEED_GOAL: Final = 1.5
+MANY: Final = 2_000
+MANY_VCPUS: Final = 8
+ROUNDS: Final = 20
+"""Hot adds and removes a run; a run's figure is their median."""
+_LOOK_S: Final = 50e-6
+_DEADLINE_S: Final = 10.0
+
+
+def measure(runs: int, *, short: bool = False) -> list[Anchor]:
+    """Hot add to open channel, rescind to release, and the two eras at 2,000 devices, alternating."""
+    added, released = hot(1 if short else ROUNDS, runs)
+    many = 100 if short else MANY
+    eras: dict[str, list[float]] = {"seed": [], "current": []}
+    for _ in range(max(1, runs // 2)):
+        for era, figures in eras.items():
+            figures.append(bring_up_s(era, many))
+    current = sorted(eras["current"])[len(eras["current"]) // 2]
+    return [
+        Anchor.of("discovery: hot add to open channel", added, "ms", better="lower", goal=HOT_GOAL_MS),
+        Anchor.of("discovery: rescind to release", released, "ms", better="lower", goal=HOT_GOAL_MS),
+        Anchor.of(
+            f"discovery: {many} devices, {MANY_VCPUS} vCPUs, era seed",
+            eras["seed"],
+            "s",
+            better="lower",
+            against=Against("era current", current),
+            goal=SEED_GOAL,
+        ),
+    ]
+
+
+def hot(rounds: int, runs: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of `runs` medians of `rounds` adds, and of as many removes, on one machine at rest."""
+    added, released = [], []
+    with launch(Scenario.default()) as running:
+        running.wait_ready()
+        # A mapping of its own: the tables hold views of it for as long as they live.
+        ram = mmap.mmap(running.machine.ram.fd, running.machine.ram.size)
+        hot_plug = HotPlug(running, KernelTables.attach(ram))
+        for _ in range(runs):
+            pairs = [hot_plug.add_and_remove() for _ in range(rounds)]
+            added.append(sorted(pair[0] for pair in pairs)[rounds // 2] / 1e6)
+            released.append(sorted(pair[1] for pair in pairs)[rounds // 2] / 1e6)
+        running.shut_down_guest()
+    return added, released
+
+
+class HotPlug:
+    """Adds and removes one device of a running machine, and watches the guest's records meanwhile."""
+
+    def __init__(self, running: RunningMachine, tables: KernelTables) -> None:
+        self._running = running
+        self._tables = tables
+        self._desk = OrderDesk(running.machine.control)
+        self._wake = HostBell(running.machine.doorbells.view, running.machine.wakeup("host")).wake
+        # The lowest free relid is the next one's.
+        self._relid = len(running.scenario.devices()) + 1
+
+    def add_and_remove(self) -> tuple[int, int]:
+        """Nanoseconds from the order until the channel is open, and from the other until its relid was released."""
+        added = self._timed("offer", self._opened, **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
+        channel = self._tables.relids.lookup(self._relid)
+        assert channel is not None
+        removed = self._timed("rescind", lambda: not channel.alive(), relid=self._relid, instance="")
+        return added, removed
+
+    def _timed(self, what: str, done: Callable[[], bool], **arguments: Any) -> int:
+        began = time.monotonic_ns()
+        slot = self._desk.post(Recipient.HOST, what, self._wake, **arguments)
+        while not done():
+            time.sleep(_LOOK_S)
+            if time.monotonic_ns() - began > _DEADLINE_S * 1e9:
+                raise DeadlinePassed(f"the end of what `{what}` began", int(_DEADLINE_S * 1e9))
+        elapsed = time.monotonic_ns() - began
+        self._desk.wait(slot, what)
+        return elapsed
+
+    def _opened(self) -> bool:
+        channel: Channel | None = self._tables.relids.lookup(self._relid)
+        # Its driver's probe has ended, too: what comes next shall not run beside the rest of it.
+        return (
+            channel is not None and channel.state.load() == ChannelState.OPENED_STATE and channel.probe_done.load() == 1
+        )
+
+
+def bring_up_s(era: str, devices: int) -> float:
+    """Seconds from the first offer asked for until all channels were open, in an era, with 8 vCPUs."""
+    scenario = Scenario.default().with_overrides(vcpus=MANY_VCPUS, devices=[parse_device(f"echo:{devices}")])
+    scenario = replace(scenario, machine=replace(scenario.machine, era=era))
+    with launch(scenario) as running:
+        running.wait_ready()
+        control = running.machine.control
+        elapsed = control.stage_ns(Ready.CHANNELS_OPEN) - control.stage_ns(Ready.CONNECTED)
+        running.shut_down_guest()
+    return elapsed / 1e9

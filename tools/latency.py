@@ -1,0 +1,252 @@
+"""`vmbus-emu latency`: round trips through an echo channel, and the stages in which their time goes.
+
+Two machines run, one after the other: a plain one for the round trips themselves, and one that records, from whose
+records the stages are cut. So the figure of a round trip is free of the recorder, and what the recorder costs is
+the difference of the two.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from emu.errors import UserError
+from emu.recording import Recording, RecordingWriter
+from emu.scenario import Scenario, parse_device
+from emu.task_board import Program, TaskState
+from tools.ctl import ask_host, wait_until_open, wait_until_released
+from tools.device_list import list_devices
+from tools.exit_status import ExitStatus
+from tools.histograms import (
+    US,
+    figures_of,
+    hgrm_text,
+    histogram_of,
+    hlog_text,
+    regressions,
+    svg_plot,
+    terminal_plot,
+    write_text,
+)
+from tools.latency_stages import Step, stages_of
+from tools.launch import RunningMachine, launch
+from tools.options import json_option, scenario_argument
+from tools.output import print_json, print_table
+
+ROUND_TRIP: Final = "round_trip"
+RECORDED: Final = "round_trip_recorded"
+MOST_SIZE: Final = 8_192
+HOT_PLUGS: Final = 20
+_PACKET_NAMES: Final = ("p50", "p90", "p99", "p999")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Samples of one machine: round trips in ns, how many never came back, and stages if it recorded."""
+
+    round_trips: list[int]
+    lost: int
+    stages: dict[str, list[int]]
+    dropped: int = 0
+
+
+@click.command()
+@scenario_argument
+@click.option("--rate", type=click.IntRange(1, 1_000_000), help="Round trips a second, sent when they are due.")
+@click.option("--closed", is_flag=True, help="One after the other (the default).")
+@click.option("--size", type=click.IntRange(0, MOST_SIZE), default=64, show_default=True, help="Bytes of payload.")
+@click.option("--vcpus", type=int, help="Virtual CPUs.")
+@click.option("--poll", metavar="off|US|adaptive", help="How long a halting processor looks first.")
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(0.05, 3600),
+    default=3.0,
+    show_default=True,
+    help="Seconds of each of the two measurements.",
+)
+@click.option("--hgrm", type=click.Path(path_type=Path), help="Write the round trip's percentiles (HdrHistogram text).")
+@click.option("--hlog", type=click.Path(path_type=Path), help="Write every stage's histogram (HdrHistogram log).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write the percentile curves (SVG).")
+@click.option("--compare", type=click.Path(path_type=Path), help="An older --json output to compare with.")
+@click.option("--fail", "fail", multiple=True, metavar="p99:+10%", help="With --compare: how much worse is a finding.")
+@json_option
+def latency(
+    scenario_path: Path | None,
+    rate: int | None,
+    closed: bool,
+    size: int,
+    vcpus: int | None,
+    poll: str | None,
+    duration_s: float,
+    hgrm: Path | None,
+    hlog: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    fail: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Measure round trips and the stages in which their time goes.
+
+    \b
+    Example:
+      vmbus-emu latency --duration 2
+      vmbus-emu latency --rate 1000 --poll off --json > new.json
+    """
+    if closed and rate is not None:
+        raise UserError("--closed and --rate exclude each other; leave one of them out")
+    if fail and compare is None:
+        raise UserError("--fail needs something to compare with; add --compare OLD.json")
+    limits = dict(_limit(text) for text in fail)
+    before = _read_report(compare) if compare is not None else {}
+    scenario = _scenario(scenario_path, vcpus, poll)
+    began_s = time.time()
+    plain = measure(scenario, rate or 0, size, duration_s, record=False)
+    recorded = measure(scenario, rate or 0, size, duration_s, record=True)
+    samples = {ROUND_TRIP: plain.round_trips, RECORDED: recorded.round_trips, **recorded.stages}
+    histograms = {name: histogram_of(values, name) for name, values in samples.items()}
+    figures = {name: figures_of(histogram) for name, histogram in histograms.items()}
+    if hgrm is not None:
+        write_text(hgrm, hgrm_text(histograms[ROUND_TRIP]), "--hgrm")
+    if hlog is not None:
+        write_text(hlog, hlog_text(histograms, began_s, duration_s), "--hlog")
+    if plot is not None:
+        write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {size} bytes, {_pace(rate)}"), "--plot")
+    worse = regressions(before, figures, limits)
+    report = {
+        "rate": rate,
+        "size": size,
+        "vcpus": scenario.machine.vcpus,
+        "poll": scenario.machine.poll.text(),
+        "stages": figures,
+        "recorder_ns": figures[RECORDED]["p50_ns"] - figures[ROUND_TRIP]["p50_ns"],
+        "records_dropped": recorded.dropped,
+        "lost": plain.lost + recorded.lost,
+        "regressions": worse,
+    }
+    if as_json:
+        print_json("latency", 1, report)
+    else:
+        _show(report, terminal_plot(histograms[ROUND_TRIP]))
+    return ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE
+
+
+def _scenario(path: Path | None, vcpus: int | None, poll: str | None) -> Scenario:
+    """The scenario to measure on: by default one echo device, which is what round trips are for."""
+    scenario = Scenario.default() if path is None else Scenario.load(path)
+    devices = [parse_device("echo:1")] if path is None else []
+    return scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+
+
+def measure(scenario: Scenario, rate: int, size: int, duration_s: float, *, record: bool) -> Measured:
+    """Boot a machine, let one CPU ping its channel for so long, and read what it wrote down."""
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-") as folder, launch(scenario, record=record) as running:
+        recording = RecordingWriter(Path(folder, "recording"), running.machine) if record else None
+        running.on_pump = recording.poll if recording is not None else None
+        running.wait_ready()
+        samples = Path(folder, "samples")
+        lost = _ping(running, rate, size, duration_s, samples)
+        if record:
+            _hot_plug(running)
+        running.shut_down_guest()
+        if recording is None:
+            return Measured(_round_trips(samples), lost, {})
+        recording.close()
+        steps = _steps(recording.path, running.machine.config["vp_indices"])
+        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped)
+
+
+def _ping(running: RunningMachine, rate: int, size: int, duration_s: float, samples: Path) -> int:
+    channels = [one for device in list_devices(running.machine) for one in device.channels if one.state == "opened"]
+    if not channels:
+        raise UserError("no channel is open to measure on; give a scenario with an echo device")
+    first = channels[0]
+    wanted = int(duration_s * 1e9)
+    row = running.order(
+        Program.PING, first.cpu, relid=first.relid, wanted=wanted, size=size, rate=rate, path=str(samples)
+    )
+    task = running.wait_tasks([row], duration_s + 60.0)[0]
+    return task.errors if task.state == TaskState.FAILED else 0
+
+
+def _hot_plug(running: RunningMachine) -> None:
+    """Control messages to follow: offers, openings and rescinds, one device after the other."""
+    machine = running.machine
+    for _ in range(HOT_PLUGS):
+        offered = ask_host(machine, "offer", **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
+        name = offered["offered"][0]
+        wait_until_open(machine, name["relid"], name["generation"])
+        ask_host(machine, "rescind", relid=name["relid"], instance="")
+        wait_until_released(machine, name["relid"], name["generation"])
+        running.pump(0)
+
+
+def _round_trips(path: Path) -> list[int]:
+    pairs = array("Q", path.read_bytes())
+    return [done - due for due, done in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
+def _steps(path: Path, vp_indices: list[int]) -> Iterator[Step]:
+    """Records as the stages want them, in the order of time."""
+    positions = {vp_index: position for position, vp_index in enumerate(vp_indices)}
+    with Recording(path) as recording:
+        for record in recording.records():
+            position = -1 if record.vp is None else positions[record.vp]
+            yield Step(record.t_ns, record.event.number, record.values, position)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    """`p99:+10%` as ("p99", 0.1)."""
+    name, _, share = text.partition(":")
+    number = share.removeprefix("+").removesuffix("%")
+    try:
+        value = float(number) / 100
+    except ValueError:
+        value = -1.0
+    if name not in _PACKET_NAMES or not share.endswith("%") or value < 0:
+        raise UserError(f"--fail {text}: not understood; write it like p99:+10% ({', '.join(_PACKET_NAMES)})")
+    return name, value
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """The stages of an older report; UserError when it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        name, stages = document["schema"]["name"], document["stages"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare {path}: {error}; give what `vmbus-emu latency --json` printed") from None
+    if name != "vmbus-emu.latency":
+        raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
+    return {str(stage): figures for stage, figures in stages.items()}
+
+
+def _pace(rate: int | None) -> str:
+    return "one after the other" if rate is None else f"{rate} a second"
+
+
+def _show(report: dict[str, Any], curve: list[str]) -> None:
+    rows = [
+        (
+            name,
+            one["count"],
+            *(f"{one[f'{percentile}_ns'] / US:.1f}" for percentile in _PACKET_NAMES),
+            f"{one['max_ns'] / US:.1f}",
+        )
+        for name, one in report["stages"].items()
+    ]
+    print_table(("stage", "count", "p50 us", "p90 us", "p99 us", "p99.9 us", "max us"), rows)
+    how = f"{report['size']} bytes, {_pace(report['rate'])}, {report['vcpus']} vCPUs, poll {report['poll']}"
+    click.echo(f"\nround trip, {how}:")
+    for line in curve:
+        click.echo(line)
+    click.echo(f"\nthe recorder adds {report['recorder_ns'] / US:.1f} us to a round trip; {report['lost']} lost")
+    for line in report["regressions"]:
+        click.echo(f"worse: {line}")

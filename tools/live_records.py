@@ -1,0 +1,49 @@
+"""The records of a running machine that records, as they come, without a file.
+
+`take` empties every actor's ring as a recording's writer would: one reader a machine, or each misses the other's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emu.control import ActorRow, ActorState
+from emu.machine import Machine
+from emu.recording import RecordedActor, TraceRecord
+from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context, Drain
+
+
+class LiveRecords:
+    """What the actors of one machine recorded since the last look; `dropped` counts what was overwritten before."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._control: Final = machine.control
+        self._drain: Final = Drain(machine.trace)
+
+    @property
+    def dropped(self) -> int:
+        """Records that came and went between two looks."""
+        return self._drain.dropped
+
+    def take(self) -> list[TraceRecord]:
+        """New records of all actors, by time."""
+        taken: list[TraceRecord] = []
+        for row in list(self._control.rows()):
+            if row.state != ActorState.STARTING:
+                taken += self._of(row)
+        return sorted(taken, key=lambda record: record.t_ns)
+
+    def _of(self, row: ActorRow) -> list[TraceRecord]:
+        actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
+        return [
+            TraceRecord(
+                t_ns,
+                seq,
+                actor,
+                None if vp == NO_VP else vp,
+                Context(context).name,
+                BY_NUMBER[number],
+                tuple(values[: len(BY_NUMBER[number].arguments)]),
+            )
+            for t_ns, seq, number, vp, context, *values in RECORD.iter_unpack(self._drain.take(row.slot))
+        ]

@@ -1,0 +1,155 @@
+"""`vmbus-emu matrix`: boots the guest of each era on a host of each version, and says what they agreed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import click
+
+from emu.control import Ready
+from emu.errors import DeadlinePassed
+from emu.mirror import Mirror
+from emu.scenario import ERAS, DeviceSpec, MachineSpec, Scenario
+from emu.task_board import TaskState
+from emu.wire.versions import (
+    KNOWN_VERSIONS,
+    VERSION_WIN8,
+    VERSION_WIN10,
+    VERSION_WIN10_V5_3,
+    VERSION_WS2008,
+    version_text,
+)
+from tools.exit_status import ExitStatus
+from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
+from tools.options import json_option
+from tools.output import narrates, print_json, print_table, say
+from tools.run_machine import exercise
+from tools.zygote_start import start_early
+
+VCPUS: Final = 2
+DEVICES: Final = 4
+RAM_BYTES: Final = 64 << 20
+ASKED_FOR: Final = {"seed": (VERSION_WS2008, VERSION_WIN10), "current": (VERSION_WIN8, VERSION_WIN10_V5_3)}
+"""The oldest and the newest version that each era's guest asks for (reference 2.3)."""
+REFUSAL: Final = "vmbus_connect: EDOM"
+"""What a guest dies of whose versions the host has none of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What came of one era on one host; `refused` says why there was no connection, None: there was one."""
+
+    era: str
+    version: str
+    negotiated: str | None = None
+    offers: int = 0
+    channels_open: int = 0
+    packets: int = 0
+    leaked: int = 0
+    refused: str | None = None
+    ok: bool = False
+
+
+def predicted(era: str, host_version: int) -> int | None:
+    """The newest version that both speak; None: the guest is refused."""
+    oldest, newest = ASKED_FOR[era]
+    spoken = [version for version in KNOWN_VERSIONS if oldest <= version <= min(newest, host_version)]
+    return max(spoken, default=None)
+
+
+@click.command()
+@json_option
+def matrix(as_json: bool) -> int:
+    """Boot every era of the guest on every version of the host, one machine after the other.
+
+    Each machine has 2 vCPUs and 4 devices, exchanges some packets, and shuts down. Exit status 1 when one of
+    them did otherwise than the protocol says; a guest that asks for newer versions only is to be refused.
+
+    \b
+    Example:
+      vmbus-emu matrix
+      vmbus-emu matrix --json | jq -r '.results[] | select(.ok | not)'
+    """
+    results = []
+    for result in boot_all():
+        results.append(result)
+        if not as_json and narrates():
+            say(f"{result.era} on {result.version}: {result.negotiated or result.refused}")
+    if as_json:
+        print_json("matrix", 1, {"results": [asdict(result) for result in results]})
+    else:
+        show(results)
+    return ExitStatus.FINE if all(result.ok for result in results) else ExitStatus.FINDING
+
+
+def boot_all() -> Iterator[Boot]:
+    """Every pair; the zygote of the next machine warms up while this one runs."""
+    pairs = [(era, version) for era in ERAS for version in KNOWN_VERSIONS]
+    for number, (era, version) in enumerate(pairs, 1):
+        if number < len(pairs):
+            start_early()
+        yield boot(era, version)
+
+
+def boot(era: str, version: int) -> Boot:
+    """One machine, from launch to its end."""
+    machine = MachineSpec(vcpus=VCPUS, ram_bytes=RAM_BYTES, era=era, host_version=version)
+    scenario = Scenario(machine, (DeviceSpec(count=DEVICES),), "the matrix")
+    expected = predicted(era, version)
+    with launch(scenario) as running:
+        try:
+            running.wait_ready(Ready.CHANNELS_OPEN, timeout_s=BOOT_TIMEOUT_S)
+            return _used(running, expected)
+        except (MachineDied, DeadlinePassed) as error:
+            text = _cause(error)
+            return Boot(era, version_text(version), refused=text, ok=expected is None and REFUSAL in text)
+
+
+def _used(running: RunningMachine, expected: int | None) -> Boot:
+    """A machine that came up: count, exchange packets, let the guest go."""
+    spec = running.scenario.machine
+    mirror = Mirror(running.machine.control)
+    running.wait_until(lambda: mirror.head().open == DEVICES, BOOT_TIMEOUT_S, "the host to have opened every channel")
+    head = mirror.head()
+    tasks = exercise(running)
+    done = running.shut_down_guest()
+    running.wait_until(lambda: mirror.head().gpadls == 0, BOOT_TIMEOUT_S, "the host to have given up every GPADL")
+    leaked = running.machine.control.leaked
+    right = head.version == expected and head.offers == DEVICES and done and not leaked
+    return Boot(
+        era=spec.era,
+        version=version_text(spec.host_version),
+        negotiated=version_text(head.version),
+        offers=head.offers,
+        channels_open=head.open,
+        packets=sum(task.packets for task in tasks),
+        leaked=leaked,
+        ok=right and all(task.state == TaskState.DONE and not task.errors for task in tasks),
+    )
+
+
+def _cause(error: MachineDied | DeadlinePassed) -> str:
+    """Why a machine did not come up, in one line: the last of a traceback, if a process left one."""
+    said = error.deaths[0].traceback or error.deaths[0].report() if isinstance(error, MachineDied) else str(error)
+    return said.strip().splitlines()[-1]
+
+
+def show(results: list[Boot]) -> None:
+    """The table for people."""
+    rows = [
+        (
+            result.era,
+            result.version,
+            result.negotiated or "refused" if result.ok else result.negotiated or "-",
+            result.offers,
+            result.channels_open,
+            result.packets,
+            "ok" if result.ok else f"WRONG{': ' + result.refused if result.refused else ''}",
+        )
+        for result in results
+    ]
+    print_table(("era", "host", "negotiated", "offers", "open", "packets", ""), rows)
+    wrong = sum(not result.ok for result in results)
+    click.echo(f"{len(results)} machines, {wrong} of them not as the protocol says" if wrong else f"{len(results)} ok")

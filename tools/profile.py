@@ -1,0 +1,242 @@
+"""`vmbus-emu profile`: what a machine costs, process by process, joined with what it did for it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from emu.errors import MissingPrerequisite, UserError
+from tools.exit_status import ExitStatus
+from tools.histograms import write_text
+from tools.machines import chosen_machine, find_machines
+from tools.options import json_option, machine_option
+from tools.output import print_json, print_table, say
+from tools.profile_picture import svg_of
+from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
+
+EVERY_S: Final = 0.1
+JOINED: Final = {
+    "packets": "a packet",
+    "interrupts": "an interrupt",
+    "exits": "a VM exit",
+    "tasklets": "a tasklet",
+    "doorbells": "a doorbell",
+}
+SHOWN_COUNTERS: Final = (
+    "interrupts",
+    "merged",
+    "spurious",
+    "kicks_semaphore",
+    "kicks_signal",
+    "kicks_none",
+    "polls_paid",
+    "polls_vain",
+    "blocks",
+    "exits",
+    "doorbells",
+    "packets",
+)
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(0.2, 3600),
+    help="Seconds to watch; default 5, or until COMMAND ends.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write processor time over time, stacked (SVG).")
+@click.option(
+    "--flame", type=click.Path(path_type=Path), help="Write a flame graph of all processes (SVG; needs py-spy)."
+)
+@machine_option
+@json_option
+@click.argument("command", metavar="[-- COMMAND…]", nargs=-1)
+def profile(
+    duration_s: float | None,
+    plot: Path | None,
+    flame: Path | None,
+    machine_name: str | None,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> int:
+    """Watch what a machine's processes cost, and per packet and interrupt.
+
+    Without COMMAND a running machine is watched; with one of our commands, the machines that it runs, from their
+    first instruction on.
+
+    \b
+    Example:
+      vmbus-emu profile -- run --duration 3
+      vmbus-emu profile --machine vm4711 --duration 10 --plot cost.svg
+    """
+    spy = _py_spy() if flame is not None else ""
+    if command and machine_name is not None:
+        raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
+    with _target(command, machine_name) as target:
+        found = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
+        status = target.end()
+    if not found.processes:
+        raise UserError(f"`{' '.join(command)}` ran no machine; give a command that runs one, like run or latency")
+    if plot is not None:
+        write_text(plot, svg_of(found), "--plot")
+    if as_json:
+        print_json("profile", 1, report_of(found, command, status))
+    else:
+        show(found)
+    return ExitStatus.FINE if status == 0 else status
+
+
+class _Running:
+    """A machine that runs anyway."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def machines(self) -> list[str]:
+        """Its name."""
+        return [self.name]
+
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.name not in {one.name for one in find_machines()}
+
+    def end(self) -> int:
+        """It goes on."""
+        return 0
+
+
+class _Command:
+    """A command of ours, which launches machines: those whose launcher it is."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        # What it prints is talk here: stdout is for the profile.
+        self.process = subprocess.Popen([sys.executable, "-m", "tools.entry", *command], stdout=sys.stderr)
+
+    def machines(self) -> list[str]:
+        """Names of its machines at the moment."""
+        return [
+            one.name for one in find_machines() if one.launcher is not None and one.launcher.pid == self.process.pid
+        ]
+
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def end(self) -> int:
+        """Its exit status; it is ended first if it still runs."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+            return 0
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def _target(command: tuple[str, ...], machine_name: str | None) -> Iterator[_Running | _Command]:
+    """Whom to watch; a command that was started does not outlive us."""
+    if not command:
+        yield _Running(chosen_machine(machine_name))
+        return
+    target = _Command(command)
+    try:
+        yield target
+    finally:
+        if target.process.poll() is None:
+            target.process.terminate()
+            target.process.wait()
+
+
+def watch(target: _Running | _Command, duration_s: float | None, flame: Path | None = None, spy: str = "") -> Profile:
+    """Sample until the time is over or there is nothing to watch any more."""
+    began_s = time.monotonic()
+    watches: dict[tuple[str, int], MachineWatch] = {}
+    spying: subprocess.Popen[bytes] | None = None
+    try:
+        while not target.over() and (duration_s is None or time.monotonic() - began_s < duration_s):
+            for name in target.machines():
+                identity = identity_of(name)
+                if identity not in watches and (machine := attach_machine(name)) is not None:
+                    watches[identity] = MachineWatch(machine, began_s, from_birth=isinstance(target, _Command))
+                if identity in watches:
+                    watches[identity].sample()
+            if flame is not None and spying is None and watches:
+                spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
+            time.sleep(EVERY_S)
+        found = merged(time.monotonic() - began_s, watches.values())
+    finally:
+        if spying is not None:
+            spying.send_signal(2)
+            spying.wait()
+        for one in watches.values():
+            one.machine.close()
+    return found
+
+
+def _py_spy() -> str:
+    found = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise MissingPrerequisite("--flame needs py-spy: pip install 'vmbus-emu[profile]'")
+    return found
+
+
+def _spy(spy: str, flame: Path, watched: MachineWatch, duration_s: float | None) -> subprocess.Popen[bytes]:
+    """py-spy on the zygote and all that it forked; ended by SIGINT, upon which it writes its picture."""
+    zygote = next(row.pid for row in watched.machine.control.rows() if row.name == "zygote")
+    seconds = [] if duration_s is None else ["-d", str(max(1, round(duration_s)))]
+    command = [spy, "record", "-p", str(zygote), "--subprocesses", "--nonblocking", "-o", str(flame), *seconds]
+    say(f"py-spy writes {flame}")
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def report_of(found: Profile, command: tuple[str, ...], status: int) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    return {
+        "command": list(command),
+        "command_status": status,
+        "seconds": found.seconds,
+        "processes": [asdict(one) for one in found.processes],
+        "counters": found.counters,
+        "machine_ns": found.machine_ns,
+        **{f"per_{what.split()[-1]}_ns": found.per(counter) for counter, what in JOINED.items()},
+    }
+
+
+def show(found: Profile) -> None:
+    """A table of processes, then what the machine did, then what each of that cost."""
+    rows = []
+    for one in sorted(found.processes, key=lambda one: -one.cpu_ns):
+        cores = " ".join(f"{core}:{100 * n // sum(one.cores.values())}%" for core, n in sorted(one.cores.items()))
+        rows.append(
+            (
+                one.name,
+                f"{one.cpu_ns / 1e9:.3f}",
+                f"{one.user_s:.2f}",
+                f"{one.system_s:.2f}",
+                f"{one.rss / 1e6:.1f}",
+                f"{one.pss / 1e6:.1f}",
+                f"{one.uss / 1e6:.1f}",
+                one.voluntary,
+                one.involuntary,
+                one.minor_faults,
+                cores,
+            )
+        )
+    print_table(
+        ("process", "CPU s", "user", "system", "RSS MB", "PSS MB", "USS MB", "waits", "preempted", "faults", "cores"),
+        rows,
+    )
+    click.echo(f"\nin {found.seconds:.1f} s: " + ", ".join(f"{found.counters.get(n, 0)} {n}" for n in SHOWN_COUNTERS))
+    costs = [f"{value / 1e3:.1f} us {what}" for counter, what in JOINED.items() if (value := found.per(counter))]
+    click.echo(
+        f"host and guest took {found.machine_ns / 1e9:.3f} s of processor time: {', '.join(costs) or 'for nothing'}"
+    )
