@@ -4,8 +4,11 @@
     mark       channelmsg_lock: set the flag and find who waits on the channel, in one (A4)
     decide     channel_mutex, after its offer was handled: who removes it
 
-A channel that was claimed is removed by its handler, or by the closer that the handler leaves it to, and by
-nobody else: so neither meets a record that the other one freed.
+Between the last two the kernel polls for probe_done. Here whoever comes last goes on, the handler or the probe: a
+handler that waited would hold up the next rescind, and that may be the one that a probe before this one waits for.
+
+A channel that was claimed is removed by its handler, by the probe or the closer that the handler leaves it to, and by
+nobody else: so none meets a record that another one freed.
 """
 
 from __future__ import annotations
@@ -49,6 +52,20 @@ def decide(channel: Channel) -> Removal:
         return Removal.LEAVE_TO_CLOSER
     # A sub-channel that is closed, or a channel whose offer failed after it was claimed.
     return Removal.REMOVE_CHANNEL
+
+
+PROBE_DONE = 1
+RESCIND_LEFT = 2
+
+
+def left_to_probe(channel: Channel) -> bool:
+    """By the handler: True, its offer is still being handled, and who handles it goes on with the rescind."""
+    return not channel.probe_done.fetch_or(RESCIND_LEFT) & PROBE_DONE
+
+
+def end_probe(channel: Channel) -> bool:
+    """By who handled the offer: True, a rescind was left to them; else the channel may be gone at once."""
+    return bool(channel.probe_done.fetch_or(PROBE_DONE) & RESCIND_LEFT)
 
 
 class Closing(Enum):

@@ -233,7 +233,7 @@ def real_device(world: World) -> Callable[[Packet], list[Packet]]:
 def check(world: World, channel: Channel, count: int = 40) -> tuple[int, int]:
     """Run the program on the channel's CPU; packets and errors."""
     cpu = channel.target_cpu.load()
-    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, count, 0, 0, 0, b"", "")
+    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, count, 0, 0, 0, 0, 0, b"", "")
     tally = world.start(lambda current: net_check(current, world.cpus[cpu], row), cpu=cpu)
     world.settle()
     world.pass_time(0 if tally.ended() else 11)
@@ -270,7 +270,7 @@ def test_net_check_ends_when_its_channel_is_taken_away(booted: World, channel: C
     """That is nothing wrong; and the remover does not wait for long."""
     booted.host.on_packet[RELID] = lambda packet: []
     cpu = channel.target_cpu.load()
-    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, 5, 0, 0, 0, b"", "")
+    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, 5, 0, 0, 0, 0, 0, b"", "")
     tally = booted.start(lambda current: net_check(current, booted.cpus[cpu], row), cpu=cpu)
     booted.settle()
     booted.host.rescind(RELID)
