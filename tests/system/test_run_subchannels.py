@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_devices_go_under_traffic(tmp_path: Path) -> None:
 
     assert process.returncode == 143, errors
     told = report(output)
-    assert (told["leaked"], told["refused"], told["deaths"]) == (0, {}, [])
+    assert (told["leaked"], told["deaths"], wrongs(told)) == (0, [], {})
     assert_gone("t-subgo")
 
 
@@ -118,9 +119,13 @@ def storm(tmp_path: Path, seed: int, orders: int) -> None:
 
     assert process.returncode == 143, errors
     told = report(output)
-    # A relid that was released twice would be refused as one that is not offered.
-    assert (told["leaked"], told["refused"], told["deaths"], told["task_errors"]) == (0, {}, [], 0)
+    assert (told["leaked"], told["task_errors"], told["deaths"], wrongs(told)) == (0, 0, [], {})
     assert_gone(name)
+
+
+def wrongs(told: dict[str, Any]) -> dict[str, int]:
+    """What was refused: a relid that was released twice would be; a signal that crosses a rescind is nothing wrong."""
+    return {rule: count for rule, count in told["refused"].items() if rule != "unknown-doorbell"}
 
 
 def _spin(seconds: float) -> None:

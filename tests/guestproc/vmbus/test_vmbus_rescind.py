@@ -523,6 +523,26 @@ def test_sub_channel_of_a_primary_that_went_is_given_back(booted: World, primary
     assert booted.shut_down() == {}
 
 
+def test_closer_does_not_wait_for_a_sub_channel_that_is_queued(booted: World, primary: Channel) -> None:
+    """Its offer is queued behind another device's sub-channel, whose rescind is queued behind this closer."""
+    primary.sc_creation_callback = OPEN_SUB
+    booted.host.device(8)
+    booted.settle()
+    booted.channel(8).sc_creation_callback = OPEN_SUB
+    booted.host.hold(T.OPENCHANNEL)
+    booted.host.device(30, instance=8, index=1)
+    booted.host.device(10, instance=9, index=1)
+    booted.settle()
+    assert booted.channel(30).state.load() == ChannelState.OPENING_STATE
+    assert booted.channel(10).state.load() == ChannelState.OFFER_STATE
+    for relid in (10, 9, 30, 8):
+        booted.host.rescind(relid)
+    booted.settle()
+
+    gone(booted, 8, 9, 10, 30)
+    assert booted.shut_down() == {}
+
+
 def test_sub_channels_left_by_the_host_go_at_the_end(booted: World, primary: Channel) -> None:
     """A host that rescinds nothing: module unload removes open and closed ones alike."""
     primary.sc_creation_callback = OPEN_SUB
