@@ -23,6 +23,7 @@ from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.kernel.layout import ChannelState
 from guestproc.vmbus.device import vmbus_driver_register, vmbus_driver_unregister
 from guestproc.vmbus.packets import vmbus_sendpacket
+from tests.guestproc.conftest import HOST_VERSIONS
 from tests.guestproc.world import Task, World, new_world
 
 T = MessageType
@@ -105,9 +106,9 @@ class Device:
         return []
 
 
-def world_with(class_name: str, subchannels: int) -> Iterator[World]:
+def world_with(class_name: str, subchannels: int, era: str) -> Iterator[World]:
     """A booted guest whose scenario gives the device of instance 9 so many sub-channels."""
-    with new_world() as world:
+    with new_world(era=era, versions=HOST_VERSIONS[era]) as world:
         world.machine.config["device"] = [
             {"class": class_name, "instance": str(UUID(int=PRIMARY)), "subchannels": subchannels, "ring_pages": 2}
         ]
@@ -122,16 +123,23 @@ def class_name(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["current", "seed"])
+def era(request: pytest.FixtureRequest) -> str:
+    """And in both kernels."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def three(class_name: str) -> Iterator[World]:
+def three(class_name: str, era: str) -> Iterator[World]:
     """The device asks for three."""
-    yield from world_with(class_name, 3)
+    yield from world_with(class_name, 3, era)
 
 
 @pytest.fixture
-def echo() -> Iterator[World]:
+def echo(era: str) -> Iterator[World]:
     """The same, an echo device."""
-    yield from world_with("echo", 3)
+    yield from world_with("echo", 3, era)
 
 
 def driver_of(class_name: str) -> HvDriver:
@@ -203,9 +211,9 @@ def test_channels_of_one_device_are_spread_over_the_processors(three: World, cla
     assert {channel.target_cpu.load() for channel in channels} == {0, 1}
 
 
-def test_five_channels_opened_and_closed_five_times_reuse_their_flags(class_name: str) -> None:
+def test_five_channels_opened_and_closed_five_times_reuse_their_flags(class_name: str, era: str) -> None:
     """The driver comes and goes; the host gives the same relids again, and nothing piles up."""
-    for world in world_with(class_name, 4):
+    for world in world_with(class_name, 4, era):
         device = Device(world, order=(4, 2, 1, 3), class_name=class_name)
         device.appear()
         pages = world.tables.pages.in_use_by_owner()
