@@ -103,7 +103,7 @@ def wait_for_subchannels(current: Current) -> None:
 def _missing(current: Current, device: Device) -> bool:
     """Under channel_mutex: whether an answer, or a sub-channel that was granted, is still to come."""
     answer = state_word(current, device, ANSWER).load()
-    if not device.driver or state_word(current, device, CLAIMS).load() & REMOVING:
+    if not answer or not device.driver or state_word(current, device, CLAIMS).load() & REMOVING:
         return False
     came = state_word(current, device, OPENED).load() + state_word(current, device, FAILED).load()
     return bool(answer & PENDING) or came < answer & GRANTED
