@@ -87,6 +87,13 @@ class EchoDriver:
 # -- for who sends ----------------------------------------------------------------------------------------
 
 
+def open_relids(current: Current, cpu: int) -> list[int]:
+    """Relids of the open channels whose interrupts a CPU takes."""
+    with current.connection.channel_mutex.hold(current.actor):
+        channels = (one for primary in current.tables.chn_list for one in (primary, *current.tables.sc_list(primary)))
+        return [one.relid for one in channels if opening.is_open(one) and one.target_cpu.load() == cpu]
+
+
 def claim_channels(current: Current, cpu: int, relid: int = 0) -> list[Channel]:
     """Claim the open channels whose interrupts a CPU takes (the calling one), or the one that `relid` names.
 
