@@ -27,7 +27,7 @@ _LOOK_S: Final = 0.001
 
 @click.group()
 def ctl() -> None:
-    """Offer and rescind devices of a running machine, bind and unbind its drivers, let its guest's steps fail.
+    """Offer, rescind, bind, unbind devices of a running machine; let steps fail.
 
     \b
     Example:
