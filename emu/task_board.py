@@ -54,13 +54,13 @@ class TaskRow:
     cpu: int
     relid: int
     wanted: int
-    size: int
-    rate: int
     packets: int
     nbytes: int
     errors: int
     digest: bytes
     path: str
+    size: int = 0
+    rate: int = 0
 
 
 class TaskBoard:
@@ -124,13 +124,13 @@ class TaskBoard:
             cpu,
             relid,
             wanted,
-            size,
-            rate,
             packets,
             nbytes,
             errors,
             digest,
             text,
+            size,
+            rate,
         )
 
     def rows(self) -> list[TaskRow]:

@@ -2,10 +2,11 @@
 
     claim      channel_mutex: find the channel, once (a second RESCIND finds it claimed: races.md A6)
     mark       channelmsg_lock: set the flag and find who waits on the channel, in one (A4)
+    meets      atomic: offer and rescind come to where the rescind goes on; the later one of them does that
     decide     channel_mutex, after its offer was handled: who removes it
 
-A channel that was claimed is removed by its handler, or by the closer that the handler leaves it to, and by
-nobody else: so neither meets a record that the other one freed.
+A channel that was claimed is removed by its handler (or whoever goes on in its place), or by the closer that the
+handler leaves it to, and by nobody else: so neither meets a record that the other one freed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,17 @@ def mark(tables: KernelTables, channel: Channel) -> Request | None:
     """Set the rescind flag; the first request that waits on the channel is to be completed."""
     channel.rescind.store(1)
     return pending.first_waiting_on(tables, channel)
+
+
+def meets(channel: Channel) -> bool:
+    """Called once by the end of the offer's handling and once by the rescind's handler: whether this is the later one.
+
+    The kernel's handler sleeps until probe_done instead, and holds up the rescinds behind it on its queue. Let A and
+    then B be offered, and B and then A taken back while A is being opened: the handler waits for B's probe, which is
+    queued behind A's, which waits for a host that says nothing more of A; and what would wake that is the rescind of
+    A, which is queued behind the handler. The kernel stands still there for ever.
+    """
+    return channel.offer_and_rescind.fetch_add(1) == 1
 
 
 def decide(channel: Channel) -> Removal:

@@ -242,22 +242,26 @@ def _add_primary(current: Current, newchannel: Channel) -> bool:
 
 
 def probe_done(current: Current, channel: Channel) -> None:
-    """The offer's handling is over: a rescind of it may go on."""
+    """The offer's handling is over: a rescind that came meanwhile goes on here."""
     channel.probe_done.store(1)
     current.connection.state_wait.wake_all(current.actor)
+    if rescinds.meets(channel):
+        _finish_rescind(current, channel)
 
 
 def err_deq_chan(current: Current, channel: Channel) -> None:
     """Undo an offer that could not be finished: exactly one RELID_RELEASED for its id.
 
-    A channel that a rescind has claimed meanwhile is removed by that rescind's handler, which waits for
-    probe_done. (The kernel frees it here all the same, and the handler uses it afterwards.)
+    A channel that a rescind has claimed meanwhile is removed as that rescind goes on. (The kernel frees it here all
+    the same, and the handler uses it afterwards.)
     """
     with current.connection.channel_mutex.hold(current.actor):
-        if channel.rescind_ref.load():
-            probe_done(current, channel)
-            return
-        offers.leave_lists(current.tables, channel)
+        claimed = channel.rescind_ref.load()
+        if not claimed:
+            offers.leave_lists(current.tables, channel)
+    if claimed:
+        probe_done(current, channel)
+        return
     if current.era.percpu_lists:
         run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     closed_before_suspend(current, offers.closes_before_suspend(channel))
@@ -288,12 +292,8 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     # Quiet before the flag is up: who polls for the flag takes its memory away (races.md A7).
     vmbus_reset_channel_cb(current, channel)
     vmbus_rescind_cleanup(current, channel)
-    counts = offers.closes_before_suspend(channel)
-    if not connection.state_wait.wait_until_timeout(actor, lambda: channel.probe_done.load() != 0, HANDLED_TIMEOUT_NS):
-        current.log(f"rescind of relid {channel.relid}: its probe does not end; it stays as it is")
-        return
-    _finish_rescind(current, channel)
-    closed_before_suspend(current, counts)
+    if rescinds.meets(channel):
+        _finish_rescind(current, channel)
 
 
 def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
@@ -311,8 +311,9 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
 
 
 def _finish_rescind(current: Current, channel: Channel) -> None:
-    """Remove what the host took back, or see to it that somebody will."""
+    """Its offer was handled: remove what the host took back, or see to it that somebody will."""
     connection, actor = current.connection, current.actor
+    counts = offers.closes_before_suspend(channel)
     with connection.channel_mutex.hold(actor):
         removal = rescinds.decide(channel)
         device_handle, callback = channel.device_obj, channel.rescind_callback
@@ -325,6 +326,7 @@ def _finish_rescind(current: Current, channel: Channel) -> None:
         CHANNEL_CALLBACKS.lookup(callback)(current, channel)
     elif removal is Removal.UNREGISTER_DEVICE:
         vmbus_device_unregister(current, current.tables.devices.from_handle(device_handle))
+    closed_before_suspend(current, counts)
 
 
 def closed_before_suspend(current: Current, counts: bool) -> None:
