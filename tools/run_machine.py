@@ -175,8 +175,9 @@ def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> No
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:
-    """Both kinds of guest task on every CPU: echo with safe points, then computing while echoes interrupt."""
-    cpus = {channel.cpu for device in list_devices(running.machine) for channel in device.channels}
+    """Both kinds of guest task where echo channels are: echo with safe points, then computing amid interrupts."""
+    echoing = [device for device in list_devices(running.machine) if device.driver == EchoDriver.name]
+    cpus = {channel.cpu for device in echoing for channel in device.channels}
     rows: list[TaskRow] = []
     for program, wanted in ((Program.ECHO_CHECK, ECHO_PACKETS), (Program.CRUNCH, CRUNCH_NUMBERS)):
         ordered = [running.order(program, cpu, wanted=wanted) for cpu in sorted(cpus)]

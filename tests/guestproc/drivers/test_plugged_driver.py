@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emu.errors import MachineStopping
-from emu.plugin import Callback, RegisteredDriver
+from emu.errors import MachineStopping, UserError
+from emu.plugin import Callback, Plugins, RegisteredDriver
 from emu.wire.device_classes import ECHO
 from emu.wire.guids import guid_to_wire
 from guestproc.current import Current
-from guestproc.drivers.driver import DRIVER_OBJECTS
+from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
 from guestproc.drivers.echo import EchoDriver
 from guestproc.drivers.plugged import PluggedDriver, PluginFault, plugged_callback
+from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import ChannelState, Device
 from guestproc.protocol.numbers import Callbacks
 from guestproc.vmbus.channel import vmbus_close, vmbus_open
@@ -181,3 +182,38 @@ def test_a_machine_that_stops_is_no_mistake_of_a_plugin() -> None:
 
     with pytest.raises(MachineStopping):
         run(None, None)
+
+
+@pytest.fixture
+def drivers() -> Iterator[dict[int, HvDriver]]:
+    """The table of drivers, as it was before and after."""
+    before = dict(DRIVER_OBJECTS)
+    yield DRIVER_OBJECTS
+    DRIVER_OBJECTS.clear()
+    DRIVER_OBJECTS.update(before)
+
+
+def registered(number: int, name: str) -> RegisteredDriver:
+    """A driver of a plugin."""
+    author = Author(opened, closed)
+    author.name = name
+    return RegisteredDriver(number, author, PATH)
+
+
+def test_drivers_of_plugins_are_asked_before_ours(drivers: dict[int, HvDriver]) -> None:
+    """Ours take every class, so that a plugin's would never be asked about one of ours behind them."""
+    ours = list(drivers)
+
+    add_plugins(Plugins(drivers=[registered(64, "hv_a"), registered(65, "hv_b")]))
+
+    assert list(drivers) == [64, 65, *ours]
+
+
+def test_a_drivers_name_may_not_be_one_of_ours(drivers: dict[int, HvDriver]) -> None:
+    """sysfs has one directory a driver; the complaint names the file, and nothing was added."""
+    before = dict(drivers)
+
+    with pytest.raises(UserError, match=r"^plugin mine\.py: driver hv_echo is one of ours; choose another name$"):
+        add_plugins(Plugins(drivers=[registered(64, "hv_echo")]))
+
+    assert drivers == before
