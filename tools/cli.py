@@ -37,6 +37,7 @@ HEADINGS: Final = ("Machines", "Look", "Measure", "This computer")
 
 
 COMMANDS: Final[Mapping[str, Entry]] = {
+    "demo": Entry("Machines", "Watch a machine boot and its devices appear, one step at a time."),
     "run": Entry("Machines", "Boot a machine, show its devices appear, exchange packets, clean up."),
     "ps": Entry("Machines", "List the machines that run, and those that died and left something."),
     "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),

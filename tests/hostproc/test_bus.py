@@ -716,3 +716,92 @@ def test_a_violation_that_a_device_finds_is_counted() -> None:
     guest.partition.run()
 
     assert guest.bus.refusals.refused == {"fussy": 1}
+
+
+# -- back ends whose author made a mistake ------------------------------------------------------------------
+
+
+class Faulty(Backend):
+    """Raises where it is told to, in every life of its channel."""
+
+    name = "faulty"
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """Open."""
+        self._fail("open")
+        return self._serve(channel) if self.where != "no generator" else None  # type: ignore[return-value]
+
+    def _serve(self, channel: HostChannel) -> TaskBody:
+        try:
+            while True:
+                if channel.take():
+                    self._fail("serve")
+                yield from channel.wait_for_packets()
+        finally:
+            if self.where == "leave":
+                self.where = ""  # not once more, when nobody is left to see it
+                raise ValueError("in leave")
+
+    def close(self, channel: HostChannel) -> bool:
+        """Close."""
+        self._fail("close")
+        return None if self.where == "close says nothing" else True  # type: ignore[return-value]
+
+    def _fail(self, where: str) -> None:
+        if where == self.where:
+            raise ValueError(f"in {where}")
+
+
+def test_a_back_end_that_raises_in_open_refuses_the_channel() -> None:
+    """The guest is told so, it is counted, and the other device works."""
+    guest = Guest(Echo(), Faulty("open"))
+    guest.boot()
+
+    assert guest.open(2) == [OpenChannelResult(2, 2, STATUS_UNSUCCESSFUL)]
+
+    assert guest.bus.refusals.refused == {"backend-error": 1}
+    assert guest.bus.refusals.records()[-1]["text"] == "faulty: open of channel 2: ValueError: in open"
+    guest.open(1)
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+@pytest.mark.parametrize("where", ["serve", "no generator", "leave", "close", "close says nothing"])
+def test_a_back_end_that_raises_stops_its_channel_alone(where: str) -> None:
+    """It is counted once; the channel closes and opens again, and the other device goes on."""
+    guest = Guest(Echo(), Faulty(where))
+    guest.boot()
+    guest.open(2)
+    guest.out.write(b"12345678")
+    guest.doorbell(2)
+    guest.partition.run()
+    guest.doorbell(2)
+    guest.partition.run()
+
+    assert guest.post(CloseChannel(2), GpadlTeardown(2, RING + 2)) == [GpadlTorndown(RING + 2)]
+
+    assert guest.bus.refusals.refused.total() == (where != "close says nothing")
+    assert guest.open(2) == [OpenChannelResult(2, 2, 0)]
+    guest.open(1)
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+def test_back_end_errors_are_logged_with_their_traceback_and_do_not_flood() -> None:
+    """The first is said, then the tenth: a guest that opens and opens must not fill the log."""
+    lines: list[str] = []
+    guest = Guest(Faulty("open"))
+    guest.bus._log = lines.append
+    guest.boot()
+
+    guest.open()
+    for _ in range(10):
+        guest.post(OpenChannel(1, 1, RING + 1, 0, HALF))
+
+    assert guest.bus.refusals.refused["backend-error"] == 11
+    assert [line.splitlines()[0] for line in lines] == [
+        "back end faulty, open of channel 1:",
+        "back end faulty, open of channel 1 (10 back-end errors so far):",
+    ]
+    assert lines[0].endswith("ValueError: in open") and "test_bus.py" in lines[0]
