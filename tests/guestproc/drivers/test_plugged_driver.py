@@ -58,13 +58,22 @@ class Author:
 
 
 @pytest.fixture
-def plugged(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+def drivers() -> Iterator[dict[int, HvDriver]]:
+    """The table of drivers, as it was before and after: whoever is asked first depends on its order."""
+    before = dict(DRIVER_OBJECTS)
+    yield DRIVER_OBJECTS
+    DRIVER_OBJECTS.clear()
+    DRIVER_OBJECTS.update(before)
+
+
+@pytest.fixture
+def plugged(world: World, drivers: dict[int, HvDriver]) -> Callable[..., World]:
     """Boots a world that has the author's driver and no other, and offers it a device of relid 9."""
 
     def boot(probe: Body = opened, remove: Body = closed) -> World:
         driver = PluggedDriver(RegisteredDriver(NUMBER, Author(probe, remove), PATH))
-        monkeypatch.delitem(DRIVER_OBJECTS, EchoDriver.number)
-        monkeypatch.setitem(DRIVER_OBJECTS, NUMBER, driver)
+        del drivers[EchoDriver.number]
+        drivers[NUMBER] = driver
         world.boot()
         world.host.device(9)
         world.settle()
@@ -182,15 +191,6 @@ def test_a_machine_that_stops_is_no_mistake_of_a_plugin() -> None:
 
     with pytest.raises(MachineStopping):
         run(None, None)
-
-
-@pytest.fixture
-def drivers() -> Iterator[dict[int, HvDriver]]:
-    """The table of drivers, as it was before and after."""
-    before = dict(DRIVER_OBJECTS)
-    yield DRIVER_OBJECTS
-    DRIVER_OBJECTS.clear()
-    DRIVER_OBJECTS.update(before)
 
 
 def registered(number: int, name: str) -> RegisteredDriver:
