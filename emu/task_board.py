@@ -39,6 +39,7 @@ class Program(IntEnum):
     STREAM = 3
     NET_CHECK = 4
     PING = 5
+    STRESS = 6
 
 
 @dataclass(frozen=True, slots=True)

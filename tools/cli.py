@@ -47,6 +47,9 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host, one machine after the other."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
+    "stress": Entry(
+        "Measure", "Send everything that may be sent, from every CPU, while devices come and go; check every byte."
+    ),
     "profile": Entry("Measure", "Watch what a machine's processes cost, and per packet and interrupt."),
     "bench": Entry("Measure", "Measure, print medians, ratios and goals."),
     "sysfs": Entry("Look", "Run a command that sees the machine's live tree at /sys/bus/vmbus."),

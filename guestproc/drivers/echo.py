@@ -11,6 +11,7 @@ Driver state words in guest RAM: 0 packets taken, 1 completions among them, 2 pa
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
@@ -115,9 +116,9 @@ def open_relids(current: Current, cpu: int) -> list[int]:
         return [one.relid for one in channels if opening.is_open(one) and one.target_cpu.load() == cpu]
 
 
-def claim_channels(current: Current, cpu: int, relid: int = 0) -> list[Channel]:
+def claim_channels(current: Current, cpu: int, relid: int = 0, but_not: Container[int] = ()) -> list[Channel]:
     """Claim open echo channels (`claims.claim_channels`); each has an inbox until it is released."""
-    claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid)
+    claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid, but_not)
     for channel in claimed:
         INBOXES[channel.handle] = deque()
     return claimed
