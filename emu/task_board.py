@@ -39,6 +39,7 @@ class Program(IntEnum):
     STREAM = 3
     NET_CHECK = 4
     PING = 5
+    STRESS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,13 @@ class TaskRow:
     cpu: int
     relid: int
     wanted: int
-    size: int
-    rate: int
     packets: int
     nbytes: int
     errors: int
     digest: bytes
     path: str
+    size: int = 0
+    rate: int = 0
 
 
 class TaskBoard:
@@ -124,13 +125,13 @@ class TaskBoard:
             cpu,
             relid,
             wanted,
-            size,
-            rate,
             packets,
             nbytes,
             errors,
             digest,
             text,
+            size,
+            rate,
         )
 
     def rows(self) -> list[TaskRow]:

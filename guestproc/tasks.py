@@ -7,7 +7,6 @@ that is taken away ends a program early, which is nothing wrong; one where nothi
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import random
 import time
@@ -15,6 +14,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Final
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.tracing import E_TASK_TAKE
-from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, ring_bytes
-from guestproc.drivers.claims import being_removed
-from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
+from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
+from guestproc.drivers.echo import claim_channels, open_relids, release_channel
+from guestproc.echo_session import EchoSession
 from guestproc.kernel.layout import Channel
 from guestproc.net_check import net_check
-from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled, Tally
-from guestproc.vcpu import raise_if_stopping
-from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpackets, vmbus_wait_for_room
+from guestproc.stress import stress
+from guestproc.tally import ChannelGone, Stalled, Tally
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -40,83 +39,6 @@ COMPUTE_PACKETS: Final = 8
 BURST: Final = 256
 """Round trips that fit into a ring of records with much to spare."""
 DRAIN_NS: Final = 30_000_000
-
-
-class EchoSession:
-    """One claimed channel as a program uses it: sends batches, takes what comes back, waits for either."""
-
-    def __init__(self, current: Current, vcpu: Vcpu, channel: Channel) -> None:
-        self.current = current
-        self.vcpu = vcpu
-        self.channel = channel
-        self.inbox: deque[Packet] = INBOXES[channel.handle]
-        self.sent = 0
-        self.received = 0
-        self.nbytes = 0
-        self._moved_ns = vcpu.now()
-        self._wished = False
-
-    def send(self, payloads: list[bytes], *, first_trans_id: int = 0, flags: int = 0) -> int:
-        """Send as many as fit; when nothing does, ask for room and wait a while. How many were sent."""
-        if self.sent == self.received and not self._wished:
-            self._moved_ns = self.vcpu.now()  # nothing was awaited until now
-        self.check()
-        count = vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
-        if count == 0 and payloads:
-            count = -self._wait_for_room(ring_bytes(len(payloads[0])))
-        if count < 0:
-            raise ChannelGone if count == -errno.ENODEV else Stalled
-        if count:
-            self._moved_ns = self.vcpu.now()
-            if self._wished:
-                self._wished = False
-                vmbus_cancel_room(self.current, self.channel)
-        self.sent += count
-        self.nbytes += sum(map(len, payloads[:count]))
-        return count
-
-    def _wait_for_room(self, size: int) -> int:
-        """Publish the wish, then halt; an errno when the channel or its ring is gone, else 0."""
-        room = vmbus_wait_for_room(self.current, self.channel, size)
-        if room < 0:
-            return -room
-        self._wished = room == 0
-        if room == 0 and not self.inbox:
-            self.vcpu.idle(IDLE_NS)
-        return 0
-
-    def take(self) -> list[Packet]:
-        """What has come back since the last time."""
-        self.vcpu.safe_point()
-        packets = [self.inbox.popleft() for _ in range(len(self.inbox))]
-        if packets:
-            self._moved_ns = self.vcpu.now()
-            self.received += len(packets)
-        return packets
-
-    def wait(self) -> None:
-        """Halt until something comes, interrupts included; not for ever."""
-        if not self.inbox:
-            self.vcpu.idle(IDLE_NS)
-        self.check()
-
-    def check(self) -> None:
-        """Go on only if there is any sense in it: MachineStopping, ChannelGone, Stalled."""
-        raise_if_stopping(self.vcpu)
-        if being_removed(self.current, self.channel):
-            raise ChannelGone
-        if self.vcpu.now() - self._moved_ns > STALL_NS:
-            raise Stalled
-
-    def until(self, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
-        """Take packets until `done`, waiting in between."""
-        self._moved_ns = self.vcpu.now()
-        while True:
-            for packet in self.take():
-                handle(packet)
-            if done():
-                return
-            self.wait()
 
 
 @contextmanager
@@ -139,15 +61,18 @@ def echo_check(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """Send `wanted` random packets on each channel, half of them with a completion; each must come back."""
     rng = random.Random(current.machine.config["seed"] * 1_000 + row.cpu)
     tally = Tally()
-    with claimed(current, vcpu, row, tally) as sessions:
-        for session in sessions:
-            expected: deque[tuple[int, bytes]] = deque()
-            try:
-                tally.errors += _check_one(session, rng, row.wanted, expected)
-            except Stalled:
-                tally.errors += len(expected) or 1
-            except ChannelGone:
-                continue
+    # One claim at a time: a removal that waits for a claim of ours may hold up the rescind that would tell us that
+    # the channel we wait on is gone.
+    for relid in [row.relid] if row.relid else open_relids(current, row.cpu):
+        with claimed(current, vcpu, replace(row, relid=relid), tally) as sessions:
+            for session in sessions:
+                expected: deque[tuple[int, bytes]] = deque()
+                try:
+                    tally.errors += _check_one(session, rng, row.wanted, expected)
+                except Stalled:
+                    tally.errors += len(expected) or 1
+                except ChannelGone:
+                    continue
     return tally
 
 
@@ -361,6 +286,7 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.STREAM: stream,
     Program.NET_CHECK: net_check,
     Program.PING: ping,
+    Program.STRESS: stress,
 }
 
 

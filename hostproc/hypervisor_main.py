@@ -271,6 +271,8 @@ class Hypervisor:
         self.bus.guest_gone()
         if self.machine.config["no_guest"]:
             self._set_right()
+        # Whoever waits for the end of the guest reads the mirror right behind this exit.
+        self.control_plane.publish()
 
     def _forget_pidfd(self) -> None:
         if self._guest_pidfd >= 0:

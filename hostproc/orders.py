@@ -27,7 +27,11 @@ class HostOrders:
         self._desk: Final = OrderDesk(control)
         self._bus: Final = bus
         self.loads: Final = (self._desk.bell(Recipient.HOST),)
-        self._orders: Final[Mapping[str, Callable[[Values], Values]]] = {"offer": self._offer, "rescind": self._rescind}
+        self._orders: Final[Mapping[str, Callable[[Values], Values]]] = {
+            "offer": self._offer,
+            "rescind": self._rescind,
+            "lives": self._lives,
+        }
 
     def serve(self) -> bool:
         """Do what was ordered; whether there was anything."""
@@ -82,7 +86,9 @@ class HostOrders:
         found = [
             (key, parameters)
             for key, parameters in self._bus.offered().items()
-            if asked["relid"] == self._bus.server.relid_of(key) or asked["instance"] == str(parameters.if_instance)
+            # A device whose relid the guest gave back has relid 0, and so has an order that names an instance.
+            if (asked["relid"] and asked["relid"] == self._bus.server.relid_of(key))
+            or asked["instance"] == str(parameters.if_instance)
         ]
         if not found:
             wanted = f"relid {asked['relid']}" if asked["relid"] else f"instance {asked['instance']}"
@@ -92,3 +98,8 @@ class HostOrders:
         answer = {**self._name_of(key), "instance": str(parameters.if_instance)}
         self._bus.remove(key)
         return answer
+
+    def _lives(self, _asked: Values) -> Values:
+        """Relids offered, given back, held (while a guest is connected, the first is their sum), and rescinded."""
+        offered, released, held, rescinded = self._bus.server.lives()
+        return {"offered": offered, "released": released, "held": held, "rescinded": rescinded}

@@ -37,15 +37,19 @@ HEADINGS: Final = ("Machines", "Look", "Measure", "This computer")
 
 
 COMMANDS: Final[Mapping[str, Entry]] = {
+    "demo": Entry("Machines", "Watch a machine boot and its devices appear, one step at a time."),
     "run": Entry("Machines", "Boot a machine, show its devices appear, exchange packets, clean up."),
     "ps": Entry("Machines", "List the machines that run, and those that died and left something."),
     "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
-    "ctl": Entry("Machines", "Offer, rescind, bind, unbind devices of a running machine; let steps fail."),
+    "ctl": Entry("Machines", "Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
-    "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
+    "matrix": Entry("Look", "Boot every era of the guest on every version of the host, one machine after the other."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
+    "stress": Entry(
+        "Measure", "Send everything that may be sent, from every CPU, while devices come and go; check every byte."
+    ),
     "profile": Entry("Measure", "Watch what a machine's processes cost, and per packet and interrupt."),
     "bench": Entry("Measure", "Measure, print medians, ratios and goals."),
     "sysfs": Entry("Look", "Run a command that sees the machine's live tree at /sys/bus/vmbus."),

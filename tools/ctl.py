@@ -28,7 +28,7 @@ _LOOK_S: Final = 0.001
 
 @click.group()
 def ctl() -> None:
-    """Offer and rescind devices of a running machine, bind and unbind its drivers, let its guest's steps fail.
+    """Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail.
 
     \b
     Example:

@@ -11,7 +11,7 @@ import sys
 def main() -> int:
     """Run the command line of this process; its exit status."""
     asked = sys.argv[1:]
-    if asked[:1] == ["run"] and not {"--help", "--detach"} & set(asked):
+    if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
         from tools.zygote_start import start_early
 
         start_early()

@@ -20,6 +20,7 @@ from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow, TaskState
 from emu.wire.versions import version_text
 from guestproc.drivers.echo import EchoDriver
+from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
@@ -176,13 +177,13 @@ def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> No
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:
-    """Both kinds of guest task on every CPU: echo with safe points, then computing while echoes interrupt.
+    """Both kinds of guest task where echo channels are: echo with safe points, then computing amid interrupts.
 
     Where netlike devices have channels, frames both ways after that.
     """
     devices = list_devices(running.machine)
-    cpus = {channel.cpu for device in devices for channel in device.channels}
-    polled = {channel.cpu for device in devices if device.driver == "hv_netlike" for channel in device.channels}
+    cpus = {channel.cpu for device in devices if device.driver == EchoDriver.name for channel in device.channels}
+    polled = {channel.cpu for device in devices if device.driver == NetlikeDriver.name for channel in device.channels}
     rows: list[TaskRow] = []
     for program, wanted, there in (
         (Program.ECHO_CHECK, ECHO_PACKETS, cpus),

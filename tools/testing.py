@@ -87,6 +87,13 @@ class LiveMachine:
         """Wait until a condition holds; DeadlinePassed when it does not, MachineDied when a process ends instead."""
         self.running.wait_until(condition, timeout_s, what, step_s=_LOOK_S)
 
+    @property
+    def boot_s(self) -> float:
+        """Seconds from the launch until all channels of the scenario were open."""
+        control = self.machine.control
+        opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
+        return opened_at_ns / 1e9 - self.running.launched_at
+
     # -- looking ------------------------------------------------------------------------------------
 
     @property

@@ -7,6 +7,7 @@ same place, zeroes its state when it is probed, and calls `begin_removal` first 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Final
 
 from emu.ipc.atomics import AtomicU64
@@ -35,10 +36,13 @@ def reset_state(device: Device) -> None:
     device.driver_state[:] = memoryview(bytes(8 * DRIVER_STATE_WORDS)).cast("Q")
 
 
-def claim_channels(current: Current, driver: int, cpu: int, relid: int = 0) -> list[Channel]:
+def claim_channels(
+    current: Current, driver: int, cpu: int, relid: int = 0, but_not: Container[int] = ()
+) -> list[Channel]:
     """Claim a driver's open channels whose interrupts a CPU takes (the calling one), or the one that `relid` names.
 
-    A claimed channel and its device stay until `release_claim`; `being_removed` says when that is wanted.
+    A claimed channel and its device stay until `release_claim`; `being_removed` says when that is wanted. `but_not`
+    are handles of channels that the caller has already.
     """
     claimed = []
     with current.connection.channel_mutex.hold(current.actor):
@@ -46,8 +50,11 @@ def claim_channels(current: Current, driver: int, cpu: int, relid: int = 0) -> l
             for channel in (primary, *current.tables.sc_list(primary)):
                 if (
                     opening.is_open(channel)
+                    # Who let go of a channel because it is rescinded shall not get it again on its way out.
+                    and not channel.rescind.load()
                     and channel.target_cpu.load() == cpu
                     and relid in (0, channel.relid)
+                    and channel.handle not in but_not
                     and _claim(current, driver, primary)
                 ):
                     claimed.append(channel)

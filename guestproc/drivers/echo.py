@@ -11,6 +11,7 @@ Driver state words in guest RAM: 0 packets taken, 1 completions among them, 2 pa
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
@@ -30,6 +31,7 @@ from guestproc.drivers.subchannels import (
 )
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, Device
+from guestproc.protocol import opening
 from guestproc.protocol.numbers import Callbacks
 from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
 from guestproc.vmbus.packets import vmbus_drain
@@ -107,9 +109,16 @@ class _Opening:
 # -- for who sends ----------------------------------------------------------------------------------------
 
 
-def claim_channels(current: Current, cpu: int, relid: int = 0) -> list[Channel]:
+def open_relids(current: Current, cpu: int) -> list[int]:
+    """Relids of the open channels whose interrupts a CPU takes."""
+    with current.connection.channel_mutex.hold(current.actor):
+        channels = (one for primary in current.tables.chn_list for one in (primary, *current.tables.sc_list(primary)))
+        return [one.relid for one in channels if opening.is_open(one) and one.target_cpu.load() == cpu]
+
+
+def claim_channels(current: Current, cpu: int, relid: int = 0, but_not: Container[int] = ()) -> list[Channel]:
     """Claim open echo channels (`claims.claim_channels`); each has an inbox until it is released."""
-    claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid)
+    claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid, but_not)
     for channel in claimed:
         INBOXES[channel.handle] = deque()
     return claimed

@@ -174,7 +174,8 @@ class Channel(Record):
     alloced_cpus_in_node = Word(8, "bind_channel_to_cpu_lock")
     # Life.
     rescind_ref = Atomic32("atomic; changed under channel_mutex")
-    probe_done = Atomic32("atomic; bit 0: its offer was handled, bit 1: its rescind is left to who handles it")
+    probe_done = Atomic32("atomic; state_wait is woken behind it")
+    offer_and_rescind = Atomic32("atomic: how many of the two have come to where they meet")
     kobj_added = Word(4, "who handles the offer: 1 once user space was told of its directory")
     device_id = Word(4, "once: device type number")
     sub_channel_index = Word(4, "once")

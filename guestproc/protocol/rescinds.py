@@ -2,13 +2,11 @@
 
     claim      channel_mutex: find the channel, once (a second RESCIND finds it claimed: races.md A6)
     mark       channelmsg_lock: set the flag and find who waits on the channel, in one (A4)
+    meets      atomic: offer and rescind come to where the rescind goes on; the later one of them does that
     decide     channel_mutex, after its offer was handled: who removes it
 
-Between the last two the kernel polls for probe_done. Here whoever comes last goes on, the handler or the probe: a
-handler that waited would hold up the next rescind, and that may be the one that a probe before this one waits for.
-
-A channel that was claimed is removed by its handler, by the probe or the closer that the handler leaves it to, and by
-nobody else: so none meets a record that another one freed.
+A channel that was claimed is removed by its handler (or whoever goes on in its place), or by the closer that the
+handler leaves it to, and by nobody else: so neither meets a record that the other one freed.
 """
 
 from __future__ import annotations
@@ -44,6 +42,17 @@ def mark(tables: KernelTables, channel: Channel) -> Request | None:
     return pending.first_waiting_on(tables, channel)
 
 
+def meets(channel: Channel) -> bool:
+    """Called once by the end of the offer's handling and once by the rescind's handler: whether this is the later one.
+
+    The kernel's handler sleeps until probe_done instead, and holds up the rescinds behind it on its queue. Let A and
+    then B be offered, and B and then A taken back while A is being opened: the handler waits for B's probe, which is
+    queued behind A's, which waits for a host that says nothing more of A; and what would wake that is the rescind of
+    A, which is queued behind the handler. The kernel stands still there for ever.
+    """
+    return channel.offer_and_rescind.fetch_add(1) == 1
+
+
 def decide(channel: Channel) -> Removal:
     """Who removes a rescinded channel whose offer has been handled."""
     if channel.device_obj:
@@ -52,20 +61,6 @@ def decide(channel: Channel) -> Removal:
         return Removal.LEAVE_TO_CLOSER
     # A sub-channel that is closed, or a channel whose offer failed after it was claimed.
     return Removal.REMOVE_CHANNEL
-
-
-PROBE_DONE = 1
-RESCIND_LEFT = 2
-
-
-def left_to_probe(channel: Channel) -> bool:
-    """By the handler: True, its offer is still being handled, and who handles it goes on with the rescind."""
-    return not channel.probe_done.fetch_or(RESCIND_LEFT) & PROBE_DONE
-
-
-def end_probe(channel: Channel) -> bool:
-    """By who handled the offer: True, a rescind was left to them; else the channel may be gone at once."""
-    return bool(channel.probe_done.fetch_or(PROBE_DONE) & RESCIND_LEFT)
 
 
 class Closing(Enum):

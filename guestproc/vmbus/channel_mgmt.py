@@ -47,7 +47,7 @@ MESSAGE_HANDLERS: Final[dict[str, MessageHandler]] = {}
 VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
 HANDLED_TIMEOUT_NS: Final = 180 * SECOND_NS
-"""For the offers before a rescind, of which each may wait for a lock that is held while the host is waited for."""
+"""For what waits in turn for a probe that waits for the host, more than once."""
 
 
 def message_handler(function: MessageHandler) -> MessageHandler:
@@ -242,20 +242,21 @@ def _add_primary(current: Current, newchannel: Channel) -> bool:
 
 
 def probe_done(current: Current, channel: Channel) -> None:
-    """The offer's handling is over: a rescind of it that came meanwhile goes on, here."""
-    if rescinds.end_probe(channel):
-        _finish_rescind(current, channel)
+    """The offer's handling is over: a rescind that came meanwhile goes on here."""
+    channel.probe_done.store(1)
     current.connection.state_wait.wake_all(current.actor)
+    if rescinds.meets(channel):
+        _finish_rescind(current, channel)
 
 
 def err_deq_chan(current: Current, channel: Channel) -> None:
     """Undo an offer that could not be finished: exactly one RELID_RELEASED for its id.
 
-    A channel that a rescind has claimed meanwhile is removed as rescinded. (The kernel frees it here all the
-    same, and the rescind's handler uses it afterwards.)
+    A channel that a rescind has claimed meanwhile is removed as that rescind goes on. (The kernel frees it here all
+    the same, and the handler uses it afterwards.)
     """
     with current.connection.channel_mutex.hold(current.actor):
-        claimed = channel.rescind_ref.load() != 0
+        claimed = channel.rescind_ref.load()
         if not claimed:
             offers.leave_lists(current.tables, channel)
     if claimed:
@@ -291,7 +292,7 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     # Quiet before the flag is up: who polls for the flag takes its memory away (races.md A7).
     vmbus_reset_channel_cb(current, channel)
     vmbus_rescind_cleanup(current, channel)
-    if not rescinds.left_to_probe(channel):
+    if rescinds.meets(channel):
         _finish_rescind(current, channel)
 
 
@@ -305,10 +306,12 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
         request = rescinds.mark(current.tables, channel)
         if request is not None:
             request.waitevent.complete(current.actor)
+    # A probe may wait for something of the device's own on this channel.
+    current.connection.state_wait.wake_all(current.actor)
 
 
 def _finish_rescind(current: Current, channel: Channel) -> None:
-    """The offer was handled: remove what the host took back, or see to it that somebody will."""
+    """Its offer was handled: remove what the host took back, or see to it that somebody will."""
     connection, actor = current.connection, current.actor
     counts = offers.closes_before_suspend(channel)
     with connection.channel_mutex.hold(actor):

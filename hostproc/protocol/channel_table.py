@@ -40,7 +40,9 @@ class ChannelTable:
         "_relids",
         "_session",
         "_subchannels",
+        "offer_count",
         "open_count",
+        "release_count",
         "releasing",
     )
 
@@ -54,6 +56,8 @@ class ChannelTable:
         self._monitor_ids = LowestFree(0, LAST_MONITOR_ID)
         self._generations = [0] * (LAST_RELID + 1)
         self._changed: dict[int, Channel | None] = {}
+        self.offer_count = 0  # OFFERs ever sent
+        self.release_count = 0  # RELID_RELEASEDs that gave a relid back
         self.open_count = 0
         self.releasing = 0  # how many have no guest any more, and a device that is not done
 
@@ -175,6 +179,7 @@ class ChannelTable:
 
     def announce(self, channel: Channel) -> None:
         """Send the offer of a channel that has its relid: the next generation of that number."""
+        self.offer_count += 1
         self._generations[channel.relid] += 1
         channel.generation = self._generations[channel.relid]
         self._changed[channel.relid] = channel

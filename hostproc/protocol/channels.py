@@ -151,6 +151,7 @@ class Channels:
             return
         revoked = channel.state in REVOKED_STATES
         state = self._table.advance(channel, E.RELID_RELEASED)
+        self._table.release_count += 1
         if revoked:
             self._gpadls.forget(channel)
         else:

@@ -62,7 +62,7 @@ from hostproc.protocol.offers import LAST_RELID, Identity, OfferParameters
 from hostproc.protocol.policy import DEFAULT_POLICY, Policy
 from hostproc.protocol.session import Link, Session
 from hostproc.protocol.sockets import Sockets
-from hostproc.protocol.states import ChannelState
+from hostproc.protocol.states import REVOKED_STATES, ChannelState
 from hostproc.protocol.versions import (
     FAILED,
     VERSIONS,
@@ -198,6 +198,12 @@ class Server:
     def generation(self, relid: int) -> int:
         """How often `relid` was offered: with it, the name of one life of the number."""
         return self._table.generation(relid)
+
+    def lives(self) -> tuple[int, int, int, int]:
+        """How many relids were offered ever, were given back, are held now; and of these, how many are rescinded."""
+        table = self._table
+        rescinded = sum(channel.state in REVOKED_STATES for channel in table)
+        return table.offer_count, table.release_count, table.held_count, rescinded
 
     def take_changed(self) -> dict[int, MirrorChannel | None]:
         """Return, by relid, the channels that changed since the last call; None: the relid is free."""

@@ -37,7 +37,7 @@ from emu.wire.messages import (
     gpadl_messages,
     parse,
 )
-from emu.wire.versions import VERSION_COPPER, VERSION_WIN10_V5_3
+from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, VERSION_WIN10_V5_3, VERSION_WS2008, version_text
 from hostproc.bus import Bus
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
@@ -173,6 +173,16 @@ class Guest:
     def doorbell(self, relid: int = 1) -> None:
         """Signal the host, as the guest does."""
         self.partition.doorbells[relid | 0x2000]()
+
+    def doorbells(self, *relids: int) -> None:
+        """Signal the host as a guest below 2.4 does: in 0.13 by bits of the interrupt page and connection 2."""
+        if 2 not in self.partition.doorbells:
+            self.doorbell(relids[0])
+            return
+        for relid in relids:
+            word = INTERRUPT_PAGE + 2048 + 8 * (relid >> 6)
+            self.memory.atomics.cell_u64(word).fetch_or(1 << (relid & 63))
+        self.partition.doorbells[2]()
 
     def echo(self, *payloads: bytes) -> list[bytes]:
         """Send through channel 1 and take back what came."""
@@ -442,6 +452,123 @@ def test_a_full_tmpfs_is_a_status() -> None:
     assert guest.bus.server.summary().gpadls == 0
 
 
+INTERRUPT_PAGE = 50 * PAGE_SIZE
+
+
+def connected_below_2_4(version: int, page: int = INTERRUPT_PAGE, memory: GuestMemory | None = None) -> Guest:
+    """Two echo devices for a guest of an old version, both open."""
+    guest = Guest(Echo(), Echo(), memory=memory)
+    guest.post(InitiateContact(vmbus_version_requested=version, interrupt_page=page))
+    guest.post(RequestOffers())
+    for relid in (2, 1):
+        assert guest.open(relid) == [OpenChannelResult(relid, relid, 0)]
+    return guest
+
+
+def page_bits(guest: Guest, half: int) -> list[int]:
+    """Bits that are set in one half (0 the host's, 1 the guest's) of the interrupt page."""
+    bits = int.from_bytes(guest.memory.read(INTERRUPT_PAGE + 2048 * half, 2048), "little")
+    return [relid for relid in range(2048) if bits >> relid & 1]
+
+
+@pytest.mark.parametrize("version", [VERSION_WS2008, VERSION_WIN7], ids=version_text)
+def test_interrupt_of_an_old_version_is_a_bit_and_flag_0(version: int) -> None:
+    """The channel's bit in the host's half, then flag 0 of VP 0, for every channel, whatever VP it names."""
+    guest = connected_below_2_4(version)
+    guest.partition.run()
+
+    assert guest.partition.events[1].signals == 0
+    assert guest.out.write(b"12345678")
+    guest.doorbells(1)
+    guest.partition.run()
+
+    assert [packet[3] for packet in guest.inbound.drain()] == [b"12345678"]
+    assert [(event.vp_index, event.flag) for event in guest.partition.events] == [(0, 0), (0, 0)]
+    assert [event.signals for event in guest.partition.events] == [0, 1]
+    assert page_bits(guest, 0) == [1]
+
+
+def test_one_doorbell_is_everybodys_in_0_13() -> None:
+    """Connection 2; the guest's bit says which device is meant, and the host clears it, and bits of nobody."""
+    guest = connected_below_2_4(VERSION_WS2008)
+    assert list(guest.partition.doorbells) == [2]
+    guest.partition.run()
+    assert guest.out.write(b"12345678")
+
+    guest.partition.doorbells[2]()
+    assert not guest.partition.tasks  # no bit, so nobody is meant
+    guest.doorbells(1, 99)
+    assert len(guest.partition.tasks) == 1
+    guest.partition.run()
+
+    assert page_bits(guest, 1) == []
+    assert [packet[3] for packet in guest.inbound.drain()] == [b"12345678"]
+    assert guest.bus.refusals.ignored == {"interrupt-page-bit": 1}
+
+
+def test_shared_doorbell_goes_with_its_last_channel() -> None:
+    """Closing one leaves the other's; a bit of the closed one leads to nothing."""
+    guest = connected_below_2_4(VERSION_WS2008)
+    guest.post(CloseChannel(2))
+    assert list(guest.partition.doorbells) == [2]
+    guest.partition.run()
+
+    guest.doorbells(2)
+    assert not guest.partition.tasks
+    guest.post(CloseChannel(1))
+    assert guest.partition.doorbells == {}
+
+
+def test_dedicated_doorbells_from_1_1_on() -> None:
+    """1.1 has a connection for each channel; only its interrupts are shared."""
+    guest = connected_below_2_4(VERSION_WIN7)
+
+    assert sorted(guest.partition.doorbells) == [0x2001, 0x2002]
+
+
+def test_old_guest_without_an_interrupt_page() -> None:
+    """It may give none: flag 0 is all that it gets, and its one doorbell means all devices."""
+    guest = connected_below_2_4(VERSION_WS2008, page=0)
+    guest.partition.run()
+    assert guest.out.write(b"12345678")
+
+    guest.partition.doorbells[2]()
+    assert len(guest.partition.tasks) == 2
+    guest.partition.run()
+
+    assert guest.partition.events[1].signals == 1
+
+
+def test_interrupt_page_on_a_full_tmpfs() -> None:
+    """No memory behind the page: counted, and the guest is served as one without a page."""
+
+    class NoPage(GuestMemory):
+        """That one page cannot be had."""
+
+        def reserve(self, gpa: int, length: int) -> None:
+            if gpa == INTERRUPT_PAGE:
+                raise OutOfMemory(f"no page behind {gpa:#x}")
+
+    guest = connected_below_2_4(VERSION_WS2008, memory=NoPage(None, bytearray(RAM_PAGES * PAGE_SIZE)))
+
+    assert guest.bus.refusals.refused == {"out-of-memory": 1}
+    guest.partition.run()
+    guest.partition.doorbells[2]()
+    assert len(guest.partition.tasks) == 2
+
+
+def test_next_connection_has_pages_of_its_own() -> None:
+    """A guest that went leaves nothing behind: the next one's channels have flags, and connections each."""
+    guest = connected_below_2_4(VERSION_WS2008)
+    guest.bus.guest_gone()
+    guest.boot()
+    guest.open()
+
+    assert list(guest.partition.doorbells) == [0x2001]
+    assert guest.echo(b"12345678") == [b"12345678"]
+    assert page_bits(guest, 0) == []
+
+
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("budget", [0, 100])
 def test_rings_in_shared_memory(scattered: bool, budget: int) -> None:
@@ -589,3 +716,92 @@ def test_a_violation_that_a_device_finds_is_counted() -> None:
     guest.partition.run()
 
     assert guest.bus.refusals.refused == {"fussy": 1}
+
+
+# -- back ends whose author made a mistake ------------------------------------------------------------------
+
+
+class Faulty(Backend):
+    """Raises where it is told to, in every life of its channel."""
+
+    name = "faulty"
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """Open."""
+        self._fail("open")
+        return self._serve(channel) if self.where != "no generator" else None  # type: ignore[return-value]
+
+    def _serve(self, channel: HostChannel) -> TaskBody:
+        try:
+            while True:
+                if channel.take():
+                    self._fail("serve")
+                yield from channel.wait_for_packets()
+        finally:
+            if self.where == "leave":
+                self.where = ""  # not once more, when nobody is left to see it
+                raise ValueError("in leave")
+
+    def close(self, channel: HostChannel) -> bool:
+        """Close."""
+        self._fail("close")
+        return None if self.where == "close says nothing" else True  # type: ignore[return-value]
+
+    def _fail(self, where: str) -> None:
+        if where == self.where:
+            raise ValueError(f"in {where}")
+
+
+def test_a_back_end_that_raises_in_open_refuses_the_channel() -> None:
+    """The guest is told so, it is counted, and the other device works."""
+    guest = Guest(Echo(), Faulty("open"))
+    guest.boot()
+
+    assert guest.open(2) == [OpenChannelResult(2, 2, STATUS_UNSUCCESSFUL)]
+
+    assert guest.bus.refusals.refused == {"backend-error": 1}
+    assert guest.bus.refusals.records()[-1]["text"] == "faulty: open of channel 2: ValueError: in open"
+    guest.open(1)
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+@pytest.mark.parametrize("where", ["serve", "no generator", "leave", "close", "close says nothing"])
+def test_a_back_end_that_raises_stops_its_channel_alone(where: str) -> None:
+    """It is counted once; the channel closes and opens again, and the other device goes on."""
+    guest = Guest(Echo(), Faulty(where))
+    guest.boot()
+    guest.open(2)
+    guest.out.write(b"12345678")
+    guest.doorbell(2)
+    guest.partition.run()
+    guest.doorbell(2)
+    guest.partition.run()
+
+    assert guest.post(CloseChannel(2), GpadlTeardown(2, RING + 2)) == [GpadlTorndown(RING + 2)]
+
+    assert guest.bus.refusals.refused.total() == (where != "close says nothing")
+    assert guest.open(2) == [OpenChannelResult(2, 2, 0)]
+    guest.open(1)
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
+def test_back_end_errors_are_logged_with_their_traceback_and_do_not_flood() -> None:
+    """The first is said, then the tenth: a guest that opens and opens must not fill the log."""
+    lines: list[str] = []
+    guest = Guest(Faulty("open"))
+    guest.bus._log = lines.append
+    guest.boot()
+
+    guest.open()
+    for _ in range(10):
+        guest.post(OpenChannel(1, 1, RING + 1, 0, HALF))
+
+    assert guest.bus.refusals.refused["backend-error"] == 11
+    assert [line.splitlines()[0] for line in lines] == [
+        "back end faulty, open of channel 1:",
+        "back end faulty, open of channel 1 (10 back-end errors so far):",
+    ]
+    assert lines[0].endswith("ValueError: in open") and "test_bus.py" in lines[0]

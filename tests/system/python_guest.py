@@ -10,8 +10,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, TypeVar
+from uuid import UUID
 
 from emu.doorbells import make_bell
 from emu.errors import DeadlinePassed
@@ -263,11 +265,17 @@ class PythonGuest:
         """VP index of our VP, from its page."""
         return self.vps.view.load_u32(vp_page_offset(self.position) + VP_INDEX)
 
-    def contact(self, version: int = VERSION_WIN10_V5_3) -> VersionResponse:
+    def contact(
+        self, version: int = VERSION_WIN10_V5_3, *, features: int = 0, client_id: UUID | None = None
+    ) -> VersionResponse:
         """INITIATE_CONTACT on connection 4; further messages go to the connection that the host names."""
         self.connection_id = CONTACT_CONNECTION
         contact = InitiateContact(
-            vmbus_version_requested=version, target_vcpu=self.vp_index(), msg_sint=VMBUS_MESSAGE_SINT
+            vmbus_version_requested=version,
+            target_vcpu=self.vp_index(),
+            msg_sint=VMBUS_MESSAGE_SINT,
+            feature_flags=features,
+            client_id=client_id,
         )
         response = self.answered(contact, VersionResponse)
         if response.version_supported:
@@ -297,16 +305,36 @@ class PythonGuest:
         assert (created.child_relid, created.gpadl) == (relid, handle)
         return created.creation_status
 
-    def open(self, offer: OfferChannel, *, pfns: Sequence[int] | None = None) -> EchoChannel:
-        """Lend the rings' pages and open the channel; its signals are polled for."""
+    def open(
+        self,
+        offer: OfferChannel,
+        *,
+        pfns: Sequence[int] | None = None,
+        connection_id: int | None = None,
+        event_flag: int = 0,
+    ) -> EchoChannel:
+        """Lend the rings' pages and open the channel; its signals are polled for.
+
+        `connection_id` and `event_flag`: the signals that the guest chooses itself (6.0).
+        """
         relid = offer.child_relid
         if pfns is None:
             first = FIRST_RING_PAGE + RING_PAGES * relid
             pfns = range(first, first + RING_PAGES)
         handle = FIRST_HANDLE + relid
         assert self.lend(relid, handle, pfns) == 0
+        if connection_id is not None:
+            offer = replace(offer, connection_id=connection_id)
         channel = EchoChannel(self, offer, handle, pfns)
-        request = OpenChannel(relid, relid, handle, self.vp_index(), channel.split)
+        request = OpenChannel(
+            relid,
+            relid,
+            handle,
+            self.vp_index(),
+            channel.split,
+            connection_id=connection_id,
+            event_flag=event_flag,
+        )
         assert self.answered(request, OpenChannelResult).status == 0
         return channel
 

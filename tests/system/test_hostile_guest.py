@@ -73,6 +73,7 @@ from emu.wire.synic import (
 )
 from tests.hostproc.protocol.test_host_robustness import EXAMPLES
 from tests.system.commands import ROOT, objects, processes
+from tests.system.hostile_guest import UNSEEN_PID
 from tests.system.python_guest import (
     FIRST_HANDLE,
     INPUT_PAGE,
@@ -181,12 +182,17 @@ def slot_states(machine: RunningMachine) -> set[int]:
 
 
 def wait_until_clean(machine: RunningMachine) -> None:
-    """Wait until the host has nothing of a guest any more, and its pages are fit for the next one."""
+    """Wait until the host has nothing of a guest any more, and its pages are fit for the next one.
+
+    The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody: what it had is
+    given up when the next one contacts the host.
+    """
 
     def clean() -> bool:
         now = head(machine)
         left = now.version, now.offers, now.open, now.gpadls, now.to_slots, now.outgoing, now.incoming
-        return not any(left) and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
+        nothing_left = not any(left) or now.attached_pid == UNSEEN_PID
+        return nothing_left and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
 
     machine.wait_until(clean, 10.0, "the machine to be as new", step_s=0.01)
 

@@ -21,6 +21,7 @@ from emu.errors import (
     UserError,
 )
 from tools import cli
+from tools.ctl import ctl
 from tools.exit_status import ExitStatus
 
 SOURCES = Path(__file__).resolve().parents[2]
@@ -224,3 +225,13 @@ def test_completion_knows_the_commands(run_cli: RunCli) -> None:
     question = {"_VMBUS_EMU_COMPLETE": "bash_complete", "COMP_WORDS": "vmbus-emu doc", "COMP_CWORD": "1"}
 
     assert run_cli(env=question).stdout == "plain,doctor\n"
+
+
+@pytest.mark.parametrize("name", sorted(ctl.commands))
+def test_every_order_has_help_and_an_example(name: str) -> None:
+    """What it does in a sentence, an example that begins with the program's name, --machine and --json."""
+    with ctl.commands[name].make_context(name, [], resilient_parsing=True) as context:
+        text = ctl.commands[name].get_help(context)
+
+    assert f"vmbus-emu ctl {name}" in text and "Example:" in text
+    assert "--machine" in text and "--json" in text

@@ -81,7 +81,7 @@ def test_what_linux_leaves_alone(name: str, guid: str, text: str) -> None:
 
 def test_names_and_guids_are_distinct() -> None:
     """Each class is found by either, and is the same one."""
-    assert len(BY_NAME) == len(BY_GUID) == len(CLASSES) == 23
+    assert len(BY_NAME) == len(BY_GUID) == len(CLASSES) == 24
     for one in CLASSES:
         assert BY_NAME[one.name] is BY_GUID[one.guid] is class_of(one.guid) is one
 

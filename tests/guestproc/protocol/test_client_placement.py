@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
 from uuid import UUID
 
 import pytest
 
 from emu.wire.device_classes import BY_NAME, CLASSES, HV_UNKNOWN, hv_sock_guid
 from emu.wire.messages import OfferChannel
-from guestproc.kernel.layout import Channel, KernelTables
+from emu.wire.versions import VERSION_WIN7, VERSION_WIN8, VERSION_WS2008
+from guestproc.kernel.layout import Channel, Era, KernelTables
 from guestproc.protocol import offers
 from guestproc.protocol.placement import (
+    Affinity,
     device_id_of,
     hv_get_dev_type,
     hv_is_perf_channel,
     init_vp_index,
+    init_vp_index_seed,
     online_cpus,
 )
+
+RAM_BYTES = 16 << 20
 
 
 def offered(tables: KernelTables, relid: int, instance: int, *, index: int = 0, class_name: str = "nic") -> Channel:
@@ -131,3 +137,117 @@ def test_high_index_takes_what_comes(tables: KernelTables) -> None:
     init_vp_index(tables, channel, others=range(4))
 
     assert channel.target_cpu.load() == 2
+
+
+# -- era seed: the same choice by another algorithm, made later ----------------------------------------
+
+
+@pytest.fixture
+def seed() -> KernelTables:
+    """Six CPUs on two nodes, all online, of the article's kernel."""
+    tables = KernelTables.format(mmap.mmap(-1, RAM_BYTES), 6, Era.SEED, [10, 11, 12, 13, 14, 15])
+    tables.connection.nr_numa_nodes = 2
+    tables.connection.numa_cpus[0] = 0b000111
+    tables.connection.numa_cpus[1] = 0b111000
+    tables.connection.vmbus_proto_version = VERSION_WIN8
+    for cpu in tables.cpus.live():
+        cpu.online.store(1)
+    return tables
+
+
+def placed(tables: KernelTables, relid: int, instance: int, *, index: int = 0, class_name: str = "nic") -> Channel:
+    """An offer, entered and then placed, as the work item does."""
+    channel = offered(tables, relid, instance, index=index, class_name=class_name)
+    init_vp_index_seed(tables, channel)
+    return channel
+
+
+def test_seed_places_later(seed: KernelTables) -> None:
+    """Entering an offer chooses nothing: no device has a place yet."""
+    offered(seed, 1, 1)
+
+    assert (seed.connection.next_numa_node, list(seed.connection.hv_numa_map[:2])) == (0, [0, 0])
+
+
+def test_seed_rotates_over_nodes_and_their_cpus(seed: KernelTables) -> None:
+    """A node each in turn, the lowest CPU that has none; when all of a node have one, it begins anew."""
+    channels = [placed(seed, relid, relid) for relid in range(1, 8)]
+
+    assert targets(channels) == [0, 3, 1, 4, 2, 5, 0]
+    assert [channel.target_vp for channel in channels] == [10, 13, 11, 14, 12, 15, 10]
+    assert [channel.numa_node for channel in channels] == [0, 1, 0, 1, 0, 1, 0]
+    assert list(seed.connection.hv_numa_map[:2]) == [0b000001, 0b111000]
+
+
+@pytest.mark.parametrize("version", [VERSION_WS2008, VERSION_WIN7])
+def test_seed_leaves_everything_to_vp_0_on_old_hosts(seed: KernelTables, version: int) -> None:
+    """Fast or not: the CPU that is VP 0, and where no CPU is, CPU 0."""
+    seed.connection.vmbus_proto_version = version
+    assert targets([placed(seed, relid, relid) for relid in (1, 2)]) == [0, 0]
+
+    seed.cpus.at(4).vp_index = 0
+
+    assert targets([placed(seed, relid, relid) for relid in (3, 4)]) == [4, 4]
+    assert list(seed.connection.hv_numa_map[:2]) == [0, 0]
+
+
+def test_seed_leaves_slow_devices_to_cpu_0(seed: KernelTables) -> None:
+    """As today, and they take no place from others."""
+    assert targets([placed(seed, relid, relid, class_name="kvp") for relid in (1, 2, 3)]) == [0, 0, 0]
+    assert list(seed.connection.hv_numa_map[:2]) == [0, 0]
+
+
+def test_balanced_sub_channels_go_round_the_nodes(seed: KernelTables) -> None:
+    """The default: a sub-channel is placed as if it were a device of its own."""
+    channels = [placed(seed, 1 + index, 1, index=index) for index in range(6)]
+
+    assert targets(channels) == [0, 3, 1, 4, 2, 5]
+
+
+def test_localized_sub_channels_stay_on_their_primarys_node(seed: KernelTables) -> None:
+    """The CPUs of that node, each once, until all have one; then anew. Other devices' places count as well."""
+    primary = placed(seed, 1, 1)
+    primary.affinity_policy = Affinity.LOCALIZED
+    other = placed(seed, 50, 50)
+    subs = [placed(seed, 1 + index, 1, index=index) for index in range(1, 8)]
+
+    assert (targets([primary]), targets([other])) == ([0], [3])
+    assert targets(subs) == [1, 2, 0, 1, 2, 0, 1]
+    assert {sub.affinity_policy for sub in subs} == {Affinity.LOCALIZED}
+    assert primary.alloced_cpus_in_node == 0b000010
+
+
+def test_localized_cpu_is_given_back(seed: KernelTables) -> None:
+    """`hv_process_channel_removal` clears it in the primary's mask, so that a driver that comes again gets it."""
+    primary = placed(seed, 1, 1)
+    primary.affinity_policy = Affinity.LOCALIZED
+    subs = [placed(seed, 1 + index, 1, index=index) for index in (1, 2)]
+    assert (targets(subs), primary.alloced_cpus_in_node) == ([1, 2], 0b110)
+
+    offers.leave_lists(seed, subs[0])
+
+    assert primary.alloced_cpus_in_node == 0b100
+    offers.leave_lists(seed, primary)
+    seed.channels.free(primary)
+    offers.leave_lists(seed, subs[1])  # its primary is gone, and so is the mask
+
+
+def test_balanced_channel_keeps_its_place_in_the_map(seed: KernelTables) -> None:
+    """That kernel never clears a bit of hv_numa_map but all of a node's."""
+    channel = placed(seed, 1, 1)
+
+    offers.leave_lists(seed, channel)
+
+    assert seed.connection.hv_numa_map[0] == 1
+
+
+def test_seed_passes_over_offline_cpus_and_empty_nodes(seed: KernelTables) -> None:
+    """A node counts the CPUs that are online; with none at all, CPU 0."""
+    for number in (1, 3, 4, 5):
+        seed.cpus.at(number).online.store(0)
+    assert targets([placed(seed, relid, relid) for relid in range(1, 5)]) == [0, 2, 0, 2]
+
+    for cpu in seed.cpus.live():
+        cpu.online.store(0)
+
+    assert targets([placed(seed, 9, 9)]) == [0]

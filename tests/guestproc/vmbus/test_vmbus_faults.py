@@ -29,7 +29,7 @@ IN_THE_WORK = (Fault.DEVICE_CREATE, Fault.DEVICE_REGISTER, Fault.ADD_KOBJ)
 
 
 @CHANNEL_CALLBACKS.register(SUB_CREATED)
-def never_called_behind_a_fault(current: object, channel: object) -> None:
+def must_not_be_told(current: object, channel: object) -> None:
     """A driver that must not hear of a sub-channel that failed."""
     raise AssertionError("called for a sub-channel that could not be added")
 

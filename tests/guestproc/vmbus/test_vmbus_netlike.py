@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from emu.ring import Packet
-from emu.task_board import Program, TaskRow, TaskState
+from emu.task_board import TaskRow
 from emu.wire.device_classes import BY_NAME, NETLIKE
 from emu.wire.messages import MessageType
 from emu.wire.netlike_protocol import pack_frame
@@ -237,10 +238,15 @@ def real_device(world: World) -> Callable[[Packet], list[Packet]]:
     return answer
 
 
+def row_of(cpu: int, wanted: int) -> TaskRow:
+    """What the program reads of its row."""
+    return cast(TaskRow, SimpleNamespace(cpu=cpu, relid=0, wanted=wanted))
+
+
 def check(world: World, channel: Channel, count: int = 40) -> tuple[int, int]:
     """Run the program on the channel's CPU; packets and errors."""
     cpu = channel.target_cpu.load()
-    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, count, 0, 0, 0, 0, 0, b"", "")
+    row = row_of(cpu, count)
     tally = world.start(lambda current: net_check(current, world.cpus[cpu], row), cpu=cpu)
     world.settle()
     world.pass_time(0 if tally.ended() else 11)
@@ -277,7 +283,7 @@ def test_net_check_ends_when_its_channel_is_taken_away(booted: World, channel: C
     """That is nothing wrong; and the remover does not wait for long."""
     booted.host.on_packet[RELID] = lambda packet: []
     cpu = channel.target_cpu.load()
-    row = TaskRow(0, TaskState.RUNNING, Program.NET_CHECK, cpu, 0, 5, 0, 0, 0, 0, 0, b"", "")
+    row = row_of(cpu, 5)
     tally = booted.start(lambda current: net_check(current, booted.cpus[cpu], row), cpu=cpu)
     booted.settle()
     booted.host.rescind(RELID)

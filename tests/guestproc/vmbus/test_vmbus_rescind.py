@@ -312,6 +312,26 @@ def test_rescind_for_nothing(booted: World, relid: int) -> None:
     assert booted.channel(9).state.load() == ChannelState.OPENED_STATE
 
 
+def test_rescinds_in_reverse_while_the_first_device_is_opened(booted: World) -> None:
+    """9, then 10 offered, 10, then 9 taken back: 10's handler does not keep 9's from waking 9's opener.
+
+    In the kernel it does: it sleeps until 10's probe is done, which is queued behind 9's, which waits for the host.
+    """
+    booted.host.hold(T.OPENCHANNEL)
+    booted.host.device(9)
+    booted.host.device(10)
+    booted.settle()
+    assert booted.channel(9).state.load() == ChannelState.OPENING_STATE
+    booted.host.rescind(10)
+    booted.settle()
+    assert booted.host.released == []
+    booted.host.rescind(9)
+    booted.settle()
+
+    gone(booted, 9, 10)
+    assert booted.shut_down() == {}
+
+
 def test_reoffer_of_the_same_relid(booted: World) -> None:
     """RESCIND, release, OFFER with the same id: a new channel, not the old one."""
     booted.host.device(9)

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 
+from emu.scenario import SUPPORTED_FEATURES
 from emu.wire.messages import (
     NO_MONITOR,
     STATUS_UNSUCCESSFUL,
@@ -41,7 +42,7 @@ from emu.wire.versions import (
 )
 from hostproc.protocol.effects import BindEvent, Connected, MonitorPages, OpenDoorbell, Refused, SendMessage
 from hostproc.protocol.session import Link
-from hostproc.protocol.versions import VERSIONS, Limits, message_connections
+from hostproc.protocol.versions import IMPLEMENTED_FEATURES, VERSIONS, Limits, message_connections
 from tests.hostproc.protocol.fake_partition import RAM_BYTES, World, open_channel
 
 REFUSAL = VersionResponse(0)
@@ -68,6 +69,11 @@ def test_unknown_version_is_answered_not_supported(version: int) -> None:
     assert world.server.link is Link.DISCONNECTED
     assert world.refused() == ["contact-version"]
     world.connect()
+
+
+def test_scenarios_offer_what_the_server_implements() -> None:
+    """The features that a scenario may name are those that are carried out."""
+    assert SUPPORTED_FEATURES == IMPLEMENTED_FEATURES
 
 
 @pytest.mark.parametrize("version", KNOWN_VERSIONS, ids=version_text)

@@ -1,0 +1,98 @@
+"""One claimed echo channel as a program uses it: sends batches, takes what comes back, waits for either."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from emu.ring import Packet
+from emu.wire.packets import ring_bytes
+from guestproc.drivers.claims import being_removed
+from guestproc.drivers.echo import INBOXES
+from guestproc.kernel.layout import Channel
+from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled
+from guestproc.vcpu import raise_if_stopping
+from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpackets, vmbus_wait_for_room
+
+if TYPE_CHECKING:
+    from guestproc.current import Current
+    from guestproc.vcpu import Vcpu
+
+
+class EchoSession:
+    """One claimed channel as a program uses it: sends batches, takes what comes back, waits for either."""
+
+    def __init__(self, current: Current, vcpu: Vcpu, channel: Channel) -> None:
+        self.current = current
+        self.vcpu = vcpu
+        self.channel = channel
+        self.inbox: deque[Packet] = INBOXES[channel.handle]
+        self.sent = 0
+        self.received = 0
+        self.nbytes = 0
+        self._moved_ns = vcpu.now()
+        self._wished = False
+
+    def send(self, payloads: list[bytes], *, first_trans_id: int = 0, flags: int = 0) -> int:
+        """Send as many as fit; when nothing does, ask for room and wait a while. How many were sent."""
+        if self.sent == self.received and not self._wished:
+            self._moved_ns = self.vcpu.now()  # nothing was awaited until now
+        self.check()
+        count = vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
+        if count == 0 and payloads:
+            count = -self._wait_for_room(ring_bytes(len(payloads[0])))
+        if count < 0:
+            raise ChannelGone if count == -errno.ENODEV else Stalled
+        if count:
+            self._moved_ns = self.vcpu.now()
+            if self._wished:
+                self._wished = False
+                vmbus_cancel_room(self.current, self.channel)
+        self.sent += count
+        self.nbytes += sum(map(len, payloads[:count]))
+        return count
+
+    def _wait_for_room(self, size: int) -> int:
+        """Publish the wish, then halt; an errno when the channel or its ring is gone, else 0."""
+        room = vmbus_wait_for_room(self.current, self.channel, size)
+        if room < 0:
+            return -room
+        self._wished = room == 0
+        if room == 0 and not self.inbox:
+            self.vcpu.idle(IDLE_NS)
+        return 0
+
+    def take(self) -> list[Packet]:
+        """What has come back since the last time."""
+        self.vcpu.safe_point()
+        packets = [self.inbox.popleft() for _ in range(len(self.inbox))]
+        if packets:
+            self._moved_ns = self.vcpu.now()
+            self.received += len(packets)
+        return packets
+
+    def wait(self) -> None:
+        """Halt until something comes, interrupts included; not for ever."""
+        if not self.inbox:
+            self.vcpu.idle(IDLE_NS)
+        self.check()
+
+    def check(self) -> None:
+        """Go on only if there is any sense in it: MachineStopping, ChannelGone, Stalled."""
+        raise_if_stopping(self.vcpu)
+        if being_removed(self.current, self.channel):
+            raise ChannelGone
+        if self.vcpu.now() - self._moved_ns > STALL_NS:
+            raise Stalled
+
+    def until(self, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
+        """Take packets until `done`, waiting in between."""
+        self._moved_ns = self.vcpu.now()
+        while True:
+            for packet in self.take():
+                handle(packet)
+            if done():
+                return
+            self.wait()

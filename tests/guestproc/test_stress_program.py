@@ -1,0 +1,93 @@
+"""What the stress program sends, and that it sees every way in which a packet can come back wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu.wire.packets import VM_PKT_COMP, VM_PKT_DATA_INBAND
+from guestproc.stress import Lane, Payloads, Stresser
+
+LIMIT = 61_400
+PAYLOADS = Payloads(7)
+
+
+def trans_id(sender: int, sequence: int) -> int:
+    """How a packet is named."""
+    return (sender + 1) << 40 | sequence
+
+
+class Checker(Stresser):
+    """Of a stresser only what checks."""
+
+    def __init__(self) -> None:
+        self.payloads = PAYLOADS
+        self.complaints = []
+        self.lane = Lane(
+            session=cast(Any, SimpleNamespace(channel=SimpleNamespace(relid=3))),
+            owned=True,
+            limit=LIMIT,
+            owner_bit=1,
+            owned_word=cast(Any, None),
+            sent_word=cast(Any, None),
+            received_word=cast(Any, None),
+        )
+
+    def take(self, sender: int, sequence: int, payload: bytes | None = None, kind: int = VM_PKT_COMP) -> int:
+        """One packet comes back; how many were wrong so far."""
+        right = PAYLOADS.of(sender, sequence, LIMIT)
+        sent = right if payload is None else payload
+        self.check(self.lane, (kind, 0, trans_id(sender, sequence), sent.ljust(-(-len(sent) // 8) * 8, b"\0")))
+        return self.lane.corrupt
+
+
+@given(st.integers(0, 63), st.integers(0, 2**40 - 1), st.integers(0, 70_000))
+def test_payload_is_the_same_for_whoever_asks(sender: int, sequence: int, limit: int) -> None:
+    """Sender and number decide it, and never is it longer than the ring allows."""
+    payload = PAYLOADS.of(sender, sequence, limit)
+
+    assert payload == Payloads(7).of(sender, sequence, limit)
+    assert len(payload) <= limit
+
+
+def test_lengths_reach_from_nothing_to_the_limit() -> None:
+    """Every kind of length comes up: empty, odd, a frame's, a page's, the longest that the ring can take."""
+    lengths = Counter(len(PAYLOADS.of(0, sequence, LIMIT)) for sequence in range(20_000))
+
+    assert lengths[0] and lengths[LIMIT]
+    assert any(1_400 < length <= 1_500 for length in lengths) and any(length > 16_384 for length in lengths)
+    assert sum(length % 8 != 0 for length in lengths) > 1_000
+
+
+def test_packets_of_two_senders_in_their_orders_are_right() -> None:
+    """Each sender's row counts by itself."""
+    checker = Checker()
+
+    assert [checker.take(sender, n) for n in range(5) for sender in (0, 1)] == [0] * 10
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (1,), (0, 0), (0, 1, 1)], ids=["lost", "first-lost", "doubled", "again"])
+def test_lost_and_doubled_packets_are_seen(numbers: tuple[int, ...]) -> None:
+    """The number of a packet must be the next one."""
+    checker = Checker()
+    for number in numbers[:-1]:
+        checker.take(0, number)
+
+    assert checker.take(0, numbers[-1]) == 1
+    assert "instead of" in checker.complaints[0]
+
+
+def test_changed_packets_are_seen() -> None:
+    """One other bit, one byte less than a word, a byte behind the end, or no completion."""
+    right = PAYLOADS.of(0, 0, LIMIT)
+    assert len(right) > 16
+
+    assert Checker().take(0, 0, bytes([right[0] ^ 1]) + right[1:]) == 1
+    assert Checker().take(0, 0, right[:-9]) == 1
+    assert Checker().take(0, 0, right.ljust(len(right) + 9, b"x")) == 1
+    assert Checker().take(0, 0, kind=VM_PKT_DATA_INBAND) == 1

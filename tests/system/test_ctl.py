@@ -1,0 +1,293 @@
+"""`vmbus-emu ctl` as a user types it: the host's half and the guest's half, over a real machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tests.system.commands import assert_gone, call, ended, objects, report, start, wait_for, wait_until_open
+from tools import cli
+
+NIC = "f8615163-df3e-46c5-913f-f2d2f965ed0e"
+NAME = f"t-ctl-{os.getpid()}"
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory of its own, and a machine with three echo devices that runs meanwhile."""
+    home = tmp_path_factory.mktemp("ctl")
+    done = call(home, "run", "--detach", "--name", NAME, "--device", "echo:3")
+    assert done.returncode == 0, done.stderr
+    yield home
+    stopped = call(home, "stop", "--machine", NAME)
+    assert stopped.returncode == 0, stopped.stderr
+    # Not `assert_gone`: this process itself has mapped the machine, and lets go of it some time.
+    assert objects(NAME) == []
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What the command line does with signals ends with the test."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command line, run in this process: it takes milliseconds, not half a second."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(list(arguments))
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def ctl(*arguments: str, machine: str = NAME) -> subprocess.CompletedProcess[str]:
+    """One sub-command, of the test's machine."""
+    return here("ctl", arguments[0], "--machine", machine, *arguments[1:])
+
+
+def devices() -> list[dict[str, Any]]:
+    """What `ls` has."""
+    listed: list[dict[str, Any]] = report(here("ls", "--json", "--machine", NAME).stdout)["devices"]
+    return listed
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    """What one says as JSON."""
+    done = ctl(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    value = report(done.stdout)
+    assert value["schema"]["name"] == f"vmbus-emu.ctl-{arguments[0]}"
+    assert value["machine"] == NAME
+    return value
+
+
+def said(*arguments: str) -> str:
+    """What one says to people."""
+    done = ctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def driver(name: str) -> dict[str, Any]:
+    """One driver as the guest has it."""
+    return next(one for one in told("drivers")["drivers"] if one["name"] == name)
+
+
+def listed(relid: int) -> dict[str, Any]:
+    """A device as `ls` has it."""
+    return next(one for one in devices() if one["relid"] == relid)
+
+
+# -- the host's half ------------------------------------------------------------------------------------
+
+
+def test_device_is_added_and_taken_back() -> None:
+    """offer says relid and instance, rescind takes either; with --wait the one has opened, the other has released."""
+    first, second = told("offer", "nic:2", "--wait")["offered"]
+    assert (first["class"], first["relid"], second["relid"]) == ("nic", 4, 5)
+    assert listed(4)["channels"][0]["state"] == "opened"
+    gone = told("rescind", "4", "--wait")
+    text = said("rescind", "--instance", second["instance"], "--wait")
+
+    assert (gone["relid"], gone["instance"]) == (4, first["instance"])
+    assert text == f"5 {second['instance']}\n"
+    assert len(devices()) == 3
+
+
+def test_instance_of_ones_choice() -> None:
+    """It is taken as given, once; after its release the same relid may be had again."""
+    instance = str(UUID(int=77))
+    text = said("offer", "kvp", "--instance", instance, "--wait")
+    again = ctl("offer", "kvp", "--instance", instance)
+    said("rescind", "--instance", instance, "--wait")
+
+    assert text == f"4 {instance}\n"
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"vmbus-emu: device {instance} is offered already; choose another --instance\n",
+    )
+
+
+# -- the guest's half -----------------------------------------------------------------------------------
+
+
+def test_device_changes_hands() -> None:
+    """Unbound it is closed, and stays; another driver takes it by an override, and the first one has it back."""
+    device = told("unbind", "3")["device"]
+    assert listed(3)["driver"] is None and listed(3)["channels"][0]["state"] == "open"
+    assert said("override", "3", "uio_hv_generic") == f"{device} - (override: uio_hv_generic)\n"
+    refused = ctl("bind", "hv_echo", "3")
+    assert refused.returncode == 2 and "-ENODEV: hv_echo does not match" in refused.stderr
+    assert said("bind", "uio_hv_generic", device) == f"{device} uio_hv_generic (override: uio_hv_generic)\n"
+    assert listed(3)["driver"] == "uio_hv_generic"
+    said("override", "3", "none")
+    said("unbind", device)
+
+    assert told("bind", "hv_echo", "3")["driver"] == "hv_echo"
+    assert listed(3)["channels"][0]["state"] == "opened"
+
+
+def test_ids_and_late_registration() -> None:
+    """With the first driver gone, an id that is added gives its devices to the second; registered again it has none."""
+    assert told("unregister", "hv_echo")["devices"] == 0
+    added = told("new-id", "uio_hv_generic", "echo")
+    again = ctl("new-id", "uio_hv_generic", "echo")
+    registered = told("register", "hv_echo")
+    removed = told("remove-id", "uio_hv_generic", "echo")
+
+    assert (added["devices"], len(added["dynamic_ids"])) == (3, 1)
+    assert (again.returncode, again.stdout) == (2, "") and again.stderr.startswith("vmbus-emu: -EEXIST: ")
+    assert (registered["registered"], registered["devices"]) == (True, 0)
+    assert (removed["devices"], removed["dynamic_ids"]) == (3, [])
+    for relid in ("1", "2", "3"):
+        said("unbind", relid)
+        said("bind", "hv_echo", relid)
+    assert driver("hv_echo")["devices"] == 3
+    assert said("drivers").splitlines()[1].split() == ["hv_echo", "1", "yes", "3", "23", "-"]
+
+
+@pytest.mark.parametrize("where", ["alloc_channel", "work_alloc", "device_create", "device_register", "add_kobj"])
+def test_offer_that_fails_is_released_and_may_come_again(where: str) -> None:
+    """The guest gives the relid back by itself; the host offers it no more, and may offer the device again."""
+    assert said("fail", where) == f"{where}: 1 more\n"
+    (one,) = told("offer", "echo")["offered"]
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the fault to strike")
+    wait_for(lambda: len(devices()) == 3, "the relid to go")
+    said("rescind", "--instance", one["instance"], "--wait")
+    (again,) = told("offer", "echo", "--instance", one["instance"], "--wait")["offered"]
+
+    assert again["relid"] == one["relid"] == 4
+    said("rescind", "4", "--wait")
+
+
+def test_uevents_are_told() -> None:
+    """As udevadm prints them, and as JSON; the newest is what was done last."""
+    device = told("unbind", "2")["device"]
+    said("bind", "hv_echo", "2")
+    lost, got = told("uevents")["uevents"][-2:]
+    path = f"/devices/vmbus-emu/{device}"
+
+    assert (lost["head"], got["head"]) == (f"unbind@{path}", f"bind@{path}")
+    assert got["variables"]["DRIVER"] == "hv_echo" and got["seqnum"] == lost["seqnum"] + 1
+    assert said("uevents").splitlines()[-8:-5] == [f"KERNEL[{got['machine_ns'] / 1e9:.6f}] bind@{path}"] + [
+        "ACTION=bind",
+        f"DEVPATH={path}",
+    ]
+
+
+def test_uevents_are_followed(home: Path) -> None:
+    """--follow prints what comes, at once."""
+    with ended(start(home, "ctl", "uevents", "--follow", "--machine", NAME)) as follower:
+        assert follower.stdout is not None
+        said("unbind", "1")
+        said("bind", "hv_echo", "1")
+        lines: list[str] = []
+        while not (lines and lines[-1].startswith("KERNEL") and " bind@" in lines[-1] and len(lines) > 1):
+            lines.append(follower.stdout.readline())
+            assert lines[-1], "it ended"
+
+
+def test_probe_that_hangs_is_let_go(home: Path) -> None:
+    """bind does not come back meanwhile, other calls do; --times 0 lets it go on."""
+    said("unbind", "3")
+    said("fail", "probe_hang", "--relid", "3")
+    with ended(start(home, "ctl", "bind", "hv_echo", "3", "--machine", NAME)) as bind:
+        wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the probe to hang")
+        assert bind.poll() is None
+        assert driver("hv_echo")["devices"] == 2
+        said("fail", "probe_hang", "--times", "0")
+        out, _ = bind.communicate(timeout=30)
+    assert bind.returncode == 0 and out.endswith(" hv_echo\n")
+
+
+def test_machine_stops_with_a_probe_that_hangs(tmp_path: Path) -> None:
+    """Shutting down lets it go: the guest unloads, nothing leaks, nothing is left, at once."""
+    name = f"t-hang-{os.getpid()}"
+    with ended(start(tmp_path, "run", "--name", name, "--device", "echo:2", "--json")) as run:
+        wait_until_open(name, run)
+        for words in (("unbind", "2"), ("fail", "probe_hang")):
+            assert ctl(*words, machine=name).returncode == 0
+        with ended(start(tmp_path, "ctl", "bind", "hv_echo", "2", "--machine", name)) as bind:
+            wait_for(
+                lambda: '"faults": []' in ctl("fail", "probe", "--times", "0", "--json", machine=name).stdout,
+                "the probe to hang",
+            )
+            stopped = call(tmp_path, "stop", "--machine", name, timeout_s=20)
+            bind.communicate(timeout=30)
+        out, err = run.communicate(timeout=30)
+    assert stopped.returncode == 0, stopped.stderr
+    assert report(out)["leaked"] == 0 and report(out)["deaths"] == [], err
+    assert_gone(name)
+
+
+# -- wrong input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("offer", "floppy"), "floppy"),
+        (("offer", "echo", "--backend", "x"), "x is not a back end; there are echo"),
+        (("offer", "echo:2", "--instance", str(UUID(int=1))), "--instance names one device"),
+        (("offer", "echo", "--instance", "zz"), "--instance: "),
+        (("rescind",), "give either a relid or --instance"),
+        (("rescind", "77"), "no device with relid 77 is offered; `vmbus-emu ls`"),
+        (("rescind", "2048"), "2048"),
+        (("rescind", "--instance", str(UUID(int=5))), "no device with instance"),
+        (("bind", "hv_echo", "1"), "-EBUSY: "),
+        (("bind", "hv_echo", "77"), "-ENODEV: no device 77 on the guest's bus; `vmbus-emu ls`"),
+        (("bind", "hv_nobody", "1"), "-ENODEV: no driver hv_nobody is registered; `vmbus-emu ctl drivers`"),
+        (("unbind", "zz"), "-EINVAL: 'zz' is no GUID; write it as"),
+        (("new-id", "uio_hv_generic", "12"), "-EINVAL: '12' is no GUID"),
+        (("remove-id", "uio_hv_generic", NIC), "-ENODEV: "),
+        (("override", "1", "x" * 40), "-EINVAL: "),
+        (("register", "hv_echo"), "-EBUSY: hv_echo is registered already"),
+        (("unregister", "hv_nobody"), "-ENOENT: no driver hv_nobody; there are hv_echo"),
+        (("fail", "nowhere"), "alloc_channel"),
+        (("fail", "probe", "--times", "-1"), "--times"),
+        (("fail", "probe", "--relid", "2048"), "--relid"),
+        (("uevents", "--follow", "--json"), "choose one of them"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_is_one_line(arguments: tuple[str, ...], words: str) -> None:
+    """Named, with the cure, on one line, exit code 2, and nothing on stdout."""
+    done = ctl(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_machine_without_a_guest_of_ours(tmp_path: Path) -> None:
+    """Its drivers are its own affair: one line says so, while the host's half works."""
+    name = f"t-foreign-{os.getpid()}"
+    with ended(start(tmp_path, "run", "--no-guest", "--name", name)):
+        wait_for(lambda: ctl("offer", "echo", machine=name).returncode == 0, "the host to run")
+        done = ctl("drivers", machine=name)
+        unopened = ctl("offer", "echo", "--wait", machine=name)
+        call(tmp_path, "stop", "--machine", name)
+
+    assert done.returncode == 2 and "has no guest of ours" in done.stderr
+    assert unopened.returncode == 2 and "--wait: no guest is connected" in unopened.stderr
+    assert_gone(name)
+
+
+def test_machine_that_does_not_run() -> None:
+    """Named, as with every command."""
+    done = ctl("drivers", machine="t-nobody")
+
+    assert done.returncode == 2 and "t-nobody" in done.stderr

@@ -1,0 +1,117 @@
+"""Guests of both eras on hosts of every version, over real processes; and 6.0, which no guest of ours asks for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from emu.scenario import DeviceSpec, MachineSpec, Scenario
+from emu.wire.messages import Pause, PauseResponse, Resume
+from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT, event_flag
+from emu.wire.versions import VERSION_COPPER, FeatureFlags
+from guestproc.vcpu import CALL_FUNCTION_VECTOR
+from tests.system.commands import assert_gone, call, report
+from tests.system.python_guest import SIEFP_PAGE, PythonGuest
+from tools.launch import launch
+
+HOSTS = ("0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0")
+AGREED = {
+    "current": (None, None, "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "5.3"),
+    "seed": ("0.13", "1.1", "2.4", "3.0", "4.0", *["4.0"] * 6),
+}
+"""What a guest of each era and each of the hosts agree on (reference 2.3); None: the guest is refused."""
+
+
+def test_matrix_of_eras_and_versions(tmp_path: Path) -> None:
+    """22 machines: what was negotiated, all channels open and used, or a clean refusal; nothing is left of any."""
+    done = call(tmp_path, "matrix", "--json", timeout_s=170)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = report(done.stdout)["results"]
+    assert [(one["era"], one["version"], one["negotiated"]) for one in results] == [
+        (era, host, agreed) for era, row in AGREED.items() for host, agreed in zip(HOSTS, row, strict=True)
+    ]
+    for one in results:
+        used = one["negotiated"] is not None
+        assert (one["offers"], one["channels_open"], one["leaked"], one["ok"]) == (4 * used, 4 * used, 0, True)
+        assert (one["packets"] > 0, one["refused"] is None) == (used, used)
+
+
+def test_refused_guest_is_one_death(tmp_path: Path) -> None:
+    """The article's kernel would have been taken, today's is not: it says so and ends with status 4."""
+    scenario = tmp_path / "old.toml"
+    scenario.write_text('[machine]\nhost_version = "1.1"\n')
+
+    done = call(tmp_path, "run", str(scenario), "--name", "t-refused", "--duration", "0", "--json")
+
+    assert done.returncode == 4
+    told = report(done.stdout)
+    assert (told["version"], told["offers"], told["channels_open"]) == (None, 0, 0)
+    (death,) = told["deaths"]
+    assert death.endswith("vmbus_connect: EDOM; the guest's log says why")
+    assert_gone("t-refused")
+
+
+@pytest.mark.parametrize("version", ["0.13", "4.0"])
+def test_lists_are_edited_by_interrupts_of_their_processors(tmp_path: Path, version: str) -> None:
+    """Each of 6 channels was put on its CPU's list by a call to that CPU; the hypervisor ends the interrupts."""
+    scenario = tmp_path / "seed.toml"
+    scenario.write_text(
+        f'[machine]\nera = "seed"\nhost_version = "{version}"\nvcpus = 3\nvp_order = "reverse"\n'
+        'deprecate_auto_eoi = false\n[[device]]\nclass = "echo"\ncount = 6\n'
+    )
+    recording = str(tmp_path / "boot.rec")
+
+    done = call(tmp_path, "run", str(scenario), "--name", "t-ipi", "--duration", "0", "--record", recording, "--json")
+    lines = call(tmp_path, "trace", recording, "--to", "json").stdout.splitlines()
+
+    told = report(done.stdout)
+    assert (done.returncode, told["version"], told["channels_open"], told["leaked"]) == (0, version, 6, 0)
+    assert (told["task_errors"], told["packets"] > 0) == (0, True)
+    entered = [one for one in map(json.loads, lines) if one["event"] == "isr_enter"]
+    calls = Counter(one["actor"] for one in entered if one["args"]["vector"] == CALL_FUNCTION_VECTOR)
+    # VP 0 is CPU 1. At the end CPU 0 takes its own channels off itself, and has the others' SynICs cleaned up.
+    placed = Counter(f"vcpu{channel['vcpu']}" for device in told["devices"] for channel in device["channels"])
+    assert placed == ({"vcpu1": 6} if version == "0.13" else {"vcpu0": 2, "vcpu1": 2, "vcpu2": 2})
+    for cpu in range(3):
+        own = placed[f"vcpu{cpu}"]
+        assert calls[f"vcpu{cpu}"] == (own if cpu == 0 else own + own + 1)
+    assert any(one["args"]["vector"] == HYPERVISOR_CALLBACK_VECTOR for one in entered)
+    assert_gone("t-ipi")
+
+
+def test_guest_of_6_0_chooses_its_signals_and_pauses() -> None:
+    """Features are intersected; a channel is signalled by the ids that the guest names; PAUSE holds messages back."""
+    wanted = FeatureFlags.GUEST_SPECIFIED_SIGNAL_PARAMETERS | FeatureFlags.CLIENT_ID | FeatureFlags.PAUSE_RESUME
+    machine = MachineSpec(ram_bytes=64 << 20, host_version=VERSION_COPPER, features=wanted)
+    scenario = Scenario(machine, (DeviceSpec(count=2),))
+    with launch(scenario, no_guest=True) as running:
+        with PythonGuest(running.name) as guest:
+            guest.bring_up()
+            response = guest.contact(VERSION_COPPER, features=0xFF & ~0x40, client_id=UUID(int=7))
+            assert (response.version_supported, response.supported_features) == (1, int(wanted))
+            offers = guest.offers()
+
+            channel = guest.open(offers[0], connection_id=0x3ABC, event_flag=77)
+            assert len(channel.echo(4)) == 4
+            own, bit = event_flag(VMBUS_MESSAGE_SINT, 77)
+            assert guest.memory.read(SIEFP_PAGE + own, 1)[0] & bit
+            theirs, other = event_flag(VMBUS_MESSAGE_SINT, channel.relid)
+            assert not guest.memory.read(SIEFP_PAGE + theirs, 1)[0] & other
+            ordinary = guest.open(offers[1])
+            assert len(ordinary.echo(4)) == 4
+
+            guest.answered(Pause(), PauseResponse)
+            assert len(channel.echo(4)) == 4  # packets go on
+            guest.send(Resume())
+            guest.close_channel(channel)
+            guest.close_channel(ordinary)
+            guest.leave(offers)
+        running.pump(0.0)
+        assert running.machine.control.refusals()[0] == {}
+    assert running.deaths == []
+    assert_gone(running.name)

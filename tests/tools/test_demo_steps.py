@@ -1,0 +1,75 @@
+"""The demo's steps: which records are told, in which words, and what they took."""
+
+from __future__ import annotations
+
+from emu.recording import RecordedActor, TraceRecord
+from emu.tracing import EVENTS
+from tools.demo_steps import RULES, milestones, steps_of
+
+HOST = RecordedActor(2, "hypervisor", "HYPERVISOR", 100, 0)
+VCPU = RecordedActor(3, "vcpu0", "VCPU", 101, 0)
+WORKER = RecordedActor(6, "kworker/pri_chan", "WORKER", 102, 0)
+VECTOR = 0xF3
+
+
+def record(t_us: int, actor: RecordedActor, context: str, event: str, *values: int) -> TraceRecord:
+    """One record at `t_us`."""
+    return TraceRecord(t_us * 1_000, t_us, actor, 0, context, EVENTS[event], values)
+
+
+def test_a_step_has_its_time_its_process_its_context_and_its_words() -> None:
+    """Times count from the first step that is told; a worker's process is the workqueue's."""
+    steps = steps_of(
+        [
+            record(10, VCPU, "ISR", "isr_exit", VECTOR),  # of something before: no rule
+            record(20, HOST, "HOST", "offer", 5, 1, 0x2005, 0),
+            record(25, VCPU, "ISR", "isr_enter", VECTOR),
+            record(29, WORKER, "QUEUE", "probe", 5, 1, 0),
+        ],
+        5,
+    )
+
+    assert [(step.at_ns, step.took_ns, step.process, step.pid, step.context, step.text) for step in steps] == [
+        (0, 0, "hypervisor", 100, "host", "OFFERCHANNEL for relid 5"),
+        (5_000, 5_000, "vcpu0", 101, "ISR", "hyperv_vector_handler"),
+        (9_000, 4_000, "workqueue", 102, "queue pri_chan", "vmbus_probe: the driver has it"),
+    ]
+
+
+def test_other_devices_and_what_failed_are_not_told() -> None:
+    """A record of another relid is another story; a probe that failed is not told as one that took the device."""
+    records = [
+        record(1, HOST, "HOST", "offer", 6, 1, 0x2006, 0),
+        record(2, WORKER, "QUEUE", "probe", 5, 1, 2),
+        record(3, VCPU, "ISR", "isr_enter", 0xEC),
+    ]
+
+    assert steps_of(records, 5) == []
+
+
+def test_a_milestone_took_the_time_since_the_one_before_it() -> None:
+    """Leaving lines out leaves no time out."""
+    steps = steps_of(
+        [
+            record(0, HOST, "HOST", "offer", 5, 1, 0x2005, 0),
+            record(7, VCPU, "ISR", "isr_enter", VECTOR),
+            record(9, WORKER, "QUEUE", "open", 5, 1, 0xE1E10, 0),
+        ],
+        5,
+    )
+
+    assert [(step.at_ns, step.took_ns) for step in milestones(steps)] == [(0, 0), (9_000, 9_000)]
+
+
+def test_rules_name_events_and_arguments_that_there_are() -> None:
+    """A rule that fits nothing would silently tell nothing."""
+    for rule in RULES:
+        assert rule.wanted.keys() <= set(EVENTS[rule.event].arguments), rule
+
+
+def test_every_text_has_its_place_in_80_columns() -> None:
+    """36 columns are left for it; RESCIND_CHANNELOFFER is the longest message that a slot is told to hold."""
+    values = {"relid": 2047, "msgtype": 2, "vector": 0xF3, "pages": 8190}
+
+    texts = [rule.text if isinstance(rule.text, str) else rule.text(values) for rule in RULES]
+    assert [text for text in texts if len(text) > 36] == []

@@ -1,0 +1,109 @@
+"""`vmbus-emu stress`: sums that cannot hide a loss, verdicts, and a machine that really is stressed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.conftest import RunCli
+from tools.stress import add_up, findings_of, junit_of
+
+
+def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False, corrupt: int = 0) -> dict[str, Any]:
+    """One channel of one CPU's report."""
+    counts = {str(sender): count for sender, count in received.items()}
+    return {
+        "handle": handle,
+        "owned": bool(received),
+        "sent": sent,
+        "received": counts,
+        "corrupt": corrupt,
+        "gone": gone,
+        "bytes": 8 * sent,
+    }
+
+
+def report(cpu: int, *lanes: dict[str, Any]) -> dict[str, Any]:
+    """One CPU's report."""
+    return {"cpu": cpu, "computed": 1, "complaints": [], "lanes": list(lanes)}
+
+
+def test_what_two_cpus_sent_is_compared_with_what_the_owner_got() -> None:
+    """Senders are counted apart, so that one's surplus does not hide the other's loss."""
+    owner, other = report(0, lane(5, 10, {0: 10, 1: 7})), report(1, lane(5, 7, {}))
+
+    sums = add_up([owner, other])
+    assert (sums.packets, sums.nbytes, sums.lost, sums.channels) == (17, 136, 0, 1)
+    assert add_up([report(0, lane(5, 10, {0: 11, 1: 6})), other]).lost == 2
+
+
+def test_packet_that_nobody_sent_is_a_loss_too() -> None:
+    """More than was sent is as wrong as less."""
+    assert add_up([report(0, lane(5, 3, {0: 4}))]).lost == 1
+
+
+def test_channel_that_was_taken_away_takes_its_packets_with_it() -> None:
+    """Whoever saw it go: what was under way is no loss, and is told."""
+    sums = add_up([report(0, lane(5, 10, {0: 8}, gone=True)), report(1, lane(5, 4, {}))])
+
+    assert (sums.lost, sums.taken_away) == (0, 6)
+
+
+@pytest.mark.parametrize("name", ["lost", "corrupt", "failed_tasks", "leaked"])
+def test_each_count_that_must_be_nothing_is_a_finding(name: str) -> None:
+    """It is named with the seed that repeats it, and is a failure in the JUnit file."""
+    told = dict.fromkeys(("lost", "corrupt", "failed_tasks", "leaked"), 0) | {"refused": {}, "seed": 42, "seconds": 1.0}
+    assert not findings_of(told)
+
+    told[name] = 3
+    assert findings_of(told) == {name: f"{name}: 3 (seed 42)"}
+    suite = ElementTree.fromstring(junit_of(told))
+    assert suite.get("failures") == "1"
+    assert [case.get("name") for case in suite if case.find("failure") is not None] == [name]
+
+
+def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    """Several senders a channel, devices that come and go, vCPUs that are moved: every byte comes back right."""
+    arguments = ("--duration", "1.5", "--seed", "11", "--vcpus", "3", "--channels", "6", "--json", "--junit", "out.xml")
+    done = run_cli("stress", *arguments, timeout_s=100)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["schema"] == {"name": "vmbus-emu.stress", "version": 1}
+    assert (told["lost"], told["corrupt"], told["leaked"], told["seed"]) == (0, 0, 0, 11)
+    assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
+    assert ElementTree.parse(tmp_path / "out.xml").getroot().get("failures") == "0"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("vcpus", [1, 2, 4, 8])
+def test_stressed_machine_loses_nothing_for_long(run_cli: RunCli, vcpus: int) -> None:
+    """Minutes of it, on few and on many processors."""
+    arguments = ("--duration", "90", "--vcpus", str(vcpus), "--channels", "24", "--json")
+    done = run_cli("stress", *arguments, timeout_s=400)
+
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (("--mix", "salt"), 2, "salt"),
+        (("--vcpus", "0"), 2, "--vcpus"),
+        (("--channels", "0"), 2, "--device"),
+        (("nothing.toml",), 2, "nothing.toml"),
+        (("--duration", "30", "--time-limit", "1"), 124, "--time-limit"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(run_cli: RunCli, arguments: tuple[str, ...], status: int, word: str) -> None:
+    """Exit status 2 for wrong words, 124 for a time limit, and nothing on stdout."""
+    done = run_cli("stress", *arguments)
+
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.count("\n") == 1 and word in done.stderr

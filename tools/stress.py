@@ -1,0 +1,335 @@
+"""`vmbus-emu stress`: everything at once, every byte checked, and the counts that must come out as nothing.
+
+The guest's programs send and check (`guestproc.stress`); from here devices come and go under the traffic and vCPU
+processes are moved between the cores. At the end what was sent and what came back are added up by channel: the
+difference is lost, unless the channel was taken away meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import click
+
+from emu.errors import DeadlinePassed, UserError
+from emu.mirror import Mirror
+from emu.scenario import Scenario, parse_device
+from emu.task_board import Program, TaskState
+from guestproc.kernel.layout import KernelTables
+from tools.ctl import ask_host, offer_devices
+from tools.exit_status import ExitStatus
+from tools.histograms import write_text
+from tools.launch import RunningMachine, launch
+from tools.options import json_option, scenario_argument
+from tools.output import narrates, print_json, say
+
+INGREDIENTS: Final = ("move", "hot")
+"""What `--mix` may name beside the traffic: vCPUs moved between cores, devices that come and go."""
+TURN_S: Final = 0.02
+MOST_HOT: Final = 4
+TASK_GRACE_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class Sums:
+    """What all CPUs report, added up by channel."""
+
+    packets: int = 0
+    nbytes: int = 0
+    lost: int = 0
+    corrupt: int = 0
+    taken_away: int = 0
+    """Packets that were under way on channels that went."""
+    channels: int = 0
+    computed: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+
+def add_up(reports: Sequence[Mapping[str, Any]]) -> Sums:
+    """Sent and received by channel and sender; a channel that somebody saw go has no losses."""
+    sums = Sums()
+    sent: Counter[tuple[int, int]] = Counter()
+    received: Counter[tuple[int, int]] = Counter()
+    gone: set[int] = set()
+    handles: set[int] = set()
+    for report in reports:
+        sums.computed += report["computed"]
+        sums.complaints += report["complaints"]
+        for lane in report["lanes"]:
+            handle = lane["handle"]
+            handles.add(handle)
+            sent[handle, report["cpu"]] += lane["sent"]
+            sums.nbytes += lane["bytes"]
+            sums.corrupt += lane["corrupt"]
+            if lane["gone"]:
+                gone.add(handle)
+            for sender, count in lane["received"].items():
+                received[handle, int(sender)] += count
+                sums.packets += count
+    for key in sent.keys() | received.keys():
+        missing = sent[key] - received[key]
+        if key[0] in gone:
+            sums.taken_away += max(0, missing)
+        else:
+            # More than was sent is as wrong as less.
+            sums.lost += abs(missing)
+    sums.channels = len(handles)
+    return sums
+
+
+@dataclass(slots=True)
+class Troubles:
+    """What is done to the machine while it works."""
+
+    running: RunningMachine
+    rng: random.Random
+    mix: frozenset[str]
+    cores: list[int]
+    moves: int = 0
+    adds: int = 0
+    removes: int = 0
+    hot: list[int] = field(default_factory=list)
+
+    def turn(self) -> None:
+        """One or the other, by chance."""
+        if "move" in self.mix and self.rng.random() < 0.3:
+            self.move()
+        if "hot" in self.mix and self.rng.random() < 0.1:
+            self.add() if len(self.hot) < self.rng.randrange(MOST_HOT + 1) else self.remove()
+
+    def move(self) -> None:
+        """Bind a vCPU to one core, or to none in particular."""
+        name = f"vcpu{self.rng.randrange(self.running.machine.vp_count)}"
+        choice = self.rng.choice([*({core} for core in self.cores), set(self.cores)])
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(self.running.inner[name].pid, choice)
+            self.moves += 1
+
+    def add(self) -> None:
+        """Offer one more echo device."""
+        offered = offer_devices(self.running.machine, "echo:1")
+        self.hot += [int(one["relid"]) for one in offered]
+        self.adds += 1
+
+    def remove(self) -> None:
+        """Take one of them back, under its traffic."""
+        if self.hot:
+            relid = self.hot.pop(self.rng.randrange(len(self.hot)))
+            ask_host(self.running.machine, "rescind", relid=relid, instance="")
+            self.removes += 1
+
+
+def _mix(text: str) -> frozenset[str]:
+    """`--mix move,hot`; `none` for traffic alone."""
+    words = [] if text == "none" else text.split(",")
+    for word in words:
+        if word not in INGREDIENTS:
+            known = ", ".join((*INGREDIENTS, "none"))
+            raise UserError(f"--mix {text}: {word or 'nothing'} is no ingredient; there are {known}")
+    return frozenset(words)
+
+
+@click.command()
+@scenario_argument
+@click.option("--seed", type=click.IntRange(0, 2**31), help="What is sent and done; default: a new one, which is told.")
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(0.1, 86_400),
+    default=5.0,
+    show_default=True,
+    help="Seconds of traffic.",
+)
+@click.option("--channels", type=int, default=8, show_default=True, help="Echo devices.")
+@click.option("--vcpus", type=int, help="Virtual CPUs.")
+@click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help="What else happens; none: nothing.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
+@click.option("--time-limit", "limit_s", type=click.FloatRange(1, 90_000), help="Exit with 124 if it takes longer.")
+@json_option
+def stress(
+    scenario_path: Path | None,
+    seed: int | None,
+    duration_s: float,
+    channels: int,
+    vcpus: int | None,
+    mix: str,
+    junit: Path | None,
+    limit_s: float | None,
+    as_json: bool,
+) -> int:
+    """Send everything that may be sent, from every CPU, while devices come and go; check every byte.
+
+    \b
+    Example:
+      vmbus-emu stress --duration 10
+      vmbus-emu stress --seed 7 --vcpus 4 --channels 32 --mix none --json
+    """
+    ingredients = _mix(mix)
+    scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
+    devices = [parse_device(f"echo:{channels}")] if scenario_path is None else []
+    scenario = scenario.with_overrides(vcpus=vcpus, devices=devices)
+    chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
+    end = None if limit_s is None else time.monotonic() + limit_s
+    report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
+    if junit is not None:
+        write_text(junit, junit_of(report), "--junit")
+    if as_json:
+        print_json("stress", 1, report)
+    else:
+        _show(report)
+    return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
+
+
+def run_stress(
+    scenario: Scenario, seed: int, duration_s: float, mix: frozenset[str], end: float | None, *, live: bool
+) -> dict[str, Any]:
+    """Boot, stress, settle; the report. DeadlinePassed when `end` (monotonic) comes first."""
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder, launch(scenario, seed=seed) as running:
+        running.wait_ready()
+        troubles = Troubles(running, random.Random(seed), mix, cores)
+        paths = {cpu: Path(folder, f"cpu{cpu}") for cpu in range(scenario.machine.vcpus)}
+        rows = [
+            running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(path))
+            for cpu, path in paths.items()
+        ]
+        _watch(running, troubles, rows, duration_s, end, live=live)
+        tasks = running.wait_tasks(rows, TASK_GRACE_S if end is None else max(0.1, end - time.monotonic()))
+        sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
+        rings = _ring_transitions(_guest_tables(running))
+        in_time = running.shut_down_guest()
+        leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
+        counters = running.machine.control.counter_totals()
+        refused = running.machine.control.refusals()[0]
+        running.stop()
+    return {
+        "seed": seed,
+        "seconds": duration_s,
+        "vcpus": scenario.machine.vcpus,
+        "channels": sums.channels,
+        "packets": sums.packets,
+        "bytes": sums.nbytes,
+        "interrupts": counters["interrupts"],
+        "wakeups": counters["kicks_semaphore"] + counters["kicks_signal"],
+        "kicks": {name.removeprefix("kicks_"): counters[name] for name in counters if name.startswith("kicks_")},
+        "spurious": counters["spurious"],
+        "merged": counters["merged"],
+        "preemptions": counters["preemptions"],
+        "computed": sums.computed,
+        **rings,
+        "moves": troubles.moves,
+        "hot_adds": troubles.adds,
+        "hot_removes": troubles.removes,
+        "taken_away": sums.taken_away,
+        "lost": sums.lost,
+        "corrupt": sums.corrupt,
+        "complaints": sums.complaints,
+        "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
+        "refused": _unexpected(refused),
+        "leaked": leaked if in_time else leaked or 1,
+    }
+
+
+def _watch(
+    running: RunningMachine, troubles: Troubles, rows: list[int], duration_s: float, end: float | None, *, live: bool
+) -> None:
+    """Trouble the machine for as long as it works; a line of what happens, where somebody watches."""
+    began = said = time.monotonic()
+    before = running.machine.control.counter_totals()
+    while time.monotonic() - began < duration_s:
+        if end is not None and time.monotonic() > end:
+            raise DeadlinePassed("the stress to end (--time-limit)", int((end - began) * 1e9))
+        troubles.turn()
+        running.pump(TURN_S)
+        if live and time.monotonic() - said > 0.5:
+            now = running.machine.control.counter_totals()
+            seconds, said = time.monotonic() - said, time.monotonic()
+            rates = {name: (now[name] - before[name]) / seconds for name in ("packets", "bytes", "interrupts")}
+            before = now
+            say(
+                f"{said - began:5.1f} s  {rates['packets']:9,.0f} packets/s  {rates['bytes'] / 1e6:7.1f} MB/s  "
+                f"{rates['interrupts']:7,.0f} interrupts/s  {len(troubles.hot)} hot devices, {troubles.moves} moves"
+            )
+
+
+def _unexpected(refused: Mapping[str, int]) -> dict[str, int]:
+    """What the host refused, but for messages and signals that crossed a rescind of its own."""
+    return {rule: count for rule, count in refused.items() if "revoked" not in rule and rule != "unknown-doorbell"}
+
+
+def _guest_tables(running: RunningMachine) -> KernelTables:
+    """The guest's records, in a mapping of its own: the tables hold views of it for as long as they live."""
+    return KernelTables.attach(mmap.mmap(running.machine.ram.fd, running.machine.ram.size))
+
+
+def _ring_transitions(tables: KernelTables) -> dict[str, int]:
+    """How often rings went from empty to not, and to full, as the guest's channels counted it."""
+    totals: defaultdict[str, int] = defaultdict(int)
+    names = {
+        "empty_transitions": "intr_out_empty",
+        "full_transitions": "out_full_first",
+        "full_writes": "out_full_total",
+        "room_signals": "intr_in_full",
+    }
+    for channel in tables.channels.live():
+        for name, word in names.items():
+            with suppress(AssertionError):  # it goes while we look
+                totals[name] += getattr(channel, word)
+    return {name: totals[name] for name in names}
+
+
+def findings_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """What must be nothing and is not, by name."""
+    return {
+        name: f"{name}: {report[name]} (seed {report['seed']})"
+        for name in ("lost", "corrupt", "failed_tasks", "leaked", "refused")
+        if report[name]
+    }
+
+
+def junit_of(report: Mapping[str, Any]) -> str:
+    """One test case for each count that must be nothing."""
+    found = findings_of(report)
+    names = ("lost", "corrupt", "failed_tasks", "leaked", "refused")
+    suite = ElementTree.Element("testsuite", name="vmbus-emu stress", tests=str(len(names)), failures=str(len(found)))
+    for name in names:
+        case = ElementTree.SubElement(suite, "testcase", classname="stress", name=name, time=str(report["seconds"]))
+        if name in found:
+            ElementTree.SubElement(case, "failure", message=found[name])
+    return ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    click.echo(
+        f"{report['packets']:,} packets, {report['bytes'] / 1e6:,.1f} MB through {report['channels']} channels of "
+        f"{report['vcpus']} vCPUs in {report['seconds']:g} s"
+    )
+    click.echo(
+        f"{report['interrupts']:,} interrupts, {report['wakeups']:,} wake-ups, {report['spurious']} spurious, "
+        f"{report['merged']:,} merged, {report['preemptions']:,} preemptions"
+    )
+    click.echo(
+        f"rings: {report['empty_transitions']:,} times from empty, {report['full_transitions']:,} times full, "
+        f"{report['room_signals']:,} signals for room"
+    )
+    click.echo(
+        f"{report['hot_adds']} devices added, {report['hot_removes']} removed, {report['moves']} moves between cores; "
+        f"{report['taken_away']} packets went with their channels"
+    )
+    click.echo(f"lost {report['lost']}, corrupt {report['corrupt']}, leaked {report['leaked']}, seed {report['seed']}")
+    for text in report["complaints"]:
+        click.echo(f"corrupt: {text}")
+    for text in findings_of(report).values():
+        click.echo(f"finding: {text}")
