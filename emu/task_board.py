@@ -138,6 +138,12 @@ class TaskBoard:
         """All rows in use."""
         return [row for row in map(self.row, range(TASKS)) if row.state != TaskState.FREE]
 
+    def free(self, index: int) -> None:
+        """A program that ended is told of: its row may hold another (who ordered it)."""
+        at = self._control.task_offset(index) + _STATE
+        assert self._control.view.load_u32(at) in (TaskState.DONE, TaskState.FAILED), self.row(index)
+        self._control.view.store_u32(at, TaskState.FREE)
+
     def take(self, cpu: int) -> TaskRow | None:
         """The next program ordered for `cpu`, now RUNNING (the vCPU)."""
         view = self._control.view

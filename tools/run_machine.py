@@ -17,7 +17,7 @@ from emu.errors import DeadlinePassed, UserError
 from emu.mirror import Mirror
 from emu.recording import RecordingWriter
 from emu.scenario import Scenario
-from emu.task_board import Program, TaskRow, TaskState
+from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.wire.versions import version_text
 from guestproc.drivers.echo import EchoDriver
 from guestproc.drivers.netlike import NetlikeDriver
@@ -181,6 +181,7 @@ def exercise(running: RunningMachine) -> list[TaskRow]:
 
     Where netlike devices have channels, frames both ways after that.
     """
+    board = TaskBoard(running.machine.control)
     devices = list_devices(running.machine)
     cpus = {channel.cpu for device in devices if device.driver == EchoDriver.name for channel in device.channels}
     polled = {channel.cpu for device in devices if device.driver == NetlikeDriver.name for channel in device.channels}
@@ -192,6 +193,9 @@ def exercise(running: RunningMachine) -> list[TaskRow]:
     ):
         ordered = [running.order(program, cpu, wanted=wanted) for cpu in sorted(there)]
         rows += running.wait_tasks(ordered, TASK_TIMEOUT_S)
+        # A board has fewer rows than there may be processors for all programs.
+        for index in ordered:
+            board.free(index)
     return rows
 
 

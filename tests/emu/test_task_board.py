@@ -93,6 +93,22 @@ def test_full_board_is_our_mistake(board: TaskBoard) -> None:
         board.order(Program.CRUNCH, 0)
 
 
+def test_a_freed_row_takes_another_order(board: TaskBoard) -> None:
+    """Only one whose program has ended may be freed."""
+    for _ in range(TASKS):
+        board.order(Program.CRUNCH, 0)
+    row = board.take(0)
+    assert row is not None
+    with pytest.raises(AssertionError):
+        board.free(row.index)
+    board.report(row, TaskState.DONE, packets=1, nbytes=2, errors=0)
+
+    board.free(row.index)
+
+    assert board.order(Program.NET_CHECK, 1) == row.index
+    assert board.row(row.index).packets == 0
+
+
 def test_processes_share_the_board(board: TaskBoard) -> None:
     """Two orderers and two takers at once: every order is taken exactly once."""
 
