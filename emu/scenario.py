@@ -376,7 +376,7 @@ def _read_device(table: Table, plugins: Plugins) -> DeviceSpec:
         instance=table.take("instance", guid, default.instance),
         count=table.take("count", _count, default.count),
         ring_pages=table.take("ring_pages", page_count(MIN_RING_PAGES, MAX_RING_PAGES), default.ring_pages),
-        subchannels=table.take("subchannels", _subchannels, default.subchannels),
+        subchannels=table.take("subchannels", _subchannels, None),
     )
     table.end()
     if (fault := backend_fault(spec.class_name, spec.backend)) is not None:

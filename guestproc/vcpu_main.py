@@ -18,6 +18,7 @@ from emu.memory import GuestMemory
 from emu.task_board import TaskBoard
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
+from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
@@ -136,6 +137,7 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
         _connect(current)
         _reached(machine, vcpu, report, Ready.CONNECTED)
         vmbus_wait_for_offers(current, lambda: machine.control.ready >= Ready.OFFERS_DELIVERED)
+        wait_for_subchannels(current)
     except DeadlinePassed as error:
         raise BootFailed(str(error)) from None
     _reached(machine, vcpu, report, Ready.CHANNELS_OPEN)

@@ -410,29 +410,23 @@ class Bus:
             violation=lambda violation: self.refusals.add_violation(violation, f"channel {relid}"),
             closed=lambda: self._closed(key),
             offer_subchannels=lambda indices: self._offer_subchannels(key, indices),
+            subchannel_room=lambda: self.server.subchannel_room,
         )
         channel.attach()
         self._record(E_MAP, relid, effect.ring_gpadl, effect.ring_pages)
         return channel
 
-    def _offer_subchannels(self, key: int, indices: Iterable[int]) -> int:
-        """Offer sub-channels of an open primary, with its back end; how many the guest was given a relid for.
+    def _offer_subchannels(self, key: int, indices: Iterable[int]) -> None:
+        """Offer sub-channels of an open primary, with its back end, as far as there are relids for them.
 
         They go with the primary: the server revokes them when that is closed or revoked.
         """
         primary = self._devices[key]
         assert primary.channel is not None and not primary.parameters.sub_channel_index, primary.parameters
-        given = 0
         for index in indices:
             parameters = replace(primary.parameters, sub_channel_index=index)
-            if self.server.offered(parameters.identity):
-                continue
-            subchannel = self.add(parameters, primary.backend)
-            if self.server.relid_of(subchannel):
-                given += 1
-            else:
-                self.remove(subchannel)  # all relids are taken, or this version has no sub-channels
-        return given
+            if self.server.subchannel_room and not self.server.offered(parameters.identity):
+                self.add(parameters, primary.backend)
 
     def _run(self, name: str, channel: HostChannel, body: TaskBody) -> TaskBody:
         """Run a device's task; a guest that breaks its rings, or an author's mistake, stops this channel's only."""

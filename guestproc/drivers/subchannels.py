@@ -1,9 +1,12 @@
-"""How our drivers get sub-channels: ask the device, wait for the answer, open each as its offer comes.
+"""How our drivers get sub-channels: ask the device, note the answer, open each as its offer comes.
 
 The driver sets its callback before it asks (`vmbus_set_sc_create_callback`), since offers may come before the answer.
-The callback runs on hv_sub_chan, beside a probe that waits and beside a remove that closes; so who opens a sub-channel
-of a device that is being removed meanwhile closes it again itself. A host that does not answer, or that does not offer
-what it granted, costs the probe a deadline and no more: the device works with the channels that it has.
+The callback runs on hv_sub_chan, beside a remove that closes; so who opens a sub-channel of a device that is being
+removed meanwhile closes it again itself.
+
+The probe waits neither for the answer nor for the offers. It runs on an ordered queue: a rescind that waits for a probe
+behind this one would hold up the rescind that ends this one's wait (netvsc has a work item of its own for that reason).
+So a host that does not answer, or does not offer what it granted, costs nothing: the device has the channels it has.
 
 Driver state words: 4 what the device answered; 5 sub-channels that opened, 6 that did not; 7 callbacks that are
 running (all atomic).
@@ -11,7 +14,6 @@ running (all atomic).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.errors import ProtocolViolation
@@ -35,66 +37,76 @@ RUNNING: Final = 7
 
 PENDING: Final = 1 << 63
 ANSWERED: Final = 1 << 62
+GRANTED: Final = 0xFF
 REQUEST_ID: Final = int.from_bytes(b"SUBCHANS", "little")
 """The transaction id of a request."""
 TIMEOUT_NS: Final = 10 * SECOND_NS
-"""For the answer, then again for the offers and their opening."""
+"""For sub-channels to be there when a machine has booted."""
 WIND_UP_TIMEOUT_NS: Final = 60 * SECOND_NS
 """For callbacks that run when their device is removed; each waits for the host at most once."""
 
 
 def ask_for_subchannels(current: Current, device: Device, channel: Channel, count: int, name: str) -> None:
-    """In the probe, the primary open: ask for `count`, and see those that are granted open."""
+    """In the probe, the primary open: ask for `count`; nobody waits for them here."""
     answer = state_word(current, device, ANSWER)
     answer.store(PENDING)
     result = vmbus_sendpacket(current, channel, pack_request(count), REQUEST_ID, flags=COMPLETION_REQUESTED)
     if result:
         answer.store(0)
         current.log(f"{name}: sub-channels cannot be asked for ({result})")
-        return
-    if not _wait(current, channel, lambda: bool(answer.load() & ANSWERED)):
-        # Whatever comes now is no answer any more, but the channel's own.
-        answer.store(0)
-        current.log(f"{name}: no answer to a request for {count} sub-channels")
-        return
-    status, granted = answer.load() >> 32 & 0xFFFF, answer.load() & 0xFFFFFFFF
-    if status != SubchannelStatus.SUCCESS:
-        current.log(f"{name}: {count} sub-channels refused with status {status}")
-        return
-    opened, failed = state_word(current, device, OPENED), state_word(current, device, FAILED)
-    if not _wait(current, channel, lambda: opened.load() + failed.load() >= granted) or failed.load():
-        current.log(f"{name}: {opened.load()} of {granted} sub-channels opened")
-
-
-def _wait(current: Current, channel: Channel, done: Callable[[], bool]) -> bool:
-    """Wait for something that the host does, unless it takes the channel back; whether it was done."""
-    current.connection.state_wait.wait_until_timeout(
-        current.actor, lambda: done() or channel.rescind.load() != 0, TIMEOUT_NS
-    )
-    return done()
 
 
 def take_answer(current: Current, device: Device, packets: list[Packet]) -> None:
-    """In the primary's callback: the first packet that completes the request is for the probe, and is taken out."""
+    """In the primary's callback: the packet that completes the request is taken out, and noted."""
     answer = state_word(current, device, ANSWER)
     if not answer.load() & PENDING:
         return
     for position, (packet_type, _flags, trans_id, payload) in enumerate(packets):
         if packet_type == VM_PKT_COMP and trans_id == REQUEST_ID:
             del packets[position]
-            answer.cas(PENDING, ANSWERED | _judged(current, payload))
+            answer.store(ANSWERED | _judged(current, payload))
             current.connection.state_wait.wake_all(current.actor)
             return
 
 
 def _judged(current: Current, payload: bytes) -> int:
-    """Status and count of a completion, as the word holds them; nonsense is a refusal."""
+    """How many are granted: none by what is no completion, nor by a refusal, which is logged."""
     try:
         status, count = parse_completion(payload)
     except ProtocolViolation as violation:
         current.refuse(violation)
-        return SubchannelStatus.INVALID << 32
-    return min(status, 0xFFFF) << 32 | count
+        return 0
+    if status == SubchannelStatus.SUCCESS:
+        return count
+    current.log(f"sub-channels refused with status {status}")
+    return 0
+
+
+def wait_for_subchannels(current: Current) -> None:
+    """Until every device has the sub-channels that it was granted, or the deadline; what is missing then is logged.
+
+    No driver waits for that. Whoever shows a machine does, behind `vmbus_wait_for_offers`.
+    """
+    with current.connection.channel_mutex.hold(current.actor):
+        unsettled = [device.handle for device in current.tables.devices.live() if _missing(current, device)]
+
+    def settled() -> bool:
+        with current.connection.channel_mutex.hold(current.actor):
+            found = [current.tables.devices.find(handle) for handle in unsettled]
+            unsettled[:] = [device.handle for device in found if device is not None and _missing(current, device)]
+        return not unsettled
+
+    if unsettled and not current.connection.state_wait.wait_until_timeout(current.actor, settled, TIMEOUT_NS):
+        current.log(f"{len(unsettled)} devices have not got the sub-channels that they asked for")
+
+
+def _missing(current: Current, device: Device) -> bool:
+    """Under channel_mutex: whether an answer, or a sub-channel that was granted, is still to come."""
+    answer = state_word(current, device, ANSWER).load()
+    if not answer or not device.driver or state_word(current, device, CLAIMS).load() & REMOVING:
+        return False
+    came = state_word(current, device, OPENED).load() + state_word(current, device, FAILED).load()
+    return bool(answer & PENDING) or came < answer & GRANTED
 
 
 # -- in the sc_creation_callback --------------------------------------------------------------------------

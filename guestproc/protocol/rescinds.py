@@ -71,7 +71,7 @@ class Closing(Enum):
     AWAIT_RESCIND = auto()
     """Its rescind is being handled and has not come to `decide` yet."""
     LEAVE = auto()
-    """It is closed, and the handler of its rescind removes it."""
+    """It is closed, or was never opened, and whoever ends its rescind removes it."""
 
 
 def closing(channel: Channel) -> Closing:
@@ -80,4 +80,7 @@ def closing(channel: Channel) -> Closing:
         return Closing.CLOSE
     if channel.rescind_event.done:
         return Closing.CLOSE_AND_REMOVE
-    return Closing.LEAVE if channel.state.load() == ChannelState.OPEN_STATE else Closing.AWAIT_RESCIND
+    # One whose offer waits to be handled will not open any more. Only an opening is waited for, which ends by itself
+    # now; what is queued may be so behind another device's that waits for a rescind behind this closer.
+    closed = channel.state.load() in (ChannelState.OPEN_STATE, ChannelState.OFFER_STATE)
+    return Closing.LEAVE if closed else Closing.AWAIT_RESCIND

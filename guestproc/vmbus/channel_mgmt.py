@@ -47,7 +47,7 @@ MESSAGE_HANDLERS: Final[dict[str, MessageHandler]] = {}
 VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
 HANDLED_TIMEOUT_NS: Final = 180 * SECOND_NS
-"""For what waits in turn for a probe that waits for the host, more than once."""
+"""For the offers before a rescind, of which each may wait for a lock that is held while the host is waited for."""
 
 
 def message_handler(function: MessageHandler) -> MessageHandler:
@@ -306,8 +306,6 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
         request = rescinds.mark(current.tables, channel)
         if request is not None:
             request.waitevent.complete(current.actor)
-    # A probe may wait for something of the device's own on this channel.
-    current.connection.state_wait.wake_all(current.actor)
 
 
 def _finish_rescind(current: Current, channel: Channel) -> None:

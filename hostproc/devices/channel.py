@@ -26,8 +26,8 @@ class HostChannel:
 
     `incoming` is the guest's ring, `outgoing` the host's; both are mapped when the first packet comes.
     `signal` sets the guest's event flag (it does nothing for a guest that polls). `violation` counts what the
-    guest did wrong. `offer_subchannels`, on a primary, offers those of the indices that are not offered yet, in that
-    order, and says how many the guest was given. After `close` the rings are gone.
+    guest did wrong. `offer_subchannels`, on a primary, offers sub-channels of these indices in this order, of which
+    there may be as many as `subchannel_room` says. After `close` the rings are gone.
     """
 
     __slots__ = (
@@ -42,6 +42,7 @@ class HostChannel:
         "offer_subchannels",
         "relid",
         "signals",
+        "subchannel_room",
         "sub_channel_index",
         "userdata",
         "violation",
@@ -58,7 +59,8 @@ class HostChannel:
         signal: Callable[[], object],
         violation: Callable[[ProtocolViolation], None],
         closed: Callable[[], None],
-        offer_subchannels: Callable[[Iterable[int]], int] | None = None,
+        offer_subchannels: Callable[[Iterable[int]], None] | None = None,
+        subchannel_room: Callable[[], int] | None = None,
     ) -> None:
         self.key = key
         self.relid = relid
@@ -71,6 +73,7 @@ class HostChannel:
             self._incoming, self._outgoing = rings
         self.violation = violation
         self.offer_subchannels = offer_subchannels or _none_offered
+        self.subchannel_room = subchannel_room or _no_room
         self.closed = closed  # for a back end whose `close` said that it needs longer
         self.signals = 0  # to the guest
         self._signal = signal
@@ -204,6 +207,9 @@ class HostChannel:
             self._outgoing.memory.close()
 
 
-def _none_offered(_indices: Iterable[int]) -> int:
+def _none_offered(_indices: Iterable[int]) -> None:
     """A channel of nobody's bus has no sub-channels."""
+
+
+def _no_room() -> int:
     return 0

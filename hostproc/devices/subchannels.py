@@ -19,7 +19,7 @@ from hostproc.loop import TaskBody
 
 
 class SubchannelGrants:
-    """What one opening of a channel may be given: at most `most` sub-channels, once."""
+    """What one opening of a channel may be given: at most `most` sub-channels, as the guest has room for, once."""
 
     def __init__(self, channel: HostChannel, most: int, seed: int) -> None:
         self._channel: Final = channel
@@ -34,7 +34,7 @@ class SubchannelGrants:
         order = self._random.sample(range(1, count + 1), count)
         early = self._random.random() < 0.5
         if early:
-            count = channel.offer_subchannels(order)
+            channel.offer_subchannels(order)
         yield from channel.send_all([pack_completion(status, count)], trans_id, packet_type=VM_PKT_COMP)
         if not early:
             channel.offer_subchannels(order)
@@ -52,7 +52,8 @@ class SubchannelGrants:
                 ProtocolViolation(text, rule="subchannel-count", field="num_subchannels", value=asked)
             )
             return SubchannelStatus.INVALID, 0
-        if not self._most:
+        most = min(self._most, self._channel.subchannel_room())
+        if not most:
             return SubchannelStatus.UNSUPPORTED, 0
         if self._granted:
             text = "sub-channels are asked for a second time"
@@ -61,4 +62,4 @@ class SubchannelGrants:
             )
             return SubchannelStatus.ALREADY, 0
         self._granted = True
-        return SubchannelStatus.SUCCESS, min(asked, self._most)
+        return SubchannelStatus.SUCCESS, min(asked, most)

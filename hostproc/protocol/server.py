@@ -58,7 +58,7 @@ from hostproc.protocol.effects import (
     SendMessage,
 )
 from hostproc.protocol.gpadls import Gpadls
-from hostproc.protocol.offers import Identity, OfferParameters
+from hostproc.protocol.offers import LAST_RELID, Identity, OfferParameters
 from hostproc.protocol.policy import DEFAULT_POLICY, Policy
 from hostproc.protocol.session import Link, Session
 from hostproc.protocol.sockets import Sockets
@@ -185,6 +185,11 @@ class Server:
     def relid_of(self, key: int) -> int:
         """The relid of a device that is there; 0 while the guest has none for it."""
         return self._table.of_device(key).relid
+
+    @property
+    def subchannel_room(self) -> int:
+        """How many sub-channels the guest could be given now: the free relids, none before versions that have them."""
+        return LAST_RELID - self._table.held_count if self._session.version.sub_channels else 0
 
     def has_device(self, key: int) -> bool:
         """Whether device `key` is still there: a sub-channel may have gone with its primary."""

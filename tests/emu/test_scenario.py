@@ -500,6 +500,17 @@ def test_sub_channels_count_as_channels() -> None:
     assert DeviceSpec(count=2, subchannels=3, ring_pages=2).ring_bytes(2) == 2 * 4 * 2 * 2 * 4096
 
 
+@pytest.mark.parametrize(("vcpus", "subchannels"), [(1, 0), (4, 3), (8, 7), (64, 7)])
+def test_a_netlike_device_has_a_channel_for_each_vcpu_up_to_eight(vcpus: int, subchannels: int) -> None:
+    """Unless it says how many; from a flag, and also after its way through a configuration."""
+    scenario = Scenario.default().with_overrides(vcpus=vcpus, devices=[parse_device("netlike:2")])
+
+    for one in (scenario, Scenario.from_config(scenario.to_config())):
+        assert [(d.backend, d.subchannels) for d in one.devices()] == [("netlike", subchannels)] * 2
+    assert Scenario(MachineSpec(vcpus=4), (DeviceSpec("netlike", subchannels=0),)).devices()[0].subchannels == 0
+    assert Scenario(MachineSpec(vcpus=4), (DeviceSpec("echo"),)).devices()[0].subchannels == 0
+
+
 @pytest.mark.parametrize(("ring_pages", "contiguous", "scattered"), [(2, 4, 8), (9, 32, 64), (16, 32, 64)])
 def test_rings_need_a_power_of_two_of_pages(ring_pages: int, contiguous: int, scattered: int) -> None:
     """The guest's page allocator hands out aligned blocks, so that is what a channel's rings cost."""

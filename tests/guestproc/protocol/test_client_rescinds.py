@@ -93,7 +93,8 @@ def test_closer_knows_what_to_do(tables: KernelTables, rescinded: int, decided: 
     elif decided:
         assert todo is Closing.CLOSE_AND_REMOVE
     else:
-        assert todo is (Closing.LEAVE if state is ChannelState.OPEN_STATE else Closing.AWAIT_RESCIND)
+        closed = state in (ChannelState.OPEN_STATE, ChannelState.OFFER_STATE)
+        assert todo is (Closing.LEAVE if closed else Closing.AWAIT_RESCIND)
 
 
 def _offset(name: str) -> int:

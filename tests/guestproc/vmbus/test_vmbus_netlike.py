@@ -27,6 +27,13 @@ RELID = 9
 DRIVER = netlike.NetlikeDriver()
 
 
+@pytest.fixture(params=["current", "seed"])
+def era(request: pytest.FixtureRequest) -> str:
+    """What is claimed here holds in both kernels."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def channel(booted: World) -> Channel:
     """The open primary of a netlike device that has no sub-channels, relid 9."""

@@ -19,10 +19,12 @@ from emu.wire.subchannel_request import (
     parse_request,
 )
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
+from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.kernel.layout import ChannelState
 from guestproc.vmbus.device import vmbus_driver_register, vmbus_driver_unregister
 from guestproc.vmbus.packets import vmbus_sendpacket
-from tests.guestproc.world import World, new_world
+from tests.guestproc.conftest import HOST_VERSIONS
+from tests.guestproc.world import Task, World, new_world
 
 T = MessageType
 PRIMARY = 9
@@ -104,9 +106,9 @@ class Device:
         return []
 
 
-def world_with(class_name: str, subchannels: int) -> Iterator[World]:
+def world_with(class_name: str, subchannels: int, era: str) -> Iterator[World]:
     """A booted guest whose scenario gives the device of instance 9 so many sub-channels."""
-    with new_world() as world:
+    with new_world(era=era, versions=HOST_VERSIONS[era]) as world:
         world.machine.config["device"] = [
             {"class": class_name, "instance": str(UUID(int=PRIMARY)), "subchannels": subchannels, "ring_pages": 2}
         ]
@@ -121,16 +123,23 @@ def class_name(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["current", "seed"])
+def era(request: pytest.FixtureRequest) -> str:
+    """And in both kernels."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def three(class_name: str) -> Iterator[World]:
+def three(class_name: str, era: str) -> Iterator[World]:
     """The device asks for three."""
-    yield from world_with(class_name, 3)
+    yield from world_with(class_name, 3, era)
 
 
 @pytest.fixture
-def echo() -> Iterator[World]:
+def echo(era: str) -> Iterator[World]:
     """The same, an echo device."""
-    yield from world_with("echo", 3)
+    yield from world_with("echo", 3, era)
 
 
 def driver_of(class_name: str) -> HvDriver:
@@ -202,9 +211,9 @@ def test_channels_of_one_device_are_spread_over_the_processors(three: World, cla
     assert {channel.target_cpu.load() for channel in channels} == {0, 1}
 
 
-def test_five_channels_opened_and_closed_five_times_reuse_their_flags(class_name: str) -> None:
+def test_five_channels_opened_and_closed_five_times_reuse_their_flags(class_name: str, era: str) -> None:
     """The driver comes and goes; the host gives the same relids again, and nothing piles up."""
-    for world in world_with(class_name, 4):
+    for world in world_with(class_name, 4, era):
         device = Device(world, order=(4, 2, 1, 3), class_name=class_name)
         device.appear()
         pages = world.tables.pages.in_use_by_owner()
@@ -260,35 +269,57 @@ def test_a_completion_that_makes_no_sense_is_refused(three: World, class_name: s
     assert three.channel(PRIMARY).probe_done.load() == 1
 
 
-def test_a_host_that_never_answers_costs_a_deadline(three: World, class_name: str) -> None:
-    """The probe waits, then goes on without sub-channels; an answer that comes later is nobody's."""
+def boot_wait(world: World) -> Task[None]:
+    """Wait as a machine does that boots."""
+    task = world.start(wait_for_subchannels)
+    world.settle()
+    return task
+
+
+def test_a_host_that_never_answers_holds_up_nobody(three: World, class_name: str) -> None:
+    """The probe ends; who waits for a whole machine does so until a deadline."""
     Device(three, silent=True, class_name=class_name).appear()
-    assert three.channel(PRIMARY).probe_done.load() == 0
+    assert three.channel(PRIMARY).probe_done.load() == 1
+    task = boot_wait(three)
+    assert not task.ended()
     three.pass_time(10)
 
-    assert three.channel(PRIMARY).probe_done.load() == 1
-    assert any("no answer to a request for 3 sub-channels" in line for line in three.log)
-    three.host.write(PRIMARY, pack_completion(SubchannelStatus.SUCCESS, 3))
-    three.settle()
-    assert opened(three) == {}
+    assert task.ended()
+    assert any("1 devices have not got the sub-channels" in line for line in three.log)
 
 
-def test_a_host_that_never_offers_what_it_granted_costs_a_deadline(three: World, class_name: str) -> None:
-    """The probe waits for the missing one, then goes on with those that came."""
+def test_a_host_that_never_offers_what_it_granted_holds_up_nobody(three: World, class_name: str) -> None:
+    """The same; and the sub-channels that came are used."""
     Device(three, order=(2, 1), granted=3, class_name=class_name).appear()
-    assert three.channel(PRIMARY).probe_done.load() == 0
+    assert three.channel(PRIMARY).probe_done.load() == 1
+    task = boot_wait(three)
+    assert not task.ended()
     three.pass_time(10)
 
-    assert three.channel(PRIMARY).probe_done.load() == 1
-    assert any("2 of 3 sub-channels opened" in line for line in three.log)
+    assert task.ended()
+    assert any("1 devices have not got the sub-channels" in line for line in three.log)
     assert sorted(opened(three)) == [1, 2]
+
+
+def test_a_booting_machine_waits_for_the_last_sub_channel(three: World, class_name: str) -> None:
+    """And no longer; nor for a device that goes meanwhile."""
+    device = Device(three, order=(2, 1), granted=3, class_name=class_name)
+    device.appear()
+    task = boot_wait(three)
+    assert not task.ended()
+    device.offer(3)
+    three.settle()
+    assert task.ended() and boot_wait(three).ended()
+
+    device.rescind()
+    three.settle()
+    assert boot_wait(three).ended()
 
 
 def test_an_offer_that_comes_late_is_opened_all_the_same(three: World, class_name: str) -> None:
     """The driver's callback is set for as long as the primary is open."""
     device = Device(three, order=(1,), granted=2, class_name=class_name)
     device.appear()
-    three.pass_time(10)
     device.offer(2)
     three.settle()
 
@@ -370,7 +401,6 @@ def test_driver_removed_while_a_sub_channel_opens(three: World, class_name: str,
     """Its rescind cuts the opening off; or it opens, and who opened it closes it, as the remover has passed by."""
     device = Device(three, order=(1,), granted=2, class_name=class_name)
     device.appear()
-    three.pass_time(10)
     three.host.hold(T.OPENCHANNEL)
     (late,) = device.offer(2)
     three.settle()

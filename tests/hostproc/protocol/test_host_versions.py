@@ -291,6 +291,7 @@ def test_offers_and_opens_in_each_version(version: int) -> None:
     world.open(target_vp=2)
 
     assert len(offers) == (2 if version >= VERSION_WIN8 else 1)
+    assert world.server.subchannel_room == (2045 if version >= VERSION_WIN8 else 0)
     assert offers[0].is_dedicated_interrupt is (version >= VERSION_WIN7)
     assert offers[0].connection_id == (0x2001 if version >= VERSION_WIN7 else 0)
     (doorbell,) = world.happened(OpenDoorbell)
