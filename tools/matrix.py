@@ -62,10 +62,11 @@ def predicted(era: str, host_version: int) -> int | None:
 @click.command()
 @json_option
 def matrix(as_json: bool) -> int:
-    """Boot every era of the guest on every version of the host, one machine after the other.
+    """Boot every era of the guest on every version of the host.
 
-    Each machine has 2 vCPUs and 4 devices, exchanges some packets, and shuts down. Exit status 1 when one of
-    them did otherwise than the protocol says; a guest that asks for newer versions only is to be refused.
+    One machine after the other, with 2 vCPUs and 4 devices; each exchanges some packets and shuts down. Exit
+    status 1 when one of them did otherwise than the protocol says: a guest that asks for newer versions only is
+    to be refused.
 
     \b
     Example:
