@@ -167,6 +167,7 @@ class Channel(Record):
     # Life.
     rescind_ref = Atomic32("atomic; changed under channel_mutex")
     probe_done = Atomic32("atomic; state_wait is woken behind it")
+    rescind_work = Word(4, "channel_mutex: index + 1 of the work that ends its rescind after its probe, 0: none")
     device_id = Word(4, "once: device type number")
     sub_channel_index = Word(4, "once")
     sc_creation_callback = Word(4, "channel_mutex: number in CHANNEL_CALLBACKS, 0 NULL")

@@ -65,6 +65,8 @@ class Era:
     channel_message_table: Mapping[int, TableEntry]
     offer_queue: QueueNumber
     rescind_queue: QueueNumber
+    rescinds_wait_apart: bool
+    """Whether a rescind that waits for a probe lets others go on; on an ordered queue it holds them up."""
     checks_lengths: bool
     """Whether a message's size counts. Else handlers read the slot as far as they like, whatever it says."""
     queues_unhandled: bool
@@ -126,6 +128,7 @@ CURRENT: Final = Era(
     channel_message_table=_table(25, lengths=True),
     offer_queue=QueueNumber.WORK,
     rescind_queue=QueueNumber.RESCIND,
+    rescinds_wait_apart=False,
     checks_lengths=True,
     queues_unhandled=False,
     percpu_lists=False,
@@ -142,6 +145,7 @@ SEED: Final = Era(
     channel_message_table=_table(22, lengths=False),
     offer_queue=QueueNumber.WORK,
     rescind_queue=QueueNumber.SYSTEM,
+    rescinds_wait_apart=True,
     checks_lengths=False,
     queues_unhandled=True,
     percpu_lists=True,

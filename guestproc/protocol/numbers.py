@@ -17,6 +17,7 @@ class Works(IntEnum):
 
     VMBUS_ONMESSAGE_WORK = 1
     VMBUS_ADD_CHANNEL_WORK = 2
+    RESCIND_AFTER_PROBE = 3
 
 
 class Ipis(IntEnum):

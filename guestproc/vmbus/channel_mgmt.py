@@ -232,7 +232,20 @@ def _add_primary(current: Current, newchannel: Channel) -> bool:
 
 def probe_done(current: Current, channel: Channel) -> None:
     """The offer's handling is over: a rescind of it may go on."""
+    if current.era.rescinds_wait_apart:
+        with current.connection.channel_mutex.hold(current.actor):
+            _probe_done(current, channel)
+    else:
+        _probe_done(current, channel)
+
+
+def _probe_done(current: Current, channel: Channel) -> None:
+    """The same, under channel_mutex where rescinds wait apart: queues the end of one that does."""
     channel.probe_done.store(1)
+    if channel.rescind_work:
+        work = current.tables.work.at(channel.rescind_work - 1)
+        channel.rescind_work = 0
+        current.tables.work_queues.queue_work(current.actor, current.era.rescind_queue, work)
     current.connection.state_wait.wake_all(current.actor)
 
 
@@ -244,7 +257,7 @@ def err_deq_chan(current: Current, channel: Channel) -> None:
     """
     with current.connection.channel_mutex.hold(current.actor):
         if channel.rescind_ref.load():
-            probe_done(current, channel)
+            _probe_done(current, channel)
             return
         offers.leave_lists(current.tables, channel)
     if current.era.percpu_lists:
@@ -277,10 +290,38 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     # Quiet before the flag is up: who polls for the flag takes its memory away (races.md A7).
     vmbus_reset_channel_cb(current, channel)
     vmbus_rescind_cleanup(current, channel)
+    if current.era.rescinds_wait_apart and _wait_apart(current, channel):
+        return
     counts = offers.closes_before_suspend(channel)
     if not connection.state_wait.wait_until_timeout(actor, lambda: channel.probe_done.load() != 0, HANDLED_TIMEOUT_NS):
         current.log(f"rescind of relid {channel.relid}: its probe does not end; it stays as it is")
         return
+    _finish_rescind(current, channel)
+    closed_before_suspend(current, counts)
+
+
+def _wait_apart(current: Current, channel: Channel) -> bool:
+    """Leave the end of a rescind to a work item that `probe_done` queues; False: the probe is over, or no item is left.
+
+    The system queue of the kernel has as many workers as sleep in it. Ours has two, which must not both sleep
+    for probes that stand behind the one that the next rescind would wake.
+    """
+    work = current.tables.work_queues.allocate(Works.RESCIND_AFTER_PROBE, (channel.handle,), serial=current.serial)
+    if work is None:
+        return False
+    with current.connection.channel_mutex.hold(current.actor):
+        if not channel.probe_done.load():
+            channel.rescind_work = work.index + 1
+            return True
+    current.tables.work_queues.discard(work)
+    return False
+
+
+@WORK_FUNCTIONS.register(Works.RESCIND_AFTER_PROBE)
+def rescind_after_probe(current: Current, item: WorkItem) -> None:
+    """The second half of a rescind that waited apart."""
+    channel = current.channel(item.arguments[0])
+    counts = offers.closes_before_suspend(channel)
     _finish_rescind(current, channel)
     closed_before_suspend(current, counts)
 
