@@ -202,6 +202,13 @@ def driver_override_store(current: Current, device: Device, name: str) -> None:
         device.driver_override = name.encode()
 
 
+def synth_uevent(current: Current, device: Device, action: Action) -> None:
+    """A write to `uevent`: the same as at the time, marked as made up (`kobject_synth_uevent`)."""
+    with device.device_lock.hold(current.actor):
+        name = DRIVER_OBJECTS[device.driver].name if device.driver else ""
+        device_uevent(current, device, action, name, synthetic=True)
+
+
 # -- drivers ------------------------------------------------------------------------------------------
 
 
