@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import click
 
+from emu.control import ActorKind, Control
 from emu.errors import UserError
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import USER_WAKEUP, Machine
@@ -24,7 +25,7 @@ from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, MAX_CHANNEL_REL
 from guestproc.protocol import uevents as ring
 from guestproc.protocol.faults import MOST_TIMES, Fault
 from guestproc.protocol.uevents import Uevent
-from tools.machines import chosen_machine
+from tools.machines import chosen_machine, runs
 from tools.options import json_option, machine_option
 from tools.output import print_json, print_table
 
@@ -291,11 +292,16 @@ def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
             return
         _print_uevents(found)
         last = found[-1].seqnum if found else 0
-        while follow and not machine.stopping:
+        while follow and not machine.stopping and launcher_runs(machine.control):
             found = ring.since(tables, last)
             _print_uevents(found)
             last = found[-1].seqnum if found else last
             time.sleep(FOLLOW_S)
+
+
+def launcher_runs(control: Control) -> bool:
+    """Whether who made the machine still lives; one that was killed could not say that it stops."""
+    return any(row.kind == ActorKind.LAUNCHER and runs(row) for row in control.rows())
 
 
 def _tables_of(machine: Machine) -> KernelTables:

@@ -214,6 +214,26 @@ def test_probe_that_hangs_is_let_go(home: Path) -> None:
     assert bind.returncode == 0 and out.endswith(" hv_echo\n")
 
 
+def test_device_that_comes_back_before_its_release() -> None:
+    """Taken back while its probe hangs, and offered again: the same relid, one life later, once the guest lets go."""
+    said("fail", "probe_hang", "--relid", "4")
+    (first,) = told("offer", "echo")["offered"]
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the probe to hang")
+    gone = told("rescind", "4")
+    again = told("offer", "echo", "--instance", first["instance"])["offered"][0]
+    said("fail", "probe_hang", "--times", "0")
+    wait_for(lambda: opened(4), "the relid to be opened")
+
+    assert (first["relid"], gone["relid"], again["relid"]) == (4, 4, 4)
+    life = told("rescind", "4", "--wait")
+    assert life["generation"] == first["generation"] + 1
+
+
+def opened(relid: int) -> bool:
+    """Whether a device is there and open."""
+    return any(one["relid"] == relid and one["channels"][0]["state"] == "opened" for one in devices())
+
+
 def test_machine_stops_with_a_probe_that_hangs(tmp_path: Path) -> None:
     """Shutting down lets it go: the guest unloads, nothing leaks, nothing is left, at once."""
     name = f"t-hang-{os.getpid()}"
