@@ -71,9 +71,10 @@ def _class_guid(text: str) -> str:
 @machine_option
 @json_option
 def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> None:
-    """Let DRIVER probe DEVICE (a relid or an instance GUID), as a write to its `bind` does.
+    """Let DRIVER probe DEVICE, and keep it.
 
-    The driver must match it: by its ids, by one added with new-id, or by an override.
+    DEVICE is a relid or an instance GUID. The driver must match it: by its ids, by one added with new-id, or by an
+    override. It is what a write to the driver's `bind` does.
 
     \b
     Example:
@@ -87,7 +88,9 @@ def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> N
 @machine_option
 @json_option
 def unbind(device: str, machine_name: str | None, as_json: bool) -> None:
-    """Take DEVICE from its driver, which closes its channel; it stays there, unbound.
+    """Take DEVICE from its driver; it stays, unbound.
+
+    DEVICE is a relid or an instance GUID. The driver closes its channel.
 
     \b
     Example:
@@ -102,9 +105,9 @@ def unbind(device: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def override(device: str, driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Let only DRIVER bind DEVICE from now on, also without an id for it; `none` takes that back.
+    """Let only DRIVER bind DEVICE; `none` takes that back.
 
-    Nothing is unbound or probed by it, as in the kernel: unbind and bind do that.
+    It needs no id for it then. Nothing is unbound or probed by it, as in the kernel: unbind and bind do that.
 
     \b
     Example:
@@ -133,7 +136,9 @@ def _show_device(command: str, answer: dict[str, Any], as_json: bool) -> None:
 @machine_option
 @json_option
 def new_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> None:
-    """Let DRIVER take a class of devices, too; those that have no driver are probed at once.
+    """Let DRIVER take a class of devices, too.
+
+    Those that have no driver are probed at once.
 
     \b
     Example:
@@ -149,7 +154,9 @@ def new_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> N
 @machine_option
 @json_option
 def remove_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> None:
-    """Take an id back that new-id gave to DRIVER; devices that it has stay bound.
+    """Take an id back that new-id gave to DRIVER.
+
+    Devices that are bound stay so.
 
     \b
     Example:
@@ -163,7 +170,9 @@ def remove_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -
 @machine_option
 @json_option
 def register(driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Register DRIVER, like modprobe: it is probed with the devices that it matches and that have none.
+    """Register DRIVER, like modprobe.
+
+    It is probed with the devices that it matches and that have no driver.
 
     \b
     Example:
@@ -177,7 +186,9 @@ def register(driver: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def unregister(driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Forget DRIVER, like rmmod: its channels are closed, its devices stay, unbound.
+    """Forget DRIVER, like rmmod.
+
+    Its channels are closed, its devices stay, unbound.
 
     \b
     Example:
@@ -190,7 +201,9 @@ def unregister(driver: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def drivers(machine_name: str | None, as_json: bool) -> None:
-    """List the guest's drivers: number, whether registered, devices bound, ids added.
+    """List the guest's drivers.
+
+    Number, whether registered, how many devices are bound, how many ids it was written with, and those added.
 
     \b
     Example:
@@ -241,11 +254,11 @@ def _print_drivers(rows: list[dict[str, Any]]) -> None:
 @machine_option
 @json_option
 def fail(where: str, times: int, relid: int | None, machine_name: str | None, as_json: bool) -> None:
-    """Let a step of the guest fail the next times that it comes to it; prints what is planned.
+    """Let a step of the guest fail, the next times.
 
-    WHERE is alloc_channel or work_alloc (no memory for the channel, or for its second half), device_create,
-    device_register, add_kobj (of a channel's directory), probe (-EIO), or probe_hang: that one waits until
-    `--times 0`, the machine's shutdown, or 30 s.
+    Prints what is planned. WHERE is alloc_channel or work_alloc (no memory for the channel, or for its second half),
+    device_create, device_register, add_kobj (of a channel's directory), probe (-EIO), or probe_hang: that one waits
+    until `--times 0`, the machine's shutdown, or 30 s.
 
     \b
     Example:
@@ -271,7 +284,9 @@ def fail(where: str, times: int, relid: int | None, machine_name: str | None, as
 @machine_option
 @json_option
 def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
-    """Print the newest uevents of the guest's bus (at most 64), as `udevadm monitor --property` does.
+    """Print the newest uevents of the guest's bus.
+
+    At most 64, as `udevadm monitor --property` prints them.
 
     \b
     Example:
