@@ -174,6 +174,20 @@ def test_offer_that_fails_is_released_and_may_come_again(where: str) -> None:
     said("rescind", "4", "--wait")
 
 
+def test_instance_names_one_device_and_no_other() -> None:
+    """Also where there are devices that have no relid, as the guest could not take them."""
+    said("fail", "alloc_channel", "--times", "2")
+    lost = told("offer", "echo:2")["offered"]
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "both faults to strike")
+    wait_for(lambda: len(devices()) == 3, "both relids to go")
+    (kept,) = told("offer", "echo", "--wait")["offered"]
+
+    assert told("rescind", "--instance", kept["instance"], "--wait")["relid"] == kept["relid"]
+    for one in lost:
+        gone = told("rescind", "--instance", one["instance"])
+        assert (gone["instance"], gone["relid"]) == (one["instance"], 0)
+
+
 def test_uevents_are_told() -> None:
     """As udevadm prints them, and as JSON; the newest is what was done last."""
     device = told("unbind", "2")["device"]
