@@ -124,7 +124,7 @@ class Story:
         """The host offers one device: from the first message to the open channel."""
         (offered,) = self.machine.offer(class_name)
         records = self._until(LAST_OFFER, offered.relid)
-        steps = steps_of(records, offered.relid)
+        steps = steps_of(records, offered.relid, LAST_OFFER)
         listed = self.machine.device(offered.relid)
         cpu = listed.channels[0].cpu
         took_ms = steps[-1].at_ns / 1e6
@@ -160,7 +160,7 @@ class Story:
     def vanish(self, offered: Offered) -> None:
         """The host takes one device back, under the guest's feet."""
         self.machine.rescind(offered.relid)
-        steps = steps_of(self._until(LAST_RESCIND, offered.relid), offered.relid)
+        steps = steps_of(self._until(LAST_RESCIND, offered.relid), offered.relid, LAST_RESCIND)
         took_ms = steps[-1].at_ns / 1e6
         self.told["removal"] = {"relid": offered.relid, "took_ms": round(took_ms, 6), "steps": _reports(steps)}
         if (out := self.narrator) is None:
