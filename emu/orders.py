@@ -141,25 +141,33 @@ class OrderDesk:
         self._view.store_u64(at, _word(OrderState.POSTED, pid, started))
         # Rung behind the state: a recipient takes the bell first and looks at the slots second.
         self._view.store_u32(self._control.order_bell_offset(recipient), 1)
-        wake()
+        try:
+            wake()
+        except BaseException:  # also who is interrupted leaves no slot behind
+            self._give_up(at)
+            raise
         return at
 
     def wait(self, at: int, what: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
         """Wait for the answer to the letter that was posted at `at`, and free its slot. Raises as `ask`."""
-        end = time.monotonic() + timeout_s
-        while _state(self._view.load_u64(at)) != OrderState.DONE:
-            stopping = self._control.state_word.load() == MachineState.STOPPING
-            if stopping or time.monotonic() > end:
-                self._give_up(at)
-                if stopping:
-                    raise MachineStopping(f"the machine stopped before it answered `{what}`")
-                raise DeadlinePassed(f"an answer to `{what}`", int(timeout_s * 1e9))
-            time.sleep(_LOOK_S)
+        try:
+            self._await_answer(at, what, time.monotonic() + timeout_s, timeout_s)
+        except BaseException:
+            self._give_up(at)
+            raise
         answer = self._text(at)
         self._view.store_u64(at, OrderState.FREE)
         if "error" in answer:
             raise OrderRefused(answer["error"], answer.get("errno", 0))
         return answer
+
+    def _await_answer(self, at: int, what: str, end: float, timeout_s: float) -> None:
+        while _state(self._view.load_u64(at)) != OrderState.DONE:
+            if self._control.state_word.load() == MachineState.STOPPING:
+                raise MachineStopping(f"the machine stopped before it answered `{what}`")
+            if time.monotonic() > end:
+                raise DeadlinePassed(f"an answer to `{what}`", int(timeout_s * 1e9))
+            time.sleep(_LOOK_S)
 
     def _claim(self, pid: int, started: int, end: float, timeout_s: float) -> int:
         """Where a slot lies that is FILLING for this process; one whose asker died is taken over."""

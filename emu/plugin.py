@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from emu.errors import UserError
@@ -39,13 +39,6 @@ MAX_DRIVERS: Final = 16
 MAX_FILE_BYTES: Final = 1 << 20
 
 Class = TypeVar("Class", bound=type[Any])
-
-
-class DriverLike(Protocol):
-    """What is asked of a plugin's driver here; the whole of it is `guestproc.drivers.driver.HvDriver`."""
-
-    name: str
-    id_table: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,8 +198,7 @@ class Scenario:
     def default(cls, plugins: Iterable[Path] = ()) -> Scenario:
         """2 vCPUs, 8 echo devices, and one device of each class that these plugins register."""
         loaded = plugin.load(plugins) or NO_PLUGINS
-        own = tuple(DeviceSpec(name, default_backend(name, loaded)) for name in loaded.classes)
-        return cls(MachineSpec(), (DeviceSpec(count=8), *own), plugins=loaded)
+        return cls(MachineSpec(), _default_devices(loaded), plugins=loaded)
 
     @classmethod
     def load(cls, path: Path, plugins: Iterable[Path] = ()) -> Scenario:
@@ -229,7 +228,7 @@ class Scenario:
         top.not_yet("switches", "step", "expect")
         top.end()
         plugins = plugin.load(paths) if paths else plugin.installed()
-        specs = cls.default().device_specs
+        specs = _default_devices(plugins)
         if blocks is not None:
             specs = tuple(
                 _read_device(Table(block, source, f"device#{n}"), plugins) for n, block in enumerate(blocks, 1)
@@ -332,6 +331,11 @@ def parse_device(text: str, plugins: Plugins = NO_PLUGINS) -> DeviceSpec:
 def default_backend(class_name: str, plugins: Plugins) -> str:
     """The back end of a device of which nobody says: a plugin's own for its class; else `backend_of` it."""
     return plugins.backend_of(class_name) or backend_of(class_name)
+
+
+def _default_devices(plugins: Plugins) -> tuple[DeviceSpec, ...]:
+    own = (DeviceSpec(name, default_backend(name, plugins)) for name in plugins.classes)
+    return (DeviceSpec(count=8), *own)
 
 
 def derived_instance(class_name: str, index: int) -> UUID:

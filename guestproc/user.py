@@ -22,6 +22,7 @@ from guestproc.kernel.layout import Connection, ConnectionState, Device, Driver,
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import devices, faults
 from guestproc.protocol.faults import Fault
+from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
 
 if TYPE_CHECKING:
@@ -202,6 +203,19 @@ def unregister(current: Current, asked: Values) -> Values:
 def drivers(current: Current, _asked: Values) -> Values:
     """Every driver that this guest has, registered or not."""
     return {"drivers": [_driver(current, DRIVER_OBJECTS[number]) for number in sorted(DRIVER_OBJECTS)]}
+
+
+@_call("uevent")
+def uevent(current: Current, asked: Values) -> Values:
+    """`echo ACTION >devices/DEVICE/uevent`: user space is told once more (`udevadm trigger` does that)."""
+    action = next((one for one in Action if one.name.lower() == asked["action"]), None)
+    if action is None:
+        names = ", ".join(one.name.lower() for one in Action)
+        raise CallFailed(errno.EINVAL, f"{asked['action']!r} is no action; there are {names}")
+    with bus.held_device(current, *_named(asked["device"])) as device:
+        told = _there(device, asked["device"])
+        bus.synth_uevent(current, told, action)
+        return _device(current, told)
 
 
 # -- faults ---------------------------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def instance_option(value: str | None) -> str | None:
 def offer(
     device: str, backend: str | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool
 ) -> None:
-    """Offer a device (hot add); prints its relid and instance.
+    """Offer a device (hot add).
+
+    Prints its relid and instance.
 
     \b
     Example:
@@ -113,7 +115,9 @@ def offer(
 @machine_option
 @json_option
 def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> None:
-    """Take a device back (hot remove), at any moment, also amid its opening.
+    """Take a device back (hot remove).
+
+    At any moment, also amid its opening.
 
     \b
     Example:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import click
 
+from emu.control import ActorKind, Control
 from emu.errors import UserError
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import USER_WAKEUP, Machine
@@ -24,7 +25,7 @@ from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, MAX_CHANNEL_REL
 from guestproc.protocol import uevents as ring
 from guestproc.protocol.faults import MOST_TIMES, Fault
 from guestproc.protocol.uevents import Uevent
-from tools.machines import chosen_machine
+from tools.machines import chosen_machine, runs
 from tools.options import json_option, machine_option
 from tools.output import print_json, print_table
 
@@ -70,9 +71,10 @@ def _class_guid(text: str) -> str:
 @machine_option
 @json_option
 def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> None:
-    """Let DRIVER probe DEVICE (a relid or an instance GUID), as a write to its `bind` does.
+    """Let DRIVER probe DEVICE, and keep it.
 
-    The driver must match it: by its ids, by one added with new-id, or by an override.
+    DEVICE is a relid or an instance GUID. The driver must match it: by its ids, by one added with new-id, or by an
+    override. It is what a write to the driver's `bind` does.
 
     \b
     Example:
@@ -86,7 +88,9 @@ def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> N
 @machine_option
 @json_option
 def unbind(device: str, machine_name: str | None, as_json: bool) -> None:
-    """Take DEVICE from its driver, which closes its channel; it stays there, unbound.
+    """Take DEVICE from its driver; it stays, unbound.
+
+    DEVICE is a relid or an instance GUID. The driver closes its channel.
 
     \b
     Example:
@@ -101,9 +105,9 @@ def unbind(device: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def override(device: str, driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Let only DRIVER bind DEVICE from now on, also without an id for it; `none` takes that back.
+    """Let only DRIVER bind DEVICE; `none` takes that back.
 
-    Nothing is unbound or probed by it, as in the kernel: unbind and bind do that.
+    It needs no id for it then. Nothing is unbound or probed by it, as in the kernel: unbind and bind do that.
 
     \b
     Example:
@@ -132,7 +136,9 @@ def _show_device(command: str, answer: dict[str, Any], as_json: bool) -> None:
 @machine_option
 @json_option
 def new_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> None:
-    """Let DRIVER take a class of devices, too; those that have no driver are probed at once.
+    """Let DRIVER take a class of devices, too.
+
+    Those that have no driver are probed at once.
 
     \b
     Example:
@@ -148,7 +154,9 @@ def new_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> N
 @machine_option
 @json_option
 def remove_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> None:
-    """Take an id back that new-id gave to DRIVER; devices that it has stay bound.
+    """Take an id back that new-id gave to DRIVER.
+
+    Devices that are bound stay so.
 
     \b
     Example:
@@ -162,7 +170,9 @@ def remove_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -
 @machine_option
 @json_option
 def register(driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Register DRIVER, like modprobe: it is probed with the devices that it matches and that have none.
+    """Register DRIVER, like modprobe.
+
+    It is probed with the devices that it matches and that have no driver.
 
     \b
     Example:
@@ -176,7 +186,9 @@ def register(driver: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def unregister(driver: str, machine_name: str | None, as_json: bool) -> None:
-    """Forget DRIVER, like rmmod: its channels are closed, its devices stay, unbound.
+    """Forget DRIVER, like rmmod.
+
+    Its channels are closed, its devices stay, unbound.
 
     \b
     Example:
@@ -189,7 +201,9 @@ def unregister(driver: str, machine_name: str | None, as_json: bool) -> None:
 @machine_option
 @json_option
 def drivers(machine_name: str | None, as_json: bool) -> None:
-    """List the guest's drivers: number, whether registered, devices bound, ids added.
+    """List the guest's drivers.
+
+    Number, whether registered, how many devices are bound, how many ids it was written with, and those added.
 
     \b
     Example:
@@ -240,11 +254,11 @@ def _print_drivers(rows: list[dict[str, Any]]) -> None:
 @machine_option
 @json_option
 def fail(where: str, times: int, relid: int | None, machine_name: str | None, as_json: bool) -> None:
-    """Let a step of the guest fail the next times that it comes to it; prints what is planned.
+    """Let a step of the guest fail, the next times.
 
-    WHERE is alloc_channel or work_alloc (no memory for the channel, or for its second half), device_create,
-    device_register, add_kobj (of a channel's directory), probe (-EIO), or probe_hang: that one waits until
-    `--times 0`, the machine's shutdown, or 30 s.
+    Prints what is planned. WHERE is alloc_channel or work_alloc (no memory for the channel, or for its second half),
+    device_create, device_register, add_kobj (of a channel's directory), probe (-EIO), or probe_hang: that one waits
+    until `--times 0`, the machine's shutdown, or 30 s.
 
     \b
     Example:
@@ -270,7 +284,9 @@ def fail(where: str, times: int, relid: int | None, machine_name: str | None, as
 @machine_option
 @json_option
 def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
-    """Print the newest uevents of the guest's bus (at most 64), as `udevadm monitor --property` does.
+    """Print the newest uevents of the guest's bus.
+
+    At most 64, as `udevadm monitor --property` prints them.
 
     \b
     Example:
@@ -291,11 +307,16 @@ def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
             return
         _print_uevents(found)
         last = found[-1].seqnum if found else 0
-        while follow and not machine.stopping:
+        while follow and not machine.stopping and launcher_runs(machine.control):
             found = ring.since(tables, last)
             _print_uevents(found)
             last = found[-1].seqnum if found else last
             time.sleep(FOLLOW_S)
+
+
+def launcher_runs(control: Control) -> bool:
+    """Whether who made the machine still lives; one that was killed could not say that it stops."""
+    return any(row.kind == ActorKind.LAUNCHER and runs(row) for row in control.rows())
 
 
 def _tables_of(machine: Machine) -> KernelTables:

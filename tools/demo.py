@@ -6,6 +6,7 @@ Plain lines, 80 columns, no cursor movement, so it reads the same on a terminal 
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -123,7 +124,7 @@ class Story:
         """The host offers one device: from the first message to the open channel."""
         (offered,) = self.machine.offer(class_name)
         records = self._until(LAST_OFFER, offered.relid)
-        steps = steps_of(records, offered.relid)
+        steps = steps_of(records, offered.relid, LAST_OFFER)
         listed = self.machine.device(offered.relid)
         cpu = listed.channels[0].cpu
         took_ms = steps[-1].at_ns / 1e6
@@ -159,7 +160,7 @@ class Story:
     def vanish(self, offered: Offered) -> None:
         """The host takes one device back, under the guest's feet."""
         self.machine.rescind(offered.relid)
-        steps = steps_of(self._until(LAST_RESCIND, offered.relid), offered.relid)
+        steps = steps_of(self._until(LAST_RESCIND, offered.relid), offered.relid, LAST_RESCIND)
         took_ms = steps[-1].at_ns / 1e6
         self.told["removal"] = {"relid": offered.relid, "took_ms": round(took_ms, 6), "steps": _reports(steps)}
         if (out := self.narrator) is None:
@@ -209,7 +210,9 @@ def _reports(steps: list[Step]) -> list[dict[str, Any]]:
 @click.option("--fast", is_flag=True, help="Without pauses.")
 @json_option
 def demo(fast: bool, as_json: bool) -> None:
-    """Watch a machine boot and its devices appear, one step at a time (about 15 seconds).
+    """Watch a machine boot and its devices appear, one step at a time.
+
+    It takes about 15 seconds, and the times that it tells are those of this run.
 
     \b
     Example:
@@ -217,6 +220,8 @@ def demo(fast: bool, as_json: bool) -> None:
       vmbus-emu demo --fast | less
     """
     if not as_json:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a µ that cannot be written is no reason to stop
         narrate_title()
     with running(Scenario(MachineSpec(vcpus=VCPUS), ()), record=True) as machine:
 

@@ -108,8 +108,12 @@ def _rules() -> tuple[Rule, ...]:
 RULES: Final = _rules()
 
 
-def steps_of(records: Iterable[TraceRecord], relid: int) -> list[Step]:
-    """The steps of one device's appearing, or going, by time from the first one."""
+def steps_of(records: Iterable[TraceRecord], relid: int, last_event: str) -> list[Step]:
+    """The steps of one device's appearing, or going, by time from the first one.
+
+    They begin where the host first does something about the device, and end with the guest's `last_event`: a
+    processor that lost its core may have freed a slot before or after that, for which nobody waited.
+    """
     steps: list[Step] = []
     first = last = 0
     for record, rule in _told(records, relid):
@@ -128,12 +132,18 @@ def steps_of(records: Iterable[TraceRecord], relid: int) -> list[Step]:
         )
         last = record.t_ns
         steps.append(step)
+        if record.event.name == last_event and record.context == "QUEUE":
+            break
     return steps
 
 
 def _told(records: Iterable[TraceRecord], relid: int) -> Iterator[tuple[TraceRecord, Rule]]:
+    begun = False
     for record in records:
         arguments = record.arguments
+        begun = begun or (record.context == "HOST" and arguments.get("relid") == relid)
+        if not begun:
+            continue
         # 0 where it does not apply: a tasklet that is no channel's.
         if arguments.get("relid", relid) not in (relid, 0):
             continue

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import sys
 
+INTERRUPTED = 130
+"""`ExitStatus.INTERRUPTED`, for a Ctrl-C before that could be imported."""
+
 
 def main() -> int:
     """Run the command line of this process; its exit status."""
     asked = sys.argv[1:]
-    if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
-        from tools.zygote_start import start_early
+    try:
+        if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
+            from tools.zygote_start import start_early
 
-        start_early()
-    from tools.cli import main as run_command
-
+            start_early()
+        from tools.cli import main as run_command
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return run_command(asked)
 
 

@@ -45,17 +45,19 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
     """Run a command that sees the machine's live tree at /sys/bus/vmbus.
 
     CMD runs in its own user and mount namespace, as root over nothing but itself (as in `unshare -rm`); no
-    privilege is needed. The rest of /sys stays as it is. The tree is read-only, and gone when CMD ends: what
-    CMD leaves running is killed then. The exit status is CMD's, 128 + n after signal n.
+    privilege is needed. The rest of /sys stays as it is. The tree is gone when CMD ends: what CMD leaves running
+    is killed then. The exit status is CMD's, 128 + n after signal n.
 
     With fuse, the default because only it is as true as the kernel's own, every read is answered at once from
-    the guest kernel's records, errors included (EINVAL without a ring); /dev/fuse is all it needs. With tmpfs
-    the files are a copy refreshed every 0.1 s, without those whose read would fail.
+    the guest kernel's records, errors included (EINVAL without a ring), and a write to bind, unbind, new_id,
+    remove_id, driver_override or uevent is done by the guest's kernel; /dev/fuse is all it needs. With tmpfs the
+    files are a copy refreshed every 0.1 s, without those whose read would fail, and read-only.
 
     \b
     Example:
       vmbus-emu sysfs -- lsvmbus -vv
       vmbus-emu sysfs -- sh -c 'grep . /sys/bus/vmbus/devices/*/channels/*/interrupts'
+      vmbus-emu sysfs -- sh -c 'echo nic-class-GUID >/sys/bus/vmbus/drivers/uio_hv_generic/new_id'
       vmbus-emu sysfs -- bash
     """
     name = chosen_machine(machine_name)

@@ -54,6 +54,8 @@ class Spec:
     since: Era = Era.SEED
     seed_mode: int = 0
     """Its mode in era `seed` where that is another."""
+    call: tuple[str, str] = ("", "")
+    """What a write to it is: a call of the guest's user space, and the name of what is written."""
 
     def visible(self, channel: Channel, era: Era) -> bool:
         """Whether the file is there for this channel."""
@@ -148,12 +150,12 @@ DEVICE_ATTRIBUTES: Final = (
     Spec("class_id", guid(lambda device: device.dev_type, braced)),
     Spec("device_id", guid(lambda device: device.dev_instance, braced)),
     Spec("modalias", guid(lambda device: device.dev_type, modalias)),
-    Spec("uevent", uevent, mode=0o644),
+    Spec("uevent", uevent, mode=0o644, call=("uevent", "action")),
     Spec("vendor", lambda shown: f"{shown.device.vendor_id:#x}\n"),
     Spec("device", lambda shown: f"{shown.device.device_id:#x}\n"),
     Spec("numa_node", word(lambda shown: shown.view.node_of(shown.channel.target_cpu.load()))),
     Spec("channel_vp_mapping", channel_vp_mapping),
-    Spec("driver_override", driver_override, mode=0o644),
+    Spec("driver_override", driver_override, mode=0o644, call=("override", "driver")),
     Spec("monitor_id", word(monitor_id), monitor=True),
     *(
         Spec(f"{prefix}_monitor_{name}", monitor(page, pick), monitor=True)

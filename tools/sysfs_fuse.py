@@ -1,11 +1,13 @@
 """A tree served over the kernel's FUSE protocol: one request's bytes in, one reply's bytes out.
 
-Only what a read-only tree of small texts needs is spoken (version 7.31, include/uapi/linux/fuse.h), so
+Only what a tree of small texts needs is spoken (version 7.31, include/uapi/linux/fuse.h), so
 neither libfuse nor a mount helper nor a binding is wanted: whoever holds /dev/fuse reads requests from it,
 asks `answer`, and writes back what that returns.
 
 As kernfs does, an attribute's text is made by the read that begins at its start, and the rest of that read
-goes on with the same text; no name is cached by the kernel, so that what went away is gone at the next look.
+goes on with the same text; no name is cached by the kernel, so that what went away is gone at the next look. Each
+write is a store of its own, whatever its offset. A store may take its time, so it is handed back as a `Pending`, for
+somebody to finish while other requests are answered. What would make, remove or rename an entry is refused.
 """
 
 from __future__ import annotations
@@ -54,6 +56,13 @@ _OPEN_IN: Final = Struct("=II")
 _OPEN_OUT: Final = Struct("=QIi")
 _READ_IN: Final = Struct("=QQIIQII")
 """fh, offset, size, read flags, lock owner, flags, padding."""
+_WRITE_IN: Final = Struct("=QQIIQII")
+"""fh, offset, size, write flags, lock owner, flags, padding; then the bytes."""
+_WRITE_OUT: Final = Struct("=II")
+_SETATTR_IN: Final = Struct("=II")
+_FATTR_SIZE: Final = 1 << 3
+_FATTR_HARMLESS: Final = _FATTR_SIZE | 1 << 6 | 1 << 9 | 1 << 10
+"""Size, with the handle and lock owner that may come with it, and the time of change: a shell's `>` sends those."""
 _RELEASE_IN: Final = Struct("=QIIQ")
 _FORGET_IN: Final = Struct("=Q")
 _BATCH_FORGET_IN: Final = Struct("=II")
@@ -69,17 +78,46 @@ class Opcode(IntEnum):
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    SETATTR = 4
     READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
     OPEN = 14
     READ = 15
+    WRITE = 16
     STATFS = 17
     RELEASE = 18
     INIT = 26
     OPENDIR = 27
     READDIR = 28
     RELEASEDIR = 29
+    CREATE = 35
     DESTROY = 38
     BATCH_FORGET = 42
+    RENAME2 = 45
+
+
+REFUSED: Final = {
+    **dict.fromkeys((Opcode.CREATE, Opcode.MKNOD), errno.EACCES),
+    **dict.fromkeys(
+        (
+            Opcode.SYMLINK,
+            Opcode.MKDIR,
+            Opcode.UNLINK,
+            Opcode.RMDIR,
+            Opcode.RENAME,
+            Opcode.RENAME2,
+            Opcode.LINK,
+        ),
+        errno.EPERM,
+    ),
+}
+"""What sysfs does not let anybody do, and the errno that it says so with."""
 
 
 @dataclass(slots=True)
@@ -88,6 +126,23 @@ class OpenFile:
 
     attribute: Attribute
     text: bytes = b""
+
+
+class Pending:
+    """A write whose store has not run yet."""
+
+    def __init__(self, unique: int, size: int, store: Callable[[], None]) -> None:
+        self._unique: Final = unique
+        self._size: Final = size
+        self._store: Final = store
+
+    def finish(self) -> bytes:
+        """Run it: the reply."""
+        try:
+            self._store()
+        except OSError as error:
+            return _failed(self._unique, error)
+        return _OUT_HEADER.pack(_OUT_HEADER.size + _WRITE_OUT.size, 0, self._unique) + _WRITE_OUT.pack(self._size, 0)
 
 
 @dataclass(slots=True)
@@ -114,6 +169,7 @@ class FuseServer:
             Opcode.INIT: self._init,
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: self._setattr,
             Opcode.READLINK: self._readlink,
             Opcode.OPEN: self._open,
             Opcode.READ: self._read,
@@ -130,8 +186,8 @@ class FuseServer:
         """How many nodes the kernel knows, and how many are open: what is held for it."""
         return len(self._known) + len(self._files) + len(self._listings)
 
-    def answer(self, request: bytes) -> bytes | None:
-        """The reply to a request; None for those that want none."""
+    def answer(self, request: bytes) -> bytes | Pending | None:
+        """The reply to a request, or a write that is to be finished; None for those that want none."""
         length, opcode, unique, nodeid, *_ = _IN_HEADER.unpack_from(request)
         body = request[_IN_HEADER.size : length]
         if opcode == Opcode.FORGET:
@@ -144,12 +200,14 @@ class FuseServer:
                 self._forget(*_FORGET_ONE.unpack_from(body, place))
             return None
         try:
+            if opcode == Opcode.WRITE:
+                return self._write(unique, body)
             handler = self._handlers.get(opcode)
             if handler is None:
-                raise _error(errno.ENOSYS)
+                raise _error(REFUSED.get(opcode, errno.ENOSYS))
             reply = handler(nodeid, body)
         except OSError as error:
-            return _OUT_HEADER.pack(_OUT_HEADER.size, -(error.errno or errno.EIO), unique)
+            return _failed(unique, error)
         return _OUT_HEADER.pack(_OUT_HEADER.size + len(reply), 0, unique) + reply
 
     # -- nodes --------------------------------------------------------------------------------------
@@ -201,6 +259,13 @@ class FuseServer:
     def _getattr(self, nodeid: int, _body: bytes) -> bytes:
         return _ATTR_OUT.pack(_FOREVER_S, 0, 0) + self._attr(nodeid, self._node(nodeid))
 
+    def _setattr(self, nodeid: int, body: bytes) -> bytes:
+        """A file's size may be set, to no effect: that is how `>` begins."""
+        valid, _ = _SETATTR_IN.unpack_from(body)
+        if valid & ~_FATTR_HARMLESS:
+            raise _error(errno.EPERM)
+        return self._getattr(nodeid, b"")
+
     def _readlink(self, nodeid: int, _body: bytes) -> bytes:
         node = self._node(nodeid)
         if not isinstance(node, Link):
@@ -214,8 +279,12 @@ class FuseServer:
         flags, _ = _OPEN_IN.unpack_from(body)
         if not isinstance(node, Attribute):
             raise _error(errno.EISDIR)
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise _error(errno.EROFS)
+        access = flags & os.O_ACCMODE
+        # As kernfs: also root is refused what the file cannot do.
+        if access != os.O_WRONLY and not node.mode & 0o444:
+            raise _error(errno.EACCES)
+        if access != os.O_RDONLY and node.store is None:
+            raise _error(errno.EACCES)
         handle = self._new_handle()
         self._files[handle] = OpenFile(node)
         return _OPEN_OUT.pack(handle, _DIRECT_IO, 0)
@@ -226,6 +295,13 @@ class FuseServer:
         if offset == 0:
             file.text = file.attribute.show().encode()
         return file.text[offset : offset + size]
+
+    def _write(self, unique: int, body: bytes) -> Pending:
+        handle, _offset, size, *_ = _WRITE_IN.unpack_from(body)
+        store = self._files[handle].attribute.store
+        assert store is not None, "opened for writing without a store"
+        text = body[_WRITE_IN.size : _WRITE_IN.size + size].decode(errors="replace")
+        return Pending(unique, size, lambda: store(text))
 
     def _release(self, _nodeid: int, body: bytes) -> bytes:
         handle, *_ = _RELEASE_IN.unpack_from(body)
@@ -277,6 +353,10 @@ class FuseServer:
 
     def _statfs(self, _nodeid: int, _body: bytes) -> bytes:
         return _STATFS_OUT.pack(0, 0, 0, 0, 0, ATTRIBUTE_BYTES, 255, ATTRIBUTE_BYTES, 0)
+
+
+def _failed(unique: int, error: OSError) -> bytes:
+    return _OUT_HEADER.pack(_OUT_HEADER.size, -(error.errno or errno.EIO), unique)
 
 
 def _error(number: int) -> OSError:

@@ -1,17 +1,17 @@
 """Our guest's `/sys/bus/vmbus`, made from its kernel's records at each look.
 
-    bus/      hibernation   devices/GUID → PARENT/GUID   drivers/NAME/GUID → PARENT/GUID
+    bus/      hibernation   devices/GUID → PARENT/GUID   drivers/NAME/{bind,unbind,new_id,remove_id,GUID → PARENT/GUID}
     PARENT/   GUID/         attributes, `driver` and `subsystem` links, channels/RELID/ with attributes
 
 An open file outlives its device, as in the kernel: a read of it is then ENODEV. So does a directory that
-somebody holds: it is empty then.
+somebody holds: it is empty then. A write is a call of the guest's user space, which runs it in the guest's kernel.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -20,18 +20,36 @@ from guestproc.protocol.devices import name_of
 from guestproc.protocol.uevents import PARENT_NAME
 from guestproc.view import GuestView, settled
 from tools.sysfs_attributes import CHANNEL_ATTRIBUTES, DEVICE_ATTRIBUTES, Shown, Spec
-from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
+from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node, write_only
 
 BUS_LINK: Final = "../../../bus/vmbus"
 """From a device's directory to the bus."""
 
 
+CallUser = Callable[[str, Mapping[str, str]], None]
+"""Runs a call of the guest's user space; OSError with its errno."""
+
+DRIVER_FILES: Final = {
+    "bind": ("bind", "device"),
+    "unbind": ("unbind", "device"),
+    "new_id": ("new_id", "guid"),
+    "remove_id": ("remove_id", "guid"),
+}
+"""What is written to a driver's files: which call, and what the text is to it."""
+
+
+def nobody_calls(name: str, arguments: Mapping[str, str]) -> None:
+    """The user space of a guest that does not run."""
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
 class GuestBus:
     """The two directories of our guest."""
 
-    def __init__(self, view: GuestView, runs: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, view: GuestView, runs: Callable[[], bool] = lambda: True, call: CallUser = nobody_calls) -> None:
         self._view: Final = view
         self._runs: Final = runs
+        self._call: Final = call
         hibernation = {"hibernation": Attribute(lambda: "0\n")} if view.tables.era is not Era.SEED else {}
         self.bus: Final[Directory] = FixedDirectory(
             {
@@ -54,7 +72,7 @@ class GuestBus:
 
     def _device(self, name: str) -> Directory | None:
         device = self._find(name)
-        return None if device is None else DeviceDirectory(self._view, device, self._runs)
+        return None if device is None else DeviceDirectory(self._view, device, self._runs, self._call)
 
     def _driver_names(self) -> list[str]:
         return settled(lambda: [name_of(driver) for driver in self._view.drivers()])
@@ -68,22 +86,33 @@ class GuestBus:
                 lambda: [instance_of(one) for one in self._view.devices() if self._view.driver_of(one) == name]
             )
 
-        def find(entry: str) -> Link | None:
+        def find(entry: str) -> Node | None:
+            if entry in DRIVER_FILES:
+                return write_only(lambda text: self._store(name, entry, text))
             device = self._find(entry)
             if device is None or self._view.driver_of(device) != name:
                 return None
             return Link(f"../../../../devices/{PARENT_NAME}/{entry}")
 
-        return ListedDirectory(bound, find)
+        return ListedDirectory(lambda: [*DRIVER_FILES, *bound()], find)
+
+    def _store(self, driver: str, file: str, text: str) -> None:
+        """A write to one of a driver's files; a device is named by its instance there, and by nothing else."""
+        call, argument = DRIVER_FILES[file]
+        written = text.rstrip("\n")
+        if argument == "device" and guid_of_name(written) is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        self._call(call, {"driver": driver, argument: written})
 
 
 class DeviceDirectory(Directory):
     """One device: its attributes, its links, its channels."""
 
-    def __init__(self, view: GuestView, device: Device, runs: Callable[[], bool]) -> None:
+    def __init__(self, view: GuestView, device: Device, runs: Callable[[], bool], call: CallUser) -> None:
         self._view: Final = view
         self._device: Final = device
         self._runs: Final = runs
+        self._call: Final = call
 
     def names(self) -> list[str]:
         """Attributes that are not hidden, `channels`, `subsystem`, and `driver` while one is bound."""
@@ -148,7 +177,16 @@ class DeviceDirectory(Directory):
                 raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
             return show(shown)
 
-        return Attribute(lambda: settled(look), spec.mode_in(self._view.tables.era))
+        call, argument = spec.call
+        store = None
+
+        if call:
+            instance = instance_of(shown.device)
+
+            def store(text: str) -> None:
+                self._call(call, {"device": instance, argument: text.rstrip("\n")})
+
+        return Attribute(lambda: settled(look), spec.mode_in(self._view.tables.era), store)
 
 
 def instance_of(device: Device) -> str:

@@ -15,14 +15,17 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
+from emu.errors import DeadlinePassed, VmbusError
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import Machine
 from emu.mirror import Mirror
+from emu.orders import OrderRefused
 from emu.wire.device_classes import device_number
 from emu.wire.guids import braced, modalias
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
 from guestproc.protocol.uevents import PARENT_NAME
 from guestproc.view import GuestView
+from tools.ctl_guest import ask_guest
 from tools.device_list import ListedChannel, ListedDevice, host_devices
 from tools.sysfs_guest import BUS_LINK, GuestBus
 from tools.sysfs_nodes import Attribute, Directory, FixedDirectory, Link, ListedDirectory, Node
@@ -65,8 +68,20 @@ class LiveTree:
         if self._guest is None:
             # A mapping of its own, which lives as long as the tables' views of it.
             mapping = mmap.mmap(ram.fd, ram.size)
-            self._guest = GuestBus(GuestView(KernelTables.attach(mapping)), self._runs)
+            self._guest = GuestBus(GuestView(KernelTables.attach(mapping)), self._runs, self._call)
         return self._guest
+
+    def _call(self, name: str, arguments: Mapping[str, str]) -> None:
+        """A write, as a letter to the guest's user space; what goes wrong is an errno."""
+        try:
+            ask_guest(self._machine, name, **arguments)
+        except OrderRefused as refused:
+            number = refused.errno or errno.EIO
+            raise OSError(number, os.strerror(number)) from None
+        except DeadlinePassed:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+        except VmbusError:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
 
     def _runs(self) -> bool:
         return not (self.gone or self._machine.stopping)

@@ -1,12 +1,13 @@
 """The two ways to put a tree under a path: FUSE, and a tmpfs kept current.
 
-Both are mounted read-only: a guest's attributes are changed by its own kernel. Each says which descriptors to
-watch, and after how long it wants to be called anyway.
+A write to FUSE goes to the guest's kernel, which does it or says an errno; a tmpfs is mounted read-only. Each says
+which descriptors to watch, and after how long it wants to be called anyway.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import MissingPrerequisite
-from tools.sysfs_fuse import REQUEST_BYTES, FuseServer
+from tools.sysfs_fuse import REQUEST_BYTES, FuseServer, Pending
 from tools.sysfs_namespace import MS_BIND, MS_RDONLY, MS_REMOUNT, STRICT, mount
 from tools.sysfs_nodes import Directory
 from tools.sysfs_tmpfs import TmpfsCopy
 
 FUSE_DEVICE: Final = "/dev/fuse"
 REQUESTS_AT_ONCE: Final = 64
+WRITES_AT_ONCE: Final = 8
 REFRESH_S: Final = 0.1
 REFRESH_SHARE: Final = 10
 """A refresh is followed by at least this many times its own duration of rest."""
@@ -52,6 +54,7 @@ class FuseMounts(Mounts):
 
     def __init__(self, trees: Mapping[Path, Directory]) -> None:
         self._servers: Final[dict[int, FuseServer]] = {}
+        self._writes: Final = threading.Semaphore(WRITES_AT_ONCE)
         now_s = int(time.time())
         for place, tree in trees.items():
             try:
@@ -59,7 +62,7 @@ class FuseMounts(Mounts):
                 descriptor = os.open(FUSE_DEVICE, os.O_RDWR | os.O_NONBLOCK)
                 self._servers[descriptor] = FuseServer(tree, now_s=now_s)
                 options = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,default_permissions"
-                mount("vmbus-emu", place, "fuse", MS_RDONLY | STRICT, options)
+                mount("vmbus-emu", place, "fuse", STRICT, options)
             except OSError as error:
                 for descriptor in self._servers:
                     os.close(descriptor)
@@ -84,9 +87,22 @@ class FuseMounts(Mounts):
                 os.close(descriptor)
                 return
             reply = self._servers[descriptor].answer(request)
-            if reply is not None:
+            if isinstance(reply, Pending):
+                # A guest may take its time with a write; who reads meanwhile is not to wait for that.
+                self._writes.acquire()
+                threading.Thread(target=self._finish, args=(descriptor, reply), daemon=True).start()
+            elif reply is not None:
                 with suppress(FileNotFoundError):  # who asked was killed meanwhile
                     os.write(descriptor, reply)
+
+    def _finish(self, descriptor: int, write: Pending) -> None:
+        """A write, to its end, in a thread of its own."""
+        try:
+            reply = write.finish()
+            with suppress(OSError):  # who asked was killed, or the connection is closed
+                os.write(descriptor, reply)
+        finally:
+            self._writes.release()
 
     def tick(self) -> float | None:
         """Nothing is due."""

@@ -1,11 +1,13 @@
 """What a tree of attributes is made of: directories, links and attributes, as kernfs has them.
 
 A tree is asked, never stored: a directory finds its entries, and an attribute's text is made, when somebody
-looks. `show` says what a read gives, or raises OSError with the errno that a read gets.
+looks. `show` says what a read gives, or raises OSError with the errno that a read gets; so does `store` for a write.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,10 +35,20 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A file of one value, a text of at most a page; `mode` is the kernel's."""
+    """A file of one value, a text of at most a page; `mode` is the kernel's. What has no `store` cannot be written."""
 
     show: Callable[[], str]
     mode: int = 0o444
+    store: Callable[[str], None] | None = None
+
+
+def write_only(store: Callable[[str], None]) -> Attribute:
+    """A file that is only written."""
+
+    def show() -> str:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    return Attribute(show, 0o200, store)
 
 
 Node: TypeAlias = Directory | Link | Attribute

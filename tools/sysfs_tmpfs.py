@@ -81,6 +81,8 @@ def _below(path: str, directory: Directory) -> Iterator[tuple[str, Entry]]:
                 yield from _below(place, entry)
             case Link():
                 yield place, entry
+            case Attribute() if not entry.mode & 0o444:
+                yield place, (entry.mode, "")
             case Attribute():
                 # A read that fails has no text that a file could hold.
                 with suppress(OSError):

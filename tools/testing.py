@@ -23,6 +23,7 @@ from uuid import UUID
 
 import psutil
 
+from emu import plugin
 from emu.control import ActorState, Control, Ready
 from emu.errors import UserError
 from emu.ipc.segments import object_name
@@ -33,7 +34,7 @@ from emu.scenario import Scenario, parse_device
 from guestproc.kernel.layout import KernelTables
 from guestproc.view import GuestView, settled
 from tools.ctl import ask_host, offer_devices, wait_until_open, wait_until_released
-from tools.device_list import ListedDevice, list_devices
+from tools.device_list import ListedDevice, guest_devices
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.live_records import LiveRecords
 from tools.plugins import check_plugins, scenario_of
@@ -76,6 +77,8 @@ class LiveMachine:
         self.scenario: Final = running.scenario
         self.machine: Final[Machine] = running.machine
         self._records: Final = LiveRecords(running.machine)
+        self._tables: KernelTables | None = None
+        plugin.known_from(running.machine.config)
 
     # -- waiting ------------------------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class LiveMachine:
 
     def devices(self) -> list[ListedDevice]:
         """The guest's devices, as `vmbus-emu ls` lists them, by relid."""
-        return list_devices(self.machine)
+        return guest_devices(self._guest())
 
     def device(self, which: str | int | UUID) -> ListedDevice:
         """The only device of a class, the one of a relid, or the one of an instance; AssertionError otherwise."""
@@ -133,8 +136,7 @@ class LiveMachine:
     def driver_state(self, which: str | int | UUID) -> list[int]:
         """The 32 words in guest RAM that belong to a device's driver."""
         wire = self.device(which).device_id.bytes_le
-        # A mapping of its own: the tables keep views of it for as long as they live.
-        view = GuestView(KernelTables.attach(mmap.mmap(self.machine.ram.fd, self.machine.ram.size)))
+        view = GuestView(self._guest())
 
         def look() -> list[int]:
             device = view.device(wire)
@@ -142,6 +144,13 @@ class LiveMachine:
             return list(device.driver_state)
 
         return settled(look)
+
+    def _guest(self) -> KernelTables:
+        """The guest's records, once its boot CPU has laid them out; a mapping of their own, for all looks."""
+        if self._tables is None:
+            self.wait_for(lambda: self.machine.control.guest_formatted, "the guest to lay out its RAM")
+            self._tables = KernelTables.attach(mmap.mmap(self.machine.ram.fd, self.machine.ram.size))
+        return self._tables
 
     def records(self) -> list[TraceRecord]:
         """What was recorded since the last call, by time (with `running(record=True)`)."""

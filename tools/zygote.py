@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import msgpack
 
+from emu.errors import UserError
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
 from hostproc import hypervisor_main
@@ -82,7 +83,11 @@ class Zygote:
             name: str = arguments[0]
             # Before anything is mapped: the sweeper shall hold a name and two pidfds, nothing else.
             self._fork("sweeper", lambda: sweeper.main(name, self._launcher_pid), detached=True)
-            self._machine = Machine.attach(name)
+            try:
+                self._machine = Machine.attach(name)
+            except UserError:
+                # Its launcher was interrupted and has taken the machine away again: nobody needs a zygote.
+                return False
         elif verb == "fork":
             self._fork_inner(*arguments)
         elif verb == "kill":

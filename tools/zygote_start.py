@@ -80,5 +80,7 @@ def _start() -> Link:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env={**_with_bytecode(), "PYTHONPATH": path},
+            # From its first moment: Ctrl-C while it imports is for the launcher alone.
+            process_group=0,
         )
     return Link(process, ours)

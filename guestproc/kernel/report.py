@@ -25,6 +25,7 @@ def held_locks(ram_fd: int, ram_bytes: int, actors: list[int]) -> list[str]:
         tables.zones,
         tables.channels,
         tables.devices,
+        tables.drivers,
     ):
         held += _held_in(table, actors)
     return held

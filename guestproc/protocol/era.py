@@ -73,8 +73,8 @@ class Era:
     """Whether an interrupt finds its channel on its processor's chan_list; else in the relid table."""
     early_offer_done: bool
     """Whether an offer stops counting before it is entered; either way rescinds wait for the mutex around both."""
-    asks_vp_of_connect_cpu: bool
-    """Whether target_vcpu means something from 3.0 on only, and is 0 before."""
+    target_vcpu_from_3_0: bool
+    """Whether target_vcpu is 0 in requests for older versions; else always the VP of the connect CPU."""
     event_slice_ns: int
     """How long one run of `vmbus_on_event` goes on with a ring that does not run empty."""
 
@@ -130,7 +130,7 @@ CURRENT: Final = Era(
     queues_unhandled=False,
     percpu_lists=False,
     early_offer_done=False,
-    asks_vp_of_connect_cpu=False,
+    target_vcpu_from_3_0=False,
     event_slice_ns=0,
 )
 
@@ -146,7 +146,7 @@ SEED: Final = Era(
     queues_unhandled=True,
     percpu_lists=True,
     early_offer_done=True,
-    asks_vp_of_connect_cpu=True,
+    target_vcpu_from_3_0=True,
     event_slice_ns=2 * JIFFY_NS,
 )
 

@@ -111,6 +111,11 @@ def init_vp_index_seed(tables: KernelTables, channel: Channel) -> None:
     _place(tables, channel, max(0, bit.bit_length() - 1))
 
 
+def set_channel_affinity_state(channel: Channel, policy: Affinity) -> None:
+    """A driver's wish for the sub-channels that it is about to ask for; era `current` does not know it."""
+    channel.affinity_policy = policy
+
+
 def _cpu_of_vp_0(tables: KernelTables) -> int:
     """Which CPU is VP 0, which takes every interrupt below 2.4. The kernel takes it for granted that CPU 0 is."""
     return next((cpu.index for cpu in tables.cpus.live() if cpu.vp_index == 0), 0)

@@ -29,10 +29,14 @@ TEXT_BYTES: Final = UEVENT_BYTES - _SLOT.size
 
 
 class Action(IntEnum):
-    """`enum kobject_action`, as far as the bus needs it; the value is the kernel's."""
+    """`enum kobject_action`; the bus itself has use for the first two and the last two."""
 
     ADD = 0
     REMOVE = 1
+    CHANGE = 2
+    MOVE = 3
+    ONLINE = 4
+    OFFLINE = 5
     BIND = 6
     UNBIND = 7
 

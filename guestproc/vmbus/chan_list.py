@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.errors import DeadlinePassed
 from guestproc.kernel.functions import IPI_FUNCTIONS
 from guestproc.kernel.layout import Channel
 from guestproc.kernel.smp import ProcessorGone
@@ -37,7 +36,9 @@ def percpu_channel_deq(current: Current, handle: int) -> None:
 def run_on_target_cpu(current: Current, channel: Channel, function: Ipis) -> None:
     """Have the channel's target processor run `function` on it: directly here, else by IPI, and wait.
 
-    A processor that is gone takes no interrupts, so its list does not matter any more: that is logged.
+    A processor that is gone takes no interrupts, so its list does not matter any more: that is logged. One that
+    is there and does not answer is fatal (DeadlinePassed), as a lock that is not given back: the channel may be
+    on its list or not.
     """
     cpu = channel.target_cpu.load()
     actor = current.actor
@@ -51,7 +52,7 @@ def run_on_target_cpu(current: Current, channel: Channel, function: Ipis) -> Non
         return
     try:
         smp_call_function_single(current, cpu, function, channel.handle)
-    except (ProcessorGone, DeadlinePassed) as error:
+    except ProcessorGone as error:
         current.log(f"relid {channel.relid}: {error}")
 
 

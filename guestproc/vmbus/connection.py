@@ -127,7 +127,7 @@ def vmbus_negotiate_version(current: Current, version: int) -> int:
     multiclient = version >= VERSION_WIN10_V5
     connection.msg_conn_id = VMBUS_MESSAGE_CONNECTION_ID_4 if multiclient else VMBUS_MESSAGE_CONNECTION_ID
     # Before 3.0 a host sends to VP 0 whatever is asked for; old kernels then say so.
-    by_cpu = version >= VERSION_WIN8_1 or not current.era.asks_vp_of_connect_cpu
+    by_cpu = version >= VERSION_WIN8_1 or not current.era.target_vcpu_from_3_0
     message = InitiateContact(
         vmbus_version_requested=version,
         target_vcpu=current.cpu_record(VMBUS_CONNECT_CPU).vp_index if by_cpu else 0,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from guestproc.current import Current
 
 HANG_TIMEOUT_NS: Final = 30 * SECOND_NS
-"""How long a probe hangs that was told to, if nobody lets it go: below the deadline of a mutex."""
+"""How long a probe hangs that was told to, if nobody lets it go: below the deadline of a mutex, device_lock's."""
 
 
 def dev_name(device: Device) -> str:
@@ -147,8 +147,10 @@ def _attach(current: Current, device: Device, candidates: list[Driver]) -> None:
 
 def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
     """Under device_lock: let the driver take the device; its negative errno is logged and returned."""
-    relid = current.channel(device.channel).relid
-    if faults.strikes(current.tables, Fault.PROBE_HANG, relid):
+    channel = current.channel(device.channel)
+    relid = channel.relid
+    # Not where a rescind waits for device_lock already: it is to wait for one that hangs, not for several in turn.
+    if not channel.rescind.load() and faults.strikes(current.tables, Fault.PROBE_HANG, relid):
         _hang(current)
     result = -errno.EIO if faults.strikes(current.tables, Fault.PROBE, relid) else driver.probe(current, device)
     current.record(E_PROBE, relid, driver.number, -result)
@@ -200,6 +202,13 @@ def driver_override_store(current: Current, device: Device, name: str) -> None:
     """A write to `driver_override`: from the next match on only this driver, or (empty) any. Nothing is unbound."""
     with device.device_lock.hold(current.actor):
         device.driver_override = name.encode()
+
+
+def synth_uevent(current: Current, device: Device, action: Action) -> None:
+    """A write to `uevent`: the same as at the time, marked as made up (`kobject_synth_uevent`)."""
+    with device.device_lock.hold(current.actor):
+        name = DRIVER_OBJECTS[device.driver].name if device.driver else ""
+        device_uevent(current, device, action, name, synthetic=True)
 
 
 # -- drivers ------------------------------------------------------------------------------------------

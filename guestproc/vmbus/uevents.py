@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from guestproc.current import Current
 
 
-def device_uevent(current: Current, device: Device, action: Action, driver: str = "") -> None:
-    """A device came, went, got or lost its driver; `driver` is who has it now."""
+def device_uevent(
+    current: Current, device: Device, action: Action, driver: str = "", *, synthetic: bool = False
+) -> None:
+    """A device came, went, got or lost its driver; `driver` is who has it now. `synthetic`: somebody asked for it."""
     channel = current.tables.channels.find(device.channel)
     relid = 0 if channel is None else channel.relid
     path = uevents.device_path(device.dev_instance)
-    _emit(current, action, path, uevents.BUS, uevents.device_variables(device, driver), relid)
+    made_up = {"SYNTH_UUID": "0"} if synthetic else {}
+    _emit(current, action, path, uevents.BUS, {**made_up, **uevents.device_variables(device, driver)}, relid)
 
 
 def channel_uevent(current: Current, channel: Channel, action: Action) -> None:

@@ -138,6 +138,19 @@ def test_machine_that_stops_ends_the_wait(control: Control, desk: OrderDesk) -> 
     assert set(desk.states()) == {OrderState.FREE}
 
 
+def test_asker_that_is_interrupted(desk: OrderDesk) -> None:
+    """Ctrl-C in the middle of a wait: the letter is withdrawn, and the slot is free though its asker lives on."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        desk.ask(HOST, "offer", interrupt)
+
+    assert set(desk.states()) == {OrderState.FREE}
+    assert desk.take(HOST) == []
+
+
 def test_all_slots_full(desk: OrderDesk) -> None:
     """As many letters as there are slots; one more waits for its turn, and not for ever."""
     taken: list[Any] = []

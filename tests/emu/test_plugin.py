@@ -264,6 +264,9 @@ def test_a_scenario_without_the_plugin_knows_no_such_class(tmp_path: Path) -> No
 
 def test_the_default_scenario_offers_what_a_plugin_brings(tmp_path: Path) -> None:
     """Whoever names a plugin and nothing else sees its device appear."""
-    specs = Scenario.default([written(tmp_path, WHOLE)]).device_specs
+    specs = (DeviceSpec(count=8), DeviceSpec("one", "one"))
+    path = written(tmp_path, WHOLE)
+    (tmp_path / "x.toml").write_text("[machine]\nvcpus = 1\n")
 
-    assert specs == (DeviceSpec(count=8), DeviceSpec("one", "one"))
+    assert Scenario.default([path]).device_specs == specs
+    assert Scenario.load(tmp_path / "x.toml", [path]).device_specs == specs

@@ -95,9 +95,11 @@ class EchoChannel:
 
     def echo(self, count: int, payload: bytes = b"sixteen bytes...") -> list[Packet]:
         """Send packets that ask for completions and wait until as many came back."""
-        for number in range(1, count + 1):
-            if self.outgoing.write(payload, number, COMPLETION_REQUESTED):
-                self.ring_bell()
+        # All of them, then the bell: a host that stops at the first packet has seen what a batch has.
+        numbers = range(1, count + 1)
+        must_signal = [self.outgoing.write(payload, number, COMPLETION_REQUESTED) for number in numbers]
+        if any(must_signal):
+            self.ring_bell()
         answers: list[Packet] = []
 
         def answered() -> bool:

@@ -174,6 +174,20 @@ def test_offer_that_fails_is_released_and_may_come_again(where: str) -> None:
     said("rescind", "4", "--wait")
 
 
+def test_instance_names_one_device_and_no_other() -> None:
+    """Also where there are devices that have no relid, as the guest could not take them."""
+    said("fail", "alloc_channel", "--times", "2")
+    lost = told("offer", "echo:2")["offered"]
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "both faults to strike")
+    wait_for(lambda: len(devices()) == 3, "both relids to go")
+    (kept,) = told("offer", "echo", "--wait")["offered"]
+
+    assert told("rescind", "--instance", kept["instance"], "--wait")["relid"] == kept["relid"]
+    for one in lost:
+        gone = told("rescind", "--instance", one["instance"])
+        assert (gone["instance"], gone["relid"]) == (one["instance"], 0)
+
+
 def test_uevents_are_told() -> None:
     """As udevadm prints them, and as JSON; the newest is what was done last."""
     device = told("unbind", "2")["device"]
@@ -212,6 +226,26 @@ def test_probe_that_hangs_is_let_go(home: Path) -> None:
         said("fail", "probe_hang", "--times", "0")
         out, _ = bind.communicate(timeout=30)
     assert bind.returncode == 0 and out.endswith(" hv_echo\n")
+
+
+def test_device_that_comes_back_before_its_release() -> None:
+    """Taken back while its probe hangs, and offered again: the same relid, one life later, once the guest lets go."""
+    said("fail", "probe_hang", "--relid", "4")
+    (first,) = told("offer", "echo")["offered"]
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the probe to hang")
+    gone = told("rescind", "4")
+    again = told("offer", "echo", "--instance", first["instance"])["offered"][0]
+    said("fail", "probe_hang", "--times", "0")
+    wait_for(lambda: opened(4), "the relid to be opened")
+
+    assert (first["relid"], gone["relid"], again["relid"]) == (4, 4, 4)
+    life = told("rescind", "4", "--wait")
+    assert life["generation"] == first["generation"] + 1
+
+
+def opened(relid: int) -> bool:
+    """Whether a device is there and open."""
+    return any(one["relid"] == relid and one["channels"][0]["state"] == "opened" for one in devices())
 
 
 def test_machine_stops_with_a_probe_that_hangs(tmp_path: Path) -> None:

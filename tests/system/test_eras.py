@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
+from emu.mirror import Mirror
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.wire.messages import Pause, PauseResponse, Resume
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT, event_flag
-from emu.wire.versions import VERSION_COPPER, FeatureFlags
+from emu.wire.versions import VERSION_COPPER, FeatureFlags, version_from_text
 from guestproc.vcpu import CALL_FUNCTION_VECTOR
 from tests.system.commands import assert_gone, call, report
 from tests.system.python_guest import SIEFP_PAGE, PythonGuest
+from tools.ctl import ask_host
 from tools.launch import launch
 
 HOSTS = ("0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0")
@@ -82,6 +85,35 @@ def test_lists_are_edited_by_interrupts_of_their_processors(tmp_path: Path, vers
         assert calls[f"vcpu{cpu}"] == (own if cpu == 0 else own + own + 1)
     assert any(one["args"]["vector"] == HYPERVISOR_CALLBACK_VECTOR for one in entered)
     assert_gone("t-ipi")
+
+
+@pytest.mark.parametrize("version", ["0.13", "4.0"])
+def test_storm_of_hot_adds_and_removes(version: str, storm_seed: int = 1) -> None:
+    """150 orders as fast as they are taken, on 4 vCPUs: every channel that is left is open, and nothing leaks."""
+    rng = random.Random(storm_seed)
+    print(f"seed {storm_seed}")
+    machine = MachineSpec(vcpus=4, ram_bytes=256 << 20, era="seed", host_version=version_from_text(version))
+    with launch(Scenario(machine, (DeviceSpec(count=8, ring_pages=4),))) as running:
+        running.wait_ready()
+        there = set(range(1, 9))
+        for _ in range(150):
+            if there and rng.random() < 0.5:
+                there.remove(relid := rng.choice(sorted(there)))
+                ask_host(running.machine, "rescind", relid=relid, instance="")
+            else:
+                arguments = {"class": "echo", "backend": "echo", "count": rng.randrange(1, 4), "instance": None}
+                offered = ask_host(running.machine, "offer", **arguments)["offered"]
+                there |= {one["relid"] for one in offered}
+        mirror = Mirror(running.machine.control)
+        running.wait_until(
+            lambda: mirror.head().open == mirror.head().offers == len(there), 30, "the machine to settle"
+        )
+        assert running.shut_down_guest()
+        running.wait_until(lambda: mirror.head().offers == mirror.head().gpadls == 0, 10, "everything to be given back")
+        assert running.machine.control.leaked == 0
+        assert running.machine.control.refusals()[0].keys() <= {"contact-version"}
+    assert running.deaths == []
+    assert_gone(running.name)
 
 
 def test_guest_of_6_0_chooses_its_signals_and_pauses() -> None:

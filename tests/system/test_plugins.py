@@ -53,7 +53,7 @@ def test_a_machine_survives_what_a_plugin_raises_where_it_may_sleep(
     indent = " " * (len(behind) - len(behind.lstrip()))
     changed(sensor, behind, f"{behind}{indent}raise ValueError(1)\n")
     arguments = ("--plugin", "tempsensor.py", "--device", "tempsensor", "--device", "echo", "--name", "t-raises")
-    done = call(tmp_path, "run", *arguments, "--duration", "0.2", "--json")
+    done = call(tmp_path, "run", *arguments, "--duration", "0.5", "--json")
 
     assert done.returncode == 1, done.stderr
     told = report(done.stdout)

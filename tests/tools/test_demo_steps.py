@@ -27,6 +27,7 @@ def test_a_step_has_its_time_its_process_its_context_and_its_words() -> None:
             record(29, WORKER, "QUEUE", "probe", 5, 1, 0),
         ],
         5,
+        "probe",
     )
 
     assert [(step.at_ns, step.took_ns, step.process, step.pid, step.context, step.text) for step in steps] == [
@@ -34,6 +35,22 @@ def test_a_step_has_its_time_its_process_its_context_and_its_words() -> None:
         (5_000, 5_000, "vcpu0", 101, "ISR", "hyperv_vector_handler"),
         (9_000, 4_000, "workqueue", 102, "queue pri_chan", "vmbus_probe: the driver has it"),
     ]
+
+
+def test_a_story_has_its_beginning_and_its_end() -> None:
+    """A tasklet that is late frees its slot in the story of the next device, or after the end of its own."""
+    steps = steps_of(
+        [
+            record(1, VCPU, "TASKLET", "slot_free", 2, 1, 7, 0),
+            record(2, HOST, "HOST", "offer", 5, 1, 0x2005, 0),
+            record(9, WORKER, "QUEUE", "probe", 5, 1, 0),
+            record(11, VCPU, "TASKLET", "slot_free", 2, 1, 8, 0),
+        ],
+        5,
+        "probe",
+    )
+
+    assert [(step.event, step.at_ns) for step in steps] == [("offer", 0), ("probe", 7_000)]
 
 
 def test_other_devices_and_what_failed_are_not_told() -> None:
@@ -44,7 +61,7 @@ def test_other_devices_and_what_failed_are_not_told() -> None:
         record(3, VCPU, "ISR", "isr_enter", 0xEC),
     ]
 
-    assert steps_of(records, 5) == []
+    assert steps_of(records, 5, "probe") == []
 
 
 def test_a_milestone_took_the_time_since_the_one_before_it() -> None:
@@ -56,6 +73,7 @@ def test_a_milestone_took_the_time_since_the_one_before_it() -> None:
             record(9, WORKER, "QUEUE", "open", 5, 1, 0xE1E10, 0),
         ],
         5,
+        "probe",
     )
 
     assert [(step.at_ns, step.took_ns) for step in milestones(steps)] == [(0, 0), (9_000, 9_000)]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tools.sysfs_fuse import ATTRIBUTE_BYTES, FuseServer, Opcode
-from tools.sysfs_nodes import Attribute, FixedDirectory, Link, Node
+from tools.sysfs_fuse import ATTRIBUTE_BYTES, FuseServer, Opcode, Pending
+from tools.sysfs_nodes import Attribute, FixedDirectory, Link, Node, write_only
 
 ROOT = 1
 ROUND_S = 1_700_000_000
@@ -44,7 +44,8 @@ class Kernel:
         self.unique += 2
         header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, self.unique, nodeid, 0, 0, os.getpid(), 0, 0)
         # What lies behind the request in the buffer is none of it.
-        return self.server.answer(header + body + b"\xff" * 8)
+        reply = self.server.answer(header + body + b"\xff" * 8)
+        return reply.finish() if isinstance(reply, Pending) else reply
 
     def ask(self, opcode: int, nodeid: int, body: bytes = b"") -> bytes:
         """Send a request that succeeds: the reply's body."""
@@ -168,20 +169,95 @@ def test_listing_comes_in_pieces_that_hold_whole_entries() -> None:
 
 
 def test_what_is_wrong_is_refused_with_its_errno() -> None:
-    """No such name, the wrong kind of node, a write, and what nobody implements."""
+    """No such name, the wrong kind of node, a write where none is possible, and what nobody implements."""
     entries: dict[str, Node] = {"file": Attribute(str, 0o644), "link": Link("x")}
     kernel = Kernel(entries)
     file, flags = kernel.lookup("file"), struct.pack("=II", os.O_RDWR, 0)
 
     assert kernel.errno(Opcode.LOOKUP, ROOT, b"no\0") == errno.ENOENT
     assert kernel.errno(Opcode.LOOKUP, file, b"no\0") == errno.ENOENT
-    assert kernel.errno(Opcode.OPEN, file, flags) == errno.EROFS
+    assert kernel.errno(Opcode.OPEN, file, flags) == errno.EACCES
     assert kernel.errno(Opcode.OPEN, ROOT, bytes(8)) == errno.EISDIR
     assert kernel.errno(Opcode.OPENDIR, file, bytes(8)) == errno.ENOTDIR
     assert kernel.errno(Opcode.READLINK, file) == errno.EINVAL
-    assert kernel.errno(16, file) == errno.ENOSYS
+    assert kernel.errno(38_000, file) == errno.ENOSYS
     entries.clear()
     assert kernel.errno(Opcode.GETATTR, file, bytes(16)) == errno.ENOENT
+
+
+def write(kernel: Kernel, handle: int, text: str, offset: int = 0) -> int:
+    """Write to a handle: how many bytes were taken."""
+    head = struct.pack("=QQIIQII", handle, offset, len(text), 0, 0, 0, 0)
+    taken, _ = struct.unpack("=II", kernel.ask(Opcode.WRITE, ROOT, head + text.encode()))
+    return int(taken)
+
+
+def test_each_write_is_a_store() -> None:
+    """Whatever its offset, with the text as it was written; `>` first sets the size, to no effect."""
+    stored: list[str] = []
+    kernel = Kernel({"new_id": write_only(stored.append)})
+    file = kernel.lookup("new_id")
+    size = struct.pack("=IIQQ", 1 << 3, 0, 0, 0) + bytes(64)
+    assert len(kernel.ask(Opcode.SETATTR, file, size)) == 104
+    handle = kernel.open(file, os.O_WRONLY)
+
+    assert write(kernel, handle, "one\n") == 4
+    assert write(kernel, handle, "two", offset=4) == 3
+    assert stored == ["one\n", "two"]
+    assert kernel.errno(Opcode.OPEN, file, struct.pack("=II", os.O_RDONLY, 0)) == errno.EACCES
+    assert kernel.errno(Opcode.SETATTR, file, struct.pack("=II", 1, 0) + bytes(80)) == errno.EPERM
+
+
+def test_store_that_fails_is_the_writers_errno() -> None:
+    """As a read's is the reader's; the next write is a new one."""
+    errors = [errno.EEXIST]
+
+    def store(text: str) -> None:
+        if errors:
+            raise OSError(errors.pop(), "no")
+
+    kernel = Kernel({"bind": write_only(store)})
+    handle = kernel.open(kernel.lookup("bind"), os.O_WRONLY)
+    with pytest.raises(OSError) as caught:
+        write(kernel, handle, "x")
+
+    assert caught.value.errno == errno.EEXIST
+    assert write(kernel, handle, "x") == 1
+
+
+def test_write_does_not_run_before_it_is_finished() -> None:
+    """So that a store which takes its time holds up no other request."""
+    stored: list[str] = []
+    kernel = Kernel({"bind": write_only(stored.append)})
+    handle = kernel.open(kernel.lookup("bind"), os.O_WRONLY)
+    body = struct.pack("=QQIIQII", handle, 0, 1, 0, 0, 0, 0) + b"x"
+    header = struct.pack("=IIQQIIIHH", 40 + len(body), Opcode.WRITE, 99, ROOT, 0, 0, 1, 0, 0)
+
+    pending = kernel.server.answer(header + body)
+
+    assert isinstance(pending, Pending)
+    assert stored == []
+    assert len(pending.finish()) == 24
+    assert stored == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "number"),
+    [
+        (Opcode.CREATE, errno.EACCES),
+        (Opcode.MKNOD, errno.EACCES),
+        (Opcode.MKDIR, errno.EPERM),
+        (Opcode.UNLINK, errno.EPERM),
+        (Opcode.RMDIR, errno.EPERM),
+        (Opcode.SYMLINK, errno.EPERM),
+        (Opcode.LINK, errno.EPERM),
+        (Opcode.RENAME, errno.EPERM),
+        (Opcode.RENAME2, errno.EPERM),
+    ],
+)
+def test_tree_is_not_the_users_to_shape(opcode: Opcode, number: int) -> None:
+    """Nothing is made, removed or renamed, as in sysfs."""
+    assert Kernel({"file": Attribute(str)}).errno(opcode, ROOT, b"file\0") == number
 
 
 def test_forgotten_nodes_and_closed_files_are_not_held() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.sysfs_nodes import Attribute, FixedDirectory, Link, Node
+from tools.sysfs_nodes import Attribute, FixedDirectory, Link, Node, write_only
 from tools.sysfs_tmpfs import TmpfsCopy
 
 
@@ -51,6 +51,17 @@ def test_copy_is_the_tree(tmp_path: Path, copy: TmpfsCopy) -> None:
     }
     assert stat.S_IMODE((tmp_path / "tree/device/id").stat().st_mode) == 0o444
     assert stat.S_IMODE((tmp_path / "tree/device/cpu").stat().st_mode) == 0o644
+
+
+def test_file_that_is_only_written_is_there_and_empty(
+    tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node]
+) -> None:
+    """It has no text, and that is no error."""
+    entries["new_id"] = write_only(lambda text: None)
+    copy.refresh()
+
+    status = (tmp_path / "tree/new_id").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_size) == (0o200, 0)
 
 
 def test_refresh_follows_what_changes(tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node]) -> None:

@@ -20,6 +20,7 @@ from guestproc.protocol.placement import (
     init_vp_index,
     init_vp_index_seed,
     online_cpus,
+    set_channel_affinity_state,
 )
 
 RAM_BYTES = 16 << 20
@@ -207,7 +208,7 @@ def test_balanced_sub_channels_go_round_the_nodes(seed: KernelTables) -> None:
 def test_localized_sub_channels_stay_on_their_primarys_node(seed: KernelTables) -> None:
     """The CPUs of that node, each once, until all have one; then anew. Other devices' places count as well."""
     primary = placed(seed, 1, 1)
-    primary.affinity_policy = Affinity.LOCALIZED
+    set_channel_affinity_state(primary, Affinity.LOCALIZED)
     other = placed(seed, 50, 50)
     subs = [placed(seed, 1 + index, 1, index=index) for index in range(1, 8)]
 
@@ -220,7 +221,7 @@ def test_localized_sub_channels_stay_on_their_primarys_node(seed: KernelTables) 
 def test_localized_cpu_is_given_back(seed: KernelTables) -> None:
     """`hv_process_channel_removal` clears it in the primary's mask, so that a driver that comes again gets it."""
     primary = placed(seed, 1, 1)
-    primary.affinity_policy = Affinity.LOCALIZED
+    set_channel_affinity_state(primary, Affinity.LOCALIZED)
     subs = [placed(seed, 1 + index, 1, index=index) for index in (1, 2)]
     assert (targets(subs), primary.alloced_cpus_in_node) == ([1, 2], 0b110)
 

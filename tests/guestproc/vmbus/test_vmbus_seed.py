@@ -366,6 +366,30 @@ def test_rescind_is_work_for_the_system_queue(booted: World) -> None:
     ]
 
 
+def rescinds_behind_a_probe(world: World) -> None:
+    """One probe waits for the host, three stand behind it; all four are taken back, the waiting one last."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    for relid in (9, 10, 11, 12):
+        world.host.device(relid)
+    world.settle()
+    assert [world.channel(relid).probe_done.load() for relid in (9, 10, 11, 12)] == [0, 0, 0, 0]
+    for relid in (10, 11, 12, 9):
+        world.host.rescind(relid)
+    world.settle()
+
+
+def test_rescinds_do_not_hold_each_other_up(booted: World) -> None:
+    """More of them wait for probes than there are workers, and the one that ends the waiting comes last."""
+    before = booted.clock.time_ns
+
+    rescinds_behind_a_probe(booted)
+
+    assert sorted(booted.host.released) == [9, 10, 11, 12]
+    assert booted.clock.time_ns - before < 1_000_000_000
+    assert booted.tables.channels.in_use == 0
+    assert booted.shut_down() == {}
+
+
 def test_message_without_a_handler_is_the_workers_to_complain_of(booted: World) -> None:
     """Queued, for its flag says that it may block; the worker finds that there is nothing to run."""
     booted.host.send(int(MessageType.REQUESTOFFERS).to_bytes(4, "little").ljust(8, b"\0"))
