@@ -25,6 +25,7 @@ from guestproc.protocol.numbers import Ipis, Works
 from guestproc.vcpu import CALL_FUNCTION_VECTOR
 from guestproc.vmbus.chan_list import run_on_target_cpu
 from guestproc.vmbus.chan_sched import sync_test_and_clear_bit
+from guestproc.vmbus.channel_mgmt import vmbus_onmessage
 from guestproc.vmbus.connection import vmbus_connect
 from guestproc.vmbus.packets import vmbus_sendpacket
 from guestproc.vmbus.vector import Gate
@@ -397,6 +398,16 @@ def test_message_without_a_handler_is_the_workers_to_complain_of(booted: World) 
 
     assert booted.log[-1] == "Unhandled channel message type 3 [unhandled-msgtype]"
     assert [event.actor for event in booted.events if event.name == "work_run"] == ["WORK"]
+
+
+@pytest.mark.parametrize(("era", "count"), [("current", 25), ("seed", 22)])
+def test_worker_dumps_a_type_beyond_its_table(booted: World, count: int) -> None:
+    """The tasklet drops such a message; one that came to the worker all the same is logged with its bytes."""
+    booted.call(lambda current: vmbus_onmessage(current, count.to_bytes(4, "little") + b"\xab" * 8))
+
+    assert booted.log[-1] == (
+        f"Received invalid channel message type {count} size 12\n{count:02x}000000 abababab abababab [unknown-msgtype]"
+    )
 
 
 def test_message_may_say_any_length(booted: World) -> None:
