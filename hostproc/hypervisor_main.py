@@ -37,6 +37,7 @@ from hostproc.devices.table import add_plugins, new_backend, offer_of
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
+from hostproc.protocol.offers import relid_of_event_connection
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.upkeep import UPKEEP_NS, Upkeep
@@ -147,7 +148,7 @@ class Hypervisor:
         for connection_id in rung:
             port = events.get(connection_id)
             if port is None or port.flag_count != 1:
-                self.partition.refused["unknown-doorbell"] += 1
+                self._rung_in_vain(connection_id)
             else:
                 port.signal(0)
         if requests:
@@ -161,6 +162,13 @@ class Hypervisor:
         ordered = self.orders.serve()
         self._changed |= ordered
         return bool(requests or rung or ordered)
+
+    def _rung_in_vain(self, connection_id: int) -> None:
+        """Nobody listens: legal where it crossed our closing of a channel that the guest still holds."""
+        if self.bus.server.holds(relid_of_event_connection(connection_id)):
+            self.bus.refusals.ignored["doorbell-of-closed-channel"] += 1
+        else:
+            self.partition.refused["unknown-doorbell"] += 1
 
     def _look(self) -> bool:
         for load in self._looks:

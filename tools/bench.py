@@ -38,10 +38,17 @@ def _idle(runs: int, short: bool, peers: bool) -> list[Anchor]:
     return measure(runs, short=short)
 
 
+def _discovery(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_discovery import measure
+
+    return measure(runs, short=short)
+
+
 BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
     "boot": _boot,
     "ring": _ring,
     "idle": _idle,
+    "discovery": _discovery,
 }
 """Name -> measurement (runs, short, with peers)."""
 

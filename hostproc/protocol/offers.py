@@ -118,6 +118,12 @@ def event_connection_id(relid: int) -> int:
     return relid | _EVENT_CONNECTION
 
 
+def relid_of_event_connection(connection_id: int) -> int:
+    """Return the channel that is signalled on a connection, 0 for one that is no channel's."""
+    relid = connection_id ^ _EVENT_CONNECTION
+    return relid if relid <= LAST_RELID else 0
+
+
 def offer_message(channel: Channel, *, dedicated_doorbell: bool) -> OfferChannel:
     """Write the offer of a channel that has a relid; without dedicated doorbells its last fields are 0."""
     parameters = channel.parameters

@@ -191,6 +191,10 @@ class Server:
         """How many sub-channels the guest could be given now: the free relids, none before versions that have them."""
         return LAST_RELID - self._table.held_count if self._session.version.sub_channels else 0
 
+    def holds(self, relid: int) -> bool:
+        """Whether the guest was offered `relid` and has not released it."""
+        return self._table.of_relid(relid) is not None
+
     def has_device(self, key: int) -> bool:
         """Whether device `key` is still there: a sub-channel may have gone with its primary."""
         return self._table.has_device(key)
