@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from emu.control import Ready
 from emu.errors import DeadlinePassed
+from emu.mirror import Mirror
 from emu.orders import OrderDesk, Recipient
 from emu.scenario import Scenario, parse_device
 from emu.vmexit import HostBell
@@ -74,8 +75,10 @@ class HotPlug:
         self._tables = tables
         self._desk = OrderDesk(running.machine.control)
         self._wake = HostBell(running.machine.doorbells.view, running.machine.wakeup("host")).wake
+        self._mirror = Mirror(running.machine.control)
         # The lowest free relid is the next one's.
-        self._relid = len(running.scenario.devices()) + 1
+        self._offers = self._mirror.head().offers
+        self._relid = self._offers + 1
 
     def add_and_remove(self) -> tuple[int, int]:
         """Nanoseconds from the order until the channel is open, and from the other until its relid was released."""
@@ -83,6 +86,10 @@ class HotPlug:
         channel = self._tables.relids.lookup(self._relid)
         assert channel is not None
         removed = self._timed("rescind", lambda: not channel.alive(), relid=self._relid, instance="")
+        # Only when the host has the relid back is it the lowest free one again.
+        self._running.wait_until(
+            lambda: self._mirror.head().offers == self._offers, _DEADLINE_S, "the relid to be back", step_s=0.001
+        )
         return added, removed
 
     def _timed(self, what: str, done: Callable[[], bool], **arguments: Any) -> int:
