@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def test_example_scenarios_load(name: str) -> None:
 
     assert scenario.devices()
     assert (scenario == Scenario.default()) is (name == "default")
+
+
+def test_default_scenario_writes_out_every_key() -> None:
+    """Whoever looks for a key finds it in `default.toml`, as it is or behind a `#`."""
+    written = set(re.findall(r"^(?:# )?(\w+) = ", (SCENARIOS / "default.toml").read_text(), re.MULTILINE))
+    machine = replace(Scenario.default(), machine=MachineSpec(name="mine")).to_config()["machine"]
+    device = ("class", "backend", "instance", "count", "ring_pages", "subchannels")
+
+    assert written == {*machine, *device, "plugins"}
 
 
 REFUSED = [
