@@ -198,9 +198,10 @@ class Halt:
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
+    A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
     """
 
-    __slots__ = ("_block", "_counters", "_look", "_look_again_s", "_owed_s", "_state", "policy")
+    __slots__ = ("_block", "_counters", "_longest_s", "_look", "_look_again_s", "_owed_s", "_state", "policy")
 
     def __init__(
         self,
@@ -211,11 +212,13 @@ class Halt:
         policy: PollPolicy,
         counters: Counters,
         *,
-        owed_s: float = WATCHDOG_S,
-        look_again_s: float = WATCHDOG_S,
+        owed_s: float | None = None,
+        look_again_s: float | None = None,
+        longest_s: float | None = None,
     ) -> None:
-        self._owed_s = owed_s
-        self._look_again_s = look_again_s
+        self._owed_s = WATCHDOG_S if owed_s is None else owed_s
+        self._longest_s = WATCHDOG_S if longest_s is None else longest_s
+        self._look_again_s = self._longest_s if look_again_s is None else look_again_s
         self._state = view.cell_u32(state_offset)
         self._block = wakeup.block
         self._look = look
@@ -238,7 +241,7 @@ class Halt:
         self._counters.blocks += 1
         self._counters.flush()
         before = time.monotonic_ns()
-        self._sleep(min(timeout_ns / 1e9, WATCHDOG_S))
+        self._sleep(min(timeout_ns / 1e9, self._longest_s))
         self.policy.blocked_for(time.monotonic_ns() - before)
 
     def _sleep(self, timeout_s: float) -> None:

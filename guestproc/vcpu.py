@@ -27,6 +27,7 @@ from emu.interrupts import (
     Lapic,
     PollPolicy,
 )
+from emu.ipc.semaphores import WATCHDOG_S
 from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT
@@ -38,7 +39,7 @@ CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
 
 STOPPING: Final = int(MachineState.STOPPING)
-WORKER_WATCHDOG_S: Final = 4.0
+LONG_WATCHDOG_S: Final = 4.0
 """Who posts wakes; this is only for a poster that was killed, and then the launcher stops the machine anyway."""
 
 Report = Callable[..., None]
@@ -116,6 +117,9 @@ class Vcpu:
             self._look,
             PollPolicy(machine.config["machine"]["poll"], lambda: self.expecting()),
             self.counters,
+            # A token that was lost costs a second, as ever; but nothing runs for a look that finds nothing.
+            look_again_s=WATCHDOG_S,
+            longest_s=LONG_WATCHDOG_S,
         )
         self.now = machine.clock.now
         self.exits = ExitClient(
@@ -391,7 +395,7 @@ class WorkerThread:
             return False
         self.counters.blocks += 1
         self.counters.flush()
-        self._wakeup.block(min(left / 1e9, WORKER_WATCHDOG_S))
+        self._wakeup.block(min(left / 1e9, LONG_WATCHDOG_S))
         return True
 
     def yield_processor(self) -> None:

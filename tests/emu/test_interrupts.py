@@ -379,7 +379,8 @@ class Sleeper:
         *during: Callable[[], bool],
         look: Callable[[], object] | None = None,
         owed_s: float = 0.0,
-        look_again_s: float = WATCHDOG_S,
+        look_again_s: float | None = None,
+        longest_s: float | None = None,
     ) -> None:
         self.view = AtomicView(bytearray(8))
         self.counters = new_counters()
@@ -393,6 +394,7 @@ class Sleeper:
             self.counters,
             owed_s=owed_s,
             look_again_s=look_again_s,
+            longest_s=longest_s,
         ).halt
 
     @property
@@ -456,6 +458,15 @@ def test_block_in_turns_ends_when_the_announcement_was_taken() -> None:
 
     assert sleeper.semaphore.blocks[:2] == [0.125, 0.125]
     assert sleeper.state == AWAKE
+
+
+def test_longest_block_is_its_owners_choice() -> None:
+    """With a watchdog of 2 s and a look each second, nothing runs in between but the looks."""
+    sleeper = Sleeper(look_again_s=1.0, longest_s=2.0)
+    sleeper.halt(3600 * 10**9)
+
+    assert sleeper.semaphore.blocks == [1.0, 1.0]
+    assert sleeper.counters.watchdogs == 1
 
 
 def test_block_in_turns_is_no_longer_than_asked() -> None:
