@@ -74,7 +74,6 @@ from emu.wire.synic import (
 )
 from tests.hostproc.protocol.test_host_robustness import EXAMPLES
 from tests.system.commands import ROOT, objects, processes
-from tests.system.hostile_guest import UNSEEN_PID
 from tests.system.python_guest import (
     FIRST_HANDLE,
     INPUT_PAGE,
@@ -108,7 +107,7 @@ def machine() -> Iterator[RunningMachine]:
     """A machine with 8 echo devices that a correct guest finds as new when the test has done with it."""
     with running() as one:
         yield one
-        wait_until_clean(one)
+        wait_until_clean(one, os.getpid())
         live_correctly(one)
 
 
@@ -182,8 +181,8 @@ def slot_states(machine: RunningMachine) -> set[int]:
     return {vps.load_u32(page + EXIT_SLOT.size * slot + X_STATE) for page in pages for slot in range(EXIT_SLOTS)}
 
 
-def wait_until_clean(machine: RunningMachine) -> None:
-    """Wait until the host has nothing of a guest any more, and its pages are fit for the next one.
+def wait_until_clean(machine: RunningMachine, pid: int) -> None:
+    """Wait until the host has nothing of the guest `pid` any more, and its pages are fit for the next one.
 
     The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody: what it had is
     given up when the next one contacts the host.
@@ -192,8 +191,8 @@ def wait_until_clean(machine: RunningMachine) -> None:
     def clean() -> bool:
         now = head(machine)
         left = now.version, now.offers, now.open, now.gpadls, now.to_slots, now.outgoing, now.incoming
-        nothing_left = not any(left) or now.attached_pid == UNSEEN_PID
-        return nothing_left and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
+        unseen = now.attached_pid not in (0, pid)
+        return (not any(left) or unseen) and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
 
     machine.wait_until(clean, 10.0, "the machine to be as new", step_s=0.01)
 
@@ -627,21 +626,25 @@ def test_recording_goes_on_under_a_hostile_guest(tmp_path: Path) -> None:
 # -- campaigns --------------------------------------------------------------------------------------------------
 
 
-def run_campaign(machine: RunningMachine, seed: int, *arguments: str) -> None:
-    """Let one hostile guest live and end on the machine; repeat with `--seed` and the same arguments."""
+def run_campaign(machine: RunningMachine, seed: int, *arguments: str) -> int:
+    """Let one hostile guest live and end on the machine; its pid. Repeat with `--seed` and the same arguments."""
     command = [sys.executable, "-m", "tests.system.hostile_guest", machine.name, "--seed", str(seed), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    print(done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr, (seed, done.stderr)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as guest:
+        try:
+            told, complaints = guest.communicate(timeout=60)
+        finally:
+            guest.kill()
+    print(told, complaints)
+    assert "Traceback" not in complaints, (seed, complaints)
     machine.pump(0.0)
+    return guest.pid
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_machine_survives_a_hostile_guest(seed: int) -> None:
     """A correct guest lives its whole life on the machine behind a hostile one."""
     with running() as machine:
-        run_campaign(machine, seed)
-        wait_until_clean(machine)
+        wait_until_clean(machine, run_campaign(machine, seed))
         live_correctly(machine)
 
 
@@ -652,6 +655,5 @@ def test_one_machine_survives_many_hostile_guests(c_guest: Path | None) -> None:
     with running() as machine:
         for seed in SOAK_SEEDS:
             print(f"seed {seed}")
-            run_campaign(machine, seed)
-            wait_until_clean(machine)
+            wait_until_clean(machine, run_campaign(machine, seed))
             live_correctly(machine, c_guest)
