@@ -35,6 +35,10 @@ class EchoSession:
         self._moved_ns = vcpu.now()
         self._wished = False
 
+    def begin(self) -> None:
+        """Something new begins: until now nobody waited for anything, however long that was."""
+        self._moved_ns = self.vcpu.now()
+
     def send(self, payloads: list[bytes], *, first_trans_id: int = 0, flags: int = 0) -> int:
         """Send as many as fit; when nothing does, ask for room and wait a while. How many were sent."""
         if self.sent == self.received and not self._wished:

@@ -5,10 +5,11 @@ into its own channels and into those of the other CPUs, so that a ring has sever
 from its sender and its number in that sender's row, so whoever gets it knows every byte of it: a packet that is lost,
 doubled, out of order or changed is seen by its owner, in whatever process it was made.
 
-Two words of each device's driver state count what was sent and what came back (atomic, by all CPUs): the owner goes
-on until they agree. A third has a bit for each of the device's channels whose owner is there: before that nobody
-sends, since what comes back to nobody is dropped by the driver. A channel that is taken away takes with it what was
-under way: that is no loss.
+Four words of each device's driver state are changed by all CPUs, atomically. Two count what was sent and what came
+back: an owner goes on until they agree. A third has a bit for each of the device's channels whose owner is there:
+nobody sends without it, since what comes back to nobody is dropped by the driver. The fourth has a bit for each CPU
+that may still send: an owner stays until it is empty. A channel that is taken away takes with it what was under
+way: that is no loss.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import random
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.vcpu import Vcpu
 
+SENDERS: Final = 28
 OWNED: Final = 29
 SENT: Final = 30
 RECEIVED: Final = 31
@@ -47,7 +48,6 @@ _OFFSETS: Final = 0xFFFF
 _SEQUENCE_BITS: Final = 40
 MOST_BURST: Final = 64
 REFRESH_NS: Final = 50_000_000
-QUIET_NS: Final = 200_000_000
 SETTLE_NS: Final = 20_000_000_000
 LOOK_NS: Final = 5_000_000
 COMPUTE_STARTS: Final = 300
@@ -87,12 +87,16 @@ class Lane:
     """One channel as this CPU uses it."""
 
     session: EchoSession
+    handle: int
+    relid: int
+    device: int
     owned: bool
     limit: int
     owner_bit: int
     owned_word: AtomicU64
     sent_word: AtomicU64
     received_word: AtomicU64
+    senders_word: AtomicU64
     sequence: int = 0
     received: Counter[int] = field(default_factory=Counter)
     """By sender: how many came back, which is also the number that the next one must have."""
@@ -102,7 +106,8 @@ class Lane:
     def report(self) -> dict[str, Any]:
         """What the launcher adds up."""
         return {
-            "handle": self.session.channel.handle,
+            "handle": self.handle,
+            "relid": self.relid,
             "owned": self.owned,
             "sent": self.sequence,
             "received": {str(sender): count for sender, count in self.received.items()},
@@ -128,7 +133,6 @@ class Stresser:
         self.complaints: list[str] = []
         """What was wrong with the first bad packets."""
         self._refreshed_ns = 0
-        self._moved_ns = 0
 
     def run(self, wanted_ns: int) -> None:
         """Send for so long, then take what is still to come back."""
@@ -140,6 +144,8 @@ class Stresser:
             else:
                 self.vcpu.idle(LOOK_NS)
             self.take_all()
+        for lane in self.lanes.values():
+            self.sends_no_more(lane)
         self.settle()
         for lane in list(self.lanes.values()):
             self.release(lane, gone=False)
@@ -169,15 +175,26 @@ class Stresser:
         """A channel that was claimed."""
         primary = self.current.channel(channel.primary_channel) if channel.primary_channel else channel
         device: Device = self.current.tables.devices.from_handle(primary.device_obj)
-        owners, sent, received = (state_word(self.current, device, word) for word in (OWNED, SENT, RECEIVED))
+        owners, sent, received, senders = (
+            state_word(self.current, device, word) for word in (OWNED, SENT, RECEIVED, SENDERS)
+        )
         bit = 1 << (channel.sub_channel_index & 63)
         pages = min(channel.ring_send_pages, channel.ring_recv_pages) - 1
         limit = pages * 4096 - 8 - ring_bytes(0)
-        lane = Lane(EchoSession(self.current, self.vcpu, channel), owned, limit, bit, owners, sent, received)
+        session = EchoSession(self.current, self.vcpu, channel)
+        lane = Lane(
+            session, channel.handle, channel.relid, device.handle, owned, limit, bit, owners, sent, received, senders
+        )
+        # Announced before `act` looks for the owner, who takes his bit away before he looks for senders.
+        senders.fetch_or(1 << self.cpu)
         if owned:
             # The inbox is there: from here on nothing that comes back is dropped.
             owners.fetch_or(bit)
         return lane
+
+    def sends_no_more(self, lane: Lane) -> None:
+        """Say that this CPU sends no more on the channel's device."""
+        lane.senders_word.fetch_and(_ALL ^ 1 << self.cpu)
 
     def release(self, lane: Lane, *, gone: bool) -> None:
         """Give a channel back; what it did is kept for the report."""
@@ -185,7 +202,9 @@ class Stresser:
         if lane.owned:
             lane.owned_word.fetch_and(_ALL ^ lane.owner_bit)
         self.finished.append(lane)
-        del self.lanes[lane.session.channel.handle]
+        del self.lanes[lane.handle]
+        if all(other.device != lane.device for other in self.lanes.values()):
+            self.sends_no_more(lane)
         release_channel(self.current, lane.session.channel)
 
     # -- what is done -------------------------------------------------------------------------------
@@ -206,6 +225,7 @@ class Stresser:
     def burst(self, lane: Lane, count: int) -> None:
         """So many packets into one ring, waiting for room as often as need be; what comes back meanwhile is taken."""
         first = lane.sequence
+        lane.session.begin()
         waiting = [self.payloads.of(self.cpu, first + n, lane.limit) for n in range(count)]
         while waiting:
             trans_id = (self.cpu + 1) << _SEQUENCE_BITS | lane.sequence
@@ -235,7 +255,6 @@ class Stresser:
                 for packet in packets:
                     self.check(lane, packet)
                 lane.received_word.fetch_add(len(packets))
-                self._moved_ns = time.monotonic_ns()
 
     def check(self, lane: Lane, packet: Packet) -> None:
         """Each packet is the next one of its sender, a completion, and what it must be, byte for byte."""
@@ -253,31 +272,55 @@ class Stresser:
         if wrong:
             lane.corrupt += 1
             if len(self.complaints) < MOST_COMPLAINTS:
-                relid = lane.session.channel.relid
-                self.complaints.append(f"relid {relid}, packet {sequence} of cpu{sender}: {wrong}")
+                self.complaints.append(f"relid {lane.relid}, packet {sequence} of cpu{sender}: {wrong}")
         lane.received[sender] = sequence + 1
 
     def settle(self) -> None:
-        """Go on taking until all that was sent has come back, and nothing has moved for a while."""
-        self._moved_ns = time.monotonic_ns()
-        deadline = self._moved_ns + SETTLE_NS
-        while (now := time.monotonic_ns()) < deadline:
+        """Go on taking until nobody sends any more, and all that was sent has come back."""
+        deadline = time.monotonic_ns() + SETTLE_NS
+        while time.monotonic_ns() < deadline:
             self.take_all()
             self.let_go()
-            complete = all(lane.received_word.load() == lane.sent_word.load() for lane in self.lanes.values())
-            if complete and now - self._moved_ns > QUIET_NS:
-                return
+            if self.complete():
+                self.give_up_owning()
+                # A CPU that saw our bits before they went has announced itself before that: seen here, or it
+                # finds no owner and does not send. A look before taking them away would lose its burst.
+                if self.complete():
+                    return
+                self.own_again()
             self.vcpu.idle(LOOK_NS)
+
+    def complete(self) -> bool:
+        """Whether all that was sent on our devices is back, and nobody will send more."""
+        # Senders first: one that is found to have ended has counted all that it sent.
+        return all(not lane.senders_word.load() for lane in self.lanes.values()) and all(
+            lane.received_word.load() == lane.sent_word.load() for lane in self.lanes.values()
+        )
+
+    def give_up_owning(self) -> None:
+        """Take the owner's bits away."""
+        for lane in self.lanes.values():
+            if lane.owned:
+                lane.owned_word.fetch_and(_ALL ^ lane.owner_bit)
+
+    def own_again(self) -> None:
+        """Set them once more: somebody may still send."""
+        for lane in self.lanes.values():
+            if lane.owned:
+                lane.owned_word.fetch_or(lane.owner_bit)
 
 
 def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """Stress for `wanted` ns; what each channel did goes into the file `path` as JSON, `errors` counts bad packets."""
     stresser = Stresser(current, vcpu, row)
-    with suppress(Stalled):
+    tally = Tally()
+    try:
         stresser.run(row.wanted)
+    except Stalled:
+        tally.errors += 1
+        stresser.complaints.append(f"cpu{row.cpu} could not go on: nothing moved, or the host broke a ring")
     for lane in list(stresser.lanes.values()):
         stresser.release(lane, gone=False)
-    tally = Tally()
     for lane in stresser.finished:
         tally.packets += sum(lane.received.values())
         tally.nbytes += lane.session.nbytes

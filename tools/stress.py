@@ -63,13 +63,13 @@ def add_up(reports: Sequence[Mapping[str, Any]]) -> Sums:
     sent: Counter[tuple[int, int]] = Counter()
     received: Counter[tuple[int, int]] = Counter()
     gone: set[int] = set()
-    handles: set[int] = set()
+    relids: dict[int, int] = {}
     for report in reports:
         sums.computed += report["computed"]
         sums.complaints += report["complaints"]
         for lane in report["lanes"]:
             handle = lane["handle"]
-            handles.add(handle)
+            relids[handle] = lane["relid"]
             sent[handle, report["cpu"]] += lane["sent"]
             sums.nbytes += lane["bytes"]
             sums.corrupt += lane["corrupt"]
@@ -85,7 +85,9 @@ def add_up(reports: Sequence[Mapping[str, Any]]) -> Sums:
         else:
             # More than was sent is as wrong as less.
             sums.lost += abs(missing)
-    sums.channels = len(handles)
+            if missing:
+                sums.complaints.append(f"relid {relids[key[0]]}: of {sent[key]} packets of cpu{key[1]}, {missing} lost")
+    sums.channels = len(relids)
     return sums
 
 

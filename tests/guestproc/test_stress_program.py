@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emu.ipc.atomics import AtomicView
 from emu.wire.packets import VM_PKT_COMP, VM_PKT_DATA_INBAND
 from guestproc.stress import Lane, Payloads, Stresser
 
@@ -29,13 +31,17 @@ class Checker(Stresser):
         self.payloads = PAYLOADS
         self.complaints = []
         self.lane = Lane(
-            session=cast(Any, SimpleNamespace(channel=SimpleNamespace(relid=3))),
+            session=cast(Any, None),
+            handle=3,
+            relid=3,
+            device=1,
             owned=True,
             limit=LIMIT,
             owner_bit=1,
             owned_word=cast(Any, None),
             sent_word=cast(Any, None),
             received_word=cast(Any, None),
+            senders_word=cast(Any, None),
         )
 
     def take(self, sender: int, sequence: int, payload: bytes | None = None, kind: int = VM_PKT_COMP) -> int:
@@ -91,3 +97,57 @@ def test_changed_packets_are_seen() -> None:
     assert Checker().take(0, 0, right[:-9]) == 1
     assert Checker().take(0, 0, right.ljust(len(right) + 9, b"x")) == 1
     assert Checker().take(0, 0, kind=VM_PKT_DATA_INBAND) == 1
+
+
+class Owner(Stresser):
+    """Of a stresser what settles: one channel of its own, whose packets another CPU (bit 2) sends."""
+
+    def __init__(self, between: Callable[[Lane], None]) -> None:
+        view = AtomicView(bytearray(32))
+        owned, sent, received, senders = (view.cell_u64(8 * number) for number in range(4))
+        session = cast(Any, SimpleNamespace(inbox=()))
+        self.cpu = 0
+        self.lane = Lane(session, 3, 3, 1, True, LIMIT, 1, owned, sent, received, senders)
+        self.lanes = {3: self.lane}
+        owned.store(1)
+        self.waits = 0
+        self._between = between
+        self.vcpu = cast(Any, SimpleNamespace(idle=self._wait))
+
+    def let_go(self) -> None:
+        """Nothing is wanted back."""
+
+    def give_up_owning(self) -> None:
+        """The moment that matters: another CPU goes on just before."""
+        self._between(self.lane)
+        super().give_up_owning()
+
+    def _wait(self, _nanoseconds: int) -> None:
+        """The other CPU's packets come back, and it ends."""
+        self.waits += 1
+        assert self.lane.owned_word.load() == 1
+        self.lane.received_word.store(self.lane.sent_word.load())
+        self.lane.senders_word.store(0)
+
+
+def test_owner_stays_for_a_sender_that_saw_it_just_before_it_left() -> None:
+    """Whoever announces itself between an owner's look and its going is waited for, with what it sends."""
+
+    def sends(lane: Lane) -> None:
+        if owner.waits == 0:
+            lane.senders_word.store(2)
+            assert lane.owned_word.load() & lane.owner_bit
+            lane.sent_word.fetch_add(16)
+
+    owner = Owner(sends)
+    owner.settle()
+
+    assert (owner.waits, owner.lane.received_word.load(), owner.lane.owned_word.load()) == (1, 16, 0)
+
+
+def test_owner_leaves_when_nobody_sends_and_everything_is_back() -> None:
+    """It waits for nothing then."""
+    owner = Owner(lambda _lane: None)
+    owner.settle()
+
+    assert (owner.waits, owner.lane.owned_word.load()) == (0, 0)

@@ -18,6 +18,7 @@ def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False
     counts = {str(sender): count for sender, count in received.items()}
     return {
         "handle": handle,
+        "relid": handle,
         "owned": bool(received),
         "sent": sent,
         "received": counts,
@@ -38,7 +39,9 @@ def test_what_two_cpus_sent_is_compared_with_what_the_owner_got() -> None:
 
     sums = add_up([owner, other])
     assert (sums.packets, sums.nbytes, sums.lost, sums.channels) == (17, 136, 0, 1)
-    assert add_up([report(0, lane(5, 10, {0: 11, 1: 6})), other]).lost == 2
+    wrong = add_up([report(0, lane(5, 10, {0: 11, 1: 6})), other])
+    assert wrong.lost == 2
+    assert "relid 5: of 7 packets of cpu1, 1 lost" in wrong.complaints
 
 
 def test_packet_that_nobody_sent_is_a_loss_too() -> None:
