@@ -316,16 +316,16 @@ class Scenario:
             raise complaint(self.source, "device.instance", problem)
 
 
-def parse_device(text: str, plugins: Plugins = NO_PLUGINS) -> DeviceSpec:
-    """Read `CLASS[:COUNT]`, as `--device` takes it; UserError otherwise."""
+def parse_device(text: str, plugins: Plugins = NO_PLUGINS, *, flag: str = "--device") -> DeviceSpec:
+    """Read `CLASS[:COUNT]`, as `flag` takes it; UserError otherwise."""
     class_name, colon, count = text.partition(":")
     flags = Table({}, "command line", "")
-    known = flags.read("--device", _device_class(plugins), class_name)
+    known = flags.read(flag, _device_class(plugins), class_name)
     spec = DeviceSpec(known, default_backend(known, plugins))
     if not colon:
         return spec
     number: object = int(count) if count.isascii() and count.isdigit() and len(count) < 19 else count
-    return replace(spec, count=flags.read("--device", _count, number))
+    return replace(spec, count=flags.read(flag, _count, number))
 
 
 def default_backend(class_name: str, plugins: Plugins) -> str:

@@ -141,7 +141,7 @@ def unbind(current: Current, asked: Values) -> Values:
         if bus.unbind_store(current, told, number):
             who = asked.get("driver") or "no driver"
             state = "is not bound to it" if asked.get("driver") else "has it"
-            raise CallFailed(errno.ENODEV, f"{_text(told)}: {who} {state}; `vmbus-emu ls` says who has what")
+            raise CallFailed(errno.ENODEV, f"{_text(told)}: {who} {state}; `vmbus-emu ctl drivers` lists them")
         return _device(current, told)
 
 

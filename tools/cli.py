@@ -7,6 +7,7 @@ status (None is 0) or raises; here, and nowhere else, an exception becomes an `E
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -44,7 +45,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
     "ctl": Entry("Machines", "Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
-    "matrix": Entry("Look", "Boot every era of the guest on every version of the host, one machine after the other."),
+    "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
     "stress": Entry(
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(text: str, status: int, *, one_line: bool = True) -> int:
     """Say what went wrong on stderr, in one line if it is the user's to mend; gives the exit status back."""
-    said = " ".join(text.split("\n")) if one_line else text
+    said = re.sub(r"\s*[\n\t]\s*", " ", text) if one_line else text
     sys.stderr.write(f"{PROGRAM}: {said.rstrip()}\n")
     return status
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +13,16 @@ from tools.launch import MachineDied, RunningMachine
 from tools.paths import made, state_dir
 
 KEPT: Final = 10
+
+
+@contextmanager
+def crash_recorded(running: RunningMachine) -> Iterator[None]:
+    """Let a death in the block leave a crash record, which its message names."""
+    try:
+        yield
+    except MachineDied as death:
+        death.crash_record = write_crash_record(running, death)
+        raise
 
 
 def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:

@@ -26,8 +26,9 @@ WAIT_S: Final = 10.0
 _LOOK_S: Final = 0.001
 
 
-@click.group()
-def ctl() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def ctl(ctx: click.Context) -> None:
     """Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail.
 
     \b
@@ -36,6 +37,8 @@ def ctl() -> None:
       vmbus-emu ctl rescind 9
       vmbus-emu ctl unbind 3
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 for command in GUEST_COMMANDS:
@@ -52,7 +55,7 @@ def offer_devices(
     machine: Machine, device: str, *, backend: str | None = None, instance: str | None = None
 ) -> list[dict[str, Any]]:
     """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class. UserError."""
-    spec = parse_device(device, plugin.known_from(machine.config))
+    spec = parse_device(device, plugin.known_from(machine.config), flag="CLASS[:COUNT]")
     if instance and spec.count != 1:
         raise UserError("--instance names one device; leave it or the count out")
     arguments = {

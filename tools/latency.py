@@ -22,9 +22,11 @@ from emu.errors import UserError
 from emu.recording import Recording, RecordingWriter
 from emu.scenario import Scenario, parse_device
 from emu.task_board import Program, TaskState
+from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
+from tools.guest_versions import check_versions
 from tools.histograms import (
     US,
     figures_of,
@@ -143,12 +145,18 @@ def _scenario(path: Path | None, vcpus: int | None, poll: str | None) -> Scenari
     """The scenario to measure on: by default one echo device, which is what round trips are for."""
     scenario = Scenario.default() if path is None else Scenario.load(path)
     devices = [parse_device("echo:1")] if path is None else []
-    return scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+    scenario = scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+    check_versions(scenario)
+    return scenario
 
 
 def measure(scenario: Scenario, rate: int, size: int, duration_s: float, *, record: bool) -> Measured:
     """Boot a machine, let one CPU ping its channel for so long, and read what it wrote down."""
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-") as folder, launch(scenario, record=record) as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-") as folder,
+        launch(scenario, record=record) as running,
+        crash_recorded(running),
+    ):
         recording = RecordingWriter(Path(folder, "recording"), running.machine) if record else None
         running.on_pump = recording.poll if recording is not None else None
         running.wait_ready()

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
@@ -72,6 +73,11 @@ class MachineDied(VmbusError):
     def __init__(self, deaths: list[Death]) -> None:
         super().__init__(deaths[0].report())
         self.deaths = deaths
+        self.crash_record: Path | None = None
+
+    def __str__(self) -> str:
+        record = f"\ncrash record: {self.crash_record}" if self.crash_record is not None else ""
+        return f"{super().__str__()}{record}"
 
 
 @dataclass(slots=True)

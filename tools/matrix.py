@@ -13,15 +13,9 @@ from emu.errors import DeadlinePassed
 from emu.mirror import Mirror
 from emu.scenario import ERAS, DeviceSpec, MachineSpec, Scenario
 from emu.task_board import TaskState
-from emu.wire.versions import (
-    KNOWN_VERSIONS,
-    VERSION_WIN8,
-    VERSION_WIN10,
-    VERSION_WIN10_V5_3,
-    VERSION_WS2008,
-    version_text,
-)
+from emu.wire.versions import KNOWN_VERSIONS, version_text
 from tools.exit_status import ExitStatus
+from tools.guest_versions import predicted
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
@@ -31,8 +25,6 @@ from tools.zygote_start import start_early
 VCPUS: Final = 2
 DEVICES: Final = 4
 RAM_BYTES: Final = 64 << 20
-ASKED_FOR: Final = {"seed": (VERSION_WS2008, VERSION_WIN10), "current": (VERSION_WIN8, VERSION_WIN10_V5_3)}
-"""The oldest and the newest version that each era's guest asks for (reference 2.3)."""
 REFUSAL: Final = "vmbus_connect: EDOM"
 """What a guest dies of whose versions the host has none of."""
 
@@ -50,13 +42,6 @@ class Boot:
     leaked: int = 0
     refused: str | None = None
     ok: bool = False
-
-
-def predicted(era: str, host_version: int) -> int | None:
-    """The newest version that both speak; None: the guest is refused."""
-    oldest, newest = ASKED_FOR[era]
-    spoken = [version for version in KNOWN_VERSIONS if oldest <= version <= min(newest, host_version)]
-    return max(spoken, default=None)
 
 
 @click.command()

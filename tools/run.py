@@ -8,6 +8,7 @@ import click
 
 from emu.scenario import parse_device
 from tools.detach import run_detached
+from tools.guest_versions import check_versions
 from tools.options import json_option, plugin_option, scenario_argument
 from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
@@ -74,6 +75,8 @@ def run(
     scenario = scenario_of(scenario_path, plugin_paths)
     devices = [parse_device(text, scenario.plugins) for text in device_texts]
     scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll)
+    if not no_guest:
+        check_versions(scenario)
     options = Options(
         scenario, duration_s, stream_path, no_guest, guest_timeout_s, record_path, frozenset(without), seed, as_json
     )

@@ -25,11 +25,13 @@ import click
 
 from emu.errors import DeadlinePassed, UserError
 from emu.mirror import Mirror
-from emu.scenario import Scenario, parse_device
+from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
 from guestproc.kernel.layout import KernelTables
+from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus
+from tools.guest_versions import check_versions
 from tools.histograms import write_text
 from tools.launch import RunningMachine, launch
 from tools.options import json_option, scenario_argument
@@ -154,7 +156,7 @@ def _mix(text: str) -> frozenset[str]:
     show_default=True,
     help="Seconds of traffic.",
 )
-@click.option("--channels", type=int, default=8, show_default=True, help="Echo devices.")
+@click.option("--channels", type=click.IntRange(1, MAX_OFFERS), default=8, show_default=True, help="Echo devices.")
 @click.option("--vcpus", type=int, help="Virtual CPUs.")
 @click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help="What else happens; none: nothing.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
@@ -180,11 +182,16 @@ def stress(
     """
     ingredients = _mix(mix)
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
-    devices = [parse_device(f"echo:{channels}")] if scenario_path is None else []
+    devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices)
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
     end = None if limit_s is None else time.monotonic() + limit_s
-    report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
+    check_versions(scenario)
+    try:
+        report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
+    except BaseException:
+        click.echo(f"ended early; the same again: --seed {chosen}", err=True)
+        raise
     if junit is not None:
         write_text(junit, junit_of(report), "--junit")
     if as_json:
@@ -199,7 +206,11 @@ def run_stress(
 ) -> dict[str, Any]:
     """Boot, stress, settle; the report. DeadlinePassed when `end` (monotonic) comes first."""
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder, launch(scenario, seed=seed) as running:
+    with (
+        tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder,
+        launch(scenario, seed=seed) as running,
+        crash_recorded(running),
+    ):
         running.wait_ready()
         troubles = Troubles(running, random.Random(seed), mix, cores)
         paths = {cpu: Path(folder, f"cpu{cpu}") for cpu in range(scenario.machine.vcpus)}
@@ -252,7 +263,7 @@ def _watch(
     before = running.machine.control.counter_totals()
     while time.monotonic() - began < duration_s:
         if end is not None and time.monotonic() > end:
-            raise DeadlinePassed("the stress to end (--time-limit)", int((end - began) * 1e9))
+            raise DeadlinePassed(f"the end of {duration_s:g} s of stress (--time-limit)", int((end - began) * 1e9))
         troubles.turn()
         running.pump(TURN_S)
         if live and time.monotonic() - said > 0.5:

@@ -14,12 +14,12 @@ from emu.mirror import Mirror
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.wire.messages import Pause, PauseResponse, Resume
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT, event_flag
-from emu.wire.versions import VERSION_COPPER, FeatureFlags, version_from_text
+from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, FeatureFlags, version_from_text
 from guestproc.vcpu import CALL_FUNCTION_VECTOR
 from tests.system.commands import assert_gone, call, report
 from tests.system.python_guest import SIEFP_PAGE, PythonGuest
 from tools.ctl import ask_host
-from tools.launch import launch
+from tools.launch import MachineDied, launch
 
 HOSTS = ("0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0")
 AGREED = {
@@ -44,19 +44,28 @@ def test_matrix_of_eras_and_versions(tmp_path: Path) -> None:
         assert (one["packets"] > 0, one["refused"] is None) == (used, used)
 
 
-def test_refused_guest_is_one_death(tmp_path: Path) -> None:
-    """The article's kernel would have been taken, today's is not: it says so and ends with status 4."""
+def test_refused_guest_is_one_death() -> None:
+    """The article's kernel would have been taken, today's is not: its boot CPU says so and ends."""
+    machine = MachineSpec(name="t-refused", ram_bytes=64 << 20, host_version=VERSION_WIN7)
+    with launch(Scenario(machine, (DeviceSpec(),))) as running, pytest.raises(MachineDied) as died:
+        running.wait_ready()
+
+    (death,) = died.value.deaths
+    assert death.report().endswith("vmbus_connect: EDOM; the guest's log says why")
+    assert_gone("t-refused")
+
+
+@pytest.mark.parametrize("command", ["run", "stress", "latency"])
+def test_guest_that_would_be_refused_is_not_booted(tmp_path: Path, command: str) -> None:
+    """The versions of a scenario that cannot meet are one line, with both ways out."""
     scenario = tmp_path / "old.toml"
     scenario.write_text('[machine]\nhost_version = "1.1"\n')
 
-    done = call(tmp_path, "run", str(scenario), "--name", "t-refused", "--duration", "0", "--json")
+    done = call(tmp_path, command, str(scenario))
 
-    assert done.returncode == 4
-    told = report(done.stdout)
-    assert (told["version"], told["offers"], told["channels_open"]) == (None, 0, 0)
-    (death,) = told["deaths"]
-    assert death.endswith("vmbus_connect: EDOM; the guest's log says why")
-    assert_gone("t-refused")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith('that a host of 1.1 has; raise it to 2.4, or set era = "seed"')
 
 
 @pytest.mark.parametrize("version", ["0.13", "4.0"])

@@ -165,6 +165,21 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert_gone(name)
 
 
+def test_killed_process_ends_a_stress_which_says_how_to_repeat_it(tmp_path: Path) -> None:
+    """Exit code 4, the process, a crash record that exists, the seed; nothing left."""
+    scenario = tmp_path / "four.toml"
+    scenario.write_text('[machine]\nname = "t-kill-stress"\n[[device]]\nclass = "echo"\ncount = 4\n')
+    with ended(start(tmp_path, "stress", str(scenario), "--seed", "17", "--duration", "60")) as process:
+        wait_until_open("t-kill-stress", process)
+        os.kill(inner_pids("t-kill-stress")["vcpu1"], signal.SIGKILL)
+        _output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 4, errors
+    assert "vcpu1" in errors and "SIGKILL" in errors and "--seed 17" in errors
+    assert Path(errors.partition("crash record: ")[2].strip()).is_file()
+    assert_gone("t-kill-stress")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_death_at_a_random_moment_leaves_nothing(tmp_path: Path, seed: int) -> None:
     """Any inner process, killed at any moment of a busy boot: reported by name, exit code 4, nothing left."""
