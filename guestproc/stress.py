@@ -225,6 +225,7 @@ class Stresser:
     def burst(self, lane: Lane, count: int) -> None:
         """So many packets into one ring, waiting for room as often as need be; what comes back meanwhile is taken."""
         first = lane.sequence
+        came = lane.received_word.load()
         lane.session.begin()
         waiting = [self.payloads.of(self.cpu, first + n, lane.limit) for n in range(count)]
         while waiting:
@@ -236,6 +237,11 @@ class Stresser:
             if waiting:
                 # Others' answers come to us only: who waits for room without taking them may wait for himself.
                 self.take_all()
+                if (now := lane.received_word.load()) != came:
+                    # The ring works, and others were quicker: a packet as long as the ring needs it empty, and
+                    # may wait for that until they have ended.
+                    came = now
+                    lane.session.begin()
 
     def compute(self) -> None:
         """Plain bytecodes, which interrupts by signal interrupt."""

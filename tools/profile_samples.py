@@ -76,8 +76,10 @@ class Watched:
         self._threads: dict[int, tuple[float, float]] = {}
         if not from_birth:
             self._threads = {one.id: (one.user_time, one.system_time) for one in self._process.threads()}
-        self._cpu_ns = counts[0]
-        self._at_s = now_s
+        self._cpu_ns, self._at_s = counts[0], now_s
+        if from_birth:
+            # What it did before this first look belongs to the time since its birth, or the picture would lack it.
+            self._cpu_ns, self._at_s = 0.0, min(now_s, max(0.0, now_s - (time.time() - self._process.create_time())))
         self._samples = 0
 
     def sample(self, now_s: float) -> None:

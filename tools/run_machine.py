@@ -101,6 +101,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
                 settle(running, outcome, no_guest=options.no_guest)
         except MachineDied as death:
             outcome.deaths = [one.report() for one in death.deaths]
+            outcome.counters = running.machine.control.counter_totals()
             outcome.crash_record = str(write_crash_record(running, death))
             look(running, outcome)
     if scenario.plugins:

@@ -48,6 +48,10 @@ def test_command_is_watched_from_its_machines_first_instruction(run_cli: RunCli,
     assert {"launcher", "zygote", "hypervisor", "vcpu0", "vcpu1", "workqueue"} <= by_name.keys()
     assert all(one["cpu_ns"] > 0 and one["rss"] >= one["uss"] > 0 for one in by_name.values())
     assert len(by_name["workqueue"]["threads"]) > 5
+    for one in by_name.values():
+        # The picture has all of the time that the legend claims, from each process's birth on.
+        drawn_ns = sum((end - begin) * share * 1e9 for begin, end, share in one["timeline"])
+        assert drawn_ns == pytest.approx(one["cpu_ns"], rel=0.02, abs=2e6)
     assert told["per_packet_ns"] > 0 and told["per_interrupt_ns"] > 0
     assert told["counters"]["packets"] > 0
     ElementTree.parse(tmp_path / "out.svg")
