@@ -48,7 +48,9 @@ class EchoSession:
         if count == 0 and payloads:
             count = -self._wait_for_room(ring_bytes(len(payloads[0])))
         if count < 0:
-            raise ChannelGone if count == -errno.ENODEV else Stalled
+            if count == -errno.ENODEV:
+                raise ChannelGone
+            raise Stalled(f"a packet of {len(payloads[0])} bytes: -{errno.errorcode[-count]}")
         if count:
             self._moved_ns = self.vcpu.now()
             if self._wished:
@@ -89,7 +91,7 @@ class EchoSession:
         if being_removed(self.current, self.channel):
             raise ChannelGone
         if self.vcpu.now() - self._moved_ns > STALL_NS:
-            raise Stalled
+            raise Stalled(f"nothing has moved for {STALL_NS // 1_000_000_000} s")
 
     def until(self, done: Callable[[], bool], handle: Callable[[Packet], None]) -> None:
         """Take packets until `done`, waiting in between."""

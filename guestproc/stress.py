@@ -237,6 +237,11 @@ class Stresser:
             if waiting:
                 # Others' answers come to us only: who waits for room without taking them may wait for himself.
                 self.take_all()
+                # Others are wanted back meanwhile, and who wants them back waits for us: if this channel was
+                # taken away, too, its rescind may stand behind that one, and the ring stays full until then.
+                self.let_go()
+                if lane.handle not in self.lanes:
+                    return
                 if (now := lane.received_word.load()) != came:
                     # The ring works, and others were quicker: a packet as long as the ring needs it empty, and
                     # may wait for that until they have ended.
@@ -322,9 +327,9 @@ def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     tally = Tally()
     try:
         stresser.run(row.wanted)
-    except Stalled:
+    except Stalled as stalled:
         tally.errors += 1
-        stresser.complaints.append(f"cpu{row.cpu} could not go on: nothing moved, or the host broke a ring")
+        stresser.complaints.append(f"cpu{row.cpu} could not go on: {stalled}")
     for lane in list(stresser.lanes.values()):
         stresser.release(lane, gone=False)
     for lane in stresser.finished:

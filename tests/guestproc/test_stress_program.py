@@ -151,3 +151,31 @@ def test_owner_leaves_when_nobody_sends_and_everything_is_back() -> None:
     owner.settle()
 
     assert (owner.waits, owner.lane.owned_word.load()) == (0, 0)
+
+
+class Sender(Stresser):
+    """Of a stresser what sends: one channel whose ring is full, and is taken away at the third look."""
+
+    def __init__(self) -> None:
+        view = AtomicView(bytearray(32))
+        owned, sent, received, senders = (view.cell_u64(8 * number) for number in range(4))
+        session = SimpleNamespace(inbox=(), begin=lambda: None, send=lambda *_args, **_more: 0)
+        self.cpu = 0
+        self.payloads = PAYLOADS
+        self.lane = Lane(cast(Any, session), 3, 3, 1, False, LIMIT, 1, owned, sent, received, senders)
+        self.lanes = {3: self.lane}
+        self.looks = 0
+
+    def let_go(self) -> None:
+        """What is wanted back goes, the channel that is waited for included."""
+        self.looks += 1
+        if self.looks == 3:
+            del self.lanes[3]
+
+
+def test_sender_that_waits_for_room_lets_go_of_what_is_wanted_back() -> None:
+    """Its ring may be full because it was taken away, behind a removal that waits for this very program."""
+    sender = Sender()
+    sender.burst(sender.lane, 2)
+
+    assert (sender.looks, sender.lane.sent_word.load()) == (3, 0)
