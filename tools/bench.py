@@ -12,7 +12,7 @@ import click
 
 from emu.errors import UserError
 from tools.anchors import Anchor
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 
@@ -75,16 +75,20 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     if unknown:
         raise UserError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)} and all")
     anchors: list[Anchor] = []
-    for name in chosen:
-        if not as_json and narrates():
-            say(f"measuring {name} …")
-        anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
+    with noting_interruption() as interruption:
+        for name in chosen:
+            if not as_json and narrates():
+                say(f"measuring {name} …")
+            anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
     if as_json:
-        print_json("bench", 1, {"machine": machine_description(), "results": [one.as_json() for one in anchors]})
-    else:
+        told = {"machine": machine_description(), "results": [one.as_json() for one in anchors]}
+        print_json("bench", 1, {**told, "interrupted": interruption.status is not None})
+    elif anchors:
         print_table(
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
         )
+    if interruption.status is not None:
+        return interruption.status
     return ExitStatus.FINDING if strict and any(one.met is False for one in anchors) else ExitStatus.FINE
 
 

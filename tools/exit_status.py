@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 
 
@@ -21,3 +24,22 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
     READER_LEFT = 141
     TERMINATED = 143
+
+
+@dataclass(slots=True)
+class Interruption:
+    """Whether a block was ended by Ctrl-C, SIGTERM or SIGHUP, and with which status its command ends then."""
+
+    status: int | None = None
+
+
+@contextmanager
+def noting_interruption() -> Iterator[Interruption]:
+    """Let a signal end the block and not the command, which has something to tell; `status` says so behind it."""
+    interruption = Interruption()
+    try:
+        yield interruption
+    except KeyboardInterrupt:
+        interruption.status = ExitStatus.INTERRUPTED
+    except SystemExit as leave:  # SIGTERM and SIGHUP (`cli._catch_signals`)
+        interruption.status = leave.code if isinstance(leave.code, int) else ExitStatus.FAILED

@@ -25,7 +25,7 @@ from emu.task_board import Program, TaskState
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import check_versions
 from tools.histograms import (
     US,
@@ -111,8 +111,13 @@ def latency(
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll)
     began_s = time.time()
-    plain = measure(scenario, rate or 0, size, duration_s, record=False)
-    recorded = measure(scenario, rate or 0, size, duration_s, record=True)
+    with noting_interruption() as interruption:
+        plain = measure(scenario, rate or 0, size, duration_s, record=False)
+        recorded = measure(scenario, rate or 0, size, duration_s, record=True)
+    if interruption.status is not None:
+        if as_json:
+            print_json("latency", 1, {"interrupted": True})
+        return interruption.status
     samples = {ROUND_TRIP: plain.round_trips, RECORDED: recorded.round_trips, **recorded.stages}
     histograms = {name: histogram_of(values, name) for name, values in samples.items()}
     figures = {name: figures_of(histogram) for name, histogram in histograms.items()}

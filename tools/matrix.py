@@ -14,7 +14,7 @@ from emu.mirror import Mirror
 from emu.scenario import ERAS, DeviceSpec, MachineSpec, Scenario
 from emu.task_board import TaskState
 from emu.wire.versions import KNOWN_VERSIONS, version_text
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import predicted
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.options import json_option
@@ -59,14 +59,18 @@ def matrix(as_json: bool) -> int:
       vmbus-emu matrix --json | jq -r '.results[] | select(.ok | not)'
     """
     results = []
-    for result in boot_all():
-        results.append(result)
-        if not as_json and narrates():
-            say(f"{result.era} on {result.version}: {result.negotiated or result.refused}")
+    with noting_interruption() as interruption:
+        for result in boot_all():
+            results.append(result)
+            if not as_json and narrates():
+                say(f"{result.era} on {result.version}: {result.negotiated or 'refused'}")
     if as_json:
-        print_json("matrix", 1, {"results": [asdict(result) for result in results]})
+        told = {"results": [asdict(result) for result in results]}
+        print_json("matrix", 1, {**told, "interrupted": interruption.status is not None})
     else:
         show(results)
+    if interruption.status is not None:
+        return interruption.status
     return ExitStatus.FINE if all(result.ok for result in results) else ExitStatus.FINDING
 
 

@@ -30,7 +30,7 @@ from emu.task_board import Program, TaskState
 from guestproc.kernel.layout import KernelTables
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import check_versions
 from tools.histograms import write_text
 from tools.launch import RunningMachine, launch
@@ -187,11 +187,17 @@ def stress(
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
     end = None if limit_s is None else time.monotonic() + limit_s
     check_versions(scenario)
+    report: dict[str, Any] | None = None
     try:
-        report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
-    except BaseException:
-        click.echo(f"ended early; the same again: --seed {chosen}", err=True)
-        raise
+        with noting_interruption() as interruption:
+            report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
+    finally:
+        if report is None:
+            click.echo(f"ended early; the same again: --seed {chosen}", err=True)
+    if interruption.status is not None or report is None:
+        if as_json:
+            print_json("stress", 1, {"seed": chosen, "interrupted": True})
+        return interruption.status or ExitStatus.FAILED
     if junit is not None:
         write_text(junit, junit_of(report), "--junit")
     if as_json:

@@ -180,6 +180,23 @@ def test_killed_process_ends_a_stress_which_says_how_to_repeat_it(tmp_path: Path
     assert_gone("t-kill-stress")
 
 
+@pytest.mark.parametrize("command", ["stress --duration 60", "latency --duration 60", "matrix", "bench idle"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_measurement_still_tells_and_cleans_up(
+    tmp_path: Path, command: str, signum: signal.Signals
+) -> None:
+    """Ctrl-C and SIGTERM: exit code 130 or 143, one JSON object, nothing left."""
+    with ended(start(tmp_path, *command.split(), "--json")) as process:
+        name = f"vm{process.pid}"
+        wait_for(lambda: objects(name) != [], f"{command} to make a machine")
+        process.send_signal(signum)
+        output, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 128 + signum, errors
+    assert report(output)["interrupted"] is True
+    assert_gone(name)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_death_at_a_random_moment_leaves_nothing(tmp_path: Path, seed: int) -> None:
     """Any inner process, killed at any moment of a busy boot: reported by name, exit code 4, nothing left."""
