@@ -81,3 +81,9 @@ def test_one_command_runs_the_tests() -> None:
 
     assert len(commands) == 1, commands
     assert all(TEST_COMMAND.search(text(page)) for page in (README, SOURCES / ".ci" / "run"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in(page: Path) -> None:
+    """No line is a word that stands for something to come."""
+    assert re.findall(r"^[A-Z]+-(?:OUTPUT|TABLE)$|\bTODO\b|\bFIXME\b", text(page), re.MULTILINE) == []
