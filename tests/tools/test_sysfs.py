@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -90,9 +91,11 @@ def started(machine: Machine, *command: str, technique: str = "tmpfs") -> Iterat
     try:
         yield session
     finally:
-        left = [*below.children(recursive=True), below] if below.is_running() else []
-        for process in left:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left = [*below.children(recursive=True), below]
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         session.communicate(timeout=DEADLINE_S)
 
 
@@ -116,7 +119,11 @@ def entries(directory: str) -> set[str]:
 
 def gone(*pids: int) -> bool:
     """Whether these processes end within the deadline."""
-    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    alive = []
+    for pid in pids:
+        # No look before the leap: a process may end between the two.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            alive.append(psutil.Process(pid))
     _gone, alive = psutil.wait_procs(alive, timeout=DEADLINE_S)
     return not alive
 
