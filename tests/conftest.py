@@ -21,9 +21,21 @@ settings.register_profile("soak", deadline=None, max_examples=2_000)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let property tests try more when the soak was asked for."""
+    """Let property tests try more when the soak was asked for; let what the tests start find its bytecode."""
     expression: str = config.getoption("markexpr", "")
     settings.load_profile("suite" if "not soak" in expression else "soak")
+    keep_bytecode(config)
+
+
+def keep_bytecode(config: pytest.Config) -> None:
+    """Where no bytecode is to be written beside the sources, write it elsewhere.
+
+    The tests start some thousand interpreters. As installed they find bytecode; if each compiled everything
+    again, that alone would take longer than most tests.
+    """
+    cache: pytest.Cache | None = getattr(config, "cache", None)  # `-p no:cacheprovider` leaves none
+    if cache is not None and os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache.mkdir("bytecode")))
 
 
 @pytest.fixture
