@@ -27,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_bytecode(config)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite by two workers, each file of tests by one of them; a part, or the soak, in this process.
+
+    Half of the suite's time is waiting for processes of machines, which another test can use.
+    """
+    whole = config.args == config.getini("testpaths") and "not soak" in config.getoption("markexpr", "")
+    return 2 if whole else 0
+
+
 def keep_bytecode(config: pytest.Config) -> None:
     """Where no bytecode is to be written beside the sources, write it elsewhere.
 
