@@ -28,8 +28,9 @@ import msgpack
 
 from emu.control import ActorRow, ActorState
 from emu.errors import UserError
+from emu.event_fields import WORDS, Decoder, EventSpec, decoder_of, parse_argument
 from emu.machine import Machine
-from emu.tracing import EVENTS, NO_VP, RECORD, RECORD_BYTES, Context, Drain, EventSpec
+from emu.tracing import EVENTS, NO_VP, RECORD, RECORD_BYTES, Context, Drain
 
 MAGIC: Final = b"VMBUSREC"
 FORMAT_VERSION: Final = 1
@@ -66,11 +67,20 @@ class TraceRecord:
     context: str
     event: EventSpec
     values: tuple[int, ...]
+    """A number for each argument of the event; a text (a GUID, a string) is one number as well."""
 
     @property
     def arguments(self) -> dict[str, int]:
-        """The event's named arguments (u64)."""
+        """The event's arguments by name, as numbers."""
         return dict(zip(self.event.arguments, self.values, strict=False))
+
+    @property
+    def shown(self) -> dict[str, int | str]:
+        """The event's arguments by name: texts as texts, everything else as numbers."""
+        return {
+            field.name: field.show(value) if field.text else value
+            for field, value in zip(self.event.fields, self.values, strict=False)
+        }
 
 
 class RecordingWriter:
@@ -164,7 +174,7 @@ def head_of(machine: Machine) -> dict[str, Any]:
         "began_ns": time.monotonic_ns(),
         "began_unix_ns": time.time_ns(),
         "contexts": {context.value: context.name for context in Context},
-        "events": [[spec.number, spec.name, list(spec.arguments)] for spec in EVENTS.values()],
+        "events": [[spec.number, spec.name, [field.written for field in spec.fields]] for spec in EVENTS.values()],
     }
 
 
@@ -187,6 +197,7 @@ class Recording:
         self._read_chunks()
         self.machine: str = str(self.head.get("machine", ""))
         self.events = _events(self.head)
+        self._decoders: dict[int, Decoder] = {number: decoder_of(spec) for number, spec in self.events.items()}
         self._contexts = _contexts(self.head)
         self._check_tail()
 
@@ -223,7 +234,7 @@ class Recording:
     def _of_actor(self, slot: int) -> Iterator[TraceRecord]:
         actor = self.actors.get(slot) or RecordedActor(slot, f"slot {slot}", "NONE", 0, 0)
         for start, end in self._chunks[slot]:
-            for t_ns, seq, number, vp, context, *values in RECORD.iter_unpack(self._data[start:end]):
+            for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(self._data[start:end]):
                 event = self._event(number)
                 yield TraceRecord(
                     t_ns,
@@ -232,13 +243,14 @@ class Recording:
                     None if vp == NO_VP else vp,
                     self._contexts.get(context, str(context)),
                     event,
-                    tuple(values[: len(event.arguments)]),
+                    self._decoders[number](words),
                 )
 
     def _event(self, number: int) -> EventSpec:
         spec = self.events.get(number)
         if spec is None:
-            spec = self.events[number] = EventSpec(number, f"event_{number}", tuple("abcdef"))
+            spec = self.events[number] = EventSpec(number, f"event_{number}", tuple(map(parse_argument, "abcdef")))
+            self._decoders[number] = decoder_of(spec)
         return spec
 
     def _sequences(self, chunks: list[tuple[int, int]]) -> Iterator[int]:
@@ -344,9 +356,16 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
 
 
 def _events(head: dict[str, Any]) -> dict[int, EventSpec]:
-    """The event table of a HEAD, by number."""
-    rows = head.get("events", ())
-    return {int(number): EventSpec(int(number), str(name), tuple(map(str, names))) for number, name, names in rows}
+    """The event table of a HEAD, by number; an event that this program knows the same way has its print format."""
+    specs = {}
+    for number, name, written in head.get("events", ()):
+        fields = tuple(map(parse_argument, map(str, written)))
+        spec = EventSpec(int(number), str(name), fields)
+        if spec.words > WORDS:
+            raise ValueError(f"{name} has {spec.words} words")
+        known = EVENTS.get(spec.name)
+        specs[spec.number] = known if known and (known.number, known.fields) == (spec.number, fields) else spec
+    return specs
 
 
 def _contexts(head: dict[str, Any]) -> dict[int, str]:

@@ -2,13 +2,12 @@
 
 A record is 64 bytes: time (CLOCK_MONOTONIC ns, u64), the writer's own sequence (u32), event (u16), VP index
 (u8, 255 none), context (u8), six u64 arguments. Rings overwrite their oldest records; whoever drains counts
-what it missed. Event names and argument names stand in `EVENTS`, the one table of the recorder.
+what it missed. Event names, arguments and their types stand in `EVENTS`, the one table of the recorder.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from struct import error as struct_error
@@ -16,6 +15,7 @@ from typing import Final
 
 from emu.control import ACTORS
 from emu.errors import MissingPrerequisite
+from emu.event_fields import EventSpec, parse_argument, text_value
 from emu.ipc.segments import Segment
 
 RECORD: Final = Struct("<QIHBBQQQQQQ")
@@ -41,71 +41,195 @@ class Context(IntEnum):
     BOOT = 5
 
 
-@dataclass(frozen=True, slots=True)
-class EventSpec:
-    """An event's number, name and the names of its (at most six) arguments."""
+class Side(IntEnum):
+    """Which ring of a channel."""
 
-    number: int
-    name: str
-    arguments: tuple[str, ...]
+    TO_HOST = 0
+    TO_GUEST = 1
 
 
-def _table(*rows: tuple[str, str]) -> dict[str, EventSpec]:
-    return {name: EventSpec(number, name, tuple(arguments.split())) for number, (name, arguments) in enumerate(rows, 1)}
+class Kick(IntEnum):
+    """How a requested interrupt reached its VP."""
+
+    MERGED = 0
+    """It was requested already: whoever did that owed the kick."""
+    NONE = 1
+    """The VP looks by itself."""
+    SEMAPHORE = 2
+    SIGNAL = 3
+
+
+class WaitedFor(IntEnum):
+    """What a thread of the guest kernel waits for."""
+
+    COMPLETION = 0
+    WAIT_QUEUE = 1
+    MUTEX = 2
+    SPINLOCK = 3
+
+
+def _table(*rows: tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, str]) -> dict[str, EventSpec]:
+    """Rows of name, arguments, and for the kernel's events the print format and the order of declaration."""
+    specs = {}
+    for number, (name, arguments, *rest) in enumerate(rows, 1):
+        fields = tuple(map(parse_argument, arguments.split()))
+        declared = tuple(rest[1].split()) if len(rest) > 1 else tuple(field.name for field in fields)
+        specs[name] = EventSpec(number, name, fields, rest[0] if rest else "", declared)
+    return specs
 
 
 EVENTS: Final = _table(
-    ("offer", "relid generation connection_id sub_channel_index"),
-    ("rescind", "relid generation"),
-    ("release", "relid generation ret"),
-    ("post", "connection_id msgtype size status"),
-    ("slot_write", "position sint message_type msgtype serial queued"),
-    ("slot_read", "sint message_type msgtype serial"),
-    ("slot_free", "sint message_type serial pending"),
-    ("eom", "position sint delivered"),
-    ("flag_set", "position sint flag was_set"),
-    ("flag_clear", "sint flag"),
-    ("irq_raise", "position vector"),
-    ("isr_enter", "vector"),
-    ("isr_exit", "vector"),
-    ("tasklet_sched", "tasklet relid"),
-    ("tasklet_run", "tasklet relid"),
-    ("mask", "relid side"),
-    ("unmask", "relid side bytes_to_read"),
-    ("ring_publish", "relid side write_index packets"),
-    ("ring_release", "relid side read_index bytes"),
-    ("pending_size", "relid side size"),
-    ("signal", "relid side connection_id"),
-    ("req_alloc", "msgtype key request"),
-    ("req_complete", "msgtype key request status"),
-    ("gpadl_add", "relid gpadl pages"),
-    ("gpadl_drop", "relid gpadl"),
-    ("page_alloc", "pfn pages owner"),
-    ("page_free", "pfn pages"),
-    ("map", "relid gpadl pages"),
-    ("unmap", "relid gpadl"),
-    ("target_change", "relid target_vp"),
-    ("lock", "lock actor"),
-    ("unlock", "lock actor"),
-    ("wait", "what object"),
-    ("wake", "what object actor"),
-    ("cpu_online", "cpu vp_index"),
-    ("cpu_offline", "cpu vp_index"),
-    ("fault", "operation code"),
-    ("point", "point action"),
-    ("refused", "rule value"),
-    ("state", "relid old new"),
-    ("pending_set", "position sint resident"),
-    ("work_queue", "queue function serial"),
-    ("work_run", "queue function serial"),
-    ("probe", "relid driver ret"),
-    ("open", "relid openid gpadl ret"),
-    ("close", "relid ret"),
-    ("message_post", "position sint msgtype serial"),
-    ("task_take", "relid packets"),
-    ("uevent", "action relid seqnum"),
+    # -- the minimum vocabulary ---------------------------------------------------------------------------
+    ("offer", "relid:u32 generation:u32 connection_id:x32 sub_channel_index:u16"),
+    ("rescind", "relid:u32 generation:u32"),
+    ("release", "relid:u32 generation:u32 ret:s32"),
+    ("post", "connection_id:x32 msgtype:u32:MessageType size:u32 status:u16:HvStatus serial:u64"),
+    ("slot_write", "position:u32 sint:u8 message_type:x32 msgtype:u32:MessageType serial:u64 queued:u32"),
+    ("slot_read", "sint:u8 message_type:x32 msgtype:u32:MessageType serial:u64"),
+    ("slot_free", "sint:u8 message_type:x32 serial:u64 pending:u8"),
+    ("eom", "position:u32 sint:u8 delivered:u32"),
+    ("flag_set", "position:u32 sint:u8 flag:u32 was_set:u8"),
+    ("flag_clear", "sint:u8 flag:u32"),
+    ("irq_raise", "position:u32 vector:x8"),
+    ("isr_enter", "vector:x8"),
+    ("isr_exit", "vector:x8"),
+    ("tasklet_sched", "tasklet:u32:Tasklets relid:u32"),
+    ("tasklet_run", "tasklet:u32:Tasklets relid:u32"),
+    ("mask", "relid:u32 side:u8:Side"),
+    ("unmask", "relid:u32 side:u8:Side bytes_to_read:u32"),
+    ("ring_publish", "relid:u32 side:u8:Side write_index:u32 packets:u32"),
+    ("ring_release", "relid:u32 side:u8:Side read_index:u32 bytes:u32"),
+    ("pending_size", "relid:u32 side:u8:Side size:u32"),
+    ("signal", "relid:u32 side:u8:Side connection_id:x32"),
+    ("req_alloc", "msgtype:u32:MessageType key:x32 request:u32 relid:u32"),
+    ("req_complete", "msgtype:u32:MessageType key:x32 request:u32 relid:u32"),
+    ("gpadl_add", "relid:u32 gpadl:x32 pages:u32"),
+    ("gpadl_drop", "relid:u32 gpadl:x32"),
+    ("page_alloc", "pfn:x64 pages:u32 owner:x64"),
+    ("page_free", "pfn:x64 pages:u32"),
+    ("map", "relid:u32 gpadl:x32 pages:u32"),
+    ("unmap", "relid:u32 gpadl:x32"),
+    ("target_change", "relid:u32 target_vp:u32"),
+    ("lock", "lock:u32 actor:x32"),
+    ("unlock", "lock:u32 actor:x32"),
+    ("wait", "what:u32:WaitedFor object:x64"),
+    ("wake", "what:u32:WaitedFor object:x64 actor:x32"),
+    ("cpu_online", "cpu:u32 vp_index:u32"),
+    ("cpu_offline", "cpu:u32 vp_index:u32"),
+    ("fault", "operation:u32:ExitOperation code:u32:Fault argument:x64"),
+    ("point", "point:u32 action:u32"),
+    # -- ours ---------------------------------------------------------------------------------------------
+    ("refused", "rule:str40 value:u64"),
+    ("state", "relid:u32 old:u32:ChannelState new:u32:ChannelState"),
+    ("pending_set", "position:u32 sint:u8 resident:x32"),
+    ("work_queue", "queue:u32:QueueNumber function:u32:Works serial:u64"),
+    ("work_run", "queue:u32:QueueNumber function:u32:Works serial:u64"),
+    ("probe", "relid:u32 driver:u32 ret:s32"),
+    ("open", "relid:u32 openid:u32 gpadl:x32 ret:s32"),
+    ("close", "relid:u32 ret:s32"),
+    ("message_post", "position:u32 sint:u8 msgtype:u32:MessageType serial:u64 cause:u64"),
+    ("task_take", "relid:u32 packets:u32"),
+    ("uevent", "action:u32:Action relid:u32 seqnum:u64"),
+    # -- the kernel's trace system `hyperv`, in the order of drivers/hv/hv_trace.h -------------------------
+    ("vmbus_on_msg_dpc", "msgtype:uint:MessageType", "msgtype=%u"),
+    ("vmbus_on_message", "msgtype:uint:MessageType", "msgtype=%u"),
+    (
+        "vmbus_onoffer",
+        "child_relid:u32 monitorid:u8 is_ddc_int:u16/1 connection_id:u32 if_type:guid if_instance:guid "
+        "chn_flags:u16 mmio_mb:u16 sub_idx:u16",
+        "child_relid 0x%x, monitorid 0x%x, is_dedicated %d, connection_id 0x%x, if_type %pUl, if_instance %pUl, "
+        "chn_flags 0x%x, mmio_megabytes %d, sub_channel_index %d",
+    ),
+    ("vmbus_onoffer_rescind", "child_relid:u32", "child_relid 0x%x"),
+    ("vmbus_onopen_result", "child_relid:u32 openid:u32 status:u32", "child_relid 0x%x, openid %d, status %d"),
+    (
+        "vmbus_ongpadl_created",
+        "child_relid:u32 gpadl:u32 status:u32",
+        "child_relid 0x%x, gpadl 0x%x, creation_status %d",
+    ),
+    ("vmbus_onmodifychannel_response", "child_relid:u32 status:u32", "child_relid 0x%x, status %d"),
+    ("vmbus_ongpadl_torndown", "gpadl:u32", "gpadl 0x%x"),
+    ("vmbus_onversion_response", "ver:u8", "version_supported %d"),
+    ("vmbus_request_offers", "ret:s32", "sending ret %d"),
+    (
+        "vmbus_open",
+        "child_relid:u32 openid:u32 gpadlhandle:u32 target_vp:u32 offset:u32 ret:s32",
+        "sending child_relid 0x%x, openid %d, gpadlhandle 0x%x, target_vp 0x%x, offset 0x%x, ret %d",
+    ),
+    ("vmbus_close_internal", "child_relid:u32 ret:s32", "sending child_relid 0x%x, ret %d"),
+    (
+        "vmbus_establish_gpadl_header",
+        "child_relid:u32 gpadl:u32 range_buflen:u16 rangecount:u16 ret:s32",
+        "sending child_relid 0x%x, gpadl 0x%x, range_buflen %d rangecount %d, ret %d",
+    ),
+    (
+        "vmbus_establish_gpadl_body",
+        "msgnumber:u32 gpadl:u32 ret:s32",
+        "sending msgnumber %d, gpadl 0x%x, ret %d",
+    ),
+    (
+        "vmbus_teardown_gpadl",
+        "child_relid:u32 gpadl:u32 ret:s32",
+        "sending child_relid 0x%x, gpadl 0x%x, ret %d",
+    ),
+    (
+        "vmbus_negotiate_version",
+        "ver:u32 target_vcpu:u32 int_page:u64 mon_page1:u64 mon_page2:u64 ret:s32",
+        "sending vmbus_version_requested %d, target_vcpu 0x%x, pages %llx:%llx:%llx, ret %d",
+        "ver target_vcpu ret int_page mon_page1 mon_page2",
+    ),
+    ("vmbus_release_relid", "child_relid:u32 ret:s32", "sending child_relid 0x%x, ret %d"),
+    (
+        "vmbus_send_tl_connect_request",
+        "guest_id:guid host_id:guid ret:s32",
+        "sending guest_endpoint_id %pUl, host_service_id %pUl, ret %d",
+    ),
+    (
+        "vmbus_send_modifychannel",
+        "child_relid:u32 target_vp:u32 ret:s32",
+        "binding child_relid 0x%x to target_vp 0x%x, ret %d",
+    ),
+    ("vmbus_chan_sched", "relid:u32", "relid 0x%x"),
+    ("vmbus_setevent", "relid:u32", "relid 0x%x"),
+    ("vmbus_on_event", "relid:u32", "relid 0x%x"),
+    # -- ours, again --------------------------------------------------------------------------------------
+    # How an interrupt that was requested (irq_raise) reached its VP.
+    ("kick", "position:u32 vector:x8 how:u8:Kick"),
+    ("poll", "paid:u8 waited_ns:u64"),
+    ("halt", "timeout_ns:u64"),
+    ("halt_end", "waited_ns:u64"),
+    # The bytes of a ring's data area, once for each process that attaches to it: indices are modulo this.
+    ("ring_attach", "relid:u32 side:u8:Side data_size:u32 write_index:u32 read_index:u32"),
+    ("ring_full", "relid:u32 side:u8:Side needed:u32 free:u32"),
+    ("ring_room", "relid:u32 side:u8:Side free:u32 wanted:u32"),
+    ("req_free", "msgtype:u32:MessageType key:x32 request:u32 relid:u32"),
+    ("host_state", "relid:u32 generation:u32 old:u32:HostChannelState new:u32:HostChannelState"),
+    ("gpadl_state", "relid:u32 gpadl:x32 old:u32:GpadlState new:u32:GpadlState"),
+    ("conn_state", "old:u32:ConnectionState new:u32:ConnectionState"),
+    # The host's control plane takes a message of the guest's; its answers name it as their cause until message_done.
+    ("message_take", "msgtype:u32:MessageType serial:u64 size:u32"),
+    ("message_done", "msgtype:u32:MessageType serial:u64"),
+    ("work_done", "queue:u32:QueueNumber function:u32:Works serial:u64"),
+    ("tasklet_done", "tasklet:u32:Tasklets relid:u32"),
+    ("probe_start", "relid:u32 driver:u32"),
+    ("remove_start", "relid:u32 driver:u32"),
+    ("remove", "relid:u32 driver:u32"),
+    ("doorbell", "connection_id:x32"),
+    ("vmexit", "operation:u32:ExitOperation argument0:x64 argument1:x64 result:x64 fault:u32:Fault waited_ns:u64"),
+    ("process_start", "pid:u32 kind:u8:ActorKind cpu:u32 name:str16"),
+    ("process_stop", "pid:u32 status:s32 name:str16"),
+    ("task_run", "program:u32:Program cpu:u32 relid:u32"),
+    ("task_done", "program:u32:Program cpu:u32 state:u32:TaskState"),
+    # A data-plane request id of a driver's (hv_rqstor).
+    ("request_start", "relid:u32 trans_id:x64"),
+    ("request_end", "relid:u32 trans_id:x64 status:u32"),
+    # A line of whoever watches: a finding, a death.
+    ("mark", "text:str48"),
 )
-"""All events that a recording may hold; numbers never change, new ones go last."""
+"""All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
+
+HYPERV_EVENTS: Final = tuple(spec for spec in EVENTS.values() if spec.format)
+"""The kernel's tracepoints of the system `hyperv`; `ret` is what the kernel function posted with, 0 or below."""
 
 BY_NUMBER: Final = {spec.number: spec for spec in EVENTS.values()}
 
@@ -158,6 +282,60 @@ E_CLOSE: Final = EVENTS["close"].number
 E_MESSAGE_POST: Final = EVENTS["message_post"].number
 E_TASK_TAKE: Final = EVENTS["task_take"].number
 E_UEVENT: Final = EVENTS["uevent"].number
+E_VMBUS_ON_MSG_DPC: Final = EVENTS["vmbus_on_msg_dpc"].number
+E_VMBUS_ON_MESSAGE: Final = EVENTS["vmbus_on_message"].number
+E_VMBUS_ONOFFER: Final = EVENTS["vmbus_onoffer"].number
+E_VMBUS_ONOFFER_RESCIND: Final = EVENTS["vmbus_onoffer_rescind"].number
+E_VMBUS_ONOPEN_RESULT: Final = EVENTS["vmbus_onopen_result"].number
+E_VMBUS_ONGPADL_CREATED: Final = EVENTS["vmbus_ongpadl_created"].number
+E_VMBUS_ONMODIFYCHANNEL_RESPONSE: Final = EVENTS["vmbus_onmodifychannel_response"].number
+E_VMBUS_ONGPADL_TORNDOWN: Final = EVENTS["vmbus_ongpadl_torndown"].number
+E_VMBUS_ONVERSION_RESPONSE: Final = EVENTS["vmbus_onversion_response"].number
+E_VMBUS_REQUEST_OFFERS: Final = EVENTS["vmbus_request_offers"].number
+E_VMBUS_OPEN: Final = EVENTS["vmbus_open"].number
+E_VMBUS_CLOSE_INTERNAL: Final = EVENTS["vmbus_close_internal"].number
+E_VMBUS_ESTABLISH_GPADL_HEADER: Final = EVENTS["vmbus_establish_gpadl_header"].number
+E_VMBUS_ESTABLISH_GPADL_BODY: Final = EVENTS["vmbus_establish_gpadl_body"].number
+E_VMBUS_TEARDOWN_GPADL: Final = EVENTS["vmbus_teardown_gpadl"].number
+E_VMBUS_NEGOTIATE_VERSION: Final = EVENTS["vmbus_negotiate_version"].number
+E_VMBUS_RELEASE_RELID: Final = EVENTS["vmbus_release_relid"].number
+E_VMBUS_SEND_TL_CONNECT_REQUEST: Final = EVENTS["vmbus_send_tl_connect_request"].number
+E_VMBUS_SEND_MODIFYCHANNEL: Final = EVENTS["vmbus_send_modifychannel"].number
+E_VMBUS_CHAN_SCHED: Final = EVENTS["vmbus_chan_sched"].number
+E_VMBUS_SETEVENT: Final = EVENTS["vmbus_setevent"].number
+E_VMBUS_ON_EVENT: Final = EVENTS["vmbus_on_event"].number
+E_KICK: Final = EVENTS["kick"].number
+E_POLL: Final = EVENTS["poll"].number
+E_HALT: Final = EVENTS["halt"].number
+E_HALT_END: Final = EVENTS["halt_end"].number
+E_RING_ATTACH: Final = EVENTS["ring_attach"].number
+E_RING_FULL: Final = EVENTS["ring_full"].number
+E_RING_ROOM: Final = EVENTS["ring_room"].number
+E_REQ_FREE: Final = EVENTS["req_free"].number
+E_HOST_STATE: Final = EVENTS["host_state"].number
+E_GPADL_STATE: Final = EVENTS["gpadl_state"].number
+E_CONN_STATE: Final = EVENTS["conn_state"].number
+E_MESSAGE_TAKE: Final = EVENTS["message_take"].number
+E_MESSAGE_DONE: Final = EVENTS["message_done"].number
+E_WORK_DONE: Final = EVENTS["work_done"].number
+E_TASKLET_DONE: Final = EVENTS["tasklet_done"].number
+E_PROBE_START: Final = EVENTS["probe_start"].number
+E_REMOVE_START: Final = EVENTS["remove_start"].number
+E_REMOVE: Final = EVENTS["remove"].number
+E_DOORBELL: Final = EVENTS["doorbell"].number
+E_VMEXIT: Final = EVENTS["vmexit"].number
+E_PROCESS_START: Final = EVENTS["process_start"].number
+E_PROCESS_STOP: Final = EVENTS["process_stop"].number
+E_TASK_RUN: Final = EVENTS["task_run"].number
+E_TASK_DONE: Final = EVENTS["task_done"].number
+E_REQUEST_START: Final = EVENTS["request_start"].number
+E_REQUEST_END: Final = EVENTS["request_end"].number
+E_MARK: Final = EVENTS["mark"].number
+
+
+def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:
+    """The words of a `refused` record: the rule that the peer broke, and what it held."""
+    return EVENTS["refused"].pack(text_value(rule, 40), value & _U64)
 
 
 class Recorder:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
-from zlib import crc32
 
 from emu.errors import ProtocolViolation
 from emu.memory import GuestMemory
-from emu.tracing import E_REFUSED
+from emu.tracing import E_REFUSED, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.protocol.era import Era
@@ -89,7 +88,7 @@ class Current:
         self.refused[violation.rule] += 1
         count = self.refused[violation.rule]
         value = violation.value if isinstance(violation.value, int) else 0
-        self.record(E_REFUSED, crc32(violation.rule.encode()), value)
+        self.record(E_REFUSED, *refused_words(violation.rule, value))
         if str(count).strip("0") == "1":
             often = f" ({count} times)" if count > 1 else ""
             self.log(f"{what}{': ' if what else ''}{violation} [{violation.rule}]{often}")

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Final
 
 from emu.control import ActorRow, ActorState
+from emu.event_fields import decoder_of
 from emu.machine import Machine
 from emu.recording import RecordedActor, TraceRecord
 from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context, Drain
+
+_DECODERS: Final = {number: decoder_of(spec) for number, spec in BY_NUMBER.items()}
 
 
 class LiveRecords:
@@ -43,7 +46,7 @@ class LiveRecords:
                 None if vp == NO_VP else vp,
                 Context(context).name,
                 BY_NUMBER[number],
-                tuple(values[: len(BY_NUMBER[number].arguments)]),
+                _DECODERS[number](words),
             )
-            for t_ns, seq, number, vp, context, *values in RECORD.iter_unpack(self._drain.take(row.slot))
+            for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(self._drain.take(row.slot))
         ]

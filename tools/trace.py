@@ -9,50 +9,25 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from enum import IntEnum
 from pathlib import Path
 from typing import IO, Any, Final
 
 import click
 
 from emu.errors import UserError
-from emu.layout import ExitOperation, Fault
 from emu.recording import Recording, TraceRecord
-from emu.wire.hypercalls import HvStatus
-from emu.wire.messages import MessageType
-from guestproc.kernel.workqueue import QueueNumber
-from guestproc.protocol.numbers import Tasklets, Works
+from tools.event_names import name_of
 from tools.exit_status import ExitStatus
 from tools.output import say
-
-NAMED: Final[Mapping[str, type[IntEnum]]] = {
-    "msgtype": MessageType,
-    "tasklet": Tasklets,
-    "function": Works,
-    "queue": QueueNumber,
-}
-"""Arguments whose numbers have names, whatever the event."""
-
-NAMED_IN: Final[Mapping[tuple[str, str], type[IntEnum]]] = {
-    ("post", "status"): HvStatus,
-    ("fault", "operation"): ExitOperation,
-    ("fault", "code"): Fault,
-}
-"""Those that have names in one event only."""
-
-SIGNED: Final = frozenset({"ret"})
-"""Arguments that were below zero where they came from (an errno)."""
 
 
 def as_json(record: TraceRecord) -> dict[str, Any]:
     """One record as an object; a number that has a name is followed by NUMBER_name."""
     arguments: dict[str, Any] = {}
-    for name, value in record.arguments.items():
-        arguments[name] = value - (1 << 64) if name in SIGNED and value >> 63 else value
-        names = NAMED_IN.get((record.event.name, name)) or NAMED.get(name)
-        if names is not None:
-            with contextlib.suppress(ValueError):
-                arguments[f"{name}_name"] = names(value).name
+    for field, value in zip(record.event.fields, record.values, strict=False):
+        arguments[field.name] = field.show(value) if field.text else value
+        if name := name_of(field, value):
+            arguments[f"{field.name}_name"] = name
     return {
         "t_ns": record.t_ns,
         "seq": record.seq,

@@ -191,7 +191,7 @@ def vmbus_open(
             vmbus_free_ring(current, channel)
     (opening.failed if result else opening.opened)(channel)
     current.record(E_STATE, channel.relid, ChannelState.OPENING_STATE, channel.state.load())
-    current.record(E_OPEN, channel.relid, channel.openid, channel.ringbuffer_gpadlhandle, -result)
+    current.record(E_OPEN, channel.relid, channel.openid, channel.ringbuffer_gpadlhandle, result)
     return result
 
 
@@ -279,7 +279,7 @@ def vmbus_close_internal(current: Current, channel: Channel) -> int:
         return -errno.EINVAL
     current.record(E_STATE, channel.relid, ChannelState.OPENED_STATE, ChannelState.OPEN_STATE)
     result = vmbus_post_msg(current, CloseChannel(channel.relid))
-    current.record(E_CLOSE, channel.relid, -result)
+    current.record(E_CLOSE, channel.relid, result)
     if result:
         current.log(f"Close failed: close post msg return is {result}")
         return result

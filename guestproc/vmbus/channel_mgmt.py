@@ -80,7 +80,8 @@ def _complete(current: Current, payload: bytes) -> None:
     with current.connection.channelmsg_lock.hold(current.actor):
         for request in pending.answered_by(current.tables, reply):
             pending.answer(request, payload)
-            current.record(E_REQ_COMPLETE, request.msgtype, request.openid or request.gpadl, request.index)
+            key = request.openid or request.gpadl
+            current.record(E_REQ_COMPLETE, request.msgtype, key, request.index, request.child_relid)
             request.waitevent.complete(current.actor)
 
 

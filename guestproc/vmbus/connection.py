@@ -182,7 +182,7 @@ def vmbus_request_offers(current: Current) -> int:
 def vmbus_release_relid(current: Current, relid: int, generation: int = 0) -> int:
     """Tell the host that its id is free again; `generation` is that of the record it named, for the trace."""
     result = vmbus_post_msg(current, RelidReleased(relid))
-    current.record(E_RELEASE, relid, generation, -result)
+    current.record(E_RELEASE, relid, generation, result)
     return result
 
 

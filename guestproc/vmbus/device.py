@@ -153,7 +153,7 @@ def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
     if not channel.rescind.load() and faults.strikes(current.tables, Fault.PROBE_HANG, relid):
         _hang(current)
     result = -errno.EIO if faults.strikes(current.tables, Fault.PROBE, relid) else driver.probe(current, device)
-    current.record(E_PROBE, relid, driver.number, -result)
+    current.record(E_PROBE, relid, driver.number, result)
     if result:
         device.probe_error = -result
         current.log(f"probe failed for device {dev_name(device)} ({result})")

@@ -35,7 +35,7 @@ def enter_request(
         return None
     with current.connection.channelmsg_lock.hold(current.actor):
         pending.enter(current.tables, request)
-    current.record(E_REQ_ALLOC, msgtype, openid or gpadl, request.index)
+    current.record(E_REQ_ALLOC, msgtype, openid or gpadl, request.index, child_relid)
     return request
 
 

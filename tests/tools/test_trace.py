@@ -21,12 +21,16 @@ from emu.tracing import (
     E_FAULT,
     E_LOCK,
     E_POST,
+    E_REFUSED,
     E_RELEASE,
     E_TASKLET_RUN,
+    E_VMBUS_ONOFFER,
     E_WORK_QUEUE,
     EVENTS,
     Context,
+    refused_words,
 )
+from tools.event_names import ENUMS
 from tools.exit_status import ExitStatus
 from tools.trace import FORMATS, as_json
 
@@ -60,7 +64,8 @@ def record(event: int, *values: int) -> dict[str, Any]:
     """One record as its JSON object."""
     spec = next(spec for spec in EVENTS.values() if spec.number == event)
     actor = RecordedActor(3, "vcpu1", "VCPU", 77, 1)
-    return as_json(TraceRecord(1_000, 9, actor, 0, "ISR", spec, values))
+    words = [*values, *[0] * (6 - len(values))]
+    return as_json(TraceRecord(1_000, 9, actor, 0, "ISR", spec, spec.unpack(words)))
 
 
 def test_record_is_one_object() -> None:
@@ -92,6 +97,7 @@ def test_numbers_are_named() -> None:
         "size": 240,
         "status": 0x13,
         "status_name": "INSUFFICIENT_BUFFERS",
+        "serial": 0,
     }
     assert record(E_TASKLET_RUN, 1)["args"]["tasklet_name"] == "VMBUS_ON_MSG_DPC"
     work = record(E_WORK_QUEUE, 1, 2, 3)["args"]
@@ -110,6 +116,19 @@ def test_errno_is_signed_again() -> None:
     """A result below zero was stored modulo 2^64."""
     assert record(E_RELEASE, 1, 2, (1 << 64) - 19)["args"]["ret"] == -19
     assert record(E_RELEASE, 1, 2, 19)["args"]["ret"] == 19
+
+
+def test_texts_are_texts() -> None:
+    """A GUID reads as the kernel prints it, a rule as it is called."""
+    offered = record(E_VMBUS_ONOFFER, *EVENTS["vmbus_onoffer"].pack(9, 0, 1, 0x2009, 0x0706050403020100, 0, 0, 0, 3))
+    assert offered["args"]["if_type"] == "03020100-0504-0706-0000-000000000000"
+    assert (offered["args"]["child_relid"], offered["args"]["sub_idx"]) == (9, 3)
+    assert record(E_REFUSED, *refused_words("unknown-msgtype", 99))["args"] == {"rule": "unknown-msgtype", "value": 99}
+
+
+def test_every_enum_of_the_table_is_known() -> None:
+    """What the table names is there, and nothing else."""
+    assert {field.enum for spec in EVENTS.values() for field in spec.fields} - {""} == set(ENUMS)
 
 
 def test_command_prints_json_lines(run_cli: RunCli, recording_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Names for the numbers in events: each enum that the table of events (`emu.tracing.EVENTS`) names, and a look-up.
+
+The table lies below host and guest and so can only name their enums; here they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Final
+
+from emu.control import ActorKind
+from emu.event_fields import Argument
+from emu.layout import ExitOperation, Fault
+from emu.task_board import Program, TaskState
+from emu.tracing import Kick, Side, WaitedFor
+from emu.wire.hypercalls import HvStatus
+from emu.wire.messages import MessageType
+from guestproc.kernel.layout import ChannelState, ConnectionState
+from guestproc.kernel.workqueue import QueueNumber
+from guestproc.protocol.numbers import Tasklets, Works
+from guestproc.protocol.uevents import Action
+from hostproc.protocol import states as host
+
+ENUMS: Final[Mapping[str, type[IntEnum]]] = {
+    "Action": Action,
+    "ActorKind": ActorKind,
+    "ChannelState": ChannelState,
+    "ConnectionState": ConnectionState,
+    "ExitOperation": ExitOperation,
+    "Fault": Fault,
+    "GpadlState": host.GpadlState,
+    "HostChannelState": host.ChannelState,
+    "HvStatus": HvStatus,
+    "Kick": Kick,
+    "MessageType": MessageType,
+    "Program": Program,
+    "QueueNumber": QueueNumber,
+    "Side": Side,
+    "TaskState": TaskState,
+    "Tasklets": Tasklets,
+    "WaitedFor": WaitedFor,
+    "Works": Works,
+}
+
+
+def name_of(argument: Argument, value: int) -> str:
+    """The name of a value in its argument's enum; "" when it has none."""
+    names = ENUMS.get(argument.enum)
+    if names is None:
+        return ""
+    try:
+        return names(value).name
+    except ValueError:
+        return ""
