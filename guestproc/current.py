@@ -49,6 +49,7 @@ class Current:
             tables.waiters,
             cpu=hooks.cpu,
             is_vcpu=hooks.is_vcpu,
+            has_interrupts=hooks.is_vcpu,
             name=hooks.row.name,
         )
         self.cpu: Final = hooks.cpu

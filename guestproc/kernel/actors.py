@@ -117,7 +117,8 @@ class ActorHooks(Protocol):
 class Actor:
     """One thread of the guest as the kernel code sees it; made by its process, used by that thread only.
 
-    `cpu` is what `smp_processor_id()` returns; only an actor with `is_vcpu` *is* that processor.
+    `cpu` is what `smp_processor_id()` returns; only an actor with `is_vcpu` *is* that processor. One without interrupts
+    (`has_interrupts`: a worker) is always a task, and locks do not ask its hooks to switch any off.
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class Actor:
         *,
         cpu: int = 0,
         is_vcpu: bool = False,
+        has_interrupts: bool = True,
         name: str = "",
     ) -> None:
         assert number, "actor number 0 is nobody"
         self.number: Final = number
         self.cpu: Final = cpu
         self.is_vcpu: Final = is_vcpu
+        self.has_interrupts: Final = has_interrupts
         self.name: Final = name or f"actor {number:#x}"
         self.hooks: Final = hooks
         self.waiters: Final = waiters

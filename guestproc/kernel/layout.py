@@ -87,7 +87,7 @@ class CallbackMode(IntEnum):
     ISR = 2
 
 
-class Connection(Record):
+class Connection(Record, permanent=True):
     """`vmbus_connection`, and the kernel's other globals; the one record of its table."""
 
     conn_state = Atomic32("atomic: a ConnectionState; unload exchanges it")
@@ -127,7 +127,7 @@ class Connection(Record):
     uevent_seqnum = Word(8, "uevent_lock: of the newest uevent, from 1")
 
 
-class Cpu(Record):
+class Cpu(Record, permanent=True):
     """One processor, its record's index is its CPU number; allocated at boot, never freed."""
 
     isr_sequence = Atomic32("atomic: odd while this processor is in an ISR")

@@ -10,6 +10,7 @@ lock whose owner died, or that is not had within its time, stops the machine by 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from types import TracebackType
 from typing import Final
@@ -78,9 +79,9 @@ class Lock:
         """Give the lock back."""
         raise NotImplementedError
 
-    def hold(self, actor: Actor) -> Held:
+    def hold(self, actor: Actor) -> AbstractContextManager[None]:
         """`with lock.hold(actor):` takes the lock for the block."""
-        return Held(self, actor)
+        raise NotImplementedError
 
     def is_held_by(self, actor: Actor) -> bool:
         """Whether this actor holds the lock."""
@@ -94,24 +95,6 @@ class Lock:
         """The error for taking this lock above one of a higher or equal rank."""
         names = ", ".join(f"{lock.name} ({lock.rank.name})" for lock, _ in actor.held)
         return AssertionError(f"{actor} takes {self.name} ({self.rank.name}) while holding {names}")
-
-
-class Held:
-    """The block of a `with lock.hold(actor)`."""
-
-    __slots__ = ("_actor", "_lock")
-
-    def __init__(self, lock: Lock, actor: Actor) -> None:
-        self._lock = lock
-        self._actor = actor
-
-    def __enter__(self) -> None:
-        self._lock.acquire(self._actor)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release(self._actor)
 
 
 class Spinlock(Lock):
@@ -134,9 +117,13 @@ class Spinlock(Lock):
         """Whether this actor holds the lock."""
         return self._word.load() == actor.number
 
+    def hold(self, actor: Actor) -> HeldSpinlock:
+        """`with lock.hold(actor):` takes the lock for the block."""
+        return HeldSpinlock((self, actor))
+
     def acquire(self, actor: Actor) -> None:
         """`spin_lock_irqsave`: interrupts off first, so that no ISR of this processor finds it taken."""
-        flags = actor.irq_save()
+        flags = actor.irq_save() if actor.has_interrupts else 0
         held = actor.held
         if held and held[-1][0].rank >= self.rank:
             raise self.out_of_rank(actor)
@@ -162,7 +149,8 @@ class Spinlock(Lock):
         actor.spinning -= 1
         owner = self._word.exchange(0)
         assert owner == actor.number, f"{actor} gave back {self.name}, which {owner:#x} held"
-        actor.irq_restore(flags)
+        if actor.has_interrupts:
+            actor.irq_restore(flags)
 
     def _spin(self, actor: Actor) -> None:
         """Look until the word is 0; every 20 looks let the holder run, and see whether it still can."""
@@ -182,6 +170,38 @@ class Spinlock(Lock):
                 raise LockOwnerDied(self.name, owner)
             if actor.now() > deadline_ns:
                 raise LockStuck(self.name, owner, [number], SPINLOCK_TIMEOUT_NS)
+
+
+class HeldSpinlock(tuple[Spinlock, Actor]):
+    """The block of a `with lock.hold(actor)`: what `acquire` and `release` do, without a call to them.
+
+    A lock that is free is most of what a channel's bring-up does, some thirty times; a tuple is made without a call.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        lock, actor = self
+        flags = actor.irq_save() if actor.has_interrupts else 0
+        held = actor.held
+        if held and held[-1][0].rank >= lock.rank:
+            raise lock.out_of_rank(actor)
+        if lock._word.cas(0, actor.number):
+            lock._spin(actor)
+        actor.spinning += 1
+        held.append((lock, flags))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lock, actor = self
+        taken, flags = actor.held.pop()
+        assert taken is lock or taken.name == lock.name, f"{actor} gives {lock.name} back before {taken.name}"
+        actor.spinning -= 1
+        owner = lock._word.exchange(0)
+        assert owner == actor.number, f"{actor} gave back {lock.name}, which {owner:#x} held"
+        if actor.has_interrupts:
+            actor.irq_restore(flags)
 
 
 class Mutex(Lock):
@@ -213,9 +233,15 @@ class Mutex(Lock):
         """Who sleeps for it, oldest first."""
         return self._chain.waiters(actor.waiters)
 
+    def hold(self, actor: Actor) -> HeldMutex:
+        """`with lock.hold(actor):` takes the mutex for the block."""
+        return HeldMutex((self, actor))
+
     def acquire(self, actor: Actor) -> None:
         """`mutex_lock`; raises LockStuck when its time passed, LockOwnerDied, MachineStopping."""
-        assert_may_wait(actor, self.name)
+        # Who has no interrupts and no spinlock may wait: asked here, as it is nearly always so.
+        if actor.spinning or actor.has_interrupts:
+            assert_may_wait(actor, self.name)
         held = actor.held
         if held and held[-1][0].rank >= self.rank:
             raise self.out_of_rank(actor)
@@ -277,6 +303,22 @@ class Mutex(Lock):
         sleep(actor, waiter, deadline_ns)
         self._chain.retract(actor, waiter)
         return False
+
+
+class HeldMutex(tuple[Mutex, Actor]):
+    """The block of a `with mutex.hold(actor)`."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        lock, actor = self
+        lock.acquire(actor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lock, actor = self
+        lock.release(actor)
 
 
 def spinlock(rank: Rank) -> Part[Spinlock]:

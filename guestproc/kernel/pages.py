@@ -52,7 +52,7 @@ def owned_by(owner: PageOwner, index: int = 0) -> int:
     return index << 8 | owner
 
 
-class Zone(Record):
+class Zone(Record, permanent=True):
     """The allocator's own record: everything in it is covered by its lock."""
 
     lock = spinlock(Rank.PAGES)

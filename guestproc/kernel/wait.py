@@ -36,7 +36,7 @@ ABANDONED: Final = WaiterState.ABANDONED.value
 
 def assert_may_wait(actor: Actor, what: str) -> None:
     """No wait, IPI, VM exit or driver callback inside a spinlock, an interrupt, or with interrupts off."""
-    if not actor.spinning and actor.context() is TASK and not actor.irqs_disabled():
+    if not actor.spinning and (not actor.has_interrupts or (actor.context() is TASK and not actor.irqs_disabled())):
         return
     if actor.spinning:
         names = ", ".join(lock.name for lock, _ in actor.held)

@@ -61,7 +61,7 @@ class WorkItem(Record):
     message = Blob(MESSAGE_SIZE, "handed on: the private copy of an hv_message")
 
 
-class Queue(Record):
+class Queue(Record, permanent=True):
     """One work queue."""
 
     lock = spinlock(Rank.QUEUE)
