@@ -6,7 +6,6 @@ to be sent: a guest that does not take its messages fills its own ports and is t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -94,8 +93,7 @@ class ControlPlane:
         self._bus = bus
         self._control = control
         self._mirror = Mirror(control)
-        self._published: Counter[str] = Counter()
-        self._ignored: Counter[str] = Counter()
+        self._published: tuple[dict[str, int], ...] = ({}, {}, {})
         self._head: tuple[int, ...] = ()
         self.attached_pid = 0
         self.delivered = 0
@@ -145,17 +143,14 @@ class ControlPlane:
 
     def publish(self) -> None:
         """Write what changed since the last time into the mirror; cheap when nothing did."""
-        for relid, channel in self._bus.server.take_changed().items():
+        server = self._bus.server
+        for relid, channel in server.take_changed().items():
             if channel is None:
                 self._mirror.clear_channel(relid)
             else:
                 self._mirror.write_channel(channel)
-        summary = self._bus.server.summary()
         head = (
-            summary.version,
-            summary.offers,
-            summary.open_channels,
-            summary.gpadls,
+            *server.head(),
             self._partition.queues.total_waiting,
             self._bus.outgoing,
             sum(len(port.queue) for port in self._ports),
@@ -175,7 +170,13 @@ class ControlPlane:
                 attached_pid=head[7],
                 disconnects=head[8],
             )
-        refused = self._bus.refusals.refused + self._partition.refused
-        if (refused, self._bus.refusals.ignored) != (self._published, self._ignored):
-            self._published, self._ignored = refused, self._bus.refusals.ignored.copy()
-            self._control.store_refusals(dict(refused), self._bus.refusals.records(), dict(self._ignored))
+        self._publish_refusals()
+
+    def _publish_refusals(self) -> None:
+        refusals, counts = self._bus.refusals, (self._bus.refusals.refused, self._partition.refused)
+        ignored = refusals.ignored
+        # As plain dicts: a Counter's own comparison and sum are slow, and there is hardly ever anything new.
+        if all(dict.__eq__(now, before) for now, before in zip((*counts, ignored), self._published, strict=True)):
+            return
+        self._published = tuple(dict(now) for now in (*counts, ignored))
+        self._control.store_refusals(dict(counts[0] + counts[1]), refusals.records(), dict(ignored))

@@ -45,6 +45,8 @@ from hostproc.upkeep import UPKEEP_NS, Upkeep
 Report = Callable[..., None]
 
 PUBLISH_NS: Final = 1_000_000
+PUBLISH_BUSY_NS: Final = 5_000_000
+"""While the guest's next message is expected: what is published then makes that message wait."""
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
 
@@ -178,9 +180,12 @@ class Hypervisor:
 
     def _halt_for(self, timeout_ns: int) -> None:
         if self._changed:
-            # Not at each halt of a busy host: at most every millisecond, and never later than that.
+            # Not at each halt of a busy host: at most every millisecond, and never later than that; in the middle of
+            # a conversation when it pauses, or every five.
             now = self.machine.clock.now()
             due = self._published_ns + PUBLISH_NS - now
+            if now < self._expecting_until:
+                due = max(due, min(self._published_ns + PUBLISH_BUSY_NS, self._expecting_until) - now)
             if due <= 0:
                 self._changed = False
                 self._published_ns = now

@@ -51,7 +51,7 @@ DRIVER_STATE_WORDS: Final = 32
 MAX_DYNAMIC_IDS: Final = 16
 MAX_FAULTS: Final = 16
 UEVENT_SLOTS: Final = 64
-UEVENT_BYTES: Final = 512
+UEVENT_BYTES: Final = 128
 
 
 class Era(IntEnum):
@@ -424,6 +424,7 @@ class KernelTables:
             ram, layout.tables["instances"].gpa, INSTANCE_BUCKETS, self.channels, "if_instance", "hash_next"
         )
         self.work_queues: Final = WorkQueues(self.queues, self.work)
+        self.uevents_gpa: Final = layout.tables["uevents"].gpa
         if not self.connections.in_use:
             self._take_fixed_records()
         self.connection: Final = self.connections.at(0)

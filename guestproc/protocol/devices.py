@@ -14,9 +14,13 @@ from typing import Final, Protocol
 
 from emu.wire.device_classes import PCI_VENDOR_ID_MICROSOFT
 from guestproc.kernel.layout import MAX_DYNAMIC_IDS, Channel, Device, Driver, KernelTables
+from guestproc.kernel.records import Fields
 from guestproc.protocol.offers import is_hvsock_channel
 
 REFERENCE: Final = 1 << 16
+_IDS: Final = Fields(Device, "channel", "device_id", "vendor_id")
+_GUIDS: Final = Fields(Device, "dev_instance", "dev_type")
+_CHANNEL_GUIDS: Final = Fields(Channel, "if_type", "if_instance")
 
 
 class DeviceState(IntFlag):
@@ -25,6 +29,12 @@ class DeviceState(IntFlag):
     REGISTERED = 1
     BOUND = 2
     REMOVING = 4
+
+
+REGISTERED: Final = int(DeviceState.REGISTERED)
+"""As plain numbers: an IntFlag makes an object of each result."""
+BOUND: Final = int(DeviceState.BOUND)
+REMOVING: Final = int(DeviceState.REMOVING)
 
 
 class DriverFlags(IntFlag):
@@ -50,11 +60,9 @@ def create(tables: KernelTables, channel: Channel) -> Device | None:
     device: Device | None = tables.devices.alloc()
     if device is None:
         return None
-    device.channel = channel.handle
-    device.device_id = channel.device_id
-    device.vendor_id = PCI_VENDOR_ID_MICROSOFT
-    device.dev_instance = channel.if_instance
-    device.dev_type = channel.if_type
+    _IDS.write(device, channel.handle, channel.device_id, PCI_VENDOR_ID_MICROSOFT)
+    if_type, if_instance = _CHANNEL_GUIDS.read(channel)
+    _GUIDS.write(device, if_instance, if_type)
     device.state.store(REFERENCE)
     return device
 
@@ -63,15 +71,15 @@ def register(tables: KernelTables, device: Device) -> int:
     """Under channel_mutex: -EEXIST when a device of this instance, so of this name in sysfs, is there already."""
     for channel in tables.instances.find(device.dev_instance):
         other = tables.devices.find(channel.device_obj)
-        if other is not None and other is not device and other.state.load() & DeviceState.REGISTERED:
+        if other is not None and other is not device and other.state.load() & REGISTERED:
             return -errno.EEXIST
-    device.state.fetch_or(int(DeviceState.REGISTERED))
+    device.state.fetch_or(REGISTERED)
     return 0
 
 
 def is_there(device: Device) -> bool:
     """Under device_lock: registered, and not on its way out."""
-    return device.state.load() & (DeviceState.REGISTERED | DeviceState.REMOVING) == DeviceState.REGISTERED
+    return device.state.load() & (REGISTERED | REMOVING) == REGISTERED
 
 
 def get_all(tables: KernelTables) -> list[Device]:
@@ -79,7 +87,7 @@ def get_all(tables: KernelTables) -> list[Device]:
     devices = []
     for channel in tables.chn_list:
         device = tables.devices.find(channel.device_obj)
-        if device is not None and device.state.load() & DeviceState.REGISTERED:
+        if device is not None and device.state.load() & REGISTERED:
             device.state.fetch_add(REFERENCE)
             devices.append(device)
     return devices
@@ -97,7 +105,7 @@ def find_device(tables: KernelTables, relid: int, instance: bytes) -> Device | N
     if channel is not None and channel.primary_channel:
         channel = tables.channels.find(channel.primary_channel)
     device = None if channel is None else tables.devices.find(channel.device_obj)
-    if device is None or not device.state.load() & DeviceState.REGISTERED:
+    if device is None or not device.state.load() & REGISTERED:
         return None
     device.state.fetch_add(REFERENCE)
     return device
@@ -107,13 +115,13 @@ def bind(device: Device, driver: Matching) -> None:
     """Under device_lock: this driver has taken the device."""
     device.driver = driver.number
     device.probe_error = 0
-    device.state.fetch_or(int(DeviceState.BOUND))
+    device.state.fetch_or(BOUND)
 
 
 def unbind(device: Device) -> None:
     """Under device_lock: its driver has given the device back."""
     device.driver = 0
-    device.state.fetch_and(~int(DeviceState.BOUND) & 0xFFFFFFFF)
+    device.state.fetch_and(~BOUND & 0xFFFFFFFF)
 
 
 def override_name(device: Device) -> str:
@@ -174,8 +182,11 @@ def matching(candidates: list[Driver], match: Callable[[Driver], bool]) -> Itera
 
 def dynamic_ids(driver: Driver) -> list[bytes]:
     """Under dynids_lock: class GUIDs (wire form) that `new_id` added, oldest first."""
+    count = driver.dynamic_count
+    if not count:
+        return []
     ids = driver.dynamic_ids
-    return [ids[16 * n : 16 * n + 16] for n in range(driver.dynamic_count)]
+    return [ids[16 * n : 16 * n + 16] for n in range(count)]
 
 
 def add_dynid(driver: Driver, guid: bytes) -> int:

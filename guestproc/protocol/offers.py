@@ -20,11 +20,16 @@ from emu.wire.hypercalls import VMBUS_EVENT_CONNECTION_ID
 from emu.wire.messages import ChannelFlags, OfferChannel, parse
 from emu.wire.versions import VERSION_WS2008
 from guestproc.kernel.layout import MAX_CHANNEL_RELIDS, CallbackMode, Channel, ChannelState, KernelTables
+from guestproc.kernel.records import Fields
 from guestproc.protocol.era import era_of
 from guestproc.protocol.numbers import Tasklets
 from guestproc.protocol.placement import device_id_of, give_cpu_back, init_vp_index
 
 DEFAULT_MAX_PKT_SIZE = 4096
+_HVSOCK = int(ChannelFlags.TLNPI_PROVIDER_OFFER)
+_INTERRUPT = Fields(Channel, "is_dedicated_interrupt", "low_latency", "monitor_allocated", "monitor_grp", "monitor_bit")
+_KIND = Fields(Channel, "device_id", "sub_channel_index")
+_OFFER = Fields(Channel, "offer_serial", "if_type", "if_instance", "offermsg")
 
 
 class Place(Enum):
@@ -67,18 +72,19 @@ def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, seria
     # Before 1.1 an offer's last fields mean nothing: one doorbell is everybody's.
     dedicated = tables.connection.vmbus_proto_version != VERSION_WS2008
     channel.sig_event = offer.connection_id if dedicated else VMBUS_EVENT_CONNECTION_ID
-    channel.is_dedicated_interrupt = int(dedicated and offer.is_dedicated_interrupt)
-    channel.monitor_allocated = int(offer.monitor_allocated)
-    channel.monitor_grp = offer.monitorid // 32
-    channel.monitor_bit = offer.monitorid % 32
-    channel.sub_channel_index = offer.sub_channel_index
-    channel.if_type = guid_to_wire(offer.if_type)
-    channel.if_instance = guid_to_wire(offer.if_instance)
-    channel.offermsg = payload[:196]
-    channel.offer_serial = serial
+    _INTERRUPT.write(
+        channel,
+        dedicated and offer.is_dedicated_interrupt,
+        0,
+        offer.monitor_allocated,
+        offer.monitorid // 32,
+        offer.monitorid % 32,
+    )
+    if_type, if_instance = guid_to_wire(offer.if_type), guid_to_wire(offer.if_instance)
+    _OFFER.write(channel, serial, if_type, if_instance, payload)
+    _KIND.write(channel, device_id_of(if_type), offer.sub_channel_index)
     channel.callback_mode = CallbackMode.BATCHED
     channel.max_pkt_size = DEFAULT_MAX_PKT_SIZE
-    channel.device_id = device_id_of(channel.if_type)
     channel.state.store(ChannelState.OFFER_STATE)
     channel.callback_event.init(Tasklets.VMBUS_ON_EVENT, channel.handle)
     return channel
@@ -87,7 +93,7 @@ def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, seria
 def is_hvsock_channel(channel: Channel) -> bool:
     """`is_hvsock_channel`: an offer that a socket's connect brought about (chn_flags, at byte 56 of the offer)."""
     flags = int.from_bytes(channel.offermsg[56:58], "little")
-    return bool(flags & ChannelFlags.TLNPI_PROVIDER_OFFER)
+    return flags & _HVSOCK != 0
 
 
 def closes_before_suspend(channel: Channel) -> bool:

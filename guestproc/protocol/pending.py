@@ -20,10 +20,13 @@ from emu.wire.messages import (
     VersionResponse,
 )
 from guestproc.kernel.layout import Channel, KernelTables, Request
+from guestproc.kernel.records import Fields
 
 M = TypeVar("M", bound=Message)
 
 Matches = Callable[[Request], bool]
+
+_REQUEST = Fields(Request, "msgtype", "child_relid", "openid", "gpadl", "waiting_channel")
 
 
 def new_request(
@@ -38,11 +41,7 @@ def new_request(
     """A request record, not entered yet; None when all 512 are in use. `channel` is a handle, 0 for none."""
     request: Request | None = tables.requests.alloc()
     if request is not None:
-        request.msgtype = msgtype
-        request.child_relid = child_relid
-        request.openid = openid
-        request.gpadl = gpadl
-        request.waiting_channel = channel
+        _REQUEST.write(request, msgtype, child_relid, openid, gpadl, channel)
     return request
 
 

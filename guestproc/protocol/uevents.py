@@ -2,13 +2,13 @@
 
     add@/devices/… NUL ACTION=add NUL DEVPATH=/devices/… NUL SUBSYSTEM=vmbus NUL [DRIVER=… NUL] MODALIAS=… NUL SEQNUM=…
 
-The newest 64 lie in a ring in guest RAM, a slot each: sequence number, machine time, length, bytes. The sequence
-number is 0 while a slot is written, so that a reader without a lock takes whole ones only.
+The newest 64 lie in a ring in guest RAM, a slot each: sequence number, machine time, and what there is to say. It is
+put into words by who reads it: most are never read, and a device makes three. The sequence number is 0 while a slot
+is written, so that a reader without a lock takes whole ones only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -16,16 +16,25 @@ from typing import Final
 
 from emu.ipc.atomics import ACQUIRE, RELEASE
 from emu.wire.guids import guid_from_wire, modalias
-from guestproc.kernel.layout import UEVENT_BYTES, UEVENT_SLOTS, Device, KernelTables
+from guestproc.kernel.layout import UEVENT_BYTES, UEVENT_SLOTS, KernelTables
 
 PARENT_NAME: Final = "vmbus-emu"
 """Directory in /sys/devices that holds the devices. On a real machine it is one of ACPI or the device tree;
 here it must be none that the computer itself may have."""
 BUS: Final = "vmbus"
 
-_SLOT: Final = Struct("<QQI")
-"""Sequence number, machine time in ns, bytes of text behind it."""
-TEXT_BYTES: Final = UEVENT_BYTES - _SLOT.size
+_SLOT: Final = Struct("<QQBBBxI16s16s32s")
+"""Sequence number, machine time in ns, action, subject, 1 if made up, relid, instance, class, name of a driver."""
+_HALF_WRITTEN: Final = 0
+assert _SLOT.size <= UEVENT_BYTES
+
+
+class Subject(IntEnum):
+    """Whose uevent it is."""
+
+    DEVICE = 0
+    CHANNEL = 1
+    DRIVER = 2
 
 
 class Action(IntEnum):
@@ -61,43 +70,39 @@ class Uevent:
         return dict(line.split("=", 1) for line in lines if line)
 
 
-def device_path(instance: bytes) -> str:
-    """DEVPATH of a device, by its instance GUID (wire form)."""
-    return f"/devices/{PARENT_NAME}/{guid_from_wire(instance)}"
-
-
-def channel_path(instance: bytes, relid: int) -> str:
-    """DEVPATH of one of a device's channels."""
-    return f"{device_path(instance)}/channels/{relid}"
-
-
-def driver_path(name: str) -> str:
-    """DEVPATH of a driver."""
-    return f"/bus/{BUS}/drivers/{name}"
-
-
-def device_variables(device: Device, driver: str) -> dict[str, str]:
-    """What a device's uevent says beside action, path and subsystem (`dev_uevent`, then `vmbus_uevent`)."""
-    alias = {"MODALIAS": modalias(guid_from_wire(device.dev_type))}
-    return {"DRIVER": driver, **alias} if driver else alias
-
-
 def write(
-    tables: KernelTables, action: Action, devpath: str, subsystem: str, variables: Mapping[str, str], now_ns: int
+    tables: KernelTables,
+    action: Action,
+    subject: Subject,
+    now_ns: int,
+    *,
+    relid: int = 0,
+    instance: bytes = b"",
+    class_guid: bytes = b"",
+    driver: str = "",
+    synthetic: bool = False,
 ) -> int:
-    """Under uevent_lock: put it in the ring in the place of the oldest; its sequence number."""
+    """Under uevent_lock: put it in the ring in the place of the oldest; its sequence number. GUIDs in wire form."""
     connection = tables.connection
-    seqnum = connection.uevent_seqnum + 1
+    seqnum: int = connection.uevent_seqnum + 1
     connection.uevent_seqnum = seqnum
-    name = action.name.lower()
-    said = {"ACTION": name, "DEVPATH": devpath, "SUBSYSTEM": subsystem, **variables, "SEQNUM": str(seqnum)}
-    text = "\0".join([f"{name}@{devpath}", *(f"{key}={value}" for key, value in said.items()), ""]).encode()
-    assert len(text) <= TEXT_BYTES, f"uevent of {len(text)} bytes"
     at = _slot(tables, seqnum)
-    tables.ram.atomics.store_u64(at, 0, RELEASE)
-    _SLOT.pack_into(tables.ram.octets, at, 0, now_ns, len(text))
-    tables.ram.octets[at + _SLOT.size : at + _SLOT.size + len(text)] = text
-    tables.ram.atomics.store_u64(at, seqnum, RELEASE)
+    store = tables.ram.atomics.store_u64
+    store(at, _HALF_WRITTEN, RELEASE)
+    _SLOT.pack_into(
+        tables.ram.buffer,
+        at,
+        _HALF_WRITTEN,
+        now_ns,
+        action,
+        subject,
+        synthetic,
+        relid,
+        instance,
+        class_guid,
+        driver.encode(),
+    )
+    store(at, seqnum, RELEASE)
     return seqnum
 
 
@@ -114,10 +119,32 @@ def _read(tables: KernelTables, seqnum: int) -> Uevent | None:
     load = tables.ram.atomics.load_u64
     if load(at, ACQUIRE) != seqnum:
         return None
-    _number, machine_ns, length = _SLOT.unpack_from(tables.ram.octets, at)
-    text = bytes(tables.ram.octets[at + _SLOT.size : at + _SLOT.size + length])
-    return Uevent(seqnum, machine_ns, text) if load(at, ACQUIRE) == seqnum else None
+    slot = bytes(tables.ram.octets[at : at + _SLOT.size])
+    if load(at, ACQUIRE) != seqnum:
+        return None
+    _number, machine_ns, action, subject, synthetic, relid, instance, class_guid, driver = _SLOT.unpack(slot)
+    said = {"SYNTH_UUID": "0"} if synthetic else {}
+    name = driver.rstrip(b"\0").decode()
+    path = f"/devices/{PARENT_NAME}/{guid_from_wire(instance)}"
+    match subject:
+        case Subject.DEVICE:
+            # `dev_uevent`, then `vmbus_uevent`.
+            said |= {"DRIVER": name} if name else {}
+            said["MODALIAS"] = modalias(guid_from_wire(class_guid))
+            text = _text(Action(action), path, BUS, said, seqnum)
+        case Subject.CHANNEL:
+            text = _text(Action(action), f"{path}/channels/{relid}", "channels", said, seqnum)
+        case _:
+            text = _text(Action(action), f"/bus/{BUS}/drivers/{name}", "drivers", said, seqnum)
+    return Uevent(seqnum, machine_ns, text)
+
+
+def _text(action: Action, devpath: str, subsystem: str, variables: dict[str, str], seqnum: int) -> bytes:
+    """The netlink message."""
+    name = action.name.lower()
+    said = {"ACTION": name, "DEVPATH": devpath, "SUBSYSTEM": subsystem, **variables, "SEQNUM": str(seqnum)}
+    return "\0".join([f"{name}@{devpath}", *(f"{key}={value}" for key, value in said.items()), ""]).encode()
 
 
 def _slot(tables: KernelTables, seqnum: int) -> int:
-    return tables.layout.tables["uevents"].gpa + seqnum % UEVENT_SLOTS * UEVENT_BYTES
+    return tables.uevents_gpa + seqnum % UEVENT_SLOTS * UEVENT_BYTES

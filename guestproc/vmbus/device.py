@@ -142,7 +142,8 @@ def _attach(current: Current, device: Device, candidates: list[Driver]) -> None:
     for record in devices.matching(candidates, lambda record: vmbus_match(current, device, record)):
         if device.driver or not devices.is_there(device):
             return
-        vmbus_probe(current, device, DRIVER_OBJECTS[record.number])
+        if vmbus_probe(current, device, DRIVER_OBJECTS[record.number]) == 0:
+            return
 
 
 def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:

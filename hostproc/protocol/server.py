@@ -232,6 +232,12 @@ class Server:
             gpadls_in_progress=self._gpadls.in_progress,
         )
 
+    def head(self) -> tuple[int, int, int, int]:
+        """Say in numbers what the mirror begins with: version (0: none), relids in use, open channels, GPADLs."""
+        session = self._session
+        version = 0 if session.link is Link.DISCONNECTED else session.version.number
+        return version, self._table.held_count, self._table.open_count, self._gpadls.count
+
     # -- messages -------------------------------------------------------------------------------------
 
     def _receive(self, payload: bytes, connection_id: int) -> None:
