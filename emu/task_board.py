@@ -40,6 +40,7 @@ class Program(IntEnum):
     NET_CHECK = 4
     PING = 5
     STRESS = 6
+    LISTEN = 7
 
 
 @dataclass(frozen=True, slots=True)

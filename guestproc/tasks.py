@@ -26,6 +26,7 @@ from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers.echo import claim_channels, open_relids, release_channel
 from guestproc.echo_session import EchoSession
 from guestproc.kernel.layout import Channel
+from guestproc.listen import listen
 from guestproc.net_check import net_check
 from guestproc.stress import stress
 from guestproc.tally import ChannelGone, Stalled, Tally
@@ -287,6 +288,7 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.NET_CHECK: net_check,
     Program.PING: ping,
     Program.STRESS: stress,
+    Program.LISTEN: listen,
 }
 
 

@@ -44,11 +44,25 @@ def _discovery(runs: int, short: bool, peers: bool) -> list[Anchor]:
     return measure(runs, short=short)
 
 
+def _doorbell(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_doorbell import measure
+
+    return measure(runs, short=short)
+
+
+def _echo(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_echo import measure
+
+    return measure(runs, short=short)
+
+
 BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
-    "boot": _boot,
     "ring": _ring,
-    "idle": _idle,
+    "doorbell": _doorbell,
+    "echo": _echo,
+    "boot": _boot,
     "discovery": _discovery,
+    "idle": _idle,
 }
 """Name -> measurement (runs, short, with peers)."""
 

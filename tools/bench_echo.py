@@ -1,0 +1,88 @@
+"""`bench echo`: a round trip through two rings, two interrupts, a tasklet and a callback, one after the other.
+
+Hot, both ends poll: against what Python programs use otherwise, each with its own waiting, pinned to the same two
+cores in the same run. Cold, both ends are really halted at each half: against two C processes that wake each other
+by semaphores.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Final
+
+from emu.scenario import Scenario, parse_device
+from emu.task_board import Program
+from tools.anchors import Against, Anchor
+from tools.device_list import list_devices
+from tools.launch import RunningMachine, launch
+from tools.pinned import pin, two_cores
+from tools.sem_pair import NAME, sem_pair
+
+SIZE: Final = 64
+WINDOW_S: Final = 0.5
+SHORT_S: Final = 0.05
+PAIR_TRIPS: Final = 3_000
+COLD_GOAL: Final = 1.25
+P99_FLOOR: Final = 1 / 3
+HOT: Final = 1 / 10
+_TIMEOUT_S: Final = 60.0
+_HOT: Final = f"echo-{SIZE}B-hot"
+_COLD: Final = f"echo-{SIZE}B-cold-p50"
+
+
+def measure(runs: int, *, short: bool = False, with_peers: bool = False) -> list[Anchor]:
+    """Hot and cold round trips of 64 bytes beside the C pair's."""
+    cores = two_cores()
+    pair, reason = sem_pair()
+    window_s = SHORT_S if short else WINDOW_S
+    hot: list[list[float]] = []
+    cold: list[list[float]] = []
+    blocking: list[float] = []
+    with echo_machine("adaptive", cores) as polling, echo_machine("off", cores) as halting:
+        for _ in range(runs):
+            if pair is not None:
+                blocking.append(pair.run(PAIR_TRIPS, cores).p50_ns / 1e3)
+            hot.append(round_trips(polling, window_s))
+            cold.append(round_trips(halting, window_s))
+    against = Against(f"round trip of the {NAME}", median(blocking) if blocking else None)
+    p50, p99 = [median(one) for one in hot], [p99_of(one) for one in hot]
+    halted = [median(one) for one in cold]
+    return [
+        Anchor.of(f"{_HOT}-p50", p50, "us", better="lower", against=against, goal=HOT, floor=HOT, reason=reason),
+        Anchor.of(f"{_HOT}-p99", p99, "us", better="lower", against=against, goal=1.0, floor=P99_FLOOR, reason=reason),
+        Anchor.of(_COLD, halted, "us", better="lower", against=against, goal=COLD_GOAL, reason=reason),
+    ]
+
+
+def p99_of(values: list[float]) -> float:
+    """The 99th percentile."""
+    return quantiles(values, n=100)[98]
+
+
+@contextmanager
+def echo_machine(poll: str, cores: tuple[int, int]) -> Iterator[RunningMachine]:
+    """A machine of one vCPU and one echo device; hypervisor and vCPU on these cores."""
+    scenario = Scenario.default().with_overrides(vcpus=1, poll=poll, devices=[parse_device("echo:1")])
+    with launch(scenario) as running:
+        running.wait_ready()
+        pin(running, *cores)
+        yield running
+        running.shut_down_guest()
+
+
+def round_trips(running: RunningMachine, seconds: float) -> list[float]:
+    """Microseconds of each round trip on the first channel, one after the other, for so long."""
+    channel = list_devices(running.machine)[0].channels[0]
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-echo-") as folder:
+        path = Path(folder, "samples")
+        row = running.order(
+            Program.PING, channel.cpu, relid=channel.relid, wanted=int(seconds * 1e9), size=SIZE, path=str(path)
+        )
+        running.wait_tasks([row], seconds + _TIMEOUT_S)
+        pairs = array("Q", path.read_bytes())
+    return [(done - due) / 1e3 for due, done in zip(pairs[::2], pairs[1::2], strict=True)]
