@@ -394,10 +394,11 @@ def test_index_that_cannot_be(
     """Counted where it is the guest's word and decides anything; another channel never notices."""
     page = channel.gpas[0 if side == "to_host" else channel.split]
     before = len(channel.echo(1))
-    if side == "to_guest":
-        # The host looks for room in the ring it answers into when there is something to answer.
-        channel.outgoing.write(b"answer me")
     connected.memory.atomics.store_u32(page + word, value)
+    if side == "to_guest":
+        # The host looks for room in the ring it answers into when there is something to answer. Only now: it
+        # may still be on its last look after the echo, and would answer before the index is wrong.
+        channel.outgoing.write(b"answer me")
     channel.ring_bell()
 
     assert before == 1
