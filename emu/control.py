@@ -34,6 +34,7 @@ CONFIG_BYTES: Final = 1 << 18
 REFUSALS_BYTES: Final = 1 << 16
 ORDER_SLOTS: Final = 16
 ORDER_BYTES: Final = 1 << 14
+HOST_TABLES_BYTES: Final = 192 << 10
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -50,7 +51,8 @@ _REFUSALS_CHANGE: Final = _REFUSALS + 4
 _CONFIG: Final = _REFUSALS + REFUSALS_BYTES
 _ORDERS: Final = _CONFIG + CONFIG_BYTES
 _ORDER_BELLS: Final = _ORDERS + ORDER_SLOTS * ORDER_BYTES
-CONTROL_BYTES: Final = _ORDER_BELLS + 4096
+_HOST_TABLES: Final = _ORDER_BELLS + 4096
+CONTROL_BYTES: Final = _HOST_TABLES + HOST_TABLES_BYTES
 
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
@@ -460,6 +462,11 @@ class Control:
     def mirror_channel_offset(self, relid: int) -> int:
         """Where the mirror's row for `relid` begins."""
         return _MIRROR_CHANNELS + relid * MIRROR_CHANNEL_ROW
+
+    @property
+    def host_tables_offset(self) -> int:
+        """Where registers, GPADLs and ports of the host are mirrored (see `emu.host_tables`)."""
+        return _HOST_TABLES
 
     def store_refusals(
         self, refusals: dict[str, int], last: list[dict[str, Any]], ignored: dict[str, int] | None = None

@@ -11,6 +11,7 @@ from typing import Final
 
 from emu.control import Control
 from emu.errors import ProtocolViolation
+from emu.host_tables import SINTS, HostPartition, HostTables, HostVp
 from emu.mirror import Mirror
 from emu.wire.hypercalls import HvStatus
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
@@ -53,8 +54,8 @@ class GuestPorts:
     def __init__(self, partition: Partition, vp_indices: list[int], on_buffer_free: Callable[[], None]) -> None:
         self._partition = partition
         self._positions = {vp_index: position for position, vp_index in enumerate(vp_indices)}
-        self._port = MessagePort(partition.queues, GUEST_PORT_ID, 0, VMBUS_MESSAGE_SINT)
-        self._port.on_buffer_free = on_buffer_free
+        self.port = MessagePort(partition.queues, GUEST_PORT_ID, 0, VMBUS_MESSAGE_SINT)
+        self.port.on_buffer_free = on_buffer_free
         self._serial = 0
 
     def position(self, vp_index: int) -> int:
@@ -63,8 +64,8 @@ class GuestPorts:
 
     def post_message(self, vp_index: int, sint: int, payload: bytes) -> bool:
         """Post a channel message, with the next serial beside it; False when all 16 buffers are taken."""
-        self._port.retarget(self._positions[vp_index], sint)
-        posted = self._port.post(HVMSG_CHANNEL_MESSAGE, payload, self._serial + 1) == HvStatus.SUCCESS
+        self.port.retarget(self._positions[vp_index], sint)
+        posted = self.port.post(HVMSG_CHANNEL_MESSAGE, payload, self._serial + 1) == HvStatus.SUCCESS
         self._serial += posted
         return posted
 
@@ -88,12 +89,24 @@ class GuestPorts:
 class ControlPlane:
     """Feeds the bus and publishes what the host knows."""
 
-    def __init__(self, partition: Partition, bus: Bus, loop: Loop, control: Control, max_version: int) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        guest_ports: GuestPorts,
+        bus: Bus,
+        loop: Loop,
+        control: Control,
+        max_version: int,
+    ) -> None:
         self._partition = partition
+        self._guest_ports = guest_ports
         self._bus = bus
         self._control = control
         self._mirror = Mirror(control)
         self._published: tuple[dict[str, int], ...] = ({}, {}, {})
+        self._tables = HostTables(control)
+        self._shown_partition: tuple[int | tuple[int, ...], ...] = ()
+        self._waited = False
         self._head: tuple[int, ...] = ()
         self.attached_pid = 0
         self.delivered = 0
@@ -149,9 +162,12 @@ class ControlPlane:
                 self._mirror.clear_channel(relid)
             else:
                 self._mirror.write_channel(channel)
+            self._tables.write_gpadls(relid, server.gpadls_of(relid))
+        waiting = self._partition.queues.total_waiting
+        self._publish_partition(waits=waiting > 0)
         head = (
             *server.head(),
-            self._partition.queues.total_waiting,
+            waiting,
             self._bus.outgoing,
             sum(len(port.queue) for port in self._ports),
             self.attached_pid,
@@ -180,3 +196,21 @@ class ControlPlane:
             return
         self._published = tuple(dict(now) for now in (*counts, ignored))
         self._control.store_refusals(dict(counts[0] + counts[1]), refusals.records(), dict(ignored))
+
+    def _publish_partition(self, *, waits: bool) -> None:
+        """Registers that were written, and every VP's queues while any message waits or has just waited."""
+        partition, queues = self._partition, self._partition.queues
+        changed, partition.changed_vps = partition.changed_vps, set()
+        for position in range(len(partition.synics)) if waits or self._waited else changed:
+            synic = partition.synics[position]
+            waiting = tuple(queues.waiting(position, sint) for sint in range(SINTS))
+            registers = synic.scontrol, synic.simp.register, synic.siefp.register
+            self._tables.write_vp(position, HostVp(*registers, tuple(synic.sint), waiting))
+        self._waited = waits
+        port = self._guest_ports.port
+        words = partition.guest_os_id, partition.hypercall_register, port.position, port.sint, port.in_use
+        unread = tuple(len(one.queue) for one in self._ports)
+        if (*words, unread) != self._shown_partition:
+            self._shown_partition = (*words, unread)
+            ports = {one.connection_id: count for one, count in zip(self._ports, unread, strict=True)}
+            self._tables.write_partition(HostPartition(*words, ports))

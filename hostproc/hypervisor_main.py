@@ -112,9 +112,10 @@ class Hypervisor:
             features=self.scenario.machine.features,
         )
         vp_indices: list[int] = machine.config["vp_indices"]
+        guest_ports = GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake())
         self.bus = Bus(
             Server(limits),
-            GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake()),
+            guest_ports,
             self.loop,
             self.memory,
             budget=MapBudget.of_system(),
@@ -123,7 +124,7 @@ class Hypervisor:
             log=lambda text: report("log", "hypervisor", text),
         )
         self.control_plane = ControlPlane(
-            self.partition, self.bus, self.loop, machine.control, self.scenario.machine.host_version
+            self.partition, guest_ports, self.bus, self.loop, machine.control, self.scenario.machine.host_version
         )
         self.orders = HostOrders(machine.control, self.bus)
         self._looks = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)

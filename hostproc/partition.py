@@ -106,6 +106,8 @@ class Partition:
         self._guest_os_id = 0
         self._hypercall = 0
         self.refused: Counter[str] = Counter()
+        self.changed_vps = set(range(len(vp_indices)))
+        """Positions of the VPs whose registers were written since somebody emptied this set."""
 
     # -- one exit -----------------------------------------------------------------------------------
 
@@ -154,9 +156,20 @@ class Partition:
         for vp in self.vps:
             vp.synic.reset()
             self._reset_words(vp.position)
+            self.changed_vps.add(vp.position)
         self.queues.clear()
 
     # -- registers ----------------------------------------------------------------------------------
+
+    @property
+    def guest_os_id(self) -> int:
+        """HV_X64_MSR_GUEST_OS_ID."""
+        return self._guest_os_id
+
+    @property
+    def hypercall_register(self) -> int:
+        """HV_X64_MSR_HYPERCALL."""
+        return self._hypercall
 
     def read_msr(self, position: int, msr: int) -> int:
         """Value of a register; GeneralProtection for one that does not exist."""
@@ -181,6 +194,7 @@ class Partition:
         elif HV_X64_MSR_SCONTROL <= msr < HV_X64_MSR_EOM or HV_X64_MSR_SINT0 <= msr <= HV_X64_MSR_SINT15:
             synic = self.synics[position]
             synic.write_msr(msr, value)
+            self.changed_vps.add(position)
             if msr >= HV_X64_MSR_SINT0:
                 self._set_auto_eoi(position, synic.auto_eoi_vectors())
             # Whatever waited for a page, for SCONTROL or for this slot may go now.

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Final
 from uuid import UUID
 
+from emu.host_tables import HostGpadl
 from emu.mirror import MirrorChannel
 from emu.wire.messages import (
     MAX_USER_DEFINED_BYTES,
@@ -110,6 +111,13 @@ class Channel:
             flags=parameters.chn_flags,
             if_type=parameters.if_type,
             if_instance=parameters.if_instance,
+        )
+
+    def gpadl_summaries(self) -> tuple[HostGpadl, ...]:
+        """Say where the channel's GPADLs are, as the host's tables show them."""
+        return tuple(
+            HostGpadl(self.relid, one.handle, int(one.state), one.most_pages, one.handle == self.ring_gpadl)
+            for one in self.gpadls.values()
         )
 
 

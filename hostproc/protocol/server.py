@@ -18,6 +18,7 @@ from typing import Final
 from uuid import UUID
 
 from emu.errors import ProtocolViolation
+from emu.host_tables import HostGpadl
 from emu.mirror import MirrorChannel
 from emu.wire.messages import (
     MESSAGES,
@@ -212,6 +213,11 @@ class Server:
     def take_changed(self) -> dict[int, MirrorChannel | None]:
         """Return, by relid, the channels that changed since the last call; None: the relid is free."""
         return self._table.take_changed()
+
+    def gpadls_of(self, relid: int) -> tuple[HostGpadl, ...]:
+        """Say where the GPADLs of a channel are; none of a relid that is free."""
+        channel = self._table.of_relid(relid)
+        return () if channel is None else channel.gpadl_summaries()
 
     def channels(self) -> list[MirrorChannel]:
         """Say where every channel is; costs as much as there are channels."""

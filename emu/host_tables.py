@@ -1,0 +1,192 @@
+"""What else the host has, mirrored in `control` beside its channels: registers, GPADLs, message ports.
+
+Only the host writes here, at the end of a round with changes; only reports read it. A row is small and is
+written while others read: of a GPADL one gets the whole row or none, of a VP each register as it was when it
+was read.
+
+    +0      partition: GUEST_OS_ID, HYPERCALL, the port to the guest, the host's own message ports
+    +512    how many GPADL rows were ever used, and how many GPADLs found none
+    +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT
+    behind  GPADL rows, in no order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from emu.control import HOST_TABLES_BYTES, Control
+from emu.layout import MAX_VPS
+
+SINTS: Final = 16
+GPADL_ROWS: Final = 5_000
+HOST_PORTS: Final = 8
+
+_PARTITION: Final = Struct("<QQIIII")
+_PORT: Final = Struct("<II")
+_GPADL_HEAD: Final = 512
+_VPS: Final = 1_024
+_VP: Final = Struct("<3Q16Q16I")
+_VP_ROW: Final = 256
+_GPADLS: Final = _VPS + MAX_VPS * _VP_ROW
+_GPADL: Final = Struct("<IIIII")
+_GPADL_ROW: Final = 32
+_MOST_LOOKS: Final = 100
+assert _VP.size <= _VP_ROW and _GPADLS + GPADL_ROWS * _GPADL_ROW <= HOST_TABLES_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class HostVp:
+    """SynIC registers of one VP, and how many messages wait for each of its slots."""
+
+    scontrol: int
+    simp: int
+    siefp: int
+    sint: tuple[int, ...]
+    waiting: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostGpadl:
+    """One GPADL; `state` is a `GpadlState` value of hostproc.protocol, `pages` the most that it can name."""
+
+    relid: int
+    gpadl: int
+    state: int
+    pages: int
+    ring: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HostPartition:
+    """Partition-wide registers, and where messages go.
+
+    `guest_position` and `guest_sint` are where the port to the guest leads, `guest_in_use` how many of its 16
+    buffers are taken; `ports` maps the host's message connections to how many messages wait to be read there.
+    """
+
+    guest_os_id: int
+    hypercall: int
+    guest_position: int
+    guest_sint: int
+    guest_in_use: int
+    ports: dict[int, int]
+
+
+class HostTables:
+    """Writing (host only) and reading."""
+
+    def __init__(self, control: Control) -> None:
+        self._view = control.view
+        self._memory = control.memory
+        self._base = control.host_tables_offset
+        self._gpadls: dict[int, dict[int, HostGpadl]] = {}
+        self._rows: dict[tuple[int, int], int] = {}
+        self._free: list[int] = []
+        self._used = 0
+        self._unlisted = 0
+
+    # -- the partition and its VPs -------------------------------------------------------------------
+
+    def write_partition(self, partition: HostPartition) -> None:
+        """Publish registers and ports; of more than 8 ports the first ones."""
+        ports = list(partition.ports.items())[:HOST_PORTS]
+        at = self._base
+        _PARTITION.pack_into(
+            self._memory,
+            at,
+            partition.guest_os_id,
+            partition.hypercall,
+            partition.guest_position,
+            partition.guest_sint,
+            partition.guest_in_use,
+            len(ports),
+        )
+        for number, (connection_id, waiting) in enumerate(ports):
+            _PORT.pack_into(self._memory, at + _PARTITION.size + number * _PORT.size, connection_id, waiting)
+
+    def partition(self) -> HostPartition:
+        """Registers and ports; all zero before the host has written any."""
+        os_id, hypercall, position, sint, in_use, count = _PARTITION.unpack_from(self._memory, self._base)
+        at = self._base + _PARTITION.size
+        ports = dict(_PORT.unpack_from(self._memory, at + n * _PORT.size) for n in range(min(count, HOST_PORTS)))
+        return HostPartition(os_id, hypercall, position, sint, in_use, ports)
+
+    def write_vp(self, position: int, vp: HostVp) -> None:
+        """Publish one VP's registers and queues."""
+        at = self._base + _VPS + position * _VP_ROW
+        _VP.pack_into(self._memory, at, vp.scontrol, vp.simp, vp.siefp, *vp.sint, *vp.waiting)
+
+    def vp(self, position: int) -> HostVp:
+        """One VP's registers and queues."""
+        scontrol, simp, siefp, *rest = _VP.unpack_from(self._memory, self._base + _VPS + position * _VP_ROW)
+        return HostVp(scontrol, simp, siefp, tuple(rest[:SINTS]), tuple(rest[SINTS:]))
+
+    # -- GPADLs --------------------------------------------------------------------------------------
+
+    def write_gpadls(self, relid: int, gpadls: Sequence[HostGpadl]) -> None:
+        """Publish all GPADLs of a channel, in place of those that it had; none: it has none any more."""
+        before = self._gpadls.pop(relid, {})
+        wanted = {one.gpadl: one for one in gpadls}
+        for handle in before.keys() - wanted.keys():
+            self._drop(relid, handle)
+        for handle, one in wanted.items():
+            if before.get(handle) != one:
+                self._write(one)
+        if wanted:
+            self._gpadls[relid] = wanted
+
+    def gpadls(self) -> Iterator[HostGpadl]:
+        """Every GPADL that has a row, by channel and handle."""
+        used = min(self._view.load_u32(self._base + _GPADL_HEAD), GPADL_ROWS)
+        found = (self._row(number) for number in range(used))
+        yield from sorted((one for one in found if one is not None), key=lambda one: (one.relid, one.gpadl))
+
+    @property
+    def unlisted(self) -> int:
+        """How often a GPADL found no free row."""
+        return self._view.load_u32(self._base + _GPADL_HEAD + 4)
+
+    def _at(self, number: int) -> int:
+        return self._base + _GPADLS + number * _GPADL_ROW
+
+    def _drop(self, relid: int, gpadl: int) -> None:
+        number = self._rows.pop((relid, gpadl), None)
+        if number is not None:
+            self._view.store_u32(self._at(number), 0)
+            self._free.append(number)
+
+    def _write(self, one: HostGpadl) -> None:
+        number = self._rows.get((one.relid, one.gpadl))
+        if number is None:
+            number = self._take_row()
+            if number is None:
+                return
+            self._rows[one.relid, one.gpadl] = number
+        at = self._at(number)
+        # State 0 while it is written, and stored one higher: who reads another state behind reads again.
+        self._view.store_u32(at, 0)
+        _GPADL.pack_into(self._memory, at, 0, one.relid, one.gpadl, one.pages, one.ring)
+        self._view.store_u32(at, one.state + 1)
+
+    def _take_row(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if self._used == GPADL_ROWS:
+            self._unlisted += 1
+            self._view.store_u32(self._base + _GPADL_HEAD + 4, self._unlisted)
+            return None
+        self._used += 1
+        self._view.store_u32(self._base + _GPADL_HEAD, self._used)
+        return self._used - 1
+
+    def _row(self, number: int) -> HostGpadl | None:
+        at = self._at(number)
+        for _ in range(_MOST_LOOKS):
+            before = self._view.load_u32(at)
+            _, relid, gpadl, pages, ring = _GPADL.unpack_from(self._memory, at)
+            if self._view.load_u32(at) == before:
+                return HostGpadl(relid, gpadl, before - 1, pages, bool(ring)) if before else None
+        return None
