@@ -144,6 +144,19 @@ class GuestView:
 
     def ring(self, channel: Channel, side: int) -> RingFigures | None:
         """The words of a channel's OUTBOUND or INBOUND ring; None while it has none that lies in RAM."""
+        gpa = self.ring_gpa(channel, side)
+        if gpa is None:
+            return None
+        pages = (channel.ring_send_pages, channel.ring_recv_pages)[side]
+        return RingFigures(
+            self._word(_U32, gpa + INTERRUPT_MASK),
+            self._word(_U32, gpa + READ_INDEX),
+            self._word(_U32, gpa + WRITE_INDEX),
+            (pages - 1) * CONTROL_PAGE_SIZE,
+        )
+
+    def ring_gpa(self, channel: Channel, side: int) -> int | None:
+        """Where the control page of a channel's OUTBOUND or INBOUND ring lies; None as `ring`."""
         pages = (channel.ring_send_pages, channel.ring_recv_pages)[side]
         gpa, listing = channel.ring_gpa, channel.ring_pfns_gpa
         first = channel.ring_send_pages if side == INBOUND else 0
@@ -155,14 +168,7 @@ class GuestView:
             gpa = self._word(_U64, listing + 8 * first) * CONTROL_PAGE_SIZE
         else:
             gpa += first * CONTROL_PAGE_SIZE
-        if not self._holds(gpa):
-            return None
-        return RingFigures(
-            self._word(_U32, gpa + INTERRUPT_MASK),
-            self._word(_U32, gpa + READ_INDEX),
-            self._word(_U32, gpa + WRITE_INDEX),
-            (pages - 1) * CONTROL_PAGE_SIZE,
-        )
+        return gpa if self._holds(gpa) else None
 
     def monitor(self, channel: Channel, page: int) -> MonitorFigures | None:
         """What the SERVER or CLIENT monitor page says of a channel; None while there is no such page."""

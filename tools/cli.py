@@ -45,6 +45,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
     "ctl": Entry("Machines", "Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
+    "inspect": Entry("Look", "Show a machine's whole state as a tree, live or as it died."),
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),

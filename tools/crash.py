@@ -1,4 +1,7 @@
-"""Crash records: what is worth keeping of a machine that died, below `$XDG_STATE_HOME/vmbus-emu/crashes`."""
+"""Crash records: what is worth keeping of a machine that died, below `$XDG_STATE_HOME/vmbus-emu/crashes`.
+
+The whole state is in it (`tools.state_tree`), read while shared memory is still there: `inspect --from` shows it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any
 
+from emu.machine import Machine
+from tools.crash_records import KEPT, crash_dir
 from tools.launch import MachineDied, RunningMachine
-from tools.paths import made, state_dir
-
-KEPT: Final = 10
+from tools.paths import made
 
 
 @contextmanager
@@ -26,8 +29,8 @@ def crash_recorded(running: RunningMachine) -> Iterator[None]:
 
 
 def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:
-    """Write one JSON file (deaths, process table, counters, the guest's log); the newest ten are kept."""
-    directory = made(state_dir() / "crashes")
+    """Write one JSON file (deaths, process table, counters, the guest's log, all state); the newest ten are kept."""
+    directory = made(crash_dir())
     path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
     control = running.machine.control
     record = {
@@ -44,8 +47,21 @@ def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:
         ],
         "refused": control.refusals()[0],
         "log": running.log,
+        "state": state_of(running.machine),
     }
-    path.write_text(json.dumps(record, indent=2, default=str))
+    path.write_text(json.dumps(record, indent=1, default=str))
     for old in sorted(directory.glob("*.json"))[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
+
+
+def state_of(machine: Machine) -> dict[str, Any]:
+    """The whole state as plain values; where it cannot be read it says why, for the rest of the record matters too."""
+    from tools.state_node import UNREADABLE, whole
+    from tools.state_tree import StateTree
+
+    try:
+        state: dict[str, Any] = whole(StateTree(machine).root())
+    except Exception as error:  # whatever killed the machine may have left anything in its memory
+        return {UNREADABLE: f"{type(error).__name__}: {error}"}
+    return state

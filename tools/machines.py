@@ -24,9 +24,19 @@ from emu.ipc.segments import object_name
 from emu.layout import MachineState
 from emu.machine import Machine
 from emu.mirror import Mirror, MirrorHead
+from tools.crash_records import newest_crash
 
 SHM: Final = Path("/dev/shm")
 _PREFIX: Final = "vmbus-emu."
+
+
+MACHINE_VARIABLE: Final = "VMBUS_EMU_MACHINE"
+
+
+class FromVariable(str):
+    """The name of a machine as `$VMBUS_EMU_MACHINE` gave it, so that a complaint names the variable."""
+
+    __slots__ = ()
 
 
 class Life(Enum):
@@ -107,13 +117,20 @@ def chosen_machine(name: str | None) -> str:
         if name in living:
             return name
         known = f"running: {', '.join(living)}" if living else "none is running"
-        raise UserError(f"--machine: no machine {name}; {known}")
+        said = f"${MACHINE_VARIABLE}" if isinstance(name, FromVariable) else "--machine"
+        raise UserError(f"{said}: no machine {name}; {known}{_epitaph(name)}")
     if not living:
-        raise UserError("no machine is running; start one with `vmbus-emu run --detach`")
+        raise UserError(f"no machine is running; start one with `vmbus-emu run --detach`{_epitaph(None)}")
     if len(living) > 1:
         names = ", ".join(living)
         raise UserError(f"{len(living)} machines are running: {names}; say which with --machine NAME")
     return living[0]
+
+
+def _epitaph(name: str | None) -> str:
+    """Where to read how it ended: the machine of that name, without one the last that died."""
+    crash = newest_crash(name)
+    return "" if crash is None else f"; {crash.told()}"
 
 
 def runs(row: ActorRow) -> bool:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from tools.machines import MACHINE_VARIABLE, FromVariable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,13 +19,19 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
 
 
+def _with_its_source(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    source = context.get_parameter_source(parameter.name or "")
+    return FromVariable(value) if value is not None and source is ParameterSource.ENVIRONMENT else value
+
+
 def machine_option(function: F) -> F:
     """`--machine NAME`: which running machine (parameter `machine_name`, None for the only one)."""
     return click.option(
         "--machine",
         "machine_name",
         metavar="NAME",
-        envvar="VMBUS_EMU_MACHINE",
+        envvar=MACHINE_VARIABLE,
+        callback=_with_its_source,
         help="Which running machine; default: the only one (or $VMBUS_EMU_MACHINE).",
     )(function)
 

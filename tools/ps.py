@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from emu.wire.versions import version_text
-from tools.machines import FoundMachine, find_machines
+from tools.crash_records import RECENT_S, crash_files
+from tools.machines import FoundMachine, Life, find_machines
 from tools.options import json_option
-from tools.output import print_json, print_table
+from tools.output import print_json, print_table, say
 
 
 @click.command()
@@ -23,8 +24,11 @@ def ps(as_json: bool) -> None:
       vmbus-emu ps --json | jq -r '.machines[].name'
     """
     rows = [report(machine) for machine in find_machines()]
+    there = {row["name"] for row in rows if row["state"] != Life.DEAD.value}
+    crashes = [one for one in crash_files() if one.age_s < RECENT_S and one.machine not in there]
     if as_json:
-        print_json("ps", 1, {"machines": rows})
+        died = [{"machine": one.machine, "crash_record": str(one.path), "age_s": one.age_s} for one in crashes]
+        print_json("ps", 1, {"machines": rows, "died": died})
         return
     table = [
         (
@@ -39,6 +43,8 @@ def ps(as_json: bool) -> None:
         for row in rows
     ]
     print_table(("name", "state", "pid", "vcpus", "version", "channels", "up"), table)
+    if crashes:
+        say(crashes[0].told())
 
 
 def report(machine: FoundMachine) -> dict[str, Any]:
