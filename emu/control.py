@@ -34,7 +34,7 @@ CONFIG_BYTES: Final = 1 << 18
 REFUSALS_BYTES: Final = 1 << 16
 ORDER_SLOTS: Final = 16
 ORDER_BYTES: Final = 1 << 14
-HOST_TABLES_BYTES: Final = 192 << 10
+HOST_TABLES_BYTES: Final = 256 << 10
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -68,6 +68,7 @@ _FORMATTED: Final = 56
 _STAGE_NS: Final = 64
 """Machine time of each stage of `Ready`, a u64 each."""
 _STATE: Final = 44
+_WATCHED_UNTIL: Final = 112
 
 
 class ActorState(IntEnum):
@@ -129,6 +130,7 @@ COUNTERS: Final = (
     "packets",
     "bytes",
     "plugin_errors",
+    "reschedules",
 )
 """Names of the counters an actor may keep, in the order of their words; unused ones stay 0."""
 
@@ -200,6 +202,7 @@ class Counters:
     packets: int
     bytes: int
     plugin_errors: int
+    reschedules: int
 
     def __init__(self, memory: Any, base: int) -> None:
         self._memory = memory
@@ -235,6 +238,7 @@ class Counters:
             self.packets,
             self.bytes,
             self.plugin_errors,
+            self.reschedules,
         )
 
 
@@ -326,6 +330,15 @@ class Control:
     def set_guest_formatted(self) -> None:
         """The boot CPU's word that RAM is laid out."""
         self.view.store_u32(_FORMATTED, 1)
+
+    def watch_for(self, duration_ns: int) -> None:
+        """Ask the host to publish its channels' traffic for so long: somebody looks at it."""
+        self.view.store_u64(_WATCHED_UNTIL, self.clock.now() + duration_ns)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks at the traffic now."""
+        return self.view.load_u64(_WATCHED_UNTIL) > self.clock.now()
 
     # -- shutting the guest down ------------------------------------------------------------------
 

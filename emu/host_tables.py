@@ -1,4 +1,4 @@
-"""What else the host has, mirrored in `control` beside its channels: registers, GPADLs, message ports.
+"""What else the host has, mirrored in `control` beside its channels: registers, GPADLs, ports, traffic.
 
 Only the host writes here, at the end of a round with changes; only reports read it. A row is small and is
 written while others read: of a GPADL one gets the whole row or none, of a VP each register as it was when it
@@ -7,7 +7,7 @@ was read.
     +0      partition: GUEST_OS_ID, HYPERCALL, the port to the guest, the host's own message ports
     +512    how many GPADL rows were ever used, and how many GPADLs found none
     +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT
-    behind  GPADL rows, in no order
+    behind  GPADL rows, in no order; then a row of traffic for each relid, written while somebody looks
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from emu.control import HOST_TABLES_BYTES, Control
+from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
 from emu.layout import MAX_VPS
 
 SINTS: Final = 16
@@ -33,8 +33,10 @@ _VP_ROW: Final = 256
 _GPADLS: Final = _VPS + MAX_VPS * _VP_ROW
 _GPADL: Final = Struct("<IIIII")
 _GPADL_ROW: Final = 32
+_TRAFFIC: Final = _GPADLS + GPADL_ROWS * _GPADL_ROW
+_TRAFFIC_ROW: Final = Struct("<QQQ")
 _MOST_LOOKS: Final = 100
-assert _VP.size <= _VP_ROW and _GPADLS + GPADL_ROWS * _GPADL_ROW <= HOST_TABLES_BYTES
+assert _VP.size <= _VP_ROW and _TRAFFIC + MIRROR_CHANNELS * _TRAFFIC_ROW.size <= HOST_TABLES_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,16 @@ class HostPartition:
     guest_sint: int
     guest_in_use: int
     ports: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What went through a channel since it was opened: packets that the host took, bytes of ring that it wrote,
+    and how often it signalled the guest."""
+
+    packets: int
+    bytes_written: int
+    signals: int
 
 
 class HostTables:
@@ -190,3 +202,15 @@ class HostTables:
             if self._view.load_u32(at) == before:
                 return HostGpadl(relid, gpadl, before - 1, pages, bool(ring)) if before else None
         return None
+
+    # -- traffic -------------------------------------------------------------------------------------
+
+    def write_traffic(self, relid: int, traffic: Traffic) -> None:
+        """Publish what went through a channel."""
+        at = self._base + _TRAFFIC + relid * _TRAFFIC_ROW.size
+        _TRAFFIC_ROW.pack_into(self._memory, at, traffic.packets, traffic.bytes_written, traffic.signals)
+
+    def traffic(self, relid: int) -> Traffic:
+        """What went through a channel when that was published last; it begins anew when the channel is opened."""
+        at = self._base + _TRAFFIC + relid * _TRAFFIC_ROW.size
+        return Traffic(*_TRAFFIC_ROW.unpack_from(self._memory, at))

@@ -199,6 +199,7 @@ class Vcpu:
 
     def _reschedule(self) -> None:
         """The reschedule interrupt has done its work by arriving."""
+        self.counters.reschedules += 1
         self.lapic.eoi()
 
     def _on_kick(self, _number: int, _frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from typing import Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
+from emu.host_tables import Traffic
 from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
 from emu.ring_memory import RingWords
 from emu.tracing import (
@@ -166,6 +167,12 @@ class Bus:
         # Below 2.4: the guest's page of bits, and (0.13) whose doorbell connection 2 is, by relid.
         self._interrupt_page: InterruptPage | None = None
         self._sharing: dict[int, int] = {}
+
+    def traffic(self) -> Iterator[tuple[int, Traffic]]:
+        """Every open channel's relid, and what went through it."""
+        for device in self._devices.values():
+            if device.channel is not None:
+                yield device.channel.relid, device.channel.traffic()
 
     # -- from outside -------------------------------------------------------------------------------
 

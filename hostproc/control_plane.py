@@ -188,6 +188,14 @@ class ControlPlane:
             )
         self._publish_refusals()
 
+    def publish_traffic(self) -> bool:
+        """While somebody looks: what went through each channel; False when nobody does."""
+        if not self._control.watched:
+            return False
+        for relid, traffic in self._bus.traffic():
+            self._tables.write_traffic(relid, traffic)
+        return True
+
     def _publish_refusals(self) -> None:
         refusals, counts = self._bus.refusals, (self._bus.refusals.refused, self._partition.refused)
         ignored = refusals.ignored

@@ -47,6 +47,9 @@ Report = Callable[..., None]
 PUBLISH_NS: Final = 1_000_000
 PUBLISH_BUSY_NS: Final = 5_000_000
 """While the guest's next message is expected: what is published then makes that message wait."""
+TRAFFIC_NS: Final = 200_000_000
+LOOKED_AT_NS: Final = 900_000_000
+"""How often the host looks whether anybody wants to see its traffic."""
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
 
@@ -255,6 +258,11 @@ class Hypervisor:
         self.control_plane.publish()
         self.loop.call_at(self.machine.clock.now() + UPKEEP_NS, self.watch_guest)
 
+    def show_traffic(self) -> None:
+        """A timer: publish what goes through the channels, for as long as somebody looks."""
+        again_ns = TRAFFIC_NS if self.control_plane.publish_traffic() else LOOKED_AT_NS
+        self.loop.call_at(self.machine.clock.now() + again_ns, self.show_traffic)
+
     def _set_right(self) -> None:
         pages, slots = self.upkeep.look(self.counters.exits, watched=self._guest_pidfd >= 0)
         counts = {"vps-page-written": pages, "exit-slot-lost": slots}
@@ -306,6 +314,7 @@ class Hypervisor:
             self.bus.add(offer_of(device.class_name, device.instance), backend)
         if self.machine.config["no_guest"]:
             self.watch_guest()
+        self.show_traffic()
         self.machine.control.reach(Ready.HOST_RUNS)
         self.report("stage", "hypervisor", int(Ready.HOST_RUNS))
         self.loop.run()

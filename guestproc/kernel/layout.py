@@ -221,6 +221,7 @@ class Request(Record):
     openid = Word(4, "once")
     gpadl = Word(4, "once")
     waiting_channel = Word(8, "once: handle of the channel, 0 for none")
+    entered_ns = Word(8, "once: machine time when it was entered")
     serial = Word(8, "the requester's")
     msglistentry = list_link("channelmsg_lock")
     waitevent = completion()

@@ -26,7 +26,7 @@ M = TypeVar("M", bound=Message)
 
 Matches = Callable[[Request], bool]
 
-_REQUEST = Fields(Request, "msgtype", "child_relid", "openid", "gpadl", "waiting_channel")
+_REQUEST = Fields(Request, "msgtype", "child_relid", "openid", "gpadl", "waiting_channel", "entered_ns")
 
 
 def new_request(
@@ -37,11 +37,12 @@ def new_request(
     openid: int = 0,
     gpadl: int = 0,
     channel: int = 0,
+    now_ns: int = 0,
 ) -> Request | None:
     """A request record, not entered yet; None when all 512 are in use. `channel` is a handle, 0 for none."""
     request: Request | None = tables.requests.alloc()
     if request is not None:
-        _REQUEST.write(request, msgtype, child_relid, openid, gpadl, channel)
+        _REQUEST.write(request, msgtype, child_relid, openid, gpadl, channel, now_ns)
     return request
 
 

@@ -29,7 +29,13 @@ def enter_request(
 ) -> Request | None:
     """A request on chn_msg_list, before its message is posted; None when there is no record for it (-ENOMEM)."""
     request = pending.new_request(
-        current.tables, msgtype, child_relid=child_relid, openid=openid, gpadl=gpadl, channel=channel
+        current.tables,
+        msgtype,
+        child_relid=child_relid,
+        openid=openid,
+        gpadl=gpadl,
+        channel=channel,
+        now_ns=current.actor.now(),
     )
     if request is None:
         return None

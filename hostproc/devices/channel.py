@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from emu.errors import ProtocolViolation
+from emu.host_tables import Traffic
 from emu.ring import Packet, RingConsumer, RingProducer
 from emu.ring_memory import Payload
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
@@ -104,6 +105,12 @@ class HostChannel:
     def _map(self, unmapped: UnmappedRings) -> None:
         self._incoming, self._outgoing = unmapped.map()
         self._unmapped = None
+
+    def traffic(self) -> Traffic:
+        """What went through since it was opened."""
+        if self._unmapped is not None:
+            return Traffic(0, 0, self.signals)
+        return Traffic(self._incoming.packets, self._outgoing.bytes, self.signals)
 
     def attach(self) -> None:
         """Take both rings into use: mask the guest's, promise to honour pending_send_sz in ours."""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu.control import HOST_TABLES_BYTES, Control
-from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostVp
+from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
+from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostVp, Traffic
 from emu.ipc.segments import object_name
 from emu.layout import MAX_VPS
 
@@ -101,3 +101,21 @@ def test_gpadl_without_a_row_is_counted(control: Control) -> None:
     assert (refused, tables.unlisted) == (1, 1)
     assert [one.relid for one in tables.gpadls()] == [2] * (GPADL_ROWS // 2) + [4]
     assert end <= len(control.memory)
+
+
+def test_traffic_is_read_back_by_channel(control: Control) -> None:
+    """The last relid's row is the last of the table, and its neighbour is another's."""
+    HostTables(control).write_traffic(MIRROR_CHANNELS - 1, Traffic(1 << 40, 2, 3))
+
+    assert HostTables(control).traffic(MIRROR_CHANNELS - 1) == Traffic(1 << 40, 2, 3)
+    assert HostTables(control).traffic(MIRROR_CHANNELS - 2) == Traffic(0, 0, 0)
+
+
+def test_watching_ends_by_itself(control: Control) -> None:
+    """Who looks says for how long; nobody has to take it back."""
+    before = control.watched
+    control.watch_for(60_000_000_000)
+
+    assert (before, control.watched) == (False, True)
+    control.watch_for(0)
+    assert not control.watched
