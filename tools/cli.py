@@ -47,6 +47,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
     "inspect": Entry("Look", "Show a machine's whole state as a tree, live or as it died."),
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
+    "top": Entry("Look", "Watch a machine's channels, processors and processes."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
     "stress": Entry(

@@ -86,6 +86,12 @@ class Requestor:
                 self._bitmap[word] &= ~bit
             return found
 
+    def out(self) -> dict[int, int]:
+        """Every id that is out, and its address (for reports: without the lock, so it may just have come back)."""
+        words = enumerate(self._bitmap.tolist())
+        slots = [64 * number + bit for number, word in words if word for bit in range(64) if word >> bit & 1]
+        return {slot + 1: self._slots[slot] for slot in slots if slot < self.size}
+
     def outstanding(self) -> int:
         """How many ids are out (a hint without the lock)."""
         return sum(word.bit_count() for word in self._bitmap.tolist())

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
+import select
 import signal
 import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.system.commands import call, objects, report, wait_for
+from tests.system.commands import COMMAND, call, environment, objects, report, wait_for
 from tools import cli
 
 NAME = f"t-look-{os.getpid()}"
@@ -70,6 +73,17 @@ def test_machine_is_inspected_while_it_runs() -> None:
     assert inspected("refused") == {}
 
 
+def test_one_sample_is_plain_through_a_pipe() -> None:
+    """Three tables for `awk`: every channel, processor and process of the machine."""
+    done = here("top", "--once", "--machine", NAME, "--interval", "0.2", "--sort", "class")
+    tables = [[line.split() for line in table.splitlines()] for table in done.stdout.split("\n\n")]
+
+    assert done.returncode == 0, done.stderr
+    assert [table[0][0] for table in tables] == ["relid", "vp", "process"]
+    assert sorted(row[0] for row in tables[0][1:]) == ["1", "2"]
+    assert {"hypervisor", "vcpu0", "vcpu1", "workqueue"} <= {row[0] for row in tables[2][1:]}
+
+
 def test_leaf_is_printed_alone_and_a_wrong_path_is_one_line() -> None:
     """For scripts: the value; for people: what is near, exit status 2."""
     leaf = here("inspect", "channels/2/host/state", "--machine", NAME)
@@ -80,15 +94,104 @@ def test_leaf_is_printed_alone_and_a_wrong_path_is_one_line() -> None:
     assert wrong.stderr.count("\n") == 1 and "channels/2/host/state" in wrong.stderr
 
 
+class Screen:
+    """A command on a terminal of 80 by 24, and what it wrote there."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self._leader, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, 80))
+        self.before = termios.tcgetattr(terminal)
+        self._terminal = terminal
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=home,
+            env={**environment(home), "TERM": "xterm", "COLUMNS": "80"},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.written = ""
+
+    def wait_for(self, text: str) -> None:
+        """Read until the text was written since the last look."""
+
+        def there() -> bool:
+            ready, _, _ = select.select([self._leader], [], [], 0.05)
+            self.written += os.read(self._leader, 1 << 16).decode() if ready else ""
+            assert ready or self.process.poll() is None, self.process.communicate()
+            return text in self.written
+
+        wait_for(there, f"{text!r} on the screen")
+        self.written = self.written.partition(text)[2]
+
+    def press(self, keys: str) -> None:
+        """Type."""
+        os.write(self._leader, keys.encode())
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status and what it said; the screen was given back and the terminal is as it was."""
+        self.wait_for("\x1b[?1049l")
+        said = self.process.communicate(timeout=30)[1].decode()
+        assert termios.tcgetattr(self._terminal) == self.before
+        return self.process.returncode, said
+
+    def close(self) -> None:
+        """Whatever a test does, the command does not outlive it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate(timeout=30)
+        os.close(self._leader)
+        os.close(self._terminal)
+
+
+@contextlib.contextmanager
+def on_screen(home: Path, *arguments: str) -> Iterator[Screen]:
+    """A command on a terminal of its own."""
+    screen = Screen(home, *arguments)
+    try:
+        yield screen
+    finally:
+        screen.close()
+
+
+def test_top_is_used_by_keys(home: Path) -> None:
+    """It lists both channels, sorts, filters, pauses, and quits; the terminal is given back."""
+    with on_screen(home, "top", "--machine", NAME, "--interval", "0.2") as screen:
+        screen.wait_for("2 echo")
+        screen.press("s")
+        screen.wait_for("by class")
+        screen.press("/1 ech\r")
+        screen.wait_for("of 2, filter 1 ech")
+        screen.press("p")
+        screen.wait_for("PAUSED")
+        screen.press("q")
+
+        assert screen.end() == (0, "")
+
+
+def test_top_gives_the_terminal_back_after_a_signal(home: Path) -> None:
+    """SIGTERM: exit status 143, nothing said, the terminal as before."""
+    with on_screen(home, "top", "--machine", NAME) as screen:
+        screen.wait_for("2 echo")
+        screen.process.terminate()
+
+        assert screen.end() == (143, "")
+
+
 def test_machine_that_died_is_inspected_from_its_record(home: Path) -> None:
-    """A detached machine loses a processor: `stop` and `ps` say where its state is, and that shows who died."""
-    os.kill(int(inspected("processes/vcpu1/pid")), signal.SIGKILL)
+    """A detached machine loses a processor under `top`: that, `stop` and `ps` say where its state is."""
+    with on_screen(home, "top", "--machine", NAME, "--interval", "0.2") as screen:
+        screen.wait_for("2 echo")
+        os.kill(int(inspected("processes/vcpu1/pid")), signal.SIGKILL)
+        status, said = screen.end()
     wait_for(lambda: not objects(NAME), f"{NAME} to be gone")
     record = next((home / "state" / "vmbus-emu" / "crashes").glob(f"*-{NAME}.json"))
 
     stop, ps = here("stop", "--machine", NAME), here("ps", "--json")
     saved = here("inspect", "--from", str(record), "processes/vcpu1/state")
 
+    assert (status, str(record) in said) == (4, True)
     assert stop.returncode == 2 and str(record) in stop.stderr
     assert str(record) in [one["crash_record"] for one in report(ps.stdout)["died"]]
     assert (saved.returncode, saved.stdout) == (0, "DEAD\n")
