@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
 from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostVp, Traffic
-from emu.ipc.segments import object_name
+from emu.ipc.segments import object_name, unlink_objects
 from emu.layout import MAX_VPS
+
+NAME = f"t-host-tables-{os.getpid()}"
 
 
 @pytest.fixture
@@ -25,12 +28,10 @@ def control(machine_name: str) -> Iterator[Control]:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Control]:
     """One for the examples of a property, each of which removes what it wrote."""
-    from emu.ipc.segments import unlink_objects
-
-    control = Control.create(object_name("t-host-tables", "control"), {})
+    control = Control.create(object_name(NAME, "control"), {})
     yield control
     control.close()
-    unlink_objects("t-host-tables")
+    unlink_objects(NAME)
 
 
 def vp(number: int) -> HostVp:
