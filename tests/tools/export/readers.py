@@ -1,0 +1,82 @@
+"""Exports as other people's programs read them: each reader gives what it saw, as plain values."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emu.recording import Recording, TraceRecord
+from tools.export.threads import Threads
+from tools.trace import FORMATS
+
+BRIDGE = Path(__file__).with_name("trace_processor.js")
+_LINE = re.compile(
+    r"^ *(?P<comm>.+)-(?P<tid>\d+) +\[(?P<cpu>\d+)\] +(?:[^ ]+ +)?(?P<t>[\d.]+): +(?P<event>\w+): +(?P<text>.*)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One record as a tracer shows it."""
+
+    t: str
+    comm: str
+    tid: int
+    cpu: int
+    event: str
+    text: str
+
+
+def written(form: str, recording: Path, out: Path) -> Path:
+    """Export a recording; the file."""
+    with Recording(recording) as opened:
+        out.write_bytes(b"".join(FORMATS[form].export(opened)))
+    return out
+
+
+def expected(recording: Path, *, digits: int) -> list[Seen]:
+    """What a tracer should show of a recording, with the time in seconds of so many digits."""
+    with Recording(recording) as opened:
+        threads = Threads.of_recording(opened)
+        return [_expected(record, threads, digits) for record in opened.records()]
+
+
+def _expected(record: TraceRecord, threads: Threads, digits: int) -> Seen:
+    thread, event = threads.of(record.actor), record.event
+    unit = 10 ** (9 - digits)
+    seconds, rest = divmod((record.t_ns + unit // 2) // unit, 10**digits)
+    time = f"{seconds}.{rest:0{digits}}"
+    return Seen(time, thread.comm, thread.tid, thread.cpu, event.name, event.text(record.values))
+
+
+def seen_in(text: str) -> list[Seen]:
+    """Every line of a tracer's text that is a record."""
+    lines = filter(None, map(_LINE.match, text.splitlines()))
+    return [
+        Seen(one["t"], one["comm"].strip(), int(one["tid"]), int(one["cpu"]), one["event"], one["text"].strip())
+        for one in lines
+    ]
+
+
+def report(trace_cmd: str, file: Path) -> str:
+    """What `trace-cmd report -t` prints, which has the time in ns."""
+    command = [trace_cmd, "report", "-t", "-i", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def ask(trace_processor: Path, file: Path, *statements: str) -> list[list[list[Any]]]:
+    """The rows that Perfetto's trace processor gives for each SQL statement."""
+    command = ["node", str(BRIDGE), str(trace_processor), str(file)]
+    done = subprocess.run(
+        command, input=json.dumps(statements), capture_output=True, text=True, timeout=100, check=False
+    )
+    # A failure prints the whole program before it says what failed.
+    assert done.returncode == 0, done.stderr[-800:]
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    assert not any("error" in answer for answer in answers), answers
+    return [answer["rows"] for answer in answers]

@@ -1,0 +1,51 @@
+"""Every export of a recording holds the same records: other people's readers count what the recording counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from emu.recording import Recording
+from tests.tools.export.readers import ask, expected, report, seen_in, written
+
+
+def counts(recording: Path) -> Counter[str]:
+    """What the recording itself counts."""
+    with Recording(recording) as opened:
+        return opened.counts()
+
+
+def test_json_lines_hold_every_record(recording: Path, tmp_path: Path) -> None:
+    """A line a record, with its event's name."""
+    lines = written("json", recording, tmp_path / "out").read_text().splitlines()
+
+    assert Counter(json.loads(line)["event"] for line in lines) == counts(recording)
+
+
+def test_ftrace_text_holds_every_record(recording: Path, tmp_path: Path) -> None:
+    """Each line says when, who, where and what, as the kernel's own text does."""
+    text = written("ftrace", recording, tmp_path / "out").read_text()
+
+    assert seen_in(text) == expected(recording, digits=6)
+
+
+def test_trace_cmd_reports_every_record(recording: Path, trace_cmd: str, tmp_path: Path) -> None:
+    """`trace-cmd report` shows each record in its order: the ns, thread, processor, event, arguments."""
+    seen = seen_in(report(trace_cmd, written("trace-cmd", recording, tmp_path / "out")))
+
+    assert seen == expected(recording, digits=9)
+    assert Counter(one.event for one in seen) == counts(recording)
+
+
+def test_perfetto_counts_every_record(real_recording: Path, trace_processor: Path, tmp_path: Path) -> None:
+    """Perfetto's own SQL counts each event as often as the recording does, and complains about nothing."""
+    by_name, problems = ask(
+        trace_processor,
+        written("perfetto", real_recording, tmp_path / "out"),
+        "select name, count(*) from slice where category = 'record' group by name",
+        "select name, value from stats where severity != 'info' and value != 0",
+    )
+
+    assert dict(map(tuple, by_name)) == counts(real_recording)
+    assert problems == []

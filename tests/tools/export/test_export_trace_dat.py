@@ -1,0 +1,66 @@
+"""The `trace-cmd` format: pages, long silences, and what stands in a format file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emu.event_fields import EventSpec
+from emu.recording import RecordedActor, TraceRecord
+from emu.tracing import EVENTS
+from tests.tools.export.readers import report, seen_in
+from tools.export.threads import Threads
+from tools.export.trace_dat import PAGE_BYTES, CpuBuffer, EntryWriter, assemble
+
+ACTOR = RecordedActor(3, "kworker/pri_chan", "WORKER", 77, 5)
+
+
+def record(t_ns: int, *values: int, event: EventSpec = EVENTS["mask"]) -> TraceRecord:
+    """A record of a worker."""
+    return TraceRecord(t_ns, 0, ACTOR, 0, "QUEUE", event, values)
+
+
+def test_format_file_is_the_kernels() -> None:
+    """Common fields first, then the event's own behind them, then how they are printed."""
+    text = EntryWriter(EVENTS["release"]).format_file().decode()
+
+    assert text.startswith("name: release\nID: 1003\nformat:\n\tfield:unsigned short common_type;\toffset:0;\tsize:2;")
+    assert "\tfield:u32 generation;\toffset:12;\tsize:4;\tsigned:0;\n" in text
+    assert "\tfield:int ret;\toffset:16;\tsize:4;\tsigned:1;\n" in text
+    assert text.endswith('print fmt: "relid=%u generation=%u ret=%d", REC->relid, REC->generation, REC->ret\n')
+
+
+def test_page_holds_what_fits() -> None:
+    """An entry that does not fit whole begins the next page, with that page's time."""
+    buffer = CpuBuffer()
+    for t_ns in range(100):
+        buffer.add(t_ns, bytes(60))
+    pages = buffer.pages()
+
+    assert len(pages) == 2 * PAGE_BYTES
+    assert int.from_bytes(pages[:8], "little") == 0
+    assert int.from_bytes(pages[8:16], "little") == 63 * 64
+    assert int.from_bytes(pages[PAGE_BYTES : PAGE_BYTES + 8], "little") == 63
+
+
+@pytest.mark.parametrize("silence_ns", [1, (1 << 27) - 1, 1 << 27, 10**12])
+def test_silence_of_any_length_is_kept(trace_cmd: str, tmp_path: Path, silence_ns: int) -> None:
+    """27 bits of ns are 134 ms: a longer pause between two records is said by an entry of its own."""
+    records = [record(5, 1, 0), record(5 + silence_ns, 2, 1), record(6 + silence_ns, 3, 0)]
+    (tmp_path / "out").write_bytes(b"".join(assemble(records, Threads([ACTOR]))))
+    seen = seen_in(report(trace_cmd, tmp_path / "out"))
+
+    assert [one.text for one in seen] == ["relid=1 side=0", "relid=2 side=1", "relid=3 side=0"]
+    nanoseconds = [int(one.t.replace(".", "")) for one in seen]
+    assert [later - nanoseconds[0] for later in nanoseconds] == [0, silence_ns, silence_ns + 1]
+
+
+def test_many_pages_are_read_to_the_end(trace_cmd: str, tmp_path: Path) -> None:
+    """No record is lost at the end of a page."""
+    records = [record(1_000 * number, number, number & 1) for number in range(500)]
+    (tmp_path / "out").write_bytes(b"".join(assemble(records, Threads([ACTOR]))))
+    seen = seen_in(report(trace_cmd, tmp_path / "out"))
+
+    assert [one.text for one in seen] == [f"relid={number} side={number & 1}" for number in range(500)]
+    assert {(one.comm, one.tid, one.cpu) for one in seen} == {("kworker/pri_cha", 77, 0)}

@@ -1,0 +1,77 @@
+"""Events as tracers describe them: a system, typed fields in the order of a C struct, a printf format.
+
+Names that the kernel has are in its system `hyperv`, with its fields and its print format; ours are in `vmbus_emu`
+and are printed as `name=value`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from emu.event_fields import Argument, EventSpec
+
+KERNEL_SYSTEM: Final = "hyperv"
+OWN_SYSTEM: Final = "vmbus_emu"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One member: its declaration in C, where it lies, how `struct` packs it, and which argument it is."""
+
+    declaration: str
+    offset: int
+    size: int
+    signed: bool
+    code: str
+    argument: Argument
+    index: int
+
+    def member(self, value: int) -> int | bytes:
+        """What `struct` packs for a value."""
+        return value.to_bytes(self.size, "little") if self.argument.text else value
+
+
+def system_of(spec: EventSpec) -> str:
+    """The system of an event."""
+    return KERNEL_SYSTEM if spec.format else OWN_SYSTEM
+
+
+def fields_of(spec: EventSpec, offset: int) -> tuple[Field, ...]:
+    """The members behind the first `offset` bytes, in the order of declaration, aligned as a compiler does."""
+    by_name = {argument.name: (index, argument) for index, argument in enumerate(spec.fields)}
+    fields = []
+    for name in spec.declared or spec.arguments:
+        index, argument = by_name[name]
+        size = argument.width // 8
+        offset += 0 if argument.text else -offset % size
+        code = f"{size}s" if argument.text else _codes[size][argument.signed]
+        fields.append(Field(_declaration(argument), offset, size, argument.signed, code, argument, index))
+        offset += size
+    return tuple(fields)
+
+
+_codes: Final = {1: "Bb", 2: "Hh", 4: "Ii", 8: "Qq"}
+
+
+def _declaration(argument: Argument) -> str:
+    """The member as the kernel's format files declare it."""
+    if argument.text:
+        return f"char {argument.name}[{argument.width // 8}]"
+    kinds = {"uint": "unsigned int", "s32": "int"}
+    return f"{kinds.get(argument.type, f'u{argument.width}')} {argument.name}"
+
+
+def print_format(spec: EventSpec) -> str:
+    """The printf format: one conversion for each argument, in the order of `spec.fields`."""
+    return spec.format or " ".join(f"{argument.name}={_conversion(argument)}" for argument in spec.fields)
+
+
+def _conversion(argument: Argument) -> str:
+    """How an event of ours prints an argument; `Argument.show` writes the same."""
+    if argument.text:
+        return "%pUl" if argument.type == "guid" else "%s"
+    if argument.signed:
+        return "%d"
+    length = "ll" if argument.width == 64 else ""
+    return f"0x%{length}x" if argument.type.startswith("x") else f"%{length}u"

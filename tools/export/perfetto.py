@@ -1,0 +1,165 @@
+"""The `perfetto` format: a stream of TracePackets, as ui.perfetto.dev and `trace_processor` read it.
+
+A process is a group of tracks, with a track for each context of each of its threads (ISR, tasklet, queue, task).
+Every record is an instant of category `record` on its track, with its arguments. Around them lie slices of
+category `span` (`tools.export.spans`). A message's records are joined by a flow. Counters show how many bytes each
+ring holds. Records under the kernel's own names are ftrace events as well, and so is each interrupt.
+
+Field numbers are those of protos/perfetto/trace (perfetto.dev, "Synthetic TrackEvent").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Final
+
+from emu.event_fields import Argument
+from emu.recording import RecordedActor, Recording, TraceRecord
+from tools.event_names import name_of
+from tools.export.events import KERNEL_SYSTEM, system_of
+from tools.export.protobuf import data, fixed64, number, text
+from tools.export.rings import SIDES, Rings
+from tools.export.spans import Span, Spans
+from tools.export.threads import Thread, Threads
+
+_SEQUENCE: Final = 1
+_REALTIME, _MONOTONIC, _BOOTTIME = 1, 3, 6
+_SLICE_BEGIN, _SLICE_END, _INSTANT, _COUNTER = 1, 2, 3, 4
+_UNIT_BYTES: Final = 3
+_EXPLICIT: Final = 3
+"""TrackDescriptor.child_ordering: by `sibling_order_rank`."""
+RANK: Final = {"HOST": 0, "ISR": 1, "TASKLET": 2, "QUEUE": 3, "TASK": 4, "BOOT": 5}
+"""How the tracks of one thread lie: interrupts above what they interrupt."""
+IRQ_NAME: Final = "Hyper-V VMbus"
+
+
+def perfetto(recording: Recording) -> Iterator[bytes]:
+    """The packets of a whole trace, each as the field `packet` of the one Trace message."""
+    trace = _Trace(Threads.of_recording(recording))
+    yield _packet(_clocks(int(recording.head.get("began_ns", 0)), int(recording.head.get("began_unix_ns", 0))))
+    for record in recording.records():
+        yield from trace.record(record)
+    yield from trace.close()
+
+
+class _Trace:
+    """Writes what records become, each track's descriptor before its first event."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._spans = Spans()
+        self._rings = Rings()
+        self._tracks: dict[object, int] = {}
+
+    def record(self, record: TraceRecord) -> Iterator[bytes]:
+        """Everything that one record becomes."""
+        track = yield from self._context_track(record.actor, record.context)
+        yield _at(record.t_ns, track, _INSTANT, _instant(record))
+        for span in self._spans.feed(record):
+            yield from self._slice(span)
+        for key in self._rings.feed(record):
+            counter = yield from self._counter_track(*key)
+            yield _at(record.t_ns, counter, _COUNTER, number(30, self._rings.rings[key].fill))
+        if system_of(record.event) == KERNEL_SYSTEM:
+            yield self._ftrace(record.actor, record.t_ns, data(327, _generic(record)))
+
+    def close(self) -> Iterator[bytes]:
+        """The spans that nothing ended."""
+        for span in self._spans.close():
+            yield from self._slice(span)
+
+    def _slice(self, span: Span) -> Iterator[bytes]:
+        """A slice; its packets may lie behind those of what it contains: readers sort by time."""
+        track = yield from self._context_track(span.actor, span.context)
+        yield _at(span.begin_ns, track, _SLICE_BEGIN, text(22, "span") + text(23, span.name))
+        yield _at(span.end_ns, track, _SLICE_END, b"")
+        if span.first.event.name == "isr_enter":
+            vector = number(1, span.first.values[0])
+            yield self._ftrace(span.actor, span.begin_ns, data(36, vector + text(2, IRQ_NAME)))
+            yield self._ftrace(span.actor, span.end_ns, data(37, vector + number(2, 1)))
+
+    def _ftrace(self, actor: RecordedActor, t_ns: int, event: bytes) -> bytes:
+        """One ftrace event, in a bundle of its processor."""
+        thread = self._threads.of(actor)
+        return _packet(data(1, number(1, thread.cpu) + data(2, number(1, t_ns) + number(2, thread.tid) + event)))
+
+    # -- tracks -----------------------------------------------------------------------------------
+
+    def _context_track(self, actor: RecordedActor, context: str) -> Generator[bytes, None, int]:
+        thread = self._threads.of(actor)
+        if (actor, context) in self._tracks:
+            return self._tracks[actor, context]
+        process = yield from self._track(("process", thread.pid), _process(thread, self._threads))
+        parent = yield from self._track(("thread", thread.tid), number(5, process) + _thread(thread))
+        rank = number(12, RANK.get(context, len(RANK)))
+        return (yield from self._track((actor, context), number(5, parent) + text(2, context.lower()) + rank))
+
+    def _counter_track(self, relid: int, side: int) -> Generator[bytes, None, int]:
+        group = yield from self._track("rings", text(2, "rings"))
+        name = f"channel {relid} {SIDES[side & 1]}"
+        return (
+            yield from self._track((relid, side), number(5, group) + text(2, name) + data(8, number(3, _UNIT_BYTES)))
+        )
+
+    def _track(self, key: object, descriptor: bytes) -> Generator[bytes, None, int]:
+        """The uuid of a track, which is described when it is first asked for."""
+        uuid = self._tracks.get(key)
+        if uuid is None:
+            uuid = self._tracks[key] = len(self._tracks) + 1
+            yield _packet(data(60, number(1, uuid) + descriptor))
+        return uuid
+
+
+def _process(thread: Thread, threads: Threads) -> bytes:
+    """ProcessDescriptor: several threads of one process are the workqueue's."""
+    sharing = [one for one in threads if one.pid == thread.pid]
+    name = thread.name if len(sharing) == 1 else "workqueue"
+    return data(3, number(1, thread.pid) + text(6, name))
+
+
+def _thread(thread: Thread) -> bytes:
+    """ThreadDescriptor, and that the tracks below it are ordered."""
+    return data(4, number(1, thread.pid) + number(2, thread.tid) + text(5, thread.name)) + number(11, _EXPLICIT)
+
+
+def _instant(record: TraceRecord) -> bytes:
+    """TrackEvent: name, arguments as debug annotations, the flow of the message."""
+    out = [text(22, "record"), text(23, record.event.name)]
+    for field, value in record.event.pairs(record.values):
+        out.append(data(4, text(10, field.name) + _typed(field, value, signed=4, unsigned=3, string=6)))
+        if name := name_of(field, value):
+            out.append(data(4, text(10, f"{field.name}_name") + text(6, name)))
+    if serial := record.arguments.get("serial", 0):
+        out.append(fixed64(47, serial))
+    return b"".join(out)
+
+
+def _generic(record: TraceRecord) -> bytes:
+    """GenericFtraceEvent: an event that Perfetto has no type for."""
+    return text(1, record.event.name) + b"".join(
+        data(2, text(1, field.name) + _typed(field, value, signed=4, unsigned=5, string=3))
+        for field, value in record.event.pairs(record.values)
+    )
+
+
+def _typed(field: Argument, value: int, *, signed: int, unsigned: int, string: int) -> bytes:
+    """A value in the field that a message has for its type."""
+    if field.text:
+        return text(string, field.show(value))
+    return number(signed if field.signed else unsigned, value)
+
+
+def _clocks(began_ns: int, began_unix_ns: int) -> bytes:
+    """ClockSnapshot: our times are CLOCK_MONOTONIC, and what the wall clock said then."""
+    clocks = ((_BOOTTIME, began_ns), (_MONOTONIC, began_ns), (_REALTIME, began_unix_ns))
+    # Perfetto counts in CLOCK_BOOTTIME, which differs from ours by the time the computer slept: shown as one.
+    return data(6, b"".join(data(1, number(1, clock) + number(2, time)) for clock, time in clocks))
+
+
+def _at(t_ns: int, track: int, kind: int, event: bytes) -> bytes:
+    """A packet with one TrackEvent."""
+    return _packet(number(8, t_ns) + number(10, _SEQUENCE) + data(11, number(9, kind) + number(11, track) + event))
+
+
+def _packet(content: bytes) -> bytes:
+    return data(1, content)

@@ -1,0 +1,77 @@
+"""How many bytes each ring holds, record by record.
+
+What was published less what was released, each as a sum of steps: a reader may record its release before the
+writer records the publish that it read, and a difference of indices would then look like a full ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from emu.memory import PAGE_SIZE
+from emu.recording import TraceRecord
+
+TO_HOST: Final = 0
+TO_GUEST: Final = 1
+SIDES: Final = ("to host", "to guest")
+"""Names of the two rings of a channel, by the `side` of a record."""
+
+
+@dataclass(slots=True)
+class Ring:
+    """One ring: bytes of its data area (0: unknown), both indices, bytes published less bytes released."""
+
+    size: int = 0
+    write_index: int = 0
+    read_index: int = 0
+    behind: int = 0
+
+    @property
+    def fill(self) -> int:
+        """Bytes that wait to be read."""
+        return max(0, self.behind)
+
+    def _step(self, old: int, new: int) -> int:
+        """How far an index went; over the end only where the end is known."""
+        return (new - old) % self.size if self.size else max(0, new - old)
+
+    def publish(self, index: int) -> None:
+        """The writer's index moves."""
+        self.behind += self._step(self.write_index, index)
+        self.write_index = index
+
+    def release(self, index: int) -> None:
+        """The reader's index moves."""
+        self.behind -= self._step(self.read_index, index)
+        self.read_index = index
+
+
+class Rings:
+    """The rings of all channels; a new opening of a channel begins with two empty ones."""
+
+    def __init__(self) -> None:
+        self.rings: dict[tuple[int, int], Ring] = {}
+
+    def feed(self, record: TraceRecord) -> list[tuple[int, int]]:
+        """Take one record; which rings (relid, side) it changed."""
+        event, arguments = record.event.name, record.arguments
+        if event == "map":
+            return self._mapped(**arguments)
+        if event not in ("ring_publish", "ring_release"):
+            return []
+        key = arguments["relid"], arguments["side"]
+        ring = self.rings.setdefault(key, Ring())
+        if event == "ring_publish":
+            ring.publish(arguments["write_index"])
+        else:
+            ring.release(arguments["read_index"])
+        return [key]
+
+    def _mapped(self, relid: int, pages: int, downstream: int = 0, **_others: int) -> list[tuple[int, int]]:
+        """A channel was opened: `downstream` is the first page of the second ring, half of them if not told."""
+        first = downstream or pages // 2
+        for side, ring_pages in ((TO_HOST, first), (TO_GUEST, pages - first)):
+            # A ring's first page is its control page.
+            self.rings[relid, side] = Ring(max(0, ring_pages - 1) * PAGE_SIZE)
+        return [(relid, TO_HOST), (relid, TO_GUEST)]
