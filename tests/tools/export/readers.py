@@ -80,3 +80,40 @@ def ask(trace_processor: Path, file: Path, *statements: str) -> list[list[list[A
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     assert not any("error" in answer for answer in answers), answers
     return [answer["rows"] for answer in answers]
+
+
+@dataclass
+class Wave:
+    """A signal as a VCD reader shows it: what it changed to (None: unknown), and when."""
+
+    kind: str
+    bits: int
+    changes: list[tuple[int, int | None]]
+
+
+def waves(file: Path) -> dict[str, Wave]:
+    """The signals of a dump by their whole names, as pyvcd reads them."""
+    from vcd.reader import TokenKind, tokenize
+
+    found: dict[str, Wave] = {}
+    codes: dict[str, Wave] = {}
+    scope: list[str] = []
+    now = 0
+    with file.open("rb") as stream:
+        for token in tokenize(stream):
+            if token.kind is TokenKind.SCOPE:
+                scope.append(token.scope.ident)
+            elif token.kind is TokenKind.UPSCOPE:
+                scope.pop()
+            elif token.kind is TokenKind.VAR:
+                wave = codes[token.var.id_code] = Wave(token.var.type_.value, token.var.size, [])
+                found[".".join([*scope, token.var.reference])] = wave
+            elif token.kind is TokenKind.CHANGE_TIME:
+                now = token.time_change
+            elif token.kind is TokenKind.CHANGE_SCALAR:
+                value = token.scalar_change.value
+                codes[token.scalar_change.id_code].changes.append((now, None if value == "x" else int(value)))
+            elif token.kind is TokenKind.CHANGE_VECTOR:
+                vector = token.vector_change.value
+                codes[token.vector_change.id_code].changes.append((now, vector if isinstance(vector, int) else None))
+    return found

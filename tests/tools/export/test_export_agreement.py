@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from emu.recording import Recording
-from tests.tools.export.readers import ask, expected, report, seen_in, written
+from tests.tools.export.readers import ask, expected, report, seen_in, waves, written
 
 
 def counts(recording: Path) -> Counter[str]:
@@ -49,3 +49,14 @@ def test_perfetto_counts_every_record(real_recording: Path, trace_processor: Pat
 
     assert dict(map(tuple, by_name)) == counts(real_recording)
     assert problems == []
+
+
+def test_vcd_fires_every_record(recording: Path, vcd_reader: None, tmp_path: Path) -> None:
+    """A signal of kind event for each name, fired once a record, in ns since the first record."""
+    signals = waves(written("vcd", recording, tmp_path / "out"))
+    fired = {name: wave.changes for name, wave in signals.items() if wave.kind == "event"}
+
+    assert {name.removeprefix("events."): len(changes) for name, changes in fired.items()} == counts(recording)
+    with Recording(recording) as opened:
+        times = [record.t_ns for record in opened.records()]
+    assert sorted(t for changes in fired.values() for t, _value in changes) == [t - times[0] for t in times]
