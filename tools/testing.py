@@ -33,6 +33,7 @@ from emu.recording import TraceRecord
 from emu.scenario import Scenario, parse_device
 from guestproc.kernel.layout import KernelTables
 from guestproc.view import GuestView, settled
+from hostproc.protocol.states import ChannelState
 from tools.ctl import ask_host, offer_devices, wait_until_open, wait_until_released
 from tools.device_list import ListedDevice, guest_devices
 from tools.launch import MachineDied, RunningMachine, launch
@@ -83,8 +84,15 @@ class LiveMachine:
     # -- waiting ------------------------------------------------------------------------------------
 
     def wait_ready(self, stage: Ready = Ready.CHANNELS_OPEN, timeout_s: float = TIMEOUT_S) -> None:
-        """Wait until the machine has come as far as `stage`."""
+        """Wait until the machine has come as far as `stage`, and the host has published what it then knows."""
         self.running.wait_ready(stage, timeout_s)
+        if stage >= Ready.CHANNELS_OPEN:
+            # The host tells what it knows a few milliseconds later than it tells the guest.
+            self.wait_for(self._both_ends_agree, "both ends to agree on what is open", timeout_s)
+
+    def _both_ends_agree(self) -> bool:
+        opened = {one.relid for device in self.devices() for one in device.channels if one.state == "opened"}
+        return opened == {one.relid for one in self.channels() if one.state == ChannelState.OPEN}
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
         """Wait until a condition holds; DeadlinePassed when it does not, MachineDied when a process ends instead."""
