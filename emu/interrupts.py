@@ -35,8 +35,13 @@ HALTED: Final = int(RunState.HALTED)
 COMPUTING: Final = int(RunState.COMPUTING)
 IN_ISR: Final = int(RunState.IN_ISR)
 INTERRUPTS_OFF: Final = int(RunState.INTERRUPTS_OFF)
+_NOT_LOOKING: Final = (HALTED, COMPUTING)
 
 LOOKS_BEFORE_YIELD: Final = 20
+LOOKS_IN_TURN: Final = 2
+"""Between two yields of a poller that shares its core with others who want it: each waits for all the others' looks."""
+SHARED_YIELD: Final = 3
+"""A yield that takes so many times the quickest one let somebody else run."""
 LONG_YIELD_NS: Final = 100_000
 MOST_STRAYS: Final = 1_000
 POLL_START_NS: Final = 10_000
@@ -79,7 +84,10 @@ class InterruptRequester:
             # Whoever set it owes the kick; requests merge.
             counters.merged += 1
             return
-        self.kick()
+        if self._state_load() in _NOT_LOOKING:
+            self.kick()
+        else:
+            counters.kicks_none += 1
 
     def kick(self) -> None:
         """Wake the VP if its run state asks for it."""
@@ -125,14 +133,22 @@ class Lapic:
 
     def deliverable(self) -> bool:
         """Whether a request waits whose class is above the highest in service."""
-        vector = self.highest_request()
-        if not vector:
+        load = self._load
+        # Asked at every safe point, and nearly always in vain: four loads and nothing else then.
+        if not (load[3]() or load[2]() or load[1]() or load[0]()):
             return False
-        return not self._in_service or vector >> 4 > self._in_service[-1] >> 4
+        vector = self.highest_request()
+        return vector > 0 and (not self._in_service or vector >> 4 > self._in_service[-1] >> 4)
+
+    @property
+    def glance(self) -> Callable[[], int]:
+        """The load of the word of vectors 192 and up, the hypervisor's and ours: for a poll's quick looks."""
+        return self._load[3]
 
     def take(self) -> int:
         """Take the highest deliverable vector: clear its request, put it in service; 0 when there is none."""
-        vector = self.highest_request()
+        load = self._load
+        vector = 191 + bits.bit_length() if (bits := load[3]()) else self.highest_request()
         if not vector or (self._in_service and vector >> 4 <= self._in_service[-1] >> 4):
             return 0
         word, bit = vector >> 6, 1 << (vector & 63)
@@ -195,13 +211,26 @@ class PollPolicy:
 class Halt:
     """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
 
-    `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads.
+    `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads. `glance`
+    is what a poll looks at between two yields: fewer loads, of what comes most often; whether it is anything `look`
+    decides, which a poll asks at each yield besides.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
     """
 
-    __slots__ = ("_block", "_counters", "_longest_s", "_look", "_look_again_s", "_owed_s", "_state", "policy")
+    __slots__ = (
+        "_block",
+        "_counters",
+        "_glance",
+        "_longest_s",
+        "_look",
+        "_look_again_s",
+        "_owed_s",
+        "_quickest_yield_ns",
+        "_state",
+        "policy",
+    )
 
     def __init__(
         self,
@@ -212,6 +241,7 @@ class Halt:
         policy: PollPolicy,
         counters: Counters,
         *,
+        glance: Callable[[], object] | None = None,
         owed_s: float | None = None,
         look_again_s: float | None = None,
         longest_s: float | None = None,
@@ -222,6 +252,8 @@ class Halt:
         self._state = view.cell_u32(state_offset)
         self._block = wakeup.block
         self._look = look
+        self._glance = glance
+        self._quickest_yield_ns = LONG_YIELD_NS
         self.policy = policy
         self._counters = counters
 
@@ -285,17 +317,27 @@ class Halt:
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
         """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""
         now = time.monotonic_ns
+        glance = self._glance or look
+        looks = LOOKS_BEFORE_YIELD
         end = (before := now()) + window_ns
         while before < end:
-            for _ in range(LOOKS_BEFORE_YIELD):
-                if look():
+            for _ in range(looks):
+                if glance() and (glance is look or look()):
                     self._counters.polls_paid += 1
                     return True
+            if glance is not look and look():
+                self._counters.polls_paid += 1
+                return True
             # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
             yielded = now()
             os.sched_yield()
             before = now()
-            if before - yielded > LONG_YIELD_NS:
+            took = before - yielded
+            if took > LONG_YIELD_NS:
                 break  # the core is wanted: this poll ends, the window stays
+            if took < self._quickest_yield_ns:
+                self._quickest_yield_ns = took
+            # Somebody ran meanwhile: another poller, perhaps, which waits for our looks as we do for its.
+            looks = LOOKS_IN_TURN if took > SHARED_YIELD * self._quickest_yield_ns else LOOKS_BEFORE_YIELD
         self._counters.polls_vain += 1
         return False

@@ -8,6 +8,8 @@ back; all of it within the MSR exit. (TLFS "Synthetic Interrupt Controller", ref
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from emu.errors import GeneralProtection, OutOfMemory, ProtocolViolation
 from emu.ipc.atomics import RELEASE
 from emu.layout import PAGE_SIZE
@@ -99,10 +101,12 @@ class OverlayPage:
 class Synic:
     """Registers and pages of one VP; `memory` is the partition's RAM, `overlays` those of all its VPs."""
 
-    __slots__ = ("_memory", "scontrol", "siefp", "simp", "sint")
+    __slots__ = ("_memory", "changes", "scontrol", "siefp", "simp", "sint")
 
     def __init__(self, memory: GuestMemory, overlays: Overlays | None = None) -> None:
         self._memory = memory
+        self.changes = 0
+        """How often a register was written: who keeps what follows from them compares it."""
         self.scontrol = 0
         shared: Overlays = {} if overlays is None else overlays
         self.simp = OverlayPage(shared)
@@ -111,6 +115,7 @@ class Synic:
 
     def reset(self) -> None:
         """All registers to their reset values (reference 1.2), both pages lifted and zeroed."""
+        self.changes += 1
         self.scontrol = 0
         self.simp.reset(self._memory)
         self.siefp.reset(self._memory)
@@ -133,6 +138,7 @@ class Synic:
 
     def write_msr(self, msr: int, value: int) -> None:
         """Write a SynIC register; GeneralProtection where the processor refuses it. EOM is the caller's."""
+        self.changes += 1
         if HV_X64_MSR_SINT0 <= msr <= HV_X64_MSR_SINT15:
             if not value & HV_SYNIC_SINT_MASKED and sint_vector(value) < HV_SYNIC_FIRST_VALID_VECTOR:
                 raise GeneralProtection("write of SINT", msr, value)
@@ -199,3 +205,9 @@ class Synic:
         assert 0 <= flag < HV_EVENT_FLAGS_COUNT, flag
         offset, bit = event_flag(sint, flag)
         return not self._memory.atomics.fetch_or_u8(self.siefp.gpa + offset, bit) & bit
+
+    def flag_cell(self, sint: int, flag: int) -> tuple[Callable[[int], int], int]:
+        """What ors into the byte of an event flag, and its bit there: right until `changes` changes."""
+        assert self.siefp.gpa is not None
+        offset, bit = event_flag(sint, flag)
+        return self._memory.atomics.cell_u8(self.siefp.gpa + offset).fetch_or, bit

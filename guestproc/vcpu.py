@@ -94,6 +94,7 @@ class Vcpu:
         self.vp_index = machine.vp_index(self.position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
         self.lapic = Lapic(vps, self.position)
+        self._deliverable = self.lapic.deliverable
         self.vectors: dict[int, Callable[[], None]] = {
             RESCHEDULE_VECTOR: self._reschedule,
         }
@@ -117,6 +118,7 @@ class Vcpu:
             self._look,
             PollPolicy(machine.config["machine"]["poll"], lambda: self.expecting()),
             self.counters,
+            glance=self.lapic.glance,
             # A token that was lost costs a second, as ever; but nothing runs for a look that finds nothing.
             look_again_s=WATCHDOG_S,
             longest_s=LONG_WATCHDOG_S,
@@ -247,7 +249,7 @@ class Vcpu:
     def safe_point(self) -> None:
         """Take what is due; does nothing with interrupts off or inside an ISR."""
         if not (self._irqs_off or self._hardirq):
-            if self.lapic.deliverable():
+            if self._deliverable():
                 self.take_interrupts()
             if not self._softirq and self.softirq_pending():
                 self.run_softirqs()
@@ -277,7 +279,7 @@ class Vcpu:
         self.safe_point()
 
     def _look(self) -> bool:
-        return self.lapic.deliverable() or self.softirq_pending() or self._stopping() == STOPPING
+        return self._deliverable() or self.softirq_pending() or self._stopping() == STOPPING
 
     # -- ActorHooks ---------------------------------------------------------------------------------
 
@@ -325,7 +327,7 @@ class Vcpu:
             return
         # Store, then look: requests that came with interrupts off were not kicked.
         self._set_state(AWAKE)
-        if self.lapic.deliverable():
+        if self._deliverable():
             self.take_interrupts()
 
     def irqs_disabled(self) -> bool:

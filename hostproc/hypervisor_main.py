@@ -22,6 +22,7 @@ from emu.layout import (
     VP_AUTO_EOI,
     VP_IN_SERVICE,
     VP_REQUEST,
+    MachineState,
     vp_page_offset,
 )
 from emu.machine import Machine, VpKick
@@ -37,13 +38,14 @@ from hostproc.devices.table import add_plugins, new_backend, offer_of
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
-from hostproc.protocol.offers import relid_of_event_connection
+from hostproc.protocol.offers import event_connection_id, relid_of_event_connection
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
 
+STOPPING: Final = int(MachineState.STOPPING)
 PUBLISH_NS: Final = 1_000_000
 PUBLISH_BUSY_NS: Final = 5_000_000
 """While the guest's next message is expected: what is published then makes that message wait."""
@@ -72,6 +74,7 @@ class Hypervisor:
         self._delivered = 0
         self._published_ns = 0
         self._expecting_until = 0
+        self._state_word = machine.control.state_word.load
         self.partition = Partition(
             self.memory,
             machine.config["vp_indices"],
@@ -94,16 +97,15 @@ class Hypervisor:
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
         self.upkeep = Upkeep(machine, leaves)
-        self.loop = Loop(
-            serve=self.serve, halt=self._halt_for, stopping=lambda: machine.stopping, now=machine.clock.now
-        )
+        self.loop = Loop(serve=self.serve, halt=self._halt_for, stopping=self._stopping, now=machine.clock.now)
         self._halt = Halt(
             machine.doorbells.view,
             D_HOST_RUN_STATE,
             machine.wakeup("host"),
             self._look,
-            PollPolicy(machine.config["machine"]["poll"], lambda: machine.clock.now() < self._expecting_until),
+            PollPolicy(machine.config["machine"]["poll"], self._expecting),
             self.counters,
+            glance=self._glance,
             # Guests may write the host's run state: nobody may have meant to post.
             owed_s=OWED_TOKEN_S,
             look_again_s=LOOK_AGAIN_S,
@@ -131,6 +133,9 @@ class Hypervisor:
         )
         self.orders = HostOrders(machine.control, self.bus)
         self._looks = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)
+        self._ordered = self.orders.loads[0]
+        self._first_exits = self.exits.loads[0]
+        self._channel_bells = self.doorbells.loads[event_connection_id(0) >> 12]
 
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)
@@ -141,6 +146,23 @@ class Hypervisor:
 
     def serve(self) -> bool:
         """Answer every exit that was rung, hand every doorbell to its device; whether there was any."""
+        busy = False
+        # A round costs little where nothing came: a load for each word that a source is announced in.
+        for load in self.exits.loads:
+            if load():
+                self._serve_exits()
+                busy = True
+                break
+        for load in self.doorbells.loads:
+            if load():
+                self._serve_doorbells()
+                busy = True
+                break
+        if self._ordered() and self.orders.serve():
+            self._changed = busy = True
+        return busy
+
+    def _serve_exits(self) -> None:
         requests = self.exits.take()
         for request in requests:
             result, fault = self.partition.execute(
@@ -149,6 +171,15 @@ class Hypervisor:
             if fault and self.trace:
                 self.trace.record(E_FAULT, request.operation, fault, request.arguments[0])
             self.exits.answer(request, result, fault)
+        if requests:
+            self._changed = True
+            self.counters.exits += len(requests)
+            delivered = self.control_plane.delivered
+            if delivered != self._delivered:
+                self._delivered = delivered
+                self._expecting_until = self.machine.clock.now() + EXPECTING_NS
+
+    def _serve_doorbells(self) -> None:
         rung = self.doorbells.take()
         events = self.partition.connections.events
         for connection_id in rung:
@@ -157,17 +188,7 @@ class Hypervisor:
                 self._rung_in_vain(connection_id)
             else:
                 port.signal(0)
-        if requests:
-            self._changed = True
-            self.counters.exits += len(requests)
-            delivered = self.control_plane.delivered
-            if delivered != self._delivered:
-                self._delivered = delivered
-                self._expecting_until = self.machine.clock.now() + EXPECTING_NS
         self.counters.doorbells += len(rung)
-        ordered = self.orders.serve()
-        self._changed |= ordered
-        return bool(requests or rung or ordered)
 
     def _rung_in_vain(self, connection_id: int) -> None:
         """Nobody listens: legal where it crossed our closing of a channel that the guest still holds."""
@@ -180,7 +201,20 @@ class Hypervisor:
         for load in self._looks:
             if load():
                 return True
-        return self.loop.has_work() or self.machine.stopping
+        return self.loop.has_work() or self._stopping()
+
+    def _glance(self) -> int:
+        """The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work."""
+        return self._channel_bells() or self._first_exits()
+
+    def _stopping(self) -> bool:
+        return self._state_word() == STOPPING
+
+    def _expecting(self) -> bool:
+        """Whether the guest's next control message is due."""
+        if self._expecting_until and self.machine.clock.now() >= self._expecting_until:
+            self._expecting_until = 0
+        return self._expecting_until > 0
 
     def _halt_for(self, timeout_ns: int) -> None:
         if self._changed:

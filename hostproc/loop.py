@@ -114,7 +114,8 @@ class Loop:
             for _ in range(len(ready)):
                 ready.popleft().step()
                 busy = True
-            busy = self._run_timers() or busy
+            if self._timers:
+                busy = self._run_timers() or busy
             if not busy:
                 self._halt(self._until_next_timer())
 

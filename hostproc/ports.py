@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from emu.synic import Synic
 from emu.tracing import E_FLAG_SET, Recorder
@@ -79,6 +80,11 @@ class HostMessagePort:
         return HvStatus.SUCCESS
 
 
+Route = tuple[Synic, int, int, Callable[[int], int], int, int]
+"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; the vector."""
+_SUCCESS: Final = HvStatus.SUCCESS
+
+
 class EventPort:
     """A port whose flags are event flags of one SINT of one guest VP."""
 
@@ -96,6 +102,7 @@ class EventPort:
         self._synics = synics
         self._request_interrupt = request_interrupt
         self.position = position
+        self._route: Route | None = None
         self.sint = sint
         self.base_flag = base_flag
         self.flag_count = flag_count
@@ -107,20 +114,34 @@ class EventPort:
 
         INVALID_SYNIC_STATE: the SINT is masked, or SynIC or event-flag page are off.
         """
+        route = self._route
+        # A device signals the same flag over and over: where it leads is worked out again only after a change.
+        if route is None or flag_number or route[1] != route[0].changes or route[2] != self.position:
+            found = self._find_route(flag_number)
+            if isinstance(found, HvStatus):
+                return found
+            route = found
+        _synic, _changes, position, fetch_or, bit, vector = route
+        self.signaled += 1
+        was_clear = not fetch_or(bit) & bit
+        if self._trace:
+            self._trace.record(E_FLAG_SET, position, self.sint, self.base_flag + flag_number, not was_clear)
+        if was_clear and vector:
+            self._request_interrupt(position, vector)
+        return _SUCCESS
+
+    def _find_route(self, flag_number: int) -> Route | HvStatus:
+        """Where a flag of this port lies now, or why it cannot be set; kept for the first flag."""
         if flag_number >= self.flag_count:
             return HvStatus.INVALID_PARAMETER
         synic = self._synics[self.position]
         if not synic.events_enabled() or synic.masked(self.sint):
             return HvStatus.INVALID_SYNIC_STATE
-        vector = synic.vector_to_raise(self.sint)
-        self.signaled += 1
-        flag = self.base_flag + flag_number
-        was_clear = synic.set_flag(self.sint, flag)
-        if self._trace:
-            self._trace.record(E_FLAG_SET, self.position, self.sint, flag, not was_clear)
-        if was_clear and vector:
-            self._request_interrupt(self.position, vector)
-        return HvStatus.SUCCESS
+        cell = synic.flag_cell(self.sint, self.base_flag + flag_number)
+        route = synic, synic.changes, self.position, *cell, synic.vector_to_raise(self.sint)
+        if not flag_number:
+            self._route = route
+        return route
 
 
 class HostEventPort:
@@ -137,7 +158,7 @@ class HostEventPort:
             return HvStatus.INVALID_PARAMETER
         self.signaled += 1
         self._wake()
-        return HvStatus.SUCCESS
+        return _SUCCESS
 
 
 class Connections:

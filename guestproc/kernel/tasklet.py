@@ -157,6 +157,8 @@ class TaskletQueue:
 
     def runnable(self) -> bool:
         """Whether something may run now: look before a halt, after having announced it."""
+        if not self._pending:  # nearly always, and asked at every look of a halting processor
+            return False
         return any(self._pending[position].may_start() for position in range(len(self._pending)))
 
     def pending(self) -> int:
@@ -174,6 +176,8 @@ class TaskletQueue:
         try:
             for _ in range(PASSES):
                 if not self._pass():
+                    return False
+                if not self._pending:
                     return False
             return self.runnable()
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from emu.errors import ProtocolViolation
+from emu.errors import ProtocolViolation, RingFull
 from emu.host_tables import Traffic
 from emu.ring import Packet, RingConsumer, RingProducer
 from emu.ring_memory import Payload
@@ -137,12 +137,13 @@ class HostChannel:
             return []
         packets: list[Packet] = []
         left = most_bytes
-        drain = self.incoming.drain(limit)
+        incoming = self.incoming
+        drain = incoming.drain()
         try:
             for packet in drain:
                 packets.append(packet)
                 left -= len(packet[3])
-                if left <= 0:
+                if left <= 0 or len(packets) >= limit:
                     break
         except ProtocolViolation as violation:
             if not packets:
@@ -150,7 +151,7 @@ class HostChannel:
             self._fault = violation
         finally:
             drain.close()
-        if self.incoming.take_signal():
+        if incoming.take_signal():
             self.signal()
         if packets:
             self._alarmed = False
@@ -171,10 +172,29 @@ class HostChannel:
             yield WAIT
         self._incoming.begin_read()
 
+    def rest(self) -> TaskBody:
+        """After a piece of work: AGAIN if the guest has written more meanwhile, else sleep until it signals."""
+        incoming = self.incoming
+        if incoming.end_read():
+            incoming.begin_read()
+            yield AGAIN
+            return
+        yield WAIT
+        incoming.begin_read()
+
     def wait_for_room(self, size: int) -> TaskBody:
         """Sleep until `size` bytes are free in our ring. PacketTooLong if they never are."""
         while not self.outgoing.want_room(size):
             yield WAIT
+
+    def send(self, payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
+        """Write one packet; False when the ring is full now. PacketTooLong when it can never be written."""
+        try:
+            if self.outgoing.write(payload, trans_id, flags, packet_type):
+                self.signal()
+        except RingFull:
+            return False
+        return True
 
     def send_all(
         self,

@@ -20,7 +20,7 @@ from emu.wire.subchannel_request import ECHO_USERDATA
 from hostproc.devices.backend import Backend
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.subchannels import SubchannelGrants
-from hostproc.loop import AGAIN, TaskBody
+from hostproc.loop import TaskBody
 
 
 class Echo(Backend):
@@ -46,12 +46,18 @@ class Echo(Backend):
                 continue
             if may_not_fit:
                 packets = _fitting(channel, packets)
-            for answer_type, run in groupby(packets, _answer_type):
-                batch = list(run)
-                payloads = [packet[3] for packet in batch]
-                trans_ids = [packet[2] for packet in batch]
-                yield from channel.send_all(payloads, trans_ids, packet_type=answer_type)
-            yield AGAIN
+            if len(packets) > 1 or not _answered(channel, packets):
+                for answer_type, run in groupby(packets, _answer_type):
+                    batch = list(run)
+                    payloads = [packet[3] for packet in batch]
+                    trans_ids = [packet[2] for packet in batch]
+                    yield from channel.send_all(payloads, trans_ids, packet_type=answer_type)
+            yield from channel.rest()
+
+
+def _answered(channel: HostChannel, packets: list[Packet]) -> bool:
+    """Answer a single packet, if there is room for it now: most round trips are nothing else."""
+    return all(channel.send(one[3], one[2], packet_type=_answer_type(one)) for one in packets)
 
 
 def _answer_type(packet: Packet) -> int:

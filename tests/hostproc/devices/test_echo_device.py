@@ -89,7 +89,7 @@ def test_the_ring_is_masked_while_the_device_works() -> None:
 
     bench.run()
     assert word(bench.to_host, INTERRUPT_MASK) == 0
-    bench.send(b"one")
+    bench.send(*[b""] * (BATCH_PACKETS + 1))
     assert bench.rung
     bench.step()
     masked = word(bench.to_host, INTERRUPT_MASK)
