@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from guestproc.vmbus.ring_buffer import RingCache
 
 
+Bell = tuple[bool, int, Callable[[int], int], Callable[[], None] | None]
+"""How a channel signals the host: whether by a bit of the interrupt page, too; the connection id; what counts it; what
+rings it (None: the hypercall does)."""
+
+
 class Current:
     """One thread of the guest kernel. `log` is its printk: text, for the launcher's log."""
 
@@ -57,7 +62,8 @@ class Current:
         self.trace: Final = hooks.trace
         self._report: Final = report
         self.connection: Final[Connection] = tables.connection
-        self.bells: Final[dict[int, Callable[[], None]]] = {}
+        self.bells: Final[dict[int, Bell]] = {}
+        """By handle of a channel."""
         self.refused: Final[Counter[str]] = Counter()
         """What this thread refused of the host's, by rule."""
         self.percpu: PerCpuContext | None = None

@@ -75,8 +75,12 @@ def _claim(current: Current, driver: int, primary: Channel) -> bool:
 
 def being_removed(current: Current, channel: Channel) -> bool:
     """Whether who has claimed this channel is asked to let go of it."""
-    claims = state_word(current, _device_of(current, channel), CLAIMS)
-    return bool(claims.load() & REMOVING) or channel.rescind.load() != 0
+    return bool(claims_word(current, channel).load() & REMOVING) or channel.rescind.load() != 0
+
+
+def claims_word(current: Current, channel: Channel) -> AtomicU64:
+    """The word that a claimed channel's claims are counted in, with the bit REMOVING."""
+    return state_word(current, _device_of(current, channel), CLAIMS)
 
 
 def release_claim(current: Current, channel: Channel) -> None:

@@ -144,8 +144,8 @@ def echo_onchannelcallback(current: Current, channel: Channel) -> None:
         take_answer(current, device, packets)
     add, words = current.tables.ram.atomics.fetch_add_u64, device.gpa + claims.STATE_OFFSET
     add(words + 8 * PACKETS, len(packets))
-    add(words + 8 * COMPLETIONS, sum(1 for packet in packets if packet[0] == VM_PKT_COMP))
-    add(words + 8 * BYTES, sum(len(packet[3]) for packet in packets))
+    add(words + 8 * COMPLETIONS, [packet[0] for packet in packets].count(VM_PKT_COMP))
+    add(words + 8 * BYTES, sum([len(packet[3]) for packet in packets]))
     inbox = INBOXES.get(channel.handle)
     if inbox is not None:
         inbox.extend(packets)

@@ -159,7 +159,8 @@ class TaskletQueue:
         """Whether something may run now: look before a halt, after having announced it."""
         if not self._pending:  # nearly always, and asked at every look of a halting processor
             return False
-        return any(self._pending[position].may_start() for position in range(len(self._pending)))
+        pending = self._pending
+        return pending[0].may_start() or any(pending[position].may_start() for position in range(1, len(pending)))
 
     def pending(self) -> int:
         """How many are pending here, disabled ones included."""

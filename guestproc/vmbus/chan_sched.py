@@ -24,7 +24,7 @@ from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.vmbus.percpu import PerCpuContext
+    from guestproc.vmbus.percpu import EventLane, PerCpuContext
 
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
@@ -42,36 +42,45 @@ def sync_test_and_clear_bit(number: int, words: tuple[AtomicU64, ...]) -> bool:
 def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     """Schedule every channel whose event flag is set on this processor."""
     gpa, words = hv_cpu.channel_flags()
-    octets = current.tables.ram.octets
     # One look at all flags; whatever is set after it brings an interrupt of its own.
-    flags = int.from_bytes(octets[gpa : gpa + 8 * len(words)], "little")
+    flags = int.from_bytes(current.tables.ram.buffer[gpa : gpa + 8 * len(words)], "little")
+    trace = current.trace
     while flags:
-        low = flags & -flags
-        flags ^= low
-        relid = low.bit_length() - 1
-        if not sync_test_and_clear_bit(relid, words):
-            continue
-        current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
-        # Relid 0 is the legacy shared flag, never a channel.
-        if relid:
-            channel = _find(current, relid)
-            if channel is not None and not channel.rescind.load():
-                _schedule(current, hv_cpu, channel)
+        word = (flags & -flags).bit_length() - 1 >> 6
+        # The bits of one word are cleared together, by one locked operation, before any of their rings is looked at.
+        bits = words[word].exchange(0)
+        flags = flags >> 64 * (word + 1) << 64 * (word + 1)
+        while bits:
+            low = bits & -bits
+            bits ^= low
+            relid = 64 * word + low.bit_length() - 1
+            if trace:
+                current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
+            # Relid 0 is the legacy shared flag, never a channel.
+            if relid and (lane := _find(current, hv_cpu, relid)) is not None and not lane.rescind():
+                _schedule(current, hv_cpu, lane)
 
 
-def _find(current: Current, relid: int) -> Channel | None:
+def _find(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
     """The channel of a flag; era `seed` knows only those whose interrupts come to this processor."""
+    tables = current.tables
     if not current.era.percpu_lists:
-        return current.tables.relids.lookup(relid)
-    for channel in current.tables.chan_list(current.cpu_record()):
+        handle = tables.relids.load(relid)
+        lane = hv_cpu.lanes.get(handle)
+        if lane is not None and lane.alive():
+            return lane
+        channel = tables.channels.find(handle) if handle else None
+        return None if channel is None else hv_cpu.lane_of(channel)
+    for channel in tables.chan_list(current.cpu_record()):
         if channel.relid == relid and not channel.rescind.load():
-            return channel
+            return hv_cpu.lane_of(channel)
     return None
 
 
-def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None:
+def _schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
     """What one channel's flag means, under its sched_lock, which keeps the callback from being taken away."""
-    with channel.sched_lock.hold(current.actor):
+    channel = lane.channel
+    with lane.sched_lock.hold(current.actor):
         callback = channel.onchannel_callback
         if not callback:
             return
@@ -85,8 +94,9 @@ def _schedule(current: Current, hv_cpu: PerCpuContext, channel: Channel) -> None
             if rings is None:
                 return
             rings.inbound.begin_read()
-            current.record(E_MASK, channel.relid, INBOUND)
-        if hv_cpu.tasklets.schedule(channel.callback_event):
+            if current.trace:
+                current.record(E_MASK, channel.relid, INBOUND)
+        if hv_cpu.tasklets.schedule(lane.callback_event) and current.trace:
             current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, channel.relid)
 
 
@@ -100,7 +110,8 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     channel = current.tables.channels.find(handle)
     if channel is None or not channel.onchannel_callback:
         return
-    current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
+    if current.trace:
+        current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
@@ -123,8 +134,10 @@ def _bytes_left(current: Current, channel: Channel) -> bool:
         inbound.begin_read()
         stop_reading(current, channel, violation)
         return False
-    current.record(E_UNMASK, channel.relid, INBOUND, left)
+    if current.trace:
+        current.record(E_UNMASK, channel.relid, INBOUND, left)
     if left:
         inbound.begin_read()
-        current.record(E_MASK, channel.relid, INBOUND)
+        if current.trace:
+            current.record(E_MASK, channel.relid, INBOUND)
     return bool(left)

@@ -32,10 +32,11 @@ from guestproc.vmbus.hv import hv_post_message, hv_signal_event
 from guestproc.vmbus.requests import REPLY_TIMEOUT_NS, enter_request, leave_request, wait_for_reply
 
 if TYPE_CHECKING:
-    from guestproc.current import Current
+    from guestproc.current import Bell, Current
 
 LEAST_SLEEP_NS: Final = 50_000
 VMBUS_CONNECT_CPU: Final = 0
+MOST_BELLS: Final = 4_096
 SEND_INT_PAGE: Final = 2048
 """The guest's half of the interrupt page; the host's is the first one."""
 
@@ -199,24 +200,37 @@ def vmbus_set_event(current: Current, channel: Channel) -> None:
 
     Before 1.1 all channels have one doorbell, and a bit in the interrupt page says whose ring it was.
     """
-    if not channel.is_dedicated_interrupt:
+    bell = current.bells.get(channel.handle)
+    if bell is None:
+        bell = _bell_of(current, channel)
+    shared, connection_id, count, ring = bell
+    if shared:
         _set_send_bit(current, channel.relid)
-    channel.sig_events.fetch_add(1)
-    connection_id = channel.sig_event
+    count(1)
     current.counters.doorbells += 1
-    current.record(E_SIGNAL, channel.relid, 0, connection_id)
-    if connection_id >= CONNECTIONS:
+    if current.trace:
+        current.record(E_SIGNAL, channel.relid, 0, connection_id)
+    if ring is None:
         try:
             hv_signal_event(current, connection_id)
         except DeadlinePassed as error:
             current.log(f"HvCallSignalEvent of {connection_id:#x}: {error}")
         return
-    ring = current.bells.get(connection_id)
-    if ring is None:
+    ring()
+
+
+def _bell_of(current: Current, channel: Channel) -> Bell:
+    """What a channel's signals need, worked out once for each life of its record: all of it is written once."""
+    connection_id = channel.sig_event
+    ring = None
+    if connection_id < CONNECTIONS:
         machine = current.machine
         ring = make_bell(machine.doorbells.view, connection_id, machine.wakeup("host").post)
-        current.bells[connection_id] = ring
-    ring()
+    if len(current.bells) >= MOST_BELLS:
+        current.bells.clear()  # handles of lives that are over
+    bell = not channel.is_dedicated_interrupt, connection_id, channel.sig_events.fetch_add, ring
+    current.bells[channel.handle] = bell
+    return bell
 
 
 def _set_send_bit(current: Current, relid: int) -> None:

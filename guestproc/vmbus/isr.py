@@ -28,7 +28,7 @@ def vmbus_isr(current: Current) -> None:
     hv_cpu = current.percpu
     if hv_cpu is None:
         return
-    if not hv_cpu.shares_interrupt() or sync_test_and_clear_bit(0, hv_cpu.event_words):
+    if not hv_cpu.may_share or not hv_cpu.shares_interrupt() or sync_test_and_clear_bit(0, hv_cpu.event_words):
         vmbus_chan_sched(current, hv_cpu)
     message_type = hv_cpu.load_message_type()
     if message_type != HVMSG_NONE:

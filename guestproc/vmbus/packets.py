@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from emu.errors import OutOfMemory, ProtocolViolation, RingFull
@@ -17,6 +18,7 @@ from emu.ring import Packet, PacketTooLong, RingProducer
 from emu.wire.packets import VM_PKT_DATA_INBAND
 from guestproc.kernel.layout import Channel
 from guestproc.protocol import opening
+from guestproc.protocol.opening import OPENED
 from guestproc.vmbus.connection import vmbus_setevent
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def vmbus_sendpacket(
     """
     try:
         with channel.outbound_ring_lock.hold(current.actor):
-            if channel.rescind.load() or not opening.is_open(channel):
+            if channel.rescind.load() or channel.state.load() != OPENED:
                 return -errno.ENODEV
             outbound = current.rings.of(channel).outbound
             full = outbound.out_full_total, outbound.out_full_first
@@ -70,7 +72,7 @@ def vmbus_sendpackets(
     """
     try:
         with channel.outbound_ring_lock.hold(current.actor):
-            if channel.rescind.load() or not opening.is_open(channel):
+            if channel.rescind.load() or channel.state.load() != OPENED:
                 return -errno.ENODEV
             outbound = current.rings.of(channel).outbound
             full = outbound.out_full_total, outbound.out_full_first
@@ -123,11 +125,14 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
     if rings is None:
         return packets
     inbound = rings.inbound
+    drain = inbound.drain()
     try:
         # `extend` keeps what it took before an exception.
-        packets.extend(inbound.drain(limit))
+        packets.extend(islice(drain, limit))
     except ProtocolViolation as violation:
         stop_reading(current, channel, violation)
+    finally:
+        drain.close()
     if inbound.take_signal():
         channel.intr_in_full += 1
         vmbus_setevent(current, channel)

@@ -15,11 +15,26 @@ from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
 
 if TYPE_CHECKING:
     from guestproc.current import Current
+    from guestproc.kernel.layout import Channel
 
 EVENT_WORDS: Final = 32
 """2,048 flags of one SINT."""
+MOST_LANES: Final = 4_096
 INT_PAGE_WORDS: Final = 4
 """256 bits of the interrupt page: no more channels are looked for below 2.4 (MAX_NUM_CHANNELS_SUPPORTED)."""
+
+
+class EventLane:
+    """A channel as the ISR uses it: the parts of its record at hand, for as long as the record lives."""
+
+    __slots__ = ("alive", "callback_event", "channel", "rescind", "sched_lock")
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel: Final = channel
+        self.rescind: Final = channel.rescind.load
+        self.sched_lock: Final = channel.sched_lock
+        self.callback_event: Final = channel.callback_event
+        self.alive: Final = channel.alive
 
 
 class PerCpuContext:
@@ -42,18 +57,29 @@ class PerCpuContext:
         ).load
         self._atomics: Final = atomics
         self._connection: Final = current.connection
-        self._may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
+        self.may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
         self._int_page: tuple[int, tuple[AtomicU64, ...]] = (0, ())
+        self.lanes: Final[dict[int, EventLane]] = {}
+        """By handle: a record that is used anew has another one."""
         self.randomness = 0
         self.clock_events = 0
 
+    def lane_of(self, channel: Channel) -> EventLane:
+        """The lane of a channel; made at its first interrupt on this processor."""
+        lane = self.lanes.get(channel.handle)
+        if lane is None:
+            if len(self.lanes) >= MOST_LANES:
+                self.lanes.clear()  # most are of lives that are over
+            lane = self.lanes[channel.handle] = EventLane(channel)
+        return lane
+
     def shares_interrupt(self) -> bool:
         """Whether the negotiated version has one interrupt for all channels (below 2.4)."""
-        return self._may_share and self._connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
+        return self.may_share and self._connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
 
     def channel_flags(self) -> tuple[int, tuple[AtomicU64, ...]]:
         """Where this version's channels have their flags: GPA and words; no words: there is no page (any more)."""
-        if not self.shares_interrupt():
+        if not self.may_share or not self.shares_interrupt():
             return self.event_gpa, self.event_words
         gpa = self._connection.int_page_gpa
         if gpa != self._int_page[0]:

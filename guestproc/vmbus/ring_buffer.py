@@ -30,10 +30,11 @@ INBOUND: Final = 1
 class ChannelRings:
     """`outbound` (guest to host) and `inbound` (host to guest) of one opened channel."""
 
-    __slots__ = ("inbound", "key", "memories", "outbound")
+    __slots__ = ("channel_generation", "generation", "inbound", "memories", "outbound")
 
     def __init__(self, key: tuple[int, int], memories: tuple[RingMemory, RingMemory], words: list[RingWords]) -> None:
-        self.key = key
+        """`key`: the generations of the channel's record and of the rings' pages."""
+        self.channel_generation, self.generation = key
         self.memories = memories
         # Several processes may send and, after a retarget, receive: indices are read afresh each time.
         self.outbound = RingProducer(memories[OUTBOUND], sole=False, words=words[OUTBOUND])
@@ -60,10 +61,10 @@ class RingCache:
         ProtocolViolation when the indices in them cannot be.
         """
         rings = self._rings.get(channel.index)
-        key = (channel.generation, channel.ring_generation)
-        if rings is None or rings.key != key:
+        generation = channel.ring_generation
+        if rings is None or rings.generation != generation or rings.channel_generation != channel.generation:
             self.drop(channel)
-            rings = self._rings[channel.index] = self._map(channel, key)
+            rings = self._rings[channel.index] = self._map(channel, (channel.generation, generation))
         return rings
 
     def drop(self, channel: Channel) -> None:

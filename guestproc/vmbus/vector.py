@@ -45,6 +45,8 @@ class Gate:
         self.cpu = current.cpu_record()
         self._handler = current.connection.vmbus_handler.load
         self._sequence = self.cpu.isr_sequence
+        self._count = self.cpu.irq_hv_callback_count
+        self._known: tuple[int, Callable[..., None] | None] = 0, None
         self._regs = PtRegs(HYPERVISOR_CALLBACK_VECTOR)
 
     def install(self) -> None:
@@ -68,13 +70,17 @@ class Gate:
 
     def inc_irq_stat(self) -> None:
         """Count in `irq_hv_callback_count`, the HYP: line of /proc/interrupts."""
-        self.cpu.irq_hv_callback_count += 1
+        # This processor alone writes it: one store, and no look at what was there.
+        self._count += 1
+        self.cpu.irq_hv_callback_count = self._count
 
     @property
     def vmbus_handler(self) -> Callable[..., None] | None:
         """What `hv_setup_vmbus_irq` registered, None after `hv_remove_vmbus_irq`."""
         number = self._handler()
-        return VMBUS_HANDLERS.lookup(number) if number else None
+        if number != self._known[0]:
+            self._known = number, VMBUS_HANDLERS.lookup(number) if number else None
+        return self._known[1]
 
     def ack_APIC_irq(self) -> None:  # noqa: N802 (the kernel's name)
         """End the interrupt at the local APIC."""
