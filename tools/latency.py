@@ -234,8 +234,10 @@ def _read_report(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         name, stages = document["schema"]["name"], document["stages"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path}: {error}; give what `vmbus-emu latency --json` printed") from None
+    except OSError as error:
+        raise UserError(f"--compare {path}: {error.strerror}; give what `vmbus-emu latency --json` printed") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--compare {path}: no report; give what `vmbus-emu latency --json` printed") from None
     if name != "vmbus-emu.latency":
         raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
     return {str(stage): figures for stage, figures in stages.items()}
