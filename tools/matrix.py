@@ -14,6 +14,7 @@ from emu.mirror import Mirror
 from emu.scenario import ERAS, DeviceSpec, MachineSpec, Scenario
 from emu.task_board import TaskState
 from emu.wire.versions import KNOWN_VERSIONS, version_text
+from tools.crash import write_crash_record
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import predicted
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
@@ -31,7 +32,10 @@ REFUSAL: Final = "vmbus_connect: EDOM"
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What came of one era on one host; `refused` says why there was no connection, None: there was one."""
+    """What came of one era on one host; `refused` says why there was no connection, None: there was one.
+
+    `died`: a process of the machine ended for another reason than that the host speaks no version of the guest's.
+    """
 
     era: str
     version: str
@@ -42,6 +46,7 @@ class Boot:
     leaked: int = 0
     refused: str | None = None
     ok: bool = False
+    died: bool = False
 
 
 @click.command()
@@ -51,7 +56,7 @@ def matrix(as_json: bool) -> int:
 
     One machine after the other, with 2 vCPUs and 4 devices; each exchanges some packets and shuts down. Exit
     status 1 when one of them did otherwise than the protocol says: a guest that asks for newer versions only is
-    to be refused.
+    to be refused. Exit status 4 when a process of one of them died.
 
     \b
     Example:
@@ -71,6 +76,8 @@ def matrix(as_json: bool) -> int:
         show(results)
     if interruption.status is not None:
         return interruption.status
+    if any(result.died for result in results):
+        return ExitStatus.FAILED
     return ExitStatus.FINE if all(result.ok for result in results) else ExitStatus.FINDING
 
 
@@ -94,7 +101,11 @@ def boot(era: str, version: int, *, last: bool = True) -> Boot:
             return _used(running, expected)
         except (MachineDied, DeadlinePassed) as error:
             text = _cause(error)
-            return Boot(era, version_text(version), refused=text, ok=expected is None and REFUSAL in text)
+            refused = REFUSAL in text
+            if isinstance(error, MachineDied) and not refused:
+                text += f"; crash record: {write_crash_record(running, error)}"
+            died = isinstance(error, MachineDied) and not refused
+            return Boot(era, version_text(version), refused=text, ok=expected is None and refused, died=died)
 
 
 def _used(running: RunningMachine, expected: int | None) -> Boot:
@@ -136,10 +147,18 @@ def show(results: list[Boot]) -> None:
             result.offers,
             result.channels_open,
             result.packets,
-            "ok" if result.ok else f"WRONG{': ' + result.refused if result.refused else ''}",
+            "ok" if result.ok else _verdict(result),
         )
         for result in results
     ]
     print_table(("era", "host", "negotiated", "offers", "open", "packets", ""), rows)
-    wrong = sum(not result.ok for result in results)
-    click.echo(f"{len(results)} machines, {wrong} of them not as the protocol says" if wrong else f"{len(results)} ok")
+    wrong, died = sum(not result.ok and not result.died for result in results), sum(result.died for result in results)
+    told = [f"{wrong} of them not as the protocol says"] if wrong else []
+    told += [f"{died} of them died"] if died else []
+    click.echo(", ".join([f"{len(results)} machines", *told]) if told else f"{len(results)} ok")
+
+
+def _verdict(result: Boot) -> str:
+    """What is wrong with a machine, for the last column."""
+    said = f": {result.refused}" if result.refused else ""
+    return f"{'DIED' if result.died else 'WRONG'}{said}"
