@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from emu.errors import MissingPrerequisite, UserError
-from tools.exit_status import ExitStatus
+from tools.exit_status import Interruption, noting_interruption
 from tools.histograms import write_text
 from tools.machines import chosen_machine, find_machines
 from tools.options import json_option, machine_option
@@ -24,6 +24,7 @@ from tools.profile_picture import svg_of
 from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
 
 EVERY_S: Final = 0.1
+INTERRUPTED_END_S: Final = 2.0
 JOINED: Final = {
     "packets": "a packet",
     "interrupts": "an interrupt",
@@ -83,17 +84,22 @@ def profile(
     if command and machine_name is not None:
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
     with _target(command, machine_name) as target:
-        found = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
-        status = target.end()
+        found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
+        status = target.end(interrupted=interruption.status is not None)
+    if interruption.status is not None:
+        status = interruption.status
     if not found.processes:
+        if status:
+            return status  # the command said itself what was wrong
         raise UserError(f"`{' '.join(command)}` ran no machine; give a command that runs one, like run or latency")
     if plot is not None:
         write_text(plot, svg_of(found), "--plot")
     if as_json:
-        print_json("profile", 1, report_of(found, command, status))
+        interrupted = interruption.status is not None
+        print_json("profile", 1, {**report_of(found, command, status), "interrupted": interrupted})
     else:
         show(found)
-    return ExitStatus.FINE if status == 0 else status
+    return status
 
 
 class _Running:
@@ -110,7 +116,7 @@ class _Running:
         """Whether it has ended."""
         return self.name not in {one.name for one in find_machines()}
 
-    def end(self) -> int:
+    def end(self, *, interrupted: bool) -> int:
         """It goes on."""
         return 0
 
@@ -132,8 +138,12 @@ class _Command:
         """Whether it has ended."""
         return self.process.poll() is not None
 
-    def end(self) -> int:
+    def end(self, *, interrupted: bool) -> int:
         """Its exit status; it is ended first if it still runs."""
+        if interrupted:
+            # Ctrl-C reached it, too, most likely, and a second signal would meet it while it cleans up.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(INTERRUPTED_END_S)
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait()
@@ -156,22 +166,20 @@ def _target(command: tuple[str, ...], machine_name: str | None) -> Iterator[_Run
             target.process.wait()
 
 
-def watch(target: _Running | _Command, duration_s: float | None, flame: Path | None = None, spy: str = "") -> Profile:
-    """Sample until the time is over or there is nothing to watch any more."""
+def watch(
+    target: _Running | _Command, duration_s: float | None, flame: Path | None = None, spy: str = ""
+) -> tuple[Profile, Interruption]:
+    """Sample until the time is over, there is nothing to watch any more, or somebody interrupts: all are ends."""
     began_s = time.monotonic()
     watches: dict[tuple[str, int], MachineWatch] = {}
     spying: subprocess.Popen[bytes] | None = None
     try:
-        while not target.over() and (duration_s is None or time.monotonic() - began_s < duration_s):
-            for name in target.machines():
-                identity = identity_of(name)
-                if identity not in watches and (machine := attach_machine(name)) is not None:
-                    watches[identity] = MachineWatch(machine, began_s, from_birth=isinstance(target, _Command))
-                if identity in watches:
-                    watches[identity].sample()
-            if flame is not None and spying is None and watches:
-                spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
-            time.sleep(EVERY_S)
+        with noting_interruption() as interruption:
+            while not target.over() and (duration_s is None or time.monotonic() - began_s < duration_s):
+                _look(target, began_s, watches)
+                if flame is not None and spying is None and watches:
+                    spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
+                time.sleep(EVERY_S)
         found = merged(time.monotonic() - began_s, watches.values())
     finally:
         if spying is not None:
@@ -179,7 +187,17 @@ def watch(target: _Running | _Command, duration_s: float | None, flame: Path | N
             spying.wait()
         for one in watches.values():
             one.machine.close()
-    return found
+    return found, interruption
+
+
+def _look(target: _Running | _Command, began_s: float, watches: dict[tuple[str, int], MachineWatch]) -> None:
+    """Sample every machine that is there; one that was not there before is watched from now on."""
+    for name in target.machines():
+        identity = identity_of(name)
+        if identity not in watches and (machine := attach_machine(name)) is not None:
+            watches[identity] = MachineWatch(machine, began_s, from_birth=isinstance(target, _Command))
+        if identity in watches:
+            watches[identity].sample()
 
 
 def _py_spy() -> str:

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import RunCli
+from tools.exit_status import ExitStatus
+from tools.profile import _Running, watch
 from tools.profile_picture import MOST_BANDS, svg_of
 from tools.profile_samples import ProcessCost, Profile
 
@@ -72,3 +74,24 @@ def test_nothing_to_watch_is_one_line_and_status_2(run_cli: RunCli, arguments: t
 
     assert (done.returncode, done.stdout) == (2, "")
     assert word in done.stderr.splitlines()[-1]
+
+
+def test_command_that_says_what_is_wrong_is_not_talked_over(run_cli: RunCli) -> None:
+    """Its line is the only one, and its status is ours."""
+    done = run_cli("profile", "--", "nosuch")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such command 'nosuch'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_interrupted_profile_tells_what_there_was() -> None:
+    """Ctrl-C ends the watching, not the command: the samples so far are its result."""
+
+    class Interrupted(_Running):
+        def over(self) -> bool:
+            raise KeyboardInterrupt
+
+    found, interruption = watch(Interrupted("nobody"), None)
+
+    assert interruption.status == ExitStatus.INTERRUPTED
+    assert found.processes == [] and found.seconds > 0
