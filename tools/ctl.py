@@ -19,7 +19,7 @@ from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
 from tools.ctl_guest import GUEST_COMMANDS
 from tools.machines import chosen_machine
-from tools.options import json_option, machine_option
+from tools.options import json_option, machine_option, relid_of
 from tools.output import print_json
 
 WAIT_S: Final = 10.0
@@ -112,7 +112,7 @@ def offer(
 
 
 @ctl.command()
-@click.argument("relid", type=click.IntRange(1, 2047), required=False)
+@click.argument("relid", callback=relid_of, required=False)
 @click.option("--instance", metavar="GUID", help="The device's instance GUID instead of a relid.")
 @click.option("--wait", is_flag=True, help="Wait until the guest has released the relid.")
 @machine_option

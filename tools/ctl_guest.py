@@ -12,21 +12,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
+from uuid import UUID
 
 import click
 
+from emu import plugin
 from emu.control import ActorKind, Control
 from emu.errors import UserError
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import USER_WAKEUP, Machine
 from emu.orders import OrderDesk, Recipient
 from emu.wire.device_classes import BY_NAME
-from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, MAX_CHANNEL_RELIDS, KernelTables
+from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
 from guestproc.protocol import uevents as ring
 from guestproc.protocol.faults import MOST_TIMES, Fault
 from guestproc.protocol.uevents import Uevent
 from tools.machines import chosen_machine, runs
-from tools.options import json_option, machine_option
+from tools.options import json_option, machine_option, relid_of
 from tools.output import print_json, print_table
 
 FOLLOW_S: Final = 0.05
@@ -57,9 +59,33 @@ def _ask(name: str | None, what: str, **arguments: Any) -> dict[str, Any]:
         return {"machine": machine.name, **ask_guest(machine, what, **arguments)}
 
 
-def _class_guid(text: str) -> str:
-    """A class as a user names it: its GUID, or the name that it has here."""
-    return str(BY_NAME[text].guid) if text in BY_NAME else text
+def _with_class(machine_name: str | None, what: str, driver: str, text: str) -> dict[str, Any]:
+    """Ask something of a driver and a class as a user names it: its GUID, or the name that it has here."""
+    with machine_with_guest(machine_name) as machine:
+        classes = {**BY_NAME, **plugin.known_from(machine.config).classes}
+        if text not in classes and not _is_guid(text):
+            raise UserError(f"{text} is no class and no GUID; there are the classes {', '.join(sorted(classes))}")
+        guid = str(classes[text].guid) if text in classes else text
+        return {"machine": machine.name, **ask_guest(machine, what, driver=driver, guid=guid)}
+
+
+def _is_guid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_device(text: str) -> bool:
+    """Whether it looks like a device as a user names it, and not like a driver."""
+    return text.isdecimal() or _is_guid(text)
+
+
+def _in_order(usage: str, driver: str, device: str) -> None:
+    """UserError for a driver and a device that were given the other way round."""
+    if _is_device(driver) and not _is_device(device):
+        raise UserError(f"{driver} is a device and {device} is none; the order is `vmbus-emu ctl {usage}`")
 
 
 # -- devices --------------------------------------------------------------------------------------------
@@ -80,6 +106,7 @@ def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> N
     Example:
       vmbus-emu ctl bind hv_echo 3
     """
+    _in_order(f"bind {device} {driver}", driver, device)
     _show_device("bind", _ask(machine_name, "bind", driver=driver, device=device), as_json)
 
 
@@ -115,6 +142,7 @@ def override(device: str, driver: str, machine_name: str | None, as_json: bool) 
       vmbus-emu ctl unbind 3
       vmbus-emu ctl bind uio_hv_generic 3
     """
+    _in_order(f"override {driver} {device}", driver, device)
     name = "" if driver == NO_OVERRIDE else driver
     _show_device("override", _ask(machine_name, "override", device=device, driver=name), as_json)
 
@@ -145,7 +173,7 @@ def new_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -> N
       vmbus-emu ctl new-id uio_hv_generic f8615163-df3e-46c5-913f-f2d2f965ed0e
       vmbus-emu ctl new-id uio_hv_generic nic
     """
-    _show_drivers("new-id", _ask(machine_name, "new_id", driver=driver, guid=_class_guid(guid)), as_json)
+    _show_drivers("new-id", _with_class(machine_name, "new_id", driver, guid), as_json)
 
 
 @click.command(name="remove-id")
@@ -162,7 +190,7 @@ def remove_id(driver: str, guid: str, machine_name: str | None, as_json: bool) -
     Example:
       vmbus-emu ctl remove-id uio_hv_generic nic
     """
-    _show_drivers("remove-id", _ask(machine_name, "remove_id", driver=driver, guid=_class_guid(guid)), as_json)
+    _show_drivers("remove-id", _with_class(machine_name, "remove_id", driver, guid), as_json)
 
 
 @click.command()
@@ -248,9 +276,7 @@ def _print_drivers(rows: list[dict[str, Any]]) -> None:
 @click.option(
     "--times", type=click.IntRange(0, MOST_TIMES), default=1, show_default=True, help="How often; 0 takes it back."
 )
-@click.option(
-    "--relid", type=click.IntRange(1, MAX_CHANNEL_RELIDS - 1), help="Of this relid only; default: of whichever is next."
-)
+@click.option("--relid", callback=relid_of, help="Of this relid only; default: of whichever is next.")
 @machine_option
 @json_option
 def fail(where: str, times: int, relid: int | None, machine_name: str | None, as_json: bool) -> None:

@@ -9,9 +9,19 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from emu.control import MIRROR_CHANNELS
+from emu.errors import UserError
 from tools.machines import MACHINE_VARIABLE, FromVariable
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def relid_of(_context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Callback of an argument or option that is a channel's number; UserError says what a relid is."""
+    if value is None or (value.isascii() and value.isdecimal() and 1 <= int(value) < MIRROR_CHANNELS):
+        return None if value is None else int(value)
+    name = parameter.opts[0]
+    raise UserError(f"{name}: {value} is no relid, a channel's number from 1 to 2047; `vmbus-emu ls` shows them")
 
 
 def json_option(function: F) -> F:
