@@ -83,6 +83,10 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         printed = {same(line) for line in done.stdout.splitlines()}
         assert [line for line in shown if same(line) not in printed] == [], (command, done.stdout)
+        if command.startswith("vmbus-emu ls"):
+            assert [same(line) for line in shown] == [same(line) for line in done.stdout.splitlines()], (
+                "what ls prints is shown whole"
+            )
         if "--duration" in command:
             assert "tempsensor: 21.0 degrees" in done.stderr
     assert_gone("thermo")
