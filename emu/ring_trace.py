@@ -1,31 +1,66 @@
-"""A recorded ring: the same shared words, with a record at each publish, release and wish.
+"""A recorded ring: the same shared words, with a record at each publish, release, wish and (for a host) mask.
 
-Chosen when a process attaches to a ring; a ring that is not recorded has no trace of this in it.
+Chosen when a process attaches to a ring; a ring that is not recorded has no trace of this in it. Nothing is recorded
+per packet: a publish or a release is one record, however many packets it is for.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from emu.ring_memory import RingWords
-from emu.tracing import E_PENDING_SIZE, E_RING_PUBLISH, E_RING_RELEASE, Recorder
+from emu.ring_memory import RingMemory, RingWords
+from emu.tracing import (
+    E_MASK,
+    E_PENDING_SIZE,
+    E_RING_ATTACH,
+    E_RING_FULL,
+    E_RING_PUBLISH,
+    E_RING_RELEASE,
+    E_RING_ROOM,
+    E_UNMASK,
+    Recorder,
+)
+from emu.wire.ring_layout import ALIGNMENT
 
 
-def recorded(words: RingWords, recorder: Recorder, relid: int, side: int) -> RingWords:
-    """The same words, with a record at each publish, release and wish."""
-    record = recorder.record
-    store_write, store_read, store_pending = words.store_write, words.store_read, words.store_pending
+def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, masks: bool = False) -> RingWords:
+    """The words of this ring, with records; `masks` where nobody else records that the reader masks and unmasks."""
+    words, size, record = memory.words, memory.data_size, recorder.record
+    store_write, store_read, store_pending, store_mask = (
+        words.store_write,
+        words.store_read,
+        words.store_pending,
+        words.store_mask,
+    )
+    load_write, load_read, load_pending = words.load_write, words.load_read, words.load_pending
 
     def publish(index: int) -> None:
+        before = load_write()
         store_write(index)
-        record(E_RING_PUBLISH, relid, side, index)
+        record(E_RING_PUBLISH, relid, side, index, (index - before) % size)
 
     def release(index: int) -> None:
+        freed = (index - load_read()) % size
         store_read(index)
-        record(E_RING_RELEASE, relid, side, index)
+        record(E_RING_RELEASE, relid, side, index, freed)
+        if wanted := load_pending() & -ALIGNMENT:
+            room = (index - load_write() - ALIGNMENT) % size
+            if room - freed < wanted <= room:
+                record(E_RING_ROOM, relid, side, room, wanted)
 
-    def wish(size: int) -> None:
-        store_pending(size)
-        record(E_PENDING_SIZE, relid, side, size)
+    def wish(wanted: int) -> None:
+        store_pending(wanted)
+        record(E_PENDING_SIZE, relid, side, wanted)
+        if wanted:
+            record(E_RING_FULL, relid, side, wanted, (load_read() - load_write() - ALIGNMENT) % size)
 
-    return replace(words, store_write=publish, store_read=release, store_pending=wish)
+    def mask(value: int) -> None:
+        store_mask(value)
+        if value:
+            record(E_MASK, relid, side)
+        else:
+            record(E_UNMASK, relid, side, (load_write() - load_read()) % size)
+
+    record(E_RING_ATTACH, relid, side, size, load_write(), load_read())
+    changed = replace(words, store_write=publish, store_read=release, store_pending=wish)
+    return replace(changed, store_mask=mask) if masks else changed

@@ -83,7 +83,7 @@ EVENTS: Final = _table(
     ("offer", "relid:u32 generation:u32 connection_id:x32 sub_channel_index:u16"),
     ("rescind", "relid:u32 generation:u32"),
     ("release", "relid:u32 generation:u32 ret:s32"),
-    ("post", "connection_id:x32 msgtype:u32:MessageType size:u32 status:u16:HvStatus serial:u64"),
+    ("post", "connection_id:x32 msgtype:u32:MessageType size:u32 status:u16:HvStatus serial:u64 claimer:x32"),
     ("slot_write", "position:u32 sint:u8 message_type:x32 msgtype:u32:MessageType serial:u64 queued:u32"),
     ("slot_read", "sint:u8 message_type:x32 msgtype:u32:MessageType serial:u64"),
     ("slot_free", "sint:u8 message_type:x32 serial:u64 pending:u8"),
@@ -97,13 +97,14 @@ EVENTS: Final = _table(
     ("tasklet_run", "tasklet:u32:Tasklets relid:u32"),
     ("mask", "relid:u32 side:u8:Side"),
     ("unmask", "relid:u32 side:u8:Side bytes_to_read:u32"),
-    ("ring_publish", "relid:u32 side:u8:Side write_index:u32 packets:u32"),
+    ("ring_publish", "relid:u32 side:u8:Side write_index:u32 bytes:u32"),
     ("ring_release", "relid:u32 side:u8:Side read_index:u32 bytes:u32"),
     ("pending_size", "relid:u32 side:u8:Side size:u32"),
     ("signal", "relid:u32 side:u8:Side connection_id:x32"),
     ("req_alloc", "msgtype:u32:MessageType key:x32 request:u32 relid:u32"),
     ("req_complete", "msgtype:u32:MessageType key:x32 request:u32 relid:u32"),
-    ("gpadl_add", "relid:u32 gpadl:x32 pages:u32"),
+    # `pfn` is the first page where they are neighbours, else 0.
+    ("gpadl_add", "relid:u32 gpadl:x32 pages:u32 pfn:x64"),
     ("gpadl_drop", "relid:u32 gpadl:x32"),
     ("page_alloc", "pfn:x64 pages:u32 owner:x64"),
     ("page_free", "pfn:x64 pages:u32"),
@@ -127,7 +128,7 @@ EVENTS: Final = _table(
     ("probe", "relid:u32 driver:u32 ret:s32"),
     ("open", "relid:u32 openid:u32 gpadl:x32 ret:s32"),
     ("close", "relid:u32 ret:s32"),
-    ("message_post", "position:u32 sint:u8 msgtype:u32:MessageType serial:u64 cause:u64"),
+    ("message_post", "position:u32 sint:u8 msgtype:u32:MessageType serial:u64 cause:u64 relid:u32"),
     ("task_take", "relid:u32 packets:u32"),
     ("uevent", "action:u32:Action relid:u32 seqnum:u64"),
     # -- the kernel's trace system `hyperv`, in the order of drivers/hv/hv_trace.h -------------------------
@@ -207,7 +208,7 @@ EVENTS: Final = _table(
     ("gpadl_state", "relid:u32 gpadl:x32 old:u32:GpadlState new:u32:GpadlState"),
     ("conn_state", "old:u32:ConnectionState new:u32:ConnectionState"),
     # The host's control plane takes a message of the guest's; its answers name it as their cause until message_done.
-    ("message_take", "msgtype:u32:MessageType serial:u64 size:u32"),
+    ("message_take", "msgtype:u32:MessageType serial:u64 size:u32 relid:u32"),
     ("message_done", "msgtype:u32:MessageType serial:u64"),
     ("work_done", "queue:u32:QueueNumber function:u32:Works serial:u64"),
     ("tasklet_done", "tasklet:u32:Tasklets relid:u32"),
@@ -220,11 +221,15 @@ EVENTS: Final = _table(
     ("process_stop", "pid:u32 status:s32 name:str16"),
     ("task_run", "program:u32:Program cpu:u32 relid:u32"),
     ("task_done", "program:u32:Program cpu:u32 state:u32:TaskState"),
-    # A data-plane request id of a driver's (hv_rqstor).
+    # A round trip of a guest program that waits for each answer (`latency`), by its transaction id.
     ("request_start", "relid:u32 trans_id:x64"),
-    ("request_end", "relid:u32 trans_id:x64 status:u32"),
+    ("request_end", "relid:u32 trans_id:x64 packets:u32"),
     # A line of whoever watches: a finding, a death.
     ("mark", "text:str48"),
+    # Legal, and led to nothing: a message on a channel that was taken back, say.
+    ("ignored", "rule:str40 value:u64"),
+    # The guest posts a message; `post` says what came of it, as the guest and the host see it.
+    ("post_begin", "connection_id:x32 msgtype:u32:MessageType size:u32 relid:u32"),
 )
 """All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
 
@@ -331,6 +336,8 @@ E_TASK_DONE: Final = EVENTS["task_done"].number
 E_REQUEST_START: Final = EVENTS["request_start"].number
 E_REQUEST_END: Final = EVENTS["request_end"].number
 E_MARK: Final = EVENTS["mark"].number
+E_IGNORED: Final = EVENTS["ignored"].number
+E_POST_BEGIN: Final = EVENTS["post_begin"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:
@@ -358,6 +365,14 @@ class Recorder:
         self._pack = RECORD.pack_into
         self.vp = vp
         self.context = int(context)
+
+    def start(self, pid: int, kind: int, cpu: int, name: str) -> None:
+        """Say who records here: the first record of an actor."""
+        self.record(E_PROCESS_START, *EVENTS["process_start"].pack(pid, kind, cpu, text_value(name, 16)))
+
+    def stop(self, pid: int, name: str, status: int = 0) -> None:
+        """Say that this actor ends of its own accord."""
+        self.record(E_PROCESS_STOP, *EVENTS["process_stop"].pack(pid, status, text_value(name, 16)))
 
     def record(self, event: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0, f: int = 0) -> None:
         """Write one record; the oldest one gives way when the ring is full.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
 from emu.memory import GuestMemory
@@ -60,6 +60,8 @@ class Current:
         self.cpu: Final = hooks.cpu
         self.exit: Final = hooks.exit
         self.trace: Final = hooks.trace
+        self.record: Final[Callable[..., None]] = self.trace.record if self.trace else _not_recorded
+        """Record an event; does nothing where this machine does not record, which is decided here."""
         self._report: Final = report
         self.connection: Final[Connection] = tables.connection
         self.bells: Final[dict[int, Bell]] = {}
@@ -100,7 +102,6 @@ class Current:
             often = f" ({count} times)" if count > 1 else ""
             self.log(f"{what}{': ' if what else ''}{violation} [{violation.rule}]{often}")
 
-    def record(self, event: int, *arguments: Any) -> None:
-        """Record an event when this machine records."""
-        if self.trace:
-            self.trace.record(event, *arguments)
+
+def _not_recorded(*_what: int) -> None:
+    """This machine does not record."""

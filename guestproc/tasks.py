@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
-from emu.tracing import E_TASK_TAKE
+from emu.tracing import E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN, E_TASK_TAKE
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers.echo import claim_channels, open_relids, release_channel
 from guestproc.echo_session import EchoSession
@@ -266,6 +266,7 @@ class _Pinger:
         while not self.session.send(self.payload, first_trans_id=1, flags=COMPLETION_REQUESTED):
             self.take()
         self.due.append(due_ns)
+        self.session.current.record(E_REQUEST_START, self.session.channel.relid, 1)
 
     def take(self) -> None:
         """Answers that have come; a halt if there are none."""
@@ -275,6 +276,7 @@ class _Pinger:
             packets = self.session.take()
         done_ns = time.monotonic_ns()
         self.session.current.record(E_TASK_TAKE, self.session.channel.relid, len(packets))
+        self.session.current.record(E_REQUEST_END, self.session.channel.relid, 1, len(packets))
         for _ in packets:
             if self.due:
                 self.samples.append(self.due.popleft())
@@ -294,7 +296,9 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
 
 def run_task(current: Current, vcpu: Vcpu, board: TaskBoard, row: TaskRow) -> None:
     """Run one ordered program to its end and report on the board."""
+    current.record(E_TASK_RUN, row.program, row.cpu, row.relid)
     tally = PROGRAMS[row.program](current, vcpu, row)
     vcpu.counters.flush()
     state = TaskState.FAILED if tally.errors else TaskState.DONE
+    current.record(E_TASK_DONE, row.program, row.cpu, state)
     board.report(row, state, packets=tally.packets, nbytes=tally.nbytes, errors=tally.errors, digest=tally.digest)

@@ -17,12 +17,12 @@ from typing import Any, Final, NoReturn
 
 from emu.control import ActorKind
 from emu.errors import MachineStopping
+from emu.interrupt_trace import halt_of, requester_of
 from emu.interrupts import (
     AWAKE,
     COMPUTING,
     IN_ISR,
     INTERRUPTS_OFF,
-    Halt,
     InterruptRequester,
     Lapic,
     PollPolicy,
@@ -30,7 +30,7 @@ from emu.interrupts import (
 from emu.ipc.semaphores import WATCHDOG_S
 from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
-from emu.tracing import E_ISR_ENTER, E_ISR_EXIT
+from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
 from guestproc.kernel.actors import Context
@@ -48,8 +48,9 @@ Report = Callable[..., None]
 class Peers:
     """Other processors and threads as one actor reaches them: interrupts to VPs, tokens to workers."""
 
-    def __init__(self, machine: Machine, counters: Any) -> None:
+    def __init__(self, machine: Machine, counters: Any, trace: Recorder | None = None) -> None:
         self._machine = machine
+        self._trace = trace
         self._counters = counters
         self._positions: list[int] = machine.config["cpu_positions"]
         self._requesters: dict[int, InterruptRequester] = {}
@@ -60,9 +61,8 @@ class Peers:
         requester = self._requesters.get(cpu)
         if requester is None:
             position = self._positions[cpu]
-            requester = InterruptRequester(
-                self._machine.vps.view, position, VpKick(self._machine, position, cpu), self._counters
-            )
+            kick = VpKick(self._machine, position, cpu)
+            requester = requester_of(self._trace, self._machine.vps.view, position, kick, self._counters)
             self._requesters[cpu] = requester
         requester.request(vector)
 
@@ -93,6 +93,8 @@ class Vcpu:
         vps = machine.vps.view
         self.vp_index = machine.vp_index(self.position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
+        if self.trace:
+            self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)
         self._deliverable = self.lapic.deliverable
         self.vectors: dict[int, Callable[[], None]] = {
@@ -102,7 +104,7 @@ class Vcpu:
         self.softirq_pending: Callable[[], bool] = _never
         self.expecting: Callable[[], bool] = _never
         """Whether an answer of the host's is due on this processor: then polling for it pays."""
-        self.peers = Peers(machine, self.counters)
+        self.peers = Peers(machine, self.counters, self.trace)
         state = vps.cell_u32(vp_page_offset(self.position) + VP_RUN_STATE)
         self._set_state = state.store
         self._report = report
@@ -111,7 +113,8 @@ class Vcpu:
         self._softirq = False
         self._computing = False
         self._stopping = machine.control.state_word.load
-        self._halt = Halt(
+        self._halt = halt_of(
+            self.trace,
             vps,
             vp_page_offset(self.position) + VP_RUN_STATE,
             machine.wakeup(f"vp.{self.position}"),
@@ -244,6 +247,8 @@ class Vcpu:
     def retire(self) -> None:
         """Before the process ends: a kick that comes late must not find a half-finished interpreter."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        if self.trace:
+            self.trace.stop(os.getpid(), self.row.name)
         self.counters.flush()
 
     def safe_point(self) -> None:
@@ -354,6 +359,8 @@ class Vcpu:
         flags = self.irq_save()
         try:
             self.counters.exits += 1
+            if self.trace:
+                return recorded_exit(self.trace, self.exits, operation, a0, a1, a2)
             return self.exits.exit(operation, a0, a1, a2)
         finally:
             self.irq_restore(flags)
@@ -375,7 +382,9 @@ class WorkerThread:
         self.position = position
         self.vp_index = machine.vp_index(position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.QUEUE)
-        self.peers = Peers(machine, self.counters)
+        if self.trace:
+            self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
+        self.peers = Peers(machine, self.counters, self.trace)
         self._wakeup = machine.wakeup(f"actor.{semaphore}")
         self.now = machine.clock.now
         self.wake = self.peers.wake
@@ -440,7 +449,17 @@ class WorkerThread:
     def exit(self, operation: int, a0: int = 0, a1: int = 0, a2: int = 0) -> tuple[int, int]:
         """A VM exit through the page of the CPU this thread carries."""
         self.counters.exits += 1
+        if self.trace:
+            return recorded_exit(self.trace, self.exits, operation, a0, a1, a2)
         return self.exits.exit(operation, a0, a1, a2)
+
+
+def recorded_exit(trace: Recorder, exits: ExitClient, operation: int, a0: int, a1: int, a2: int) -> tuple[int, int]:
+    """One exit with a record of its outcome and of how long it took; a fault is recorded by the host."""
+    before = time.monotonic_ns()
+    low, high = exits.exit(operation, a0, a1, a2)
+    trace.record(E_VMEXIT, operation, a0, a1, low, 0, time.monotonic_ns() - before)
+    return low, high
 
 
 def _no_softirqs() -> None:

@@ -22,6 +22,7 @@ from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
+from guestproc.kernel.tasklet_trace import RecordedTaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
@@ -86,7 +87,11 @@ def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
     memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
     era = ERAS[machine.config["machine"]["era"]]
     current = Current(vcpu, tables, era, RingCache(memory, lambda: vcpu.trace), memory, report)
-    tasklets = TaskletQueue(current.actor, tables.connection.tasklet_idle, owner=current)
+    idle = tables.connection.tasklet_idle
+    if vcpu.trace:
+        tasklets: TaskletQueue = RecordedTaskletQueue(current.actor, idle, current, vcpu.trace)
+    else:
+        tasklets = TaskletQueue(current.actor, idle, owner=current)
     vcpu.softirqs = tasklets.run
     vcpu.softirq_pending = tasklets.runnable
     record = current.cpu_record()

@@ -17,7 +17,7 @@ from emu.errors import MachineStopping
 from emu.ipc.semaphores import Wakeup
 from emu.machine import Machine
 from emu.memory import GuestMemory
-from emu.tracing import E_WORK_RUN
+from emu.tracing import E_WORK_DONE, E_WORK_RUN
 from guestproc.current import Current
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
@@ -81,6 +81,8 @@ def _worker(
                 tables.work_queues.finish(current.actor, item, worker)
         finally:
             hooks.counters.flush()
+            if hooks.trace:
+                hooks.trace.stop(os.getpid(), name)
     except MachineStopping:
         return
     except BaseException:
@@ -99,4 +101,7 @@ def _run(current: Current, queue: QueueNumber, item: WorkItem) -> None:
     current.counters.works += 1
     current.serial = item.serial
     current.record(E_WORK_RUN, queue, item.function, item.serial)
-    WORK_FUNCTIONS.lookup(item.function)(current, item)
+    # The record may be gone when its function returns.
+    function, serial = item.function, item.serial
+    WORK_FUNCTIONS.lookup(function)(current, item)
+    current.record(E_WORK_DONE, queue, function, serial)

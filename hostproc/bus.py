@@ -21,7 +21,7 @@ from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
 from emu.host_tables import Traffic
 from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
-from emu.ring_memory import RingWords
+from emu.ring_memory import RingMemory, RingWords
 from emu.tracing import (
     E_GPADL_ADD,
     E_GPADL_DROP,
@@ -62,9 +62,10 @@ from hostproc.protocol.offers import OfferParameters
 from hostproc.protocol.refusals import Refusals
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
+from hostproc.refusal_trace import RecordedRefusals
 
-Instrument = Callable[[int, str, RingWords], RingWords]
-"""Replaces the words of a ring (relid, "incoming" or "outgoing", words) by ones that record what they do."""
+Instrument = Callable[[int, str, RingMemory], RingWords]
+"""Gives the words of a ring (relid, "incoming" or "outgoing", memory) that record what they do."""
 
 
 class BoundEvent(Protocol):
@@ -149,7 +150,7 @@ class Bus:
         log: Callable[[str], object] | None = None,
     ) -> None:
         self.server = server
-        self.refusals = Refusals()
+        self.refusals = RecordedRefusals(trace) if trace is not None else Refusals()
         self.connects = 0
         self.disconnects = 0
         self._partition = partition
@@ -163,7 +164,9 @@ class Bus:
         self._last_key = 0
         self._effects: deque[Effect] = deque()
         self._carrying_out = False
-        self._outgoing: deque[SendMessage] = deque()
+        self._outgoing: deque[tuple[SendMessage, int]] = deque()
+        self.cause = 0
+        """Serial of the guest's message that is being handled (0: none), for the trace."""
         # Below 2.4: the guest's page of bits, and (0.13) whose doorbell connection 2 is, by relid.
         self._interrupt_page: InterruptPage | None = None
         self._sharing: dict[int, int] = {}
@@ -194,8 +197,10 @@ class Bus:
         """Post what waits, as far as there are buffers: to be called when one is free again."""
         outgoing, post = self._outgoing, self._partition.post_message
         while outgoing:
-            first = outgoing[0]
-            if not post(first.vp_index, first.sint, first.message.pack()):
+            first, self.cause = outgoing[0]
+            posted = post(first.vp_index, first.sint, first.message.pack())
+            self.cause = 0
+            if not posted:
                 return
             outgoing.popleft()
 
@@ -299,7 +304,7 @@ class Bus:
         if self._trace is not None:
             self._record_message(effect.message)
         if self._outgoing or not self._partition.post_message(effect.vp_index, effect.sint, effect.message.pack()):
-            self._outgoing.append(effect)
+            self._outgoing.append((effect, self.cause))
 
     def _map_gpadl(self, effect: MapGpadl) -> None:
         """Make sure that the guest's pages can be touched, now and later."""
@@ -405,7 +410,7 @@ class Bus:
             device.gpadls[effect.ring_gpadl].page_pfns(),
             effect.downstream_page_offset,
             self._budget,
-            None if instrument is None else lambda side, words: instrument(relid, side, words),
+            None if instrument is None else lambda side, memory: instrument(relid, side, memory),
         )
         channel = HostChannel(
             key=key,

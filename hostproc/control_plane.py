@@ -13,7 +13,9 @@ from emu.control import Control
 from emu.errors import ProtocolViolation
 from emu.host_tables import SINTS, HostPartition, HostTables, HostVp
 from emu.mirror import Mirror
+from emu.tracing import E_MESSAGE_DONE, E_MESSAGE_TAKE, Recorder
 from emu.wire.hypercalls import HvStatus
+from emu.wire.message_relid import relid_of
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
 from hostproc.bus import Bus
 from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
@@ -57,6 +59,8 @@ class GuestPorts:
         self.port = MessagePort(partition.queues, GUEST_PORT_ID, 0, VMBUS_MESSAGE_SINT)
         self.port.on_buffer_free = on_buffer_free
         self._serial = 0
+        self.cause: Callable[[], int] = _no_cause
+        """Serial of the guest's message that what is posted now answers; for the trace."""
 
     def position(self, vp_index: int) -> int:
         """Page position of a VP index that exists."""
@@ -65,7 +69,7 @@ class GuestPorts:
     def post_message(self, vp_index: int, sint: int, payload: bytes) -> bool:
         """Post a channel message, with the next serial beside it; False when all 16 buffers are taken."""
         self.port.retarget(self._positions[vp_index], sint)
-        posted = self.port.post(HVMSG_CHANNEL_MESSAGE, payload, self._serial + 1) == HvStatus.SUCCESS
+        posted = self.port.post(HVMSG_CHANNEL_MESSAGE, payload, self._serial + 1, self.cause()) == HvStatus.SUCCESS
         self._serial += posted
         return posted
 
@@ -84,6 +88,10 @@ class GuestPorts:
     def close_doorbell(self, connection_id: int) -> None:
         """Undo `open_doorbell`."""
         self._partition.connections.events.pop(connection_id, None)
+
+
+def _no_cause() -> int:
+    return 0
 
 
 class ControlPlane:
@@ -150,7 +158,19 @@ class ControlPlane:
             self._bus.refusals.add_violation(violation, "post")
             return
         self.delivered += 1
-        self._bus.deliver(message.payload, message.connection_id)
+        if self._partition.trace is None:
+            self._bus.deliver(message.payload, message.connection_id)
+        else:
+            self._deliver_recorded(self._partition.trace, message)
+
+    def _deliver_recorded(self, trace: Recorder, message: PostedMessage) -> None:
+        """Say what is taken, and who caused what is posted until it is done."""
+        payload, msgtype = message.payload, int.from_bytes(message.payload[:4], "little")
+        trace.record(E_MESSAGE_TAKE, msgtype, message.serial, len(payload), relid_of(payload))
+        self._bus.cause = message.serial
+        self._bus.deliver(payload, message.connection_id)
+        self._bus.cause = 0
+        trace.record(E_MESSAGE_DONE, msgtype, message.serial)
 
     # -- the mirror ---------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from emu.control import ActorKind, Ready
 from emu.doorbells import DoorbellServer
 from emu.errors import UserError
 from emu.gpadl import MapBudget
-from emu.interrupts import Halt, InterruptRequester, PollPolicy
+from emu.interrupt_trace import halt_of, requester_of
+from emu.interrupts import InterruptRequester, PollPolicy
 from emu.layout import (
     D_HOST_RUN_STATE,
     VP_AUTO_EOI,
@@ -27,10 +28,10 @@ from emu.layout import (
 )
 from emu.machine import Machine, VpKick
 from emu.memory import GuestMemory
-from emu.ring_memory import RingWords
+from emu.ring_memory import RingMemory, RingWords
 from emu.ring_trace import recorded
 from emu.scenario import Scenario
-from emu.tracing import E_FAULT, E_IRQ_RAISE, Context
+from emu.tracing import E_DOORBELL, E_FAULT, Context
 from emu.vmexit import ExitServer
 from hostproc.bus import Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
@@ -41,6 +42,7 @@ from hostproc.partition import Partition
 from hostproc.protocol.offers import event_connection_id, relid_of_event_connection
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
+from hostproc.state_trace import StateTrace
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
@@ -64,6 +66,8 @@ class Hypervisor:
         self.report = report
         row, self.counters = machine.enlist(ActorKind.HYPERVISOR, "hypervisor")
         self.trace = machine.recorder(row, context=Context.HOST)
+        if self.trace:
+            self.trace.start(row.pid, row.kind, row.cpu, row.name)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
         self.scenario = Scenario.from_config({key: machine.config[key] for key in ("machine", "device")})
         leaves = cpuid.leaves(deprecate_auto_eoi=self.scenario.machine.deprecate_auto_eoi)
@@ -98,7 +102,8 @@ class Hypervisor:
         self.doorbells = DoorbellServer(machine.doorbells.view)
         self.upkeep = Upkeep(machine, leaves)
         self.loop = Loop(serve=self.serve, halt=self._halt_for, stopping=self._stopping, now=machine.clock.now)
-        self._halt = Halt(
+        self._halt = halt_of(
+            self.trace,
             machine.doorbells.view,
             D_HOST_RUN_STATE,
             machine.wakeup("host"),
@@ -118,8 +123,11 @@ class Hypervisor:
         )
         vp_indices: list[int] = machine.config["vp_indices"]
         guest_ports = GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake())
+        server = Server(limits)
+        if self.trace:
+            server.watch(StateTrace(self.trace))
         self.bus = Bus(
-            Server(limits),
+            server,
             guest_ports,
             self.loop,
             self.memory,
@@ -128,6 +136,7 @@ class Hypervisor:
             instrument=self._recorded if self.trace else None,
             log=lambda text: report("log", "hypervisor", text),
         )
+        guest_ports.cause = lambda: self.bus.cause
         self.control_plane = ControlPlane(
             self.partition, guest_ports, self.bus, self.loop, machine.control, self.scenario.machine.host_version
         )
@@ -140,7 +149,7 @@ class Hypervisor:
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)
         kick = VpKick(self.machine, position, cpu)
-        return InterruptRequester(self._vps, position, kick, self.counters)
+        return requester_of(self.trace, self._vps, position, kick, self.counters)
 
     # -- sources of work ----------------------------------------------------------------------------
 
@@ -166,7 +175,7 @@ class Hypervisor:
         requests = self.exits.take()
         for request in requests:
             result, fault = self.partition.execute(
-                request.position, request.operation, request.arguments, request.serial
+                request.position, request.operation, request.arguments, request.claimer
             )
             if fault and self.trace:
                 self.trace.record(E_FAULT, request.operation, fault, request.arguments[0])
@@ -183,6 +192,8 @@ class Hypervisor:
         rung = self.doorbells.take()
         events = self.partition.connections.events
         for connection_id in rung:
+            if self.trace:
+                self.trace.record(E_DOORBELL, connection_id)
             port = events.get(connection_id)
             if port is None or port.flag_count != 1:
                 self._rung_in_vain(connection_id)
@@ -232,16 +243,14 @@ class Hypervisor:
                 timeout_ns = min(timeout_ns, due)
         self._halt.halt(timeout_ns)
 
-    def _recorded(self, relid: int, side: str, words: RingWords) -> RingWords:
+    def _recorded(self, relid: int, side: str, memory: RingMemory) -> RingWords:
         assert self.trace is not None
-        return recorded(words, self.trace, relid, int(side == "outgoing"))
+        return recorded(memory, self.trace, relid, int(side == "outgoing"), masks=side == "incoming")
 
     # -- what the partition asks for ----------------------------------------------------------------
 
     def request_interrupt(self, position: int, vector: int) -> None:
         """Request an interrupt of one VP, and kick it if it would not look."""
-        if self.trace:
-            self.trace.record(E_IRQ_RAISE, position, vector)
         self._requesters[position].request(vector)
 
     def _set_auto_eoi(self, position: int, vectors: list[int]) -> None:
@@ -355,6 +364,8 @@ class Hypervisor:
         self.control_plane.publish()
         self.bus.close()
         self.counters.flush()
+        if self.trace:
+            self.trace.stop(os.getpid(), "hypervisor")
         return 0
 
 

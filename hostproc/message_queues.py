@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from emu.synic import Synic
 from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.wire.message_relid import relid_of
 from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
 from emu.wire.synic import MESSAGE_PAYLOAD_OFFSET
 
@@ -19,10 +20,11 @@ from emu.wire.synic import MESSAGE_PAYLOAD_OFFSET
 class QueuedMessage:
     """One message (type, header, payload as in the slot) and what to call when its buffer is free again."""
 
-    __slots__ = ("data", "released", "serial")
+    __slots__ = ("cause", "data", "released", "serial")
 
-    def __init__(self, data: bytes, serial: int, released: Callable[[], None]) -> None:
+    def __init__(self, data: bytes, serial: int, released: Callable[[], None], cause: int = 0) -> None:
         self.data = data
+        self.cause = cause  # serial of the guest's message that this one answers
         self.serial = serial
         self.released = released
 
@@ -50,7 +52,8 @@ class MessageQueues:
     def post(self, position: int, sint: int, message: QueuedMessage) -> None:
         """Append to the queue of (VP, SINT) and deliver what can be delivered."""
         if self._trace:
-            self._trace.record(E_MESSAGE_POST, position, sint, _msgtype(message), message.serial)
+            relid = relid_of(message.data[MESSAGE_PAYLOAD_OFFSET:])
+            self._trace.record(E_MESSAGE_POST, position, sint, _msgtype(message), message.serial, message.cause, relid)
         self._queues[position * SINT_COUNT + sint].append(message)
         self.pump(position, sint)
 

@@ -43,6 +43,7 @@ from emu.wire.synic import (
 )
 from hostproc.message_queues import MessageQueues
 from hostproc.ports import Connections
+from hostproc.refusal_trace import RecordedCounter
 
 _POST_BYTES: Final = PostMessageInput.LAYOUT.size
 _SIGNAL: Final = Struct("<Q")
@@ -105,21 +106,25 @@ class Partition:
         self.trace = trace
         self._guest_os_id = 0
         self._hypercall = 0
-        self.refused: Counter[str] = Counter()
+        self.refused: Counter[str] = RecordedCounter(trace) if trace else Counter()
+        self._posts = 0
         self.changed_vps = set(range(len(vp_indices)))
         """Positions of the VPs whose registers were written since somebody emptied this set."""
 
     # -- one exit -----------------------------------------------------------------------------------
 
-    def execute(self, position: int, operation: int, arguments: tuple[int, int, int], serial: int = 0) -> Answer:
-        """Carry out one exit of the VP at `position`; unknown operations are a #UD."""
+    def execute(self, position: int, operation: int, arguments: tuple[int, int, int], claimer: int = 0) -> Answer:
+        """Carry out one exit of the VP at `position`; unknown operations are a #UD.
+
+        `claimer` is who exits, as the slot says: for the trace alone.
+        """
         a0, a1, _a2 = arguments
         try:
             if operation == ExitOperation.HYPERCALL:
                 if not page_register_enabled(self._hypercall):
                     self.refused["hypercall-page-off"] += 1
                     return _UD
-                return (int(self.hypercall(a0, a1, serial)), 0), Fault.NONE
+                return (int(self.hypercall(a0, a1, claimer)), 0), Fault.NONE
             if operation == ExitOperation.WRMSR:
                 self.write_msr(position, a0, a1)
                 return _OK
@@ -228,7 +233,7 @@ class Partition:
 
     # -- hypercalls ---------------------------------------------------------------------------------
 
-    def hypercall(self, control: int, argument: int, serial: int = 0) -> HvStatus:
+    def hypercall(self, control: int, argument: int, claimer: int = 0) -> HvStatus:
         """HvCallPostMessage and HvCallSignalEvent; `argument` is the input's GPA, or a fast call's input."""
         code = call_code(control)
         if code not in (HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT):
@@ -254,24 +259,27 @@ class Partition:
             return self._refuse("hypercall-input-memory", HvStatus.INSUFFICIENT_MEMORY)
         if code == HVCALL_SIGNAL_EVENT:
             return self.signal_event(_SIGNAL.unpack(data)[0])
-        return self.post_message(data, serial)
+        return self.post_message(data, claimer)
 
-    def post_message(self, data: bytes, serial: int = 0) -> HvStatus:
+    def post_message(self, data: bytes, claimer: int = 0) -> HvStatus:
         """HvCallPostMessage on a private copy of its 256 input bytes."""
         message = PostMessageInput.unpack(data)
         status = message.status
         if status or message.reserved:
             return self._refuse("post-message-parameter", HvStatus.INVALID_PARAMETER)
         port = self.connections.messages.get(message.connectionid)
+        serial = 0
         if port is None:
             status = self._refuse("unknown-message-connection", HvStatus.INVALID_CONNECTION_ID)
         else:
+            # Our guests number no posts, and a foreign one may write what it likes there: ours are counted here.
+            self._posts = serial = self._posts + 1
             status = port.post(message.message_type, message.payload, serial)
             if status:
                 self.refused["port-" + status.name.lower().replace("_", "-")] += 1
         if self.trace:
             msgtype = int.from_bytes(message.payload[:4], "little")
-            self.trace.record(E_POST, message.connectionid, msgtype, message.payload_size, status)
+            self.trace.record(E_POST, message.connectionid, msgtype, message.payload_size, status, serial, claimer)
         return status
 
     def signal_event(self, argument: int) -> HvStatus:

@@ -35,13 +35,13 @@ class MessagePort:
         self.position = position
         self.sint = sint
 
-    def post(self, message_type: int, payload: bytes, serial: int = 0) -> HvStatus:
+    def post(self, message_type: int, payload: bytes, serial: int = 0, cause: int = 0) -> HvStatus:
         """Queue one message; INSUFFICIENT_BUFFERS when all 16 buffers are taken."""
         if self.in_use >= PORT_MESSAGE_BUFFERS:
             return HvStatus.INSUFFICIENT_BUFFERS
         self.in_use += 1
         data = MESSAGE_HEADER.pack(message_type, len(payload), 0, self.port_id) + payload
-        self._queues.post(self.position, self.sint, QueuedMessage(data, serial, self._release))
+        self._queues.post(self.position, self.sint, QueuedMessage(data, serial, self._release, cause))
         return HvStatus.SUCCESS
 
     def _release(self) -> None:

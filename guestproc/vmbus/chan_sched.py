@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
 from emu.ipc.atomics import AtomicU64
-from emu.tracing import E_FLAG_CLEAR, E_MASK, E_TASKLET_RUN, E_TASKLET_SCHED, E_UNMASK
+from emu.tracing import (
+    E_FLAG_CLEAR,
+    E_MASK,
+    E_TASKLET_RUN,
+    E_TASKLET_SCHED,
+    E_UNMASK,
+    E_VMBUS_CHAN_SCHED,
+    E_VMBUS_ON_EVENT,
+)
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
@@ -84,6 +92,8 @@ def _schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
         callback = channel.onchannel_callback
         if not callback:
             return
+        if current.trace:
+            current.record(E_VMBUS_CHAN_SCHED, channel.relid)
         channel.interrupts += 1
         mode = channel.callback_mode
         if mode == _ISR:
@@ -112,6 +122,7 @@ def vmbus_on_event(current: Current, handle: int) -> None:
         return
     if current.trace:
         current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
+        current.record(E_VMBUS_ON_EVENT, channel.relid)
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0

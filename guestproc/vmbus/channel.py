@@ -12,12 +12,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory, ProtocolViolation
-from emu.tracing import E_CLOSE, E_GPADL_ADD, E_GPADL_DROP, E_OPEN, E_STATE
+from emu.tracing import (
+    E_CLOSE,
+    E_GPADL_ADD,
+    E_GPADL_DROP,
+    E_OPEN,
+    E_STATE,
+    E_VMBUS_CLOSE_INTERNAL,
+    E_VMBUS_ESTABLISH_GPADL_BODY,
+    E_VMBUS_ESTABLISH_GPADL_HEADER,
+    E_VMBUS_OPEN,
+    E_VMBUS_TEARDOWN_GPADL,
+)
 from emu.wire.messages import (
     GPADL_MAX_PFNS,
     MAX_USER_DEFINED_BYTES,
     CloseChannel,
+    GpadlBody,
+    GpadlHeader,
     GpadlTeardown,
+    Message,
     MessageType,
     gpadl_messages,
 )
@@ -109,6 +123,7 @@ def vmbus_establish_gpadl(current: Current, channel: Channel, pfns: Sequence[int
             return -errno.ENODEV, 0
         for message in gpadl_messages(channel.relid, gpadl, pfns):
             result = vmbus_post_msg(current, message)
+            _trace_gpadl(current, message, result)
             if result:
                 return result, gpadl if result == -errno.ETIMEDOUT else 0
         if wait_for_reply(current, request):
@@ -120,8 +135,20 @@ def vmbus_establish_gpadl(current: Current, channel: Channel, pfns: Sequence[int
             return result, 0
     finally:
         leave_request(current, request)
-    current.record(E_GPADL_ADD, channel.relid, gpadl, len(pfns))
+    if current.trace:
+        neighbours = list(pfns) == list(range(pfns[0], pfns[0] + len(pfns)))
+        current.record(E_GPADL_ADD, channel.relid, gpadl, len(pfns), pfns[0] if neighbours else 0)
     return 0, gpadl
+
+
+def _trace_gpadl(current: Current, message: Message, result: int) -> None:
+    """The tracepoints of the two messages that describe pages."""
+    if isinstance(message, GpadlBody):
+        current.record(E_VMBUS_ESTABLISH_GPADL_BODY, message.msgnumber, message.gpadl, result)
+        return
+    assert isinstance(message, GpadlHeader)
+    relid, buflen, count = message.child_relid, message.range_buflen, message.rangecount
+    current.record(E_VMBUS_ESTABLISH_GPADL_HEADER, relid, message.gpadl, buflen, count, result)
 
 
 def vmbus_teardown_gpadl(current: Current, channel: Channel, gpadl: int) -> int:
@@ -134,7 +161,9 @@ def vmbus_teardown_gpadl(current: Current, channel: Channel, gpadl: int) -> int:
     result = 0
     try:
         if not channel.rescind.load():
-            result = vmbus_post_msg(current, GpadlTeardown(channel.relid, gpadl)) or wait_for_reply(current, request)
+            result = vmbus_post_msg(current, GpadlTeardown(channel.relid, gpadl))
+            current.record(E_VMBUS_TEARDOWN_GPADL, channel.relid, gpadl, result)
+            result = result or wait_for_reply(current, request)
     finally:
         leave_request(current, request)
     # A channel that was rescinded meanwhile is torn down by the host, and that is as good.
@@ -244,7 +273,17 @@ def _open_on_host(current: Current, channel: Channel, userdata: bytes) -> int:
     try:
         if channel.rescind.load():
             return -errno.ENODEV
-        result = vmbus_post_msg(current, message) or wait_for_reply(current, request)
+        result = vmbus_post_msg(current, message)
+        current.record(
+            E_VMBUS_OPEN,
+            message.child_relid,
+            message.openid,
+            message.ringbuffer_gpadlhandle,
+            message.target_vp,
+            message.downstream_ringbuffer_pageoffset,
+            result,
+        )
+        result = result or wait_for_reply(current, request)
         return result or pending.open_result(request, rescinded=channel.rescind.load() != 0)
     finally:
         leave_request(current, request)
@@ -279,6 +318,7 @@ def vmbus_close_internal(current: Current, channel: Channel) -> int:
         return -errno.EINVAL
     current.record(E_STATE, channel.relid, ChannelState.OPENED_STATE, ChannelState.OPEN_STATE)
     result = vmbus_post_msg(current, CloseChannel(channel.relid))
+    current.record(E_VMBUS_CLOSE_INTERNAL, channel.relid, result)
     current.record(E_CLOSE, channel.relid, result)
     if result:
         current.log(f"Close failed: close post msg return is {result}")

@@ -8,13 +8,27 @@ that runs beside it waits for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import unpack_from
 from typing import TYPE_CHECKING, Final
 
 from emu.control import Ready
 from emu.errors import ProtocolViolation
-from emu.tracing import E_OFFER, E_REQ_COMPLETE, E_RESCIND, E_WORK_QUEUE
+from emu.tracing import (
+    E_OFFER,
+    E_REQ_COMPLETE,
+    E_RESCIND,
+    E_VMBUS_ON_MESSAGE,
+    E_VMBUS_ONGPADL_CREATED,
+    E_VMBUS_ONGPADL_TORNDOWN,
+    E_VMBUS_ONMODIFYCHANNEL_RESPONSE,
+    E_VMBUS_ONOFFER,
+    E_VMBUS_ONOFFER_RESCIND,
+    E_VMBUS_ONOPEN_RESULT,
+    E_VMBUS_ONVERSION_RESPONSE,
+    E_WORK_QUEUE,
+)
 from emu.wire.guids import guid_from_wire
-from emu.wire.messages import OfferChannel, RescindChannelOffer, parse
+from emu.wire.messages import HEADER, OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
@@ -35,6 +49,7 @@ from guestproc.vmbus.device import (
     vmbus_device_register,
     vmbus_device_unregister,
 )
+from guestproc.vmbus.offer_trace import OFFER_BYTES, offer_words
 from guestproc.vmbus.removal import free_channel, hv_process_channel_removal
 
 if TYPE_CHECKING:
@@ -59,6 +74,7 @@ def message_handler(function: MessageHandler) -> MessageHandler:
 def vmbus_onmessage(current: Current, payload: bytes) -> None:
     """Run the handler of a queued message; what has none is logged."""
     msgtype = int.from_bytes(payload[:4], "little")
+    current.record(E_VMBUS_ON_MESSAGE, msgtype)
     if msgtype >= current.era.channelmsg_count:
         text = f"Received invalid channel message type {msgtype} size {len(payload)}\n{payload.hex(' ', 4)}"
         current.refuse(ProtocolViolation(text, rule="unknown-msgtype", field="msgtype", value=msgtype))
@@ -72,6 +88,11 @@ def vmbus_onmessage(current: Current, payload: bytes) -> None:
 
 
 # -- replies, in the tasklet ----------------------------------------------------------------------------
+
+
+def _words(payload: bytes, count: int) -> tuple[int, ...]:
+    """The first u32 fields behind the header, as the tracepoints have them; the length was checked."""
+    return unpack_from(f"<{count}I", payload, HEADER.size)
 
 
 def _complete(current: Current, payload: bytes) -> None:
@@ -95,30 +116,35 @@ def vmbus_onoffers_delivered(current: Current, _payload: bytes) -> None:
 @message_handler
 def vmbus_onopen_result(current: Current, payload: bytes) -> None:
     """Complete the opener that waits for this child_relid and openid."""
+    current.record(E_VMBUS_ONOPEN_RESULT, *_words(payload, 3))
     _complete(current, payload)
 
 
 @message_handler
 def vmbus_ongpadl_created(current: Current, payload: bytes) -> None:
     """Complete whoever established this GPADL."""
+    current.record(E_VMBUS_ONGPADL_CREATED, *_words(payload, 3))
     _complete(current, payload)
 
 
 @message_handler
 def vmbus_ongpadl_torndown(current: Current, payload: bytes) -> None:
     """Complete whoever tears this GPADL down; the message names no channel."""
+    current.record(E_VMBUS_ONGPADL_TORNDOWN, *_words(payload, 1))
     _complete(current, payload)
 
 
 @message_handler
 def vmbus_onversion_response(current: Current, payload: bytes) -> None:
     """Complete every INITIATE_CONTACT that waits."""
+    current.record(E_VMBUS_ONVERSION_RESPONSE, payload[HEADER.size])
     _complete(current, payload[:VERSION_RESPONSE_BYTES])
 
 
 @message_handler
 def vmbus_onmodifychannel_response(current: Current, payload: bytes) -> None:
     """Complete whoever moves this channel."""
+    current.record(E_VMBUS_ONMODIFYCHANNEL_RESPONSE, *_words(payload, 2))
     _complete(current, payload)
 
 
@@ -141,6 +167,8 @@ def offer_done(current: Current) -> None:
 @message_handler
 def vmbus_onoffer(current: Current, payload: bytes) -> None:
     """An offer: make the channel object, or give the relid back at once."""
+    if current.trace and len(payload) >= OFFER_BYTES:
+        current.record(E_VMBUS_ONOFFER, *offer_words(payload))
     try:
         offer = offers.checked_offer(payload)
     except ProtocolViolation as refusal:
@@ -279,6 +307,7 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     rescind = parse(payload)
     assert isinstance(rescind, RescindChannelOffer)
     connection, actor = current.connection, current.actor
+    current.record(E_VMBUS_ONOFFER_RESCIND, rescind.child_relid)
     # Every earlier offer must be findable before "not found" means anything (races.md A1).
     if not connection.offer_wait.wait_until_timeout(
         actor, lambda: connection.offer_in_progress.load() == 0, HANDLED_TIMEOUT_NS

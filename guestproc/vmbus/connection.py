@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Final
 from emu.doorbells import make_bell
 from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory
 from emu.layout import CONNECTIONS
-from emu.tracing import E_POST, E_RELEASE, E_SIGNAL
+from emu.tracing import (
+    E_CONN_STATE,
+    E_POST,
+    E_POST_BEGIN,
+    E_RELEASE,
+    E_SIGNAL,
+    E_VMBUS_NEGOTIATE_VERSION,
+    E_VMBUS_RELEASE_RELID,
+    E_VMBUS_REQUEST_OFFERS,
+    E_VMBUS_SEND_MODIFYCHANNEL,
+    E_VMBUS_SETEVENT,
+)
 from emu.wire.hypercalls import VMBUS_MESSAGE_CONNECTION_ID, VMBUS_MESSAGE_CONNECTION_ID_4
+from emu.wire.message_relid import relid_of
 from emu.wire.messages import (
     InitiateContact,
     Message,
@@ -56,6 +68,7 @@ def vmbus_post_msg(current: Current, message: Message, *, can_sleep: bool = True
     msgtype = int(message.TYPE)
     result: int | Retry = 0
     for failures in range(1, RETRIES + 1):
+        current.record(E_POST_BEGIN, connection_id, msgtype, len(payload), relid_of(payload) if current.trace else 0)
         try:
             status = hv_post_message(current, connection_id, payload)
         except DeadlinePassed as error:
@@ -94,7 +107,7 @@ def vmbus_connect(current: Current) -> int:
     0, -EDOM when it speaks none of ours, -ETIMEDOUT when it does not answer, -ENOMEM.
     """
     connection = current.connection
-    connection.conn_state.store(ConnectionState.CONNECTING)
+    _change_state(current, ConnectionState.CONNECTING)
     connection.connect_cpu = VMBUS_CONNECT_CPU
     try:
         _alloc_connection_pages(current)
@@ -104,10 +117,17 @@ def vmbus_connect(current: Current) -> int:
         result = -errno.ENOMEM
     if result:
         current.log("Unable to connect to host")
-        connection.conn_state.store(ConnectionState.DISCONNECTED)
+        _change_state(current, ConnectionState.DISCONNECTED)
         if result != -errno.ETIMEDOUT:  # a host that is only slow may take the pages yet
             vmbus_disconnect(current)
     return result
+
+
+def _change_state(current: Current, state: ConnectionState) -> int:
+    """Go to another state; the one before."""
+    before = current.connection.conn_state.exchange(state)
+    current.record(E_CONN_STATE, before, state)
+    return before
 
 
 def _negotiate(current: Current) -> int:
@@ -141,7 +161,17 @@ def vmbus_negotiate_version(current: Current, version: int) -> int:
     if request is None:
         return -errno.ENOMEM
     try:
-        result = vmbus_post_msg(current, message) or wait_for_reply(current, request)
+        result = vmbus_post_msg(current, message)
+        current.record(
+            E_VMBUS_NEGOTIATE_VERSION,
+            version,
+            message.target_vcpu,
+            message.interrupt_page,
+            message.monitor_page1,
+            message.monitor_page2,
+            result,
+        )
+        result = result or wait_for_reply(current, request)
         response = pending.version_reply(request)
     finally:
         leave_request(current, request)
@@ -149,7 +179,7 @@ def vmbus_negotiate_version(current: Current, version: int) -> int:
         return result
     if response is None or not response.version_supported:
         return -errno.ECONNREFUSED
-    connection.conn_state.store(ConnectionState.CONNECTED)
+    _change_state(current, ConnectionState.CONNECTED)
     if multiclient:
         connection.msg_conn_id = response.msg_conn_id
     return 0
@@ -174,7 +204,9 @@ def _free_connection_pages(current: Current) -> None:
 
 def vmbus_request_offers(current: Current) -> int:
     """Ask for all offers; they come as messages, each on its own."""
-    return vmbus_post_msg(current, RequestOffers())
+    result = vmbus_post_msg(current, RequestOffers())
+    current.record(E_VMBUS_REQUEST_OFFERS, result)
+    return result
 
 
 # -- small messages -----------------------------------------------------------------------------------
@@ -183,13 +215,16 @@ def vmbus_request_offers(current: Current) -> int:
 def vmbus_release_relid(current: Current, relid: int, generation: int = 0) -> int:
     """Tell the host that its id is free again; `generation` is that of the record it named, for the trace."""
     result = vmbus_post_msg(current, RelidReleased(relid))
+    current.record(E_VMBUS_RELEASE_RELID, relid, result)
     current.record(E_RELEASE, relid, generation, result)
     return result
 
 
 def vmbus_send_modifychannel(current: Current, channel: Channel, target_vp: int) -> int:
     """Ask the host to interrupt another VP for this channel (4.1 and later)."""
-    return vmbus_post_msg(current, ModifyChannel(channel.relid, target_vp))
+    result = vmbus_post_msg(current, ModifyChannel(channel.relid, target_vp))
+    current.record(E_VMBUS_SEND_MODIFYCHANNEL, channel.relid, target_vp, result)
+    return result
 
 
 # -- signalling ---------------------------------------------------------------------------------------
@@ -242,6 +277,7 @@ def _set_send_bit(current: Current, relid: int) -> None:
 
 def vmbus_setevent(current: Current, channel: Channel) -> None:
     """Signal the host the way the channel wants it: no offer of ours is monitored, so always directly."""
+    current.record(E_VMBUS_SETEVENT, channel.relid)
     vmbus_set_event(current, channel)
 
 
@@ -255,7 +291,7 @@ def vmbus_initiate_unload(current: Current) -> int:
     it is not sent.
     """
     connection = current.connection
-    if connection.conn_state.exchange(ConnectionState.DISCONNECTED) == ConnectionState.DISCONNECTED:
+    if _change_state(current, ConnectionState.DISCONNECTED) == ConnectionState.DISCONNECTED:
         return 0
     if connection.vmbus_proto_version < VERSION_WIN8_1:
         return 0

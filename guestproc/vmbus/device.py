@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from emu.tracing import E_PROBE
+from emu.tracing import E_PROBE, E_PROBE_START, E_REMOVE, E_REMOVE_START
 from emu.wire.guids import guid_from_wire
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, ShutsDown, takes_sockets
 from guestproc.kernel.layout import Channel, Device, Driver
@@ -150,6 +150,7 @@ def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
     """Under device_lock: let the driver take the device; its negative errno is logged and returned."""
     channel = current.channel(device.channel)
     relid = channel.relid
+    current.record(E_PROBE_START, relid, driver.number)
     # Not where a rescind waits for device_lock already: it is to wait for one that hangs, not for several in turn.
     if not channel.rescind.load() and faults.strikes(current.tables, Fault.PROBE_HANG, relid):
         _hang(current)
@@ -175,7 +176,10 @@ def _hang(current: Current) -> None:
 def vmbus_remove(current: Current, device: Device) -> None:
     """Under device_lock: let the driver give the device back."""
     if device.driver:
-        DRIVER_OBJECTS[device.driver].remove(current, device)
+        number, relid = device.driver, current.channel(device.channel).relid
+        current.record(E_REMOVE_START, relid, number)
+        DRIVER_OBJECTS[number].remove(current, device)
+        current.record(E_REMOVE, relid, number)
         devices.unbind(device)
         device_uevent(current, device, Action.UNBIND)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_WORK_QUEUE
+from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_VMBUS_ON_MSG_DPC, E_WORK_QUEUE
 from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_NONE, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
@@ -38,6 +38,7 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
         return
     current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_MSG_DPC)
     current.record(E_SLOT_READ, VMBUS_MESSAGE_SINT, message.message_type, message.msgtype, serial)
+    current.record(E_VMBUS_ON_MSG_DPC, message.msgtype)
     current.counters.messages_taken += 1
     current.counters.tasklets += 1
     if message.complaint is not None:

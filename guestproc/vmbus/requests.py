@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from emu.tracing import E_REQ_ALLOC
+from emu.tracing import E_REQ_ALLOC, E_REQ_FREE
 from emu.wire.messages import MessageType
 from guestproc.kernel.layout import Request
 from guestproc.kernel.wait import SECOND_NS
@@ -59,4 +59,6 @@ def leave_request(current: Current, request: Request) -> None:
     """Off the list, and its record free."""
     with current.connection.channelmsg_lock.hold(current.actor):
         pending.leave(current.tables, request)
+    key = request.openid or request.gpadl
+    current.record(E_REQ_FREE, request.msgtype, key, request.index, request.child_relid)
     current.tables.requests.free(request)

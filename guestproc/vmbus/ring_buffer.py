@@ -96,7 +96,7 @@ class RingCache:
             recorder = self._recorder()
             words = [memory.words for memory in memories]
             if recorder is not None:
-                words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(words)]
+                words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(memories)]
             return ChannelRings(key, memories, words)
         except ProtocolViolation:
             for memory in memories:

@@ -12,7 +12,7 @@ from emu.errors import ProtocolViolation
 from emu.gpadl import MapBudget, map_ring
 from emu.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from emu.ring import RingConsumer, RingProducer
-from emu.ring_memory import RingWords
+from emu.ring_memory import RingMemory, RingWords
 from emu.wire.ring_layout import (
     FEAT_PENDING_SEND_SZ,
     FEATURE_BITS,
@@ -22,8 +22,8 @@ from emu.wire.ring_layout import (
     WRITE_INDEX,
 )
 
-Instrument = Callable[[str, RingWords], RingWords]
-"""Replaces the words of a ring ("incoming" or "outgoing", words) by ones that record what they do."""
+Instrument = Callable[[str, RingMemory], RingWords]
+"""Gives the words of a ring ("incoming" or "outgoing", its memory) that record what they do."""
 
 
 class UnmappedRings:
@@ -97,8 +97,8 @@ class UnmappedRings:
         instrument = self._instrument
         try:
             return (
-                RingConsumer(incoming, words=instrument and instrument("incoming", incoming.words)),
-                RingProducer(outgoing, words=instrument and instrument("outgoing", outgoing.words)),
+                RingConsumer(incoming, words=instrument and instrument("incoming", incoming)),
+                RingProducer(outgoing, words=instrument and instrument("outgoing", outgoing)),
             )
         except ProtocolViolation:
             incoming.close()

@@ -117,6 +117,8 @@ class ChannelTable:
             channel.state = state
             self.open_count += state is ChannelState.OPEN
             self.releasing += state in CLIENT_RELEASE_STATES
+        if self._session.watcher is not None:
+            self._session.watcher.channel(channel.relid, channel.generation, before, state)
         self.changed(channel)
         return state
 

@@ -270,7 +270,10 @@ class Gpadls:
 
     def _advance(self, channel: Channel, gpadl: GpadlRecord, event: GpadlEvent) -> GpadlState | None:
         """Follow the table; None: the record is gone."""
-        state = advance_gpadl(gpadl.state, event)
+        before = gpadl.state
+        state = advance_gpadl(before, event)
+        if self._session.watcher is not None:
+            self._session.watcher.gpadl(channel.relid, gpadl.handle, before, state)
         if state is None:
             self._drop(channel, gpadl)
         else:

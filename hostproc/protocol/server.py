@@ -61,7 +61,7 @@ from hostproc.protocol.effects import (
 from hostproc.protocol.gpadls import Gpadls
 from hostproc.protocol.offers import LAST_RELID, Identity, OfferParameters
 from hostproc.protocol.policy import DEFAULT_POLICY, Policy
-from hostproc.protocol.session import Link, Session
+from hostproc.protocol.session import Link, Session, StateWatcher
 from hostproc.protocol.sockets import Sockets
 from hostproc.protocol.states import REVOKED_STATES, ChannelState
 from hostproc.protocol.versions import (
@@ -108,6 +108,10 @@ class Server:
         # What ended the connection: an UNLOAD that wants an answer, or the contact that comes next.
         self._unloading = False
         self._next_contact: InitiateContact | None = None
+
+    def watch(self, watcher: StateWatcher) -> None:
+        """Tell `watcher` of every change of a channel's or GPADL's state from now on."""
+        self._session.watcher = watcher
 
     # -- from the guest ---------------------------------------------------------------------------
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from emu.errors import ProtocolViolation
 from emu.wire.messages import MESSAGES, Message, MessageType
 from emu.wire.versions import FeatureFlags
 from hostproc.protocol.effects import Effect, Refused, SendMessage
 from hostproc.protocol.policy import Answer, Policy
-from hostproc.protocol.states import ChannelState
+from hostproc.protocol.states import ChannelState, GpadlState
 from hostproc.protocol.versions import VERSIONS, VMBUS_SINT, Limits, Version
 
 NOBODY: Final = VERSIONS[min(VERSIONS)]
@@ -27,6 +27,16 @@ class Link(Enum):
     CONNECTED = "connected"
     DISCONNECTING = "disconnecting"
     """Devices are closing; the guest is told nothing of it."""
+
+
+class StateWatcher(Protocol):
+    """Whoever wants to know of every change of state; it decides nothing."""
+
+    def channel(self, relid: int, generation: int, old: ChannelState, new: ChannelState | None) -> None:
+        """A channel changed its state; None: its record is deleted."""
+
+    def gpadl(self, relid: int, handle: int, old: GpadlState, new: GpadlState | None) -> None:
+        """A GPADL did."""
 
 
 class Session:
@@ -45,6 +55,7 @@ class Session:
         "policy",
         "version",
         "vp_index",
+        "watcher",
     )
 
     def __init__(self, limits: Limits, policy: Policy) -> None:
@@ -57,6 +68,7 @@ class Session:
         self.monitored = False
         self.offers_requested = False
         self.paused = False
+        self.watcher: StateWatcher | None = None
         self._known: frozenset[type[Message]] = frozenset()
         self._held: list[Effect] = []
         self._effects: list[Effect] = []

@@ -69,7 +69,8 @@ def test_record_is_read_back_with_names(machine: Machine, tmp_path: Path) -> Non
         (record,) = recording.records()
         assert record.actor == RecordedActor(0, "vcpu1", "VCPU", os.getpid(), 1)
         assert (record.seq, record.vp, record.context, record.event.name) == (0, 1, "TASK", "post")
-        assert record.arguments == {"connection_id": 4, "msgtype": 14, "size": 240, "status": 0, "serial": 0}
+        arguments = {"connection_id": 4, "msgtype": 14, "size": 240, "status": 0, "serial": 0, "claimer": 0}
+        assert record.arguments == record.shown == arguments
         assert recording.head["began_ns"] < record.t_ns
         assert (recording.machine, recording.head["vp_indices"]) == (machine.name, [1, 0])
         assert (recording.damage, recording.count, recording.dropped) == ("", 1, 0)

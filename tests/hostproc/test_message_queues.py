@@ -227,9 +227,9 @@ def test_deliveries_and_pending_bits_are_recorded() -> None:
     delivery.post(0x0B)
 
     assert delivery.trace.records == [
-        (E_MESSAGE_POST, 0, SINT, 0x0A, 0x0A),
+        (E_MESSAGE_POST, 0, SINT, 0x0A, 0x0A, 0, 0),
         (E_SLOT_WRITE, 0, SINT, 1, 0x0A, 0x0A, 0),
-        (E_MESSAGE_POST, 0, SINT, 0x0B, 0x0B),
+        (E_MESSAGE_POST, 0, SINT, 0x0B, 0x0B, 0, 0),
         (E_PENDING_SET, 0, SINT, 1),
     ]
 

@@ -77,6 +77,7 @@ def test_numbers_are_named() -> None:
         "status": 0x13,
         "status_name": "INSUFFICIENT_BUFFERS",
         "serial": 0,
+        "claimer": 0,
     }
     assert record(E_TASKLET_RUN, 1)["args"]["tasklet_name"] == "VMBUS_ON_MSG_DPC"
     work = record(E_WORK_QUEUE, 1, 2, 3)["args"]

@@ -197,9 +197,9 @@ def test_instrumented_words_are_used_from_the_first_packet_on(bench: Bench) -> N
     """A recorder gets to see both rings, each under its name."""
     sides: list[str] = []
 
-    def instrument(side: str, words: RingWords) -> RingWords:
+    def instrument(side: str, memory: RingMemory) -> RingWords:
         sides.append(side)
-        return words
+        return memory.words
 
     channel = bench.channel(instrument)
     assert sides == []

@@ -1,0 +1,85 @@
+"""Recorded variants of what requests interrupts and of what halts: the same classes, with records around their steps.
+
+Chosen when a process attaches to a machine that records; a machine that does not has no trace of this in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from emu.control import Counters
+from emu.interrupts import Halt, InterruptRequester, Kick
+from emu.ipc.atomics import AtomicView
+from emu.tracing import E_HALT, E_HALT_END, E_IRQ_RAISE, E_KICK, E_POLL, Recorder
+from emu.tracing import Kick as How
+
+_MERGED: Final = int(How.MERGED)
+_NONE: Final = int(How.NONE)
+_SEMAPHORE: Final = int(How.SEMAPHORE)
+_SIGNAL: Final = int(How.SIGNAL)
+
+
+class RecordedRequester(InterruptRequester):
+    """Says of each request that it is made, and then how it reached the VP."""
+
+    __slots__ = ("_position", "_record", "_counted")
+
+    def __init__(self, vps: AtomicView, position: int, kick: Kick, counters: Counters, recorder: Recorder) -> None:
+        super().__init__(vps, position, kick, counters)
+        self._counted = counters
+        self._position = position
+        self._record = recorder.record
+
+    def request(self, vector: int) -> None:
+        """Record, request, record what came of it."""
+        counted = self._counted
+        merged, semaphore, signals = counted.merged, counted.kicks_semaphore, counted.kicks_signal
+        # Before the request: the interrupt it asks for may be taken before we are back.
+        self._record(E_IRQ_RAISE, self._position, vector)
+        super().request(vector)
+        how = _NONE
+        if counted.merged != merged:
+            how = _MERGED
+        elif counted.kicks_semaphore != semaphore:
+            how = _SEMAPHORE
+        elif counted.kicks_signal != signals:
+            how = _SIGNAL
+        self._record(E_KICK, self._position, vector, how)
+
+
+class RecordedHalt(Halt):
+    """Says of each poll whether it paid, and of each block when it began and how long it was."""
+
+    __slots__ = ("_record",)
+
+    def __init__(self, recorder: Recorder, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._record = recorder.record
+
+    def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
+        before = time.monotonic_ns()
+        paid = super()._poll(look, window_ns)
+        self._record(E_POLL, paid, time.monotonic_ns() - before)
+        return paid
+
+    def _sleep(self, timeout_s: float) -> None:
+        before = time.monotonic_ns()
+        self._record(E_HALT, int(timeout_s * 1e9))
+        super()._sleep(timeout_s)
+        self._record(E_HALT_END, time.monotonic_ns() - before)
+
+
+def requester_of(
+    recorder: Recorder | None, vps: AtomicView, position: int, kick: Kick, counters: Counters
+) -> InterruptRequester:
+    """What requests interrupts of one VP, recorded if this actor records."""
+    if recorder is None:
+        return InterruptRequester(vps, position, kick, counters)
+    return RecordedRequester(vps, position, kick, counters, recorder)
+
+
+def halt_of(recorder: Recorder | None, *arguments: Any, **more: Any) -> Halt:
+    """A `Halt` of these arguments, recorded if this actor records."""
+    return Halt(*arguments, **more) if recorder is None else RecordedHalt(recorder, *arguments, **more)
