@@ -40,6 +40,7 @@ HEADINGS: Final = ("Machines", "Look", "Measure", "This computer")
 COMMANDS: Final[Mapping[str, Entry]] = {
     "demo": Entry("Machines", "Watch a machine boot and its devices appear, one step at a time."),
     "run": Entry("Machines", "Boot a machine, show its devices appear, exchange packets, clean up."),
+    "record": Entry("Machines", "Boot a machine, record every event of it, clean up."),
     "ps": Entry("Machines", "List the machines that run, and those that died and left something."),
     "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),

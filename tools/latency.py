@@ -40,7 +40,7 @@ from tools.histograms import (
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
-from tools.options import json_option, scenario_argument
+from tools.options import check_record_path, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table
 
 ROUND_TRIP: Final = "round_trip"
@@ -80,6 +80,7 @@ class Measured:
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the percentile curves (SVG).")
 @click.option("--compare", type=click.Path(path_type=Path), help="An older --json output to compare with.")
 @click.option("--fail", "fail", multiple=True, metavar="p99:+10%", help="With --compare: how much worse is a finding.")
+@record_option
 @json_option
 def latency(
     scenario_path: Path | None,
@@ -94,6 +95,7 @@ def latency(
     plot: Path | None,
     compare: Path | None,
     fail: tuple[str, ...],
+    record_path: Path | None,
     as_json: bool,
 ) -> int:
     """Measure round trips and the stages in which their time goes.
@@ -107,13 +109,14 @@ def latency(
         raise UserError("--closed and --rate exclude each other; leave one of them out")
     if fail and compare is None:
         raise UserError("--fail needs something to compare with; add --compare OLD.json")
+    check_record_path(record_path)
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll)
     began_s = time.time()
     with noting_interruption() as interruption:
-        plain = measure(scenario, rate or 0, size, duration_s, record=False)
-        recorded = measure(scenario, rate or 0, size, duration_s, record=True)
+        plain = measure(scenario, rate or 0, size, duration_s)
+        recorded = measure(scenario, rate or 0, size, duration_s, record=True, kept=record_path)
     if interruption.status is not None:
         if as_json:
             print_json("latency", 1, {"interrupted": True})
@@ -155,14 +158,19 @@ def _scenario(path: Path | None, vcpus: int | None, poll: str | None) -> Scenari
     return scenario
 
 
-def measure(scenario: Scenario, rate: int, size: int, duration_s: float, *, record: bool) -> Measured:
-    """Boot a machine, let one CPU ping its channel for so long, and read what it wrote down."""
+def measure(
+    scenario: Scenario, rate: int, size: int, duration_s: float, *, record: bool = False, kept: Path | None = None
+) -> Measured:
+    """Boot a machine, let one CPU ping its channel for so long, and read what it wrote down.
+
+    `kept` is where the recording goes, if somebody wants it.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-") as folder,
         launch(scenario, record=record) as running,
         crash_recorded(running),
     ):
-        recording = RecordingWriter(Path(folder, "recording"), running.machine) if record else None
+        recording = RecordingWriter(kept or Path(folder, "recording"), running.machine) if record else None
         running.on_pump = recording.poll if recording is not None else None
         running.wait_ready()
         samples = Path(folder, "samples")
@@ -172,6 +180,7 @@ def measure(scenario: Scenario, rate: int, size: int, duration_s: float, *, reco
         running.shut_down_guest()
         if recording is None:
             return Measured(_round_trips(samples), lost, {})
+        running.stop()
         recording.close()
         steps = _steps(recording.path, running.machine.config["vp_indices"])
         return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped)

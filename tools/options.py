@@ -13,6 +13,8 @@ from emu.control import MIRROR_CHANNELS
 from emu.errors import UserError
 from tools.machines import MACHINE_VARIABLE, FromVariable
 
+from emu.errors import UserError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -56,6 +58,23 @@ def plugin_option(function: F) -> F:
         type=click.Path(path_type=Path),
         help="Load devices and drivers of your own (repeatable; docs/writing-a-driver.md).",
     )(function)
+
+
+def record_option(function: F) -> F:
+    """`--record FILE` (parameter `record_path`); `check_record_path` looks at it before anything is made."""
+    return click.option(
+        "--record",
+        "record_path",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Record every event into this file.",
+    )(function)
+
+
+def check_record_path(path: Path | None) -> None:
+    """UserError when there is no directory for the file."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(f"--record {path}: there is no directory {path.absolute().parent}")
 
 
 def scenario_argument(function: F) -> F:

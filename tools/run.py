@@ -9,7 +9,7 @@ import click
 from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.guest_versions import check_versions
-from tools.options import json_option, plugin_option, scenario_argument
+from tools.options import json_option, plugin_option, record_option, scenario_argument
 from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
 
@@ -35,7 +35,7 @@ from tools.run_machine import Options, run_here
     show_default=True,
     help="With --no-guest: seconds to wait for a guest; status 124 behind them.",
 )
-@click.option("--record", "record_path", type=click.Path(path_type=Path), help="Record every event into this file.")
+@record_option
 @click.option(
     "--without",
     metavar="PROCESS",

@@ -25,6 +25,7 @@ from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
+from tools.options import check_record_path
 from tools.output import narrates, say
 from tools.run_outcome import Outcome, show_devices, tell
 
@@ -57,8 +58,7 @@ class Options:
             if not self.scenario.devices():
                 raise UserError("--stream needs a device; the scenario has none")
             check_stream_file(self.stream_path)
-        if self.record_path is not None and not self.record_path.absolute().parent.is_dir():
-            raise UserError(f"--record {self.record_path}: there is no directory {self.record_path.absolute().parent}")
+        check_record_path(self.record_path)
         if detach and self.no_guest and self.duration_s is not None:
             raise UserError("--detach --no-guest ends with its guest; leave --duration out")
 
@@ -91,7 +91,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
             say(f"start by hand: {by_hand_command(running.name, process)}")
         outcome = Outcome(running.name, scenario, options.seed, foreign=options.no_guest)
         try:
-            with recording(running, options.record_path):
+            with recording(running, options.record_path) as outcome.recording:
                 try:
                     live(running, options, outcome, ready_pipe)
                 except KeyboardInterrupt:
@@ -110,15 +110,15 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def recording(running: RunningMachine, path: Path | None) -> Iterator[None]:
+def recording(running: RunningMachine, path: Path | None) -> Iterator[RecordingWriter | None]:
     """Drain what the processes record into a file for as long as the block runs."""
     if path is None:
-        yield
+        yield None
         return
     writer = RecordingWriter(path, running.machine)
     running.on_pump = writer.poll
     try:
-        yield
+        yield writer
     finally:
         running.on_pump = None
         writer.poll()

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import click
 
+from emu.recording import RecordingWriter
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
 from tools.device_list import ListedDevice, device_report
@@ -43,6 +44,7 @@ class Outcome:
     """The log of a machine with plugins: the guest's lines, and the tracebacks of back ends."""
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
+    recording: RecordingWriter | None = None
 
     @property
     def channels_open(self) -> int:
@@ -93,7 +95,22 @@ class Outcome:
             "seed": self.seed,
             "deaths": self.deaths,
             "crash_record": self.crash_record,
+            "recording": recording_report(self.recording),
         }
+
+
+def recording_report(recording: RecordingWriter | None) -> dict[str, Any] | None:
+    """A recording in numbers, for `--json`."""
+    if recording is None:
+        return None
+    return {"path": str(recording.path), "records": recording.records, "dropped": recording.dropped}
+
+
+def tell_recording(recording: RecordingWriter | None) -> None:
+    """One line of how much was recorded, and how much of it was lost."""
+    if recording is not None:
+        lost = f"; {recording.dropped:,} more were dropped" if recording.dropped else ", none dropped"
+        say(f"{recording.records:,} events recorded in {recording.path}{lost}")
 
 
 def show_devices(outcome: Outcome) -> None:
@@ -129,6 +146,7 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
         _tell_people(outcome)
         for line in outcome.log:
             say(line)
+        tell_recording(outcome.recording)
     for death in outcome.deaths:
         say(f"vmbus-emu: {death}")
     if outcome.crash_record:

@@ -1,0 +1,34 @@
+"""`vmbus-emu record`: a run whose every event goes into a file; `run --record` with the file in front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from emu.errors import UserError
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The recording to write."
+)
+@click.argument("run_arguments", metavar="[RUN ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
+def record(output: Path, run_arguments: tuple[str, ...]) -> int:
+    """Boot a machine, record every event of it, clean up.
+
+    What comes behind FILE is given to `vmbus-emu run`; its --help lists it.
+
+    \b
+    Example:
+      vmbus-emu record -o boot.rec --duration 1
+      vmbus-emu record -o boot.rec scenarios/devices.toml --vcpus 4 --duration 2 --json
+      vmbus-emu explain boot.rec --relid 1
+    """
+    from tools.run import run
+
+    if any(one == "--record" or one.startswith("--record=") for one in run_arguments):
+        raise UserError("record: the recording is what -o names; leave --record out")
+    with run.make_context("vmbus-emu record", ["--record", str(output), *run_arguments]) as ctx:
+        status: int = run.invoke(ctx)
+        return status
