@@ -125,6 +125,12 @@ class RingProducer:
         write = self._get() if self._sole else self.words.load_write()
         return self._room(_checked(write, self._data_size, "write_index"))
 
+    def check_read_index(self) -> None:
+        """Raise ProtocolViolation (`ring-index`) when the reader's index cannot be."""
+        read = self.words.load_read()
+        if read >= self._data_size or read % ALIGNMENT:
+            raise _impossible(read, self._data_size, "read_index")
+
     @property
     def bytes_to_read(self) -> int:
         """Bytes published that the reader has not released."""

@@ -175,7 +175,8 @@ class HostChannel:
     def rest(self) -> TaskBody:
         """After a piece of work: AGAIN if the guest has written more meanwhile, else sleep until it signals."""
         incoming = self.incoming
-        if incoming.end_read():
+        # What was found wrong behind the last good packet is told now: nobody may ever signal again.
+        if self._fault is not None or incoming.end_read():
             incoming.begin_read()
             yield AGAIN
             return
@@ -188,9 +189,14 @@ class HostChannel:
             yield WAIT
 
     def send(self, payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
-        """Write one packet; False when the ring is full now. PacketTooLong when it can never be written."""
+        """Write one packet; False when the ring is full now. PacketTooLong when it can never be written.
+
+        ProtocolViolation when the guest's read_index cannot be: `write` alone looks at it only when it has to.
+        """
+        outgoing = self.outgoing
+        outgoing.check_read_index()
         try:
-            if self.outgoing.write(payload, trans_id, flags, packet_type):
+            if outgoing.write(payload, trans_id, flags, packet_type):
                 self.signal()
         except RingFull:
             return False
