@@ -16,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -338,6 +339,7 @@ def _default_devices(plugins: Plugins) -> tuple[DeviceSpec, ...]:
     return (DeviceSpec(count=8), *own)
 
 
+@lru_cache(maxsize=MAX_OFFERS)
 def derived_instance(class_name: str, index: int) -> UUID:
     """Instance GUID of the `index`-th device of a class: the same in every machine, so that runs compare."""
     if index == 0 and class_name in SINGLETON_INSTANCES:

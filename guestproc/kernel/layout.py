@@ -28,7 +28,7 @@ from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
 from guestproc.kernel.napi import napi
 from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, Zone
-from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64
+from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64, field_of
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import tasklet
 from guestproc.kernel.wait import completion, wait_queue
@@ -432,6 +432,8 @@ class KernelTables:
         self.pages: Final = PageAllocator(ram, self.zones.at(0), layout.tables["pages"].gpa)
         self.chn_list: Final = RecordList(self.connection.chn_list, self.channels, "listentry")
         self.chn_msg_list: Final = RecordList(self.connection.chn_msg_list, self.requests, "msglistentry")
+        faults = self.connection.gpa + field_of(Connection, "faults").offset
+        self.faults: Final = tuple(ram.u64(faults + 8 * number) for number in range(MAX_FAULTS))
 
     @classmethod
     def format(cls, buffer: Any, ncpus: int, era: Era, vp_indices: Sequence[int] | None = None) -> KernelTables:

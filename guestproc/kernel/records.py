@@ -497,9 +497,14 @@ class Table(Generic[R]):
 
     def live(self) -> Iterator[R]:
         """Every allocated record; records that come or go meanwhile may be seen or not."""
+        load, cache, first, size = self._load_u32, self._cache, self._first, self.record_size
         for index in range(min(self._taken.load(), self.capacity)):
-            generation = self.ram.atomics.load_u32(self.record_gpa(index), ACQUIRE)
-            record = self.find(generation << 32 | index + 1) if generation & 1 else None
+            generation = load(first + index * size, ACQUIRE)
+            if not generation & 1:
+                continue
+            record = cache.get(index)
+            if record is None or record.generation != generation:
+                record = self.find(generation << 32 | index + 1)
             if record is not None:
                 yield record
 

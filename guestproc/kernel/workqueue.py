@@ -162,11 +162,13 @@ class WorkQueues:
         lock.acquire(actor)
         assert running[worker] == item.sequence, f"{item} is not what worker {worker} of {queue} runs"
         running[worker] = 0
-        queue.finished += 1
+        finished = queue.finished = queue.finished + 1
         lock.release(actor)
         self._items.free(item)
         # Only when the queue ran dry, or what the last flush waits for is done: a wake costs an interrupt.
-        if queue.flushers.announced() and self._oldest_unfinished(actor, queue) > queue.flush_target:
+        # (As many as it waits for must have finished at least: that spares nearly every look at all of them.)
+        flushers = queue.flushers
+        if flushers.announced() and finished >= queue.flush_target < self._oldest_unfinished(actor, queue):
             queue.flushers.wake_all(actor)
 
     def flush(self, actor: Actor, number: int, timeout_ns: int = DEFAULT_TIMEOUT_NS) -> None:

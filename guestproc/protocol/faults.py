@@ -11,11 +11,9 @@ from enum import IntEnum
 from typing import Final
 
 from emu.ipc.atomics import AtomicU64
-from guestproc.kernel.layout import MAX_FAULTS, Connection, KernelTables
-from guestproc.kernel.records import field_of
+from guestproc.kernel.layout import MAX_FAULTS, KernelTables
 
 MOST_TIMES: Final = (1 << 32) - 1
-_OFFSET: Final = field_of(Connection, "faults").offset
 _HANGS_ENDED: Final = MAX_FAULTS - 1
 """Word that counts how often hanging probes were let go."""
 
@@ -46,7 +44,7 @@ def planned(tables: KernelTables) -> dict[Fault, tuple[int, int]]:
 
 def strikes(tables: KernelTables, fault: Fault, relid: int) -> bool:
     """Whether it happens here and now: then it is one time less."""
-    word = _word(tables, fault)
+    word = tables.faults[fault]
     while seen := word.load():
         if seen >> 32 not in (0, relid):
             return False
@@ -74,4 +72,4 @@ def forget_all(tables: KernelTables) -> None:
 
 
 def _word(tables: KernelTables, number: int) -> AtomicU64:
-    return tables.ram.u64(tables.connection.gpa + _OFFSET + 8 * number)
+    return tables.faults[number]

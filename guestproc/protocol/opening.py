@@ -14,6 +14,17 @@ from dataclasses import dataclass
 from emu.wire.messages import MAX_USER_DEFINED_BYTES, OpenChannel
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.pages import PageRun
+from guestproc.kernel.records import Fields
+
+_WHERE = Fields(Channel, "ring_gpa", "ring_pfns_gpa")
+_RINGS = Fields(
+    Channel,
+    "ring_generation",
+    "ring_send_pages",
+    "ring_recv_pages",
+    "ringbuffer_gpadlhandle",
+    "ringbuffer_send_offset",
+)
 
 OPEN = int(ChannelState.OPEN_STATE)
 OPENING = int(ChannelState.OPENING_STATE)
@@ -58,13 +69,14 @@ def is_open(channel: Channel) -> bool:
 
 def open_message(channel: Channel, userdata: bytes) -> OpenChannel:
     """OPENCHANNEL for a channel whose ring GPADL is established; openid is the relid, as Linux has it."""
-    channel.openid = channel.relid
+    channel.openid = relid = channel.relid
+    _generation, _send, _receive, gpadl, send_offset = _RINGS.read(channel)
     return OpenChannel(
-        child_relid=channel.relid,
-        openid=channel.openid,
-        ringbuffer_gpadlhandle=channel.ringbuffer_gpadlhandle,
+        child_relid=relid,
+        openid=relid,
+        ringbuffer_gpadlhandle=gpadl,
         target_vp=channel.target_vp,
-        downstream_ringbuffer_pageoffset=channel.ringbuffer_send_offset,
+        downstream_ringbuffer_pageoffset=send_offset,
         userdata=userdata.ljust(MAX_USER_DEFINED_BYTES, b"\0"),
     )
 
@@ -82,12 +94,16 @@ class RingPages:
 
 def note_rings(channel: Channel, send_pages: int, recv_pages: int, first_gpa: int, pages: RingPages) -> None:
     """Write down the rings' pages (`ringbuffer_page`, `ringbuffer_send_offset`)."""
-    channel.ring_generation = pages.run.generation
-    channel.ring_pfns_gpa = pages.run.gpa if pages.scattered else 0
-    channel.ring_send_pages = send_pages
-    channel.ring_recv_pages = recv_pages
-    channel.ringbuffer_send_offset = send_pages
-    channel.ring_gpa = first_gpa
+    gpadl = channel.ringbuffer_gpadlhandle
+    _RINGS.write(channel, pages.run.generation, send_pages, recv_pages, gpadl, send_pages)
+    _WHERE.write(channel, first_gpa, pages.run.gpa if pages.scattered else 0)
+
+
+def ring_pages(channel: Channel) -> tuple[int, int, int, int]:
+    """GPA of the rings, GPA of their page list (0: contiguous), pages of the send ring, of the receive ring."""
+    gpa, listing = _WHERE.read(channel)
+    _generation, send, receive, _gpadl, _offset = _RINGS.read(channel)
+    return gpa, listing, send, receive
 
 
 def forget_rings(channel: Channel) -> RingPages | None:

@@ -26,6 +26,10 @@ M = TypeVar("M", bound=Message)
 
 Matches = Callable[[Request], bool]
 
+_OPENCHANNEL = int(MessageType.OPENCHANNEL)
+_GPADL_HEADER = int(MessageType.GPADL_HEADER)
+_GPADL_TEARDOWN = int(MessageType.GPADL_TEARDOWN)
+_MODIFYCHANNEL = int(MessageType.MODIFYCHANNEL)
 _REQUEST = Fields(Request, "msgtype", "child_relid", "openid", "gpadl", "waiting_channel", "entered_ns")
 
 
@@ -63,8 +67,18 @@ def answered_by(tables: KernelTables, reply: Message) -> list[Request]:
     """The requests that a reply answers: the first that matches, of INITIATE_CONTACT every one."""
     if isinstance(reply, VersionResponse):
         return [request for request in tables.chn_msg_list if request.msgtype == MessageType.INITIATE_CONTACT]
-    matches = _matcher(reply)
-    return list(_first(tables, matches))
+    # None: the reply does not say.
+    wanted_type, wanted_relid, wanted_openid, wanted_gpadl = _wanted(reply)
+    for request in tables.chn_msg_list:
+        msgtype, child_relid, openid, gpadl, _channel, _entered_ns = _REQUEST.read(request)
+        if (
+            msgtype == wanted_type
+            and wanted_relid in (None, child_relid)
+            and wanted_openid in (None, openid)
+            and wanted_gpadl in (None, gpadl)
+        ):
+            return [request]
+    return []
 
 
 def first_waiting_on(tables: KernelTables, channel: Channel) -> Request | None:
@@ -79,18 +93,17 @@ def answer(request: Request, payload: bytes) -> None:
     request.response_size = len(payload)
 
 
-def _matcher(reply: Message) -> Matches:
+def _wanted(reply: Message) -> tuple[int, int | None, int | None, int | None]:
+    """Type, relid, openid and GPADL of the request that a reply answers."""
     match reply:
-        case OpenChannelResult(child_relid, openid):
-            return lambda r: (
-                r.msgtype == MessageType.OPENCHANNEL and r.child_relid == child_relid and r.openid == openid
-            )
-        case GpadlCreated(child_relid, gpadl):
-            return lambda r: r.msgtype == MessageType.GPADL_HEADER and r.child_relid == child_relid and r.gpadl == gpadl
-        case GpadlTorndown(gpadl):
-            return lambda r: r.msgtype == MessageType.GPADL_TEARDOWN and r.gpadl == gpadl
-        case ModifyChannelResponse(child_relid):
-            return lambda r: r.msgtype == MessageType.MODIFYCHANNEL and r.child_relid == child_relid
+        case OpenChannelResult():
+            return _OPENCHANNEL, reply.child_relid, reply.openid, None
+        case GpadlCreated():
+            return _GPADL_HEADER, reply.child_relid, None, reply.gpadl
+        case GpadlTorndown():
+            return _GPADL_TEARDOWN, None, None, reply.gpadl
+        case ModifyChannelResponse():
+            return _MODIFYCHANNEL, reply.child_relid, None, None
     raise AssertionError(f"{type(reply).__name__} answers no request")
 
 

@@ -6,7 +6,7 @@ that was closed and opened again has pages of a new generation, so an old mappin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory, ProtocolViolation
@@ -16,6 +16,7 @@ from emu.ring import RingConsumer, RingMemory, RingProducer, RingWords
 from emu.ring_trace import recorded
 from emu.tracing import Recorder
 from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ, FEATURE_BITS
+from guestproc.protocol.opening import ring_pages
 
 if TYPE_CHECKING:
     from guestproc.kernel.layout import Channel
@@ -79,12 +80,12 @@ class RingCache:
         Straight into RAM: whoever opens a channel need not map its rings, which takes 150 us. ProtocolViolation
         for a ring that has no page for data, OutOfMemory when the tmpfs behind RAM is full.
         """
-        pfns = self.pfns(channel)
-        send, receive = channel.ring_send_pages, channel.ring_recv_pages
+        gpa, listing, send, receive = ring_pages(channel)
         if send < 2 or receive < 2:
             raise ProtocolViolation(
                 f"rings of {send} and {receive} pages", rule="ring-size", field="pages", value=min(send, receive)
             )
+        pfns = self._pages(gpa, listing, send, receive)
         for first in (0, send):
             gpa = pfns[first] << PAGE_SHIFT
             self._memory.reserve(gpa, PAGE_SIZE)
@@ -114,14 +115,17 @@ class RingCache:
             outbound.close()
             raise
 
-    def pfns(self, channel: Channel) -> list[int]:
+    def pfns(self, channel: Channel) -> Sequence[int]:
         """Every page of both rings in order, send first."""
-        count = channel.ring_send_pages + channel.ring_recv_pages
-        if channel.ring_pfns_gpa:
-            raw = self._memory.read(channel.ring_pfns_gpa, 8 * count)
+        return self._pages(*ring_pages(channel))
+
+    def _pages(self, gpa: int, listing: int, send: int, receive: int) -> Sequence[int]:
+        count = send + receive
+        if listing:
+            raw = self._memory.read(listing, 8 * count)
             return list(memoryview(raw).cast("Q"))
-        first = channel.ring_gpa >> PAGE_SHIFT
-        return list(range(first, first + count))
+        first = gpa >> PAGE_SHIFT
+        return range(first, first + count)
 
     def close(self) -> None:
         """Unmap everything."""
