@@ -14,6 +14,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from emu.control import MIRROR_CHANNELS, Control
+from emu.wire.guids import guid_to_wire
 
 _ROW: Final = Struct("<IIIIIIII16s16s")
 _HEAD: Final = Struct("<QIIIIIIIII")
@@ -121,8 +122,8 @@ class Mirror:
             channel.target_vp,
             channel.connection_id,
             channel.flags,
-            channel.if_type.bytes_le,
-            channel.if_instance.bytes_le,
+            guid_to_wire(channel.if_type),
+            guid_to_wire(channel.if_instance),
         )
 
     def clear_channel(self, relid: int) -> None:

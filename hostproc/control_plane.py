@@ -136,7 +136,8 @@ class ControlPlane:
         bus = self._bus
         while True:
             for _ in range(MESSAGES_A_TURN):
-                bus.flush()
+                if not bus.ready:
+                    bus.flush()
                 message = self._next() if bus.ready else None
                 if message is None:
                     yield WAIT

@@ -235,6 +235,9 @@ class Partition:
 
     def hypercall(self, control: int, argument: int, claimer: int = 0) -> HvStatus:
         """HvCallPostMessage and HvCallSignalEvent; `argument` is the input's GPA, or a fast call's input."""
+        if control == HVCALL_POST_MESSAGE and argument % PAGE_SIZE + _POST_BYTES <= PAGE_SIZE and not argument % 8:
+            data = self._input(argument, _POST_BYTES)
+            return data if isinstance(data, HvStatus) else self.post_message(data, claimer)
         code = call_code(control)
         if code not in (HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT):
             return self._refuse("hypercall-code", HvStatus.INVALID_HYPERCALL_CODE)
@@ -247,19 +250,25 @@ class Partition:
         size = _POST_BYTES if code == HVCALL_POST_MESSAGE else _SIGNAL.size
         if argument % 8 or argument % PAGE_SIZE + size > PAGE_SIZE:
             return self._refuse("hypercall-input-alignment", HvStatus.INVALID_ALIGNMENT)
+        data = self._input(argument, size)
+        if isinstance(data, HvStatus):
+            return data
+        if code == HVCALL_SIGNAL_EVENT:
+            return self.signal_event(_SIGNAL.unpack(data)[0])
+        return self.post_message(data, claimer)
+
+    def _input(self, gpa: int, size: int) -> bytes | HvStatus:
+        """A private copy of a hypercall's input, or why there is none."""
         try:
             # Even a read makes a page that was never touched, and on a full tmpfs dies of it.
-            self.memory.reserve(argument, size)
+            self.memory.reserve(gpa, size)
             # Copied once: the guest may change its page at any moment.
-            data = self.memory.read(argument, size)
+            return self.memory.read(gpa, size)
         except ProtocolViolation:
             # TLFS "Hypercall Status Codes": a pointer beyond the GPA space is INVALID_ALIGNMENT, too.
             return self._refuse("hypercall-input-gpa", HvStatus.INVALID_ALIGNMENT)
         except OutOfMemory:
             return self._refuse("hypercall-input-memory", HvStatus.INSUFFICIENT_MEMORY)
-        if code == HVCALL_SIGNAL_EVENT:
-            return self.signal_event(_SIGNAL.unpack(data)[0])
-        return self.post_message(data, claimer)
 
     def post_message(self, data: bytes, claimer: int = 0) -> HvStatus:
         """HvCallPostMessage on a private copy of its 256 input bytes."""

@@ -117,7 +117,11 @@ class Server:
 
     def receive(self, payload: bytes, *, connection_id: int) -> list[Effect]:
         """Take a message that the guest posted on message connection `connection_id`. Never raises."""
-        return self._act(lambda: self._receive(payload, connection_id))
+        try:
+            self._receive(payload, connection_id)
+        except ProtocolViolation as violation:
+            self._session.refuse_violation(violation)
+        return self._settle()
 
     def reset(self) -> list[Effect]:
         """The guest is gone without a word: disconnect, and answer nobody."""
@@ -294,7 +298,7 @@ class Server:
         """Whether a guest may send this now, whatever is in it; what it may not send has no answer."""
         session = self._session
         kind = type(message)
-        if session.connected and not session.paused and kind in _FROM_GUEST and session.knows(kind):
+        if session.link is Link.CONNECTED and not session.paused and kind in _FROM_GUEST and session.knows(kind):
             return True
         spec, name = MESSAGES[message.TYPE], message.TYPE.name
         if spec.direction is not Direction.GUEST_TO_HOST:
@@ -421,6 +425,10 @@ class Server:
             action()
         except ProtocolViolation as violation:
             self._session.refuse_violation(violation)
+        return self._settle()
+
+    def _settle(self) -> list[Effect]:
+        """What becomes possible by what was done; then the decisions of both."""
         if self._session.link is Link.DISCONNECTING and not self._table.releasing and not self._gpadls.count:
             self._end_disconnecting()
         return self._session.take_effects()
