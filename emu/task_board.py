@@ -41,6 +41,7 @@ class Program(IntEnum):
     PING = 5
     STRESS = 6
     LISTEN = 7
+    EXCHANGE = 8
 
 
 @dataclass(frozen=True, slots=True)

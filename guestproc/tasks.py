@@ -25,6 +25,7 @@ from emu.tracing import E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN,
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers.echo import claim_channels, open_relids, release_channel
 from guestproc.echo_session import EchoSession
+from guestproc.exchange import exchange
 from guestproc.kernel.layout import Channel
 from guestproc.listen import listen
 from guestproc.net_check import net_check
@@ -291,6 +292,7 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.PING: ping,
     Program.STRESS: stress,
     Program.LISTEN: listen,
+    Program.EXCHANGE: exchange,
 }
 
 

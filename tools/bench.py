@@ -33,9 +33,9 @@ def _ring(runs: int, short: bool, peers: bool) -> list[Anchor]:
 
 
 def _idle(runs: int, short: bool, peers: bool) -> list[Anchor]:
-    from tools.bench_idle import measure
+    from tools import bench_idle, bench_periodic
 
-    return measure(runs, short=short)
+    return bench_idle.measure(runs, short=short) + bench_periodic.measure(runs, short=short)
 
 
 def _discovery(runs: int, short: bool, peers: bool) -> list[Anchor]:
@@ -53,6 +53,18 @@ def _doorbell(runs: int, short: bool, peers: bool) -> list[Anchor]:
 def _echo(runs: int, short: bool, peers: bool) -> list[Anchor]:
     from tools.bench_echo import measure
 
+    return measure(runs, short=short, with_peers=peers)
+
+
+def _scale(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_scale import measure
+
+    return measure(runs, short=short)
+
+
+def _record(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_record import measure
+
     return measure(runs, short=short)
 
 
@@ -63,6 +75,8 @@ BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
     "boot": _boot,
     "discovery": _discovery,
     "idle": _idle,
+    "scale": _scale,
+    "record": _record,
 }
 """Name -> measurement (runs, short, with peers)."""
 

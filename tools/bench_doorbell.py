@@ -33,8 +33,8 @@ from tools.sem_pair import NAME, SemPair, sem_pair
 
 CALLER: Final = Path(__file__).parent / "bench_caller.py"
 RINGS: Final = 3_000
-SHORT_RINGS: Final = 200
-WARM_UP: Final = 50
+SHORT_RINGS: Final = 60
+WARM_UP: Final = 30
 HOT: Final = {1: (1 / 25, 1 / 12), 4: (1 / 12, 1 / 8), 8: (1 / 5, 1 / 3)}
 """vCPUs rung in turn -> goal and floor, as shares of half the C pair's round trip."""
 BUSY_GOAL: Final = 1.3

@@ -1,0 +1,83 @@
+"""`bench record`: what it costs that a machine records, and that it could.
+
+One event by itself, in a loop; batches through a machine that records (and is drained, as `run --record` does) beside
+one that does not; single round trips likewise, which are nearly all events. What is not recorded costs one look at
+whether there is a recorder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import repeat
+from statistics import median
+from typing import Final
+
+from emu.ipc.segments import Segment
+from emu.tracing import E_IRQ_RAISE, TRACE_BYTES, Recorder
+from tools.anchors import Against, Anchor
+from tools.bench_echo import round_trips
+from tools.exchanges import exchanged, exchanging_machine
+
+EVENTS: Final = 100_000
+SHORT_EVENTS: Final = 5_000
+WINDOW_S: Final = 0.5
+SHORT_S: Final = 0.05
+EVENT_GOAL_NS: Final = 350.0
+RATE_GOAL: Final = 0.9
+OFF_GOAL_NS: Final = 35.0
+"""A tenth of an event that is recorded: nobody sees it among a packet's microseconds."""
+
+
+def measure(runs: int, *, short: bool = False) -> list[Anchor]:
+    """One event, on and off; batches and single round trips with and without recording."""
+    window_s = SHORT_S if short else WINDOW_S
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    trips: dict[bool, list[float]] = {False: [], True: []}
+    events, looks = [], []
+    with ExitStack() as stack:
+        machines = {record: stack.enter_context(exchanging_machine(1, 1, record=record)) for record in rates}
+        recorder = stack.enter_context(bare_recorder())
+        count = SHORT_EVENTS if short else EVENTS
+        for _ in range(runs):
+            events.append(event_ns(recorder, count))
+            looks.append(event_ns(None, count))
+            for record, running in machines.items():
+                rates[record].append(exchanged(running, window_s).per_second)
+                trips[record].append(median(round_trips(running, window_s)))
+    plain, single = Against("not recording", median(rates[False])), Against("not recording", median(trips[False]))
+    return [
+        Anchor.of("record-event", events, "ns", better="lower", goal=EVENT_GOAL_NS),
+        Anchor.of("record-event-off", looks, "ns", better="lower", goal=OFF_GOAL_NS),
+        Anchor.of(
+            "record-batches", rates[True], "packets/s", better="higher", against=plain, goal=RATE_GOAL, floor=RATE_GOAL
+        ),
+        Anchor.of("record-round-trip-p50", trips[True], "us", better="lower", against=single),
+    ]
+
+
+@contextmanager
+def bare_recorder() -> Iterator[Recorder]:
+    """A recorder without a machine, as an actor of one has it."""
+    fd = os.memfd_create("bench-record")
+    os.ftruncate(fd, TRACE_BYTES)
+    with closing(Segment("bench-record", fd, TRACE_BYTES)) as segment:
+        yield Recorder(segment, 0)
+
+
+def event_ns(recorder: Recorder | None, count: int) -> float:
+    """Nanoseconds of an event where a recorder is, or is not; the loop's own taken away."""
+    began = time.perf_counter_ns()
+    for _ in repeat(None, count):
+        if recorder:
+            recorder.record(E_IRQ_RAISE, 1, 0xF3)
+    return max(time.perf_counter_ns() - began - _loop_ns(count), 1) / count
+
+
+def _loop_ns(count: int) -> int:
+    began = time.perf_counter_ns()
+    for _ in repeat(None, count):
+        pass
+    return time.perf_counter_ns() - began
