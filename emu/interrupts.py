@@ -43,6 +43,11 @@ LOOKS_IN_TURN: Final = 2
 SHARED_YIELD: Final = 3
 """A yield that takes so many times the quickest one let somebody else run."""
 LONG_YIELD_NS: Final = 100_000
+LOST_CORE_NS: Final = 1_000_000
+"""A yield that took so long gave the core to somebody who computes: he has it for whole slices, a poller for none."""
+HOLD_OFF_NS: Final = 20_000_000
+MOST_HOLD_OFF_NS: Final = 1_000_000_000
+"""For how long there is no polling then: twice as long each time, up to this."""
 MOST_STRAYS: Final = 1_000
 POLL_START_NS: Final = 10_000
 
@@ -223,6 +228,8 @@ class Halt:
         "_block",
         "_counters",
         "_glance",
+        "_hold_off_ns",
+        "_hold_off_until",
         "_longest_s",
         "_look",
         "_look_again_s",
@@ -254,6 +261,8 @@ class Halt:
         self._look = look
         self._glance = glance
         self._quickest_yield_ns = LONG_YIELD_NS
+        self._hold_off_ns = 0
+        self._hold_off_until = 0
         self.policy = policy
         self._counters = counters
 
@@ -320,24 +329,35 @@ class Halt:
         glance = self._glance or look
         looks = LOOKS_BEFORE_YIELD
         end = (before := now()) + window_ns
+        if before < self._hold_off_until:
+            return False
         while before < end:
             for _ in range(looks):
                 if glance() and (glance is look or look()):
-                    self._counters.polls_paid += 1
-                    return True
+                    return self._paid()
             if glance is not look and look():
-                self._counters.polls_paid += 1
-                return True
+                return self._paid()
             # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
             yielded = now()
             os.sched_yield()
             before = now()
             took = before - yielded
             if took > LONG_YIELD_NS:
-                break  # the core is wanted: this poll ends, the window stays
+                # The core is wanted: this poll ends, the window stays. If it is wanted for long, a blocked
+                # processor is woken sooner than one that yields gets its turn.
+                if took > LOST_CORE_NS:
+                    self._hold_off_ns = min(MOST_HOLD_OFF_NS, 2 * self._hold_off_ns or HOLD_OFF_NS)
+                    self._hold_off_until = before + self._hold_off_ns
+                break
             if took < self._quickest_yield_ns:
                 self._quickest_yield_ns = took
             # Somebody ran meanwhile: another poller, perhaps, which waits for our looks as we do for its.
             looks = LOOKS_IN_TURN if took > SHARED_YIELD * self._quickest_yield_ns else LOOKS_BEFORE_YIELD
         self._counters.polls_vain += 1
         return False
+
+    def _paid(self) -> bool:
+        self._counters.polls_paid += 1
+        if self._hold_off_ns:
+            self._hold_off_ns = self._hold_off_ns // 2 if self._hold_off_ns > HOLD_OFF_NS else 0
+        return True

@@ -21,6 +21,7 @@ from emu.interrupts import (
     AWAKE,
     COMPUTING,
     HALTED,
+    HOLD_OFF_NS,
     IN_ISR,
     INTERRUPTS_OFF,
     POLL_START_NS,
@@ -547,6 +548,64 @@ def test_poller_gives_way_when_its_core_is_wanted(monkeypatch: pytest.MonkeyPatc
     # One look before polling, twenty while polling, one behind the announcement.
     assert len(looks) == 22
     assert sleeper.counters.polls_vain == 1
+
+
+def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody computes there: a block is woken sooner than a yield comes back. Each time it holds off longer."""
+    clock = [0]
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + 3_000_000))
+    looks: list[int] = []
+    sleeper = Sleeper()
+    halt = polling(sleeper, lambda: looks.append(1), 200).halt
+    counts = []
+    for _ in range(3):
+        halt(10**6)
+        counts.append(len(looks))
+        looks.clear()
+    clock[0] += HOLD_OFF_NS
+    halt(10**6)
+    clock[0] += HOLD_OFF_NS
+    halt(10**6)
+
+    # A poll, two halts without one; another poll, and this time it is longer until the next.
+    assert counts == [22, 2, 2]
+    assert len(looks) == 22 + 2
+
+
+def test_poller_that_shares_its_core_yields_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that poll there look between two of its yields: each waits for the looks of all the others."""
+    took = iter([1_000, 1_000, 10_000, 1_000, 500_000])
+    clock = [0]
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    looks: list[int] = []
+    between: list[int] = []
+
+    def yield_core() -> None:
+        between.append(len(looks))
+        looks.clear()
+        clock[0] += next(took)
+
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", yield_core)
+    sleeper = Sleeper()
+    polling(sleeper, lambda: looks.append(1), 100).halt(10**6)
+
+    assert between == [1 + 20, 20, 20, 2, 20]
+
+
+def test_glance_is_only_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a poll glances at must be confirmed by a look; what it does not see a look at the yield does."""
+    monkeypatch.setattr("emu.interrupts.LONG_YIELD_NS", 10**12)
+    monkeypatch.setattr("emu.interrupts.LOST_CORE_NS", 10**12)
+    for glance, looks_for in ((True, 60), (False, 4)):
+        answers = iter([False] * looks_for + [True])
+        sleeper = Sleeper()
+        halt = polling(sleeper, lambda answers=answers: next(answers), 60_000_000)  # type: ignore[misc]
+        halt._glance = lambda glance=glance: glance  # type: ignore[misc]
+        halt.halt(10**9)
+
+        assert sleeper.semaphore.blocks == []
+        assert sleeper.counters.polls_paid == 1
 
 
 # -- every order of steps -------------------------------------------------------------------------
