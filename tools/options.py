@@ -15,6 +15,8 @@ from tools.machines import MACHINE_VARIABLE, FromVariable
 
 from emu.errors import UserError
 
+from emu.errors import UserError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
