@@ -7,10 +7,11 @@ An event is written in the table (`emu.tracing.EVENTS`) as a name and its argume
     s32              an errno or a result   x8 x16 x32 x64   whole numbers that are shown in hex
     guid             two words: the 16 bytes of a `guid_t` as they stand on the wire, little-endian
     strN             N bytes of ASCII, N/8 words, zeros behind the end
+    hexN             N bytes of anything, N/8 words
 
 ENUM names the numbers' names (`tools.event_names` knows them). Each argument has a word of its own, or two, or
 N/8. An event whose arguments need more than six words is *packed*: each argument, in its order, lies in the lowest
-free bits of the first word that has enough of them left; guid and strN take whole words. `u16/1` says that
+free bits of the first word that has enough of them left; guid, strN and hexN take whole words. `u16/1` says that
 a value needs one bit only, whatever the width of its type.
 """
 
@@ -25,7 +26,7 @@ from uuid import UUID
 WORDS: Final = 6
 _WORD_BITS: Final = 64
 _U64: Final = (1 << 64) - 1
-_TYPE: Final = re.compile(r"(u8|u16|u32|u64|uint|s32|x8|x16|x32|x64|guid|str\d+)(?:/(\d+))?")
+_TYPE: Final = re.compile(r"(u8|u16|u32|u64|uint|s32|x8|x16|x32|x64|guid|(?:str|hex)\d+)(?:/(\d+))?")
 _WIDTHS: Final = {"u8": 8, "u16": 16, "u32": 32, "u64": 64, "uint": 32, "s32": 32, "guid": 128}
 _CONVERSION: Final = re.compile(r"%(?:pUl|llx|x|d|u)")
 
@@ -52,8 +53,8 @@ class Argument:
 
     @property
     def text(self) -> bool:
-        """Whether the value is a GUID or a string: one number in `values`, a text when shown."""
-        return self.type == "guid" or self.type.startswith("str")
+        """Whether the value is a GUID, a string or bytes: one number in `values`, a text when shown."""
+        return self.type.startswith(("guid", "str", "hex"))
 
     @property
     def written(self) -> str:
@@ -61,12 +62,18 @@ class Argument:
         bits = "" if self.bits == self.width else f"/{self.bits}"
         return f"{self.name}:{self.type}{bits}{':' if self.enum else ''}{self.enum}"
 
+    def content(self, value: int) -> bytes:
+        """The bytes of a `text` value, as they lie in the record."""
+        return value.to_bytes(self.width // 8, "little")
+
     def show(self, value: int) -> str:
         """The value as people read it, without its enum's names."""
         if self.type == "guid":
-            return str(UUID(bytes_le=value.to_bytes(16, "little")))
+            return str(UUID(bytes_le=self.content(value)))
+        if self.type.startswith("hex"):
+            return self.content(value).hex(" ")
         if self.text:
-            return value.to_bytes(self.width // 8, "little").rstrip(b"\0").decode("ascii", "replace")
+            return self.content(value).rstrip(b"\0").decode("ascii", "replace")
         return f"{value:#x}" if self.type.startswith("x") else str(value)
 
 
@@ -78,10 +85,11 @@ def parse_argument(written: str) -> Argument:
     if match is None or len(rest) > 2:
         raise ValueError(f"{written}: no argument of an event")
     type_name = match[1]
-    width = int(type_name[3:]) * 8 if type_name.startswith("str") else _WIDTHS.get(type_name) or int(type_name[1:])
+    sized = type_name.startswith(("str", "hex"))
+    width = int(type_name[3:]) * 8 if sized else _WIDTHS.get(type_name) or int(type_name[1:])
     bits = int(match[2] or width)
     whole_words = 0 < width <= WORDS * _WORD_BITS and width % _WORD_BITS == 0
-    if not name or not 0 < bits <= width or (type_name.startswith("str") and not whole_words):
+    if not name or not 0 < bits <= width or (sized and not whole_words):
         raise ValueError(f"{written}: no argument of an event")
     return Argument(name, type_name, width, bits, rest[1] if len(rest) > 1 else "")
 

@@ -63,7 +63,7 @@ def test_table_is_read_as_it_is_written() -> None:
         assert tuple(parse_argument(field.written) for field in spec.fields) == spec.fields
 
 
-@pytest.mark.parametrize("text", ["a:u7", "a:guid:X:y", ":u8", "a:u8/9", "a:str5", "a:str512", "a:"])
+@pytest.mark.parametrize("text", ["a:u7", "a:guid:X:y", ":u8", "a:u8/9", "a:str5", "a:str512", "a:hex4", "a:"])
 def test_nonsense_is_no_argument(text: str) -> None:
     """A scribbled table is refused, not guessed at."""
     with pytest.raises(ValueError, match="no argument"):
@@ -108,3 +108,11 @@ def test_events_of_ours_print_by_name() -> None:
     """Numbers plain or in hex as their types say, texts as texts."""
     assert EVENTS["refused"].text((text_value("gpa-range", 40), 7)) == "rule=gpa-range value=7"
     assert EVENTS["isr_enter"].text((0xF3,)) == "vector=0xf3"
+
+
+def test_bytes_are_shown_in_hex() -> None:
+    """All of them, zeros at the end as well: they are no text."""
+    field = parse_argument("data:hex8")
+
+    assert field.show(int.from_bytes(b"\x0eVM\0", "little")) == "0e 56 4d 00 00 00 00 00"
+    assert field.content(0x0E) == b"\x0e" + bytes(7)
