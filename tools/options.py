@@ -13,10 +13,6 @@ from emu.control import MIRROR_CHANNELS
 from emu.errors import UserError
 from tools.machines import MACHINE_VARIABLE, FromVariable
 
-from emu.errors import UserError
-
-from emu.errors import UserError
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
