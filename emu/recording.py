@@ -86,12 +86,14 @@ class TraceRecord:
 class RecordingWriter:
     """Drains a machine's recorders into a file; `poll` every 50 ms or so, `close` at the end.
 
-    Raises UserError, in one line, when the file cannot be written.
+    `flight` is why a flight recorder writes its rings out ("" for an ordinary recording); records before `since_ns`
+    (CLOCK_MONOTONIC) are left out. Raises UserError, in one line, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, machine: Machine) -> None:
+    def __init__(self, path: Path, machine: Machine, *, flight: str = "", since_ns: int = 0) -> None:
         self.path = path
         self.records = 0
+        self._since_ns = since_ns
         self._control = machine.control
         self._drain = Drain(machine.trace)
         self._known: set[int] = set()
@@ -100,7 +102,10 @@ class RecordingWriter:
         except OSError as error:
             raise UserError(f"cannot record into {path}: {error.strerror}") from None
         self._write(_FILE_HEAD.pack(MAGIC, FORMAT_VERSION, 0))
-        self._write_map(b"HEAD", head_of(machine))
+        head = head_of(machine)
+        if flight:
+            head["flight"] = flight
+        self._write_map(b"HEAD", head)
         self._flush()
 
     @property
@@ -132,6 +137,8 @@ class RecordingWriter:
 
     def _take(self, row: ActorRow) -> None:
         raw = self._drain.take(row.slot)
+        if self._since_ns:
+            raw = raw[_first_since(raw, self._since_ns) :]
         if not raw:
             return
         if row.slot not in self._known:
@@ -163,6 +170,14 @@ class RecordingWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         raise UserError(f"cannot record into {self.path}: {error.strerror}") from None
+
+
+def _first_since(raw: bytes, since_ns: int) -> int:
+    """Where the first record that is not older begins; one actor's records are in the order of time."""
+    at = 0
+    while at < len(raw) and int.from_bytes(raw[at : at + 8], "little") < since_ns:
+        at += RECORD_BYTES
+    return at
 
 
 def head_of(machine: Machine) -> dict[str, Any]:
@@ -199,6 +214,7 @@ class Recording:
         self.events = _events(self.head)
         self._decoders: dict[int, Decoder] = {number: decoder_of(spec) for number, spec in self.events.items()}
         self._contexts = _contexts(self.head)
+        self.flight: str = str(self.head.get("flight", ""))
         self._check_tail()
 
     # -- what is in it ------------------------------------------------------------------------------
@@ -210,10 +226,13 @@ class Recording:
 
     @property
     def dropped(self) -> int:
-        """Records that were overwritten before they were drained, by the gaps in the actors' sequences."""
+        """Records that were overwritten before they were drained, by the gaps in the actors' sequences.
+
+        A flight recorder's file begins late on purpose: what came before it is not counted.
+        """
         missing = 0
         for chunks in self._chunks.values():
-            expected = 0
+            expected = next(self._sequences(chunks), 0) if self.flight else 0
             for sequence in self._sequences(chunks):
                 missing += (sequence - expected) % _SEQUENCES
                 expected = sequence + 1

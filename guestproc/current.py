@@ -15,6 +15,7 @@ from emu.memory import GuestMemory
 from emu.tracing import E_REFUSED, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
+from guestproc.page_trace import record_pages
 from guestproc.protocol.era import Era
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Current:
         self.trace: Final = hooks.trace
         self.record: Final[Callable[..., None]] = self.trace.record if self.trace else _not_recorded
         """Record an event; does nothing where this machine does not record, which is decided here."""
+        if self.trace:
+            record_pages(tables.pages, self.trace)
         self._report: Final = report
         self.connection: Final[Connection] = tables.connection
         self.bells: Final[dict[int, Bell]] = {}

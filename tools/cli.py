@@ -50,6 +50,8 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "top": Entry("Look", "Watch a machine's channels, processors and processes."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
+    "explain": Entry("Look", "Tell what happened to a device or a message, step by step."),
+    "check": Entry("Look", "Check a recording against the invariants of VMBus."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
     "stress": Entry(
         "Measure", "Send everything that may be sent, from every CPU, while devices come and go; check every byte."

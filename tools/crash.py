@@ -14,22 +14,27 @@ from typing import Any
 
 from emu.machine import Machine
 from tools.crash_records import KEPT, crash_dir
+from tools.flight import save_flight
 from tools.launch import MachineDied, RunningMachine
 from tools.paths import made
 
 
 @contextmanager
-def crash_recorded(running: RunningMachine) -> Iterator[None]:
-    """Let a death in the block leave a crash record, which its message names."""
+def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[None]:
+    """Let a death in the block leave a crash record, which its message names, and a flight of so many seconds."""
     try:
         yield
     except MachineDied as death:
-        death.crash_record = write_crash_record(running, death)
+        death.crash_record = write_crash_record(running, death, flight_s)
         raise
 
 
-def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:
-    """Write one JSON file (deaths, process table, counters, the guest's log, all state); the newest ten are kept."""
+def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: float = 0.0) -> Path:
+    """Write one JSON file (deaths, process table, counters, the guest's log, all state); the newest ten are kept.
+
+    On a machine that records, the last `flight_s` seconds are saved beside it, and it names them.
+    """
+    death.flight = save_flight(running, flight_s, f"crash: {death.deaths[0].report().splitlines()[0]}")
     directory = made(crash_dir())
     path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
     control = running.machine.control
@@ -48,6 +53,7 @@ def write_crash_record(running: RunningMachine, death: MachineDied) -> Path:
         "refused": control.refusals()[0],
         "log": running.log,
         "state": state_of(running.machine),
+        "flight": None if death.flight is None else str(death.flight),
     }
     path.write_text(json.dumps(record, indent=1, default=str))
     for old in sorted(directory.glob("*.json"))[:-KEPT]:

@@ -12,6 +12,7 @@ from typing import Final
 from emu.control import ActorKind
 from emu.event_fields import Argument
 from emu.layout import ExitOperation, Fault
+from emu.recording import TraceRecord
 from emu.task_board import Program, TaskState
 from emu.tracing import Kick, Side, WaitedFor
 from emu.wire.hypercalls import HvStatus
@@ -53,3 +54,14 @@ def name_of(argument: Argument, value: int) -> str:
         return names(value).name
     except ValueError:
         return ""
+
+
+def shown_text(record: TraceRecord) -> str:
+    """A record's arguments for people: the kernel's line for its events, else `name=value` with names for numbers."""
+    if record.event.format:
+        return record.event.text(record.values)
+    words = (
+        f"{field.name}={name_of(field, value) or field.show(value)}"
+        for field, value in record.event.pairs(record.values)
+    )
+    return " ".join(words)

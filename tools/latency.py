@@ -176,7 +176,7 @@ def measure(
         samples = Path(folder, "samples")
         lost = _ping(running, rate, size, duration_s, samples)
         if record:
-            _hot_plug(running)
+            hot_plug(running)
         running.shut_down_guest()
         if recording is None:
             return Measured(_round_trips(samples), lost, {})
@@ -199,10 +199,10 @@ def _ping(running: RunningMachine, rate: int, size: int, duration_s: float, samp
     return task.errors if task.state == TaskState.FAILED else 0
 
 
-def _hot_plug(running: RunningMachine) -> None:
+def hot_plug(running: RunningMachine, times: int = HOT_PLUGS) -> None:
     """Control messages to follow: offers, openings and rescinds, one device after the other."""
     machine = running.machine
-    for _ in range(HOT_PLUGS):
+    for _ in range(times):
         offered = ask_host(machine, "offer", **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
         name = offered["offered"][0]
         wait_until_open(machine, name["relid"], name["generation"])

@@ -74,10 +74,12 @@ class MachineDied(VmbusError):
         super().__init__(deaths[0].report())
         self.deaths = deaths
         self.crash_record: Path | None = None
+        self.flight: Path | None = None
 
     def __str__(self) -> str:
         record = f"\ncrash record: {self.crash_record}" if self.crash_record is not None else ""
-        return f"{super().__str__()}{record}"
+        flight = f"\nflight recording: {self.flight}" if self.flight is not None else ""
+        return f"{super().__str__()}{flight}{record}"
 
 
 @dataclass(slots=True)

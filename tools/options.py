@@ -69,6 +69,19 @@ def record_option(function: F) -> F:
     )(function)
 
 
+def flight_option(default: float) -> Callable[[F], F]:
+    """`--flight SECONDS` (parameter `flight_s`, 0: off)."""
+    return click.option(
+        "--flight",
+        "flight_s",
+        metavar="SECONDS",
+        type=click.FloatRange(0, 3600),
+        default=default,
+        show_default=True,
+        help="Record into the processes' rings; save the last seconds when something goes wrong. 0: off.",
+    )
+
+
 def check_record_path(path: Path | None) -> None:
     """UserError when there is no directory for the file."""
     if path is not None and not path.absolute().parent.is_dir():

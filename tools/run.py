@@ -9,7 +9,7 @@ import click
 from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.guest_versions import check_versions
-from tools.options import json_option, plugin_option, record_option, scenario_argument
+from tools.options import flight_option, json_option, plugin_option, record_option, scenario_argument
 from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
 
@@ -36,6 +36,7 @@ from tools.run_machine import Options, run_here
     help="With --no-guest: seconds to wait for a guest; status 124 behind them.",
 )
 @record_option
+@flight_option(0)
 @click.option(
     "--without",
     metavar="PROCESS",
@@ -57,6 +58,7 @@ def run(
     no_guest: bool,
     guest_timeout_s: float,
     record_path: Path | None,
+    flight_s: float,
     without: tuple[str, ...],
     name: str | None,
     poll: str | None,
@@ -78,7 +80,16 @@ def run(
     if not no_guest:
         check_versions(scenario)
     options = Options(
-        scenario, duration_s, stream_path, no_guest, guest_timeout_s, record_path, frozenset(without), seed, as_json
+        scenario,
+        duration_s,
+        stream_path,
+        no_guest,
+        guest_timeout_s,
+        record_path,
+        flight_s,
+        frozenset(without),
+        seed,
+        as_json,
     )
     options.check(detach=detach)
     return run_detached(options) if detach else run_here(options)

@@ -24,6 +24,7 @@ from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
+from tools.flight import save_flight, saved_if_it_hangs
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
 from tools.options import check_record_path
 from tools.output import narrates, say
@@ -46,6 +47,7 @@ class Options:
     no_guest: bool
     guest_timeout_s: float
     record_path: Path | None
+    flight_s: float
     without: frozenset[str]
     seed: int
     as_json: bool
@@ -82,7 +84,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     interrupted: int | None = None
     with launch(
         scenario,
-        record=options.record_path is not None,
+        record=options.record_path is not None or options.flight_s > 0,
         no_guest=options.no_guest,
         without=options.without,
         seed=options.seed,
@@ -91,7 +93,10 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
             say(f"start by hand: {by_hand_command(running.name, process)}")
         outcome = Outcome(running.name, scenario, options.seed, foreign=options.no_guest)
         try:
-            with recording(running, options.record_path) as outcome.recording:
+            with (
+                saved_if_it_hangs(running, options.flight_s),
+                recording(running, options.record_path) as outcome.recording,
+            ):
                 try:
                     live(running, options, outcome, ready_pipe)
                 except KeyboardInterrupt:
@@ -99,10 +104,13 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
                 except SystemExit as leave:
                     interrupted = int(leave.code or 0) if isinstance(leave.code, int) else ExitStatus.FAILED
                 settle(running, outcome, no_guest=options.no_guest)
+            if outcome.finding():
+                outcome.flight = save_flight(running, options.flight_s, "finding: see what the run said")
         except MachineDied as death:
             outcome.deaths = [one.report() for one in death.deaths]
             outcome.counters = running.machine.control.counter_totals()
-            outcome.crash_record = str(write_crash_record(running, death))
+            outcome.crash_record = str(write_crash_record(running, death, options.flight_s))
+            outcome.flight = death.flight
             look(running, outcome)
     if scenario.plugins:
         outcome.log = running.log

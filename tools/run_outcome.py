@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -45,6 +46,7 @@ class Outcome:
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
     recording: RecordingWriter | None = None
+    flight: Path | None = None
 
     @property
     def channels_open(self) -> int:
@@ -96,6 +98,7 @@ class Outcome:
             "deaths": self.deaths,
             "crash_record": self.crash_record,
             "recording": recording_report(self.recording),
+            "flight": None if self.flight is None else str(self.flight),
         }
 
 
@@ -151,6 +154,8 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
         say(f"vmbus-emu: {death}")
     if outcome.crash_record:
         say(f"vmbus-emu: crash record: {outcome.crash_record}")
+    if outcome.flight:
+        say(f"vmbus-emu: flight recording: {outcome.flight}")
     return status
 
 

@@ -28,17 +28,23 @@ from emu.mirror import Mirror
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
 from guestproc.kernel.layout import KernelTables
+from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus, noting_interruption
+from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_versions import check_versions
 from tools.histograms import write_text
 from tools.launch import RunningMachine, launch
-from tools.options import json_option, scenario_argument
+from tools.options import check_record_path, flight_option, json_option, record_option, scenario_argument
 from tools.output import narrates, print_json, say
+from tools.run_machine import recording
+from tools.run_outcome import recording_report
 
 INGREDIENTS: Final = ("move", "hot")
 """What `--mix` may name beside the traffic: vCPUs moved between cores, devices that come and go."""
+FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "violations")
+"""What must be nothing; `violations` only where it was recorded."""
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
@@ -161,6 +167,8 @@ def _mix(text: str) -> frozenset[str]:
 @click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help="What else happens; none: nothing.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
 @click.option("--time-limit", "limit_s", type=click.FloatRange(1, 90_000), help="Exit with 124 if it takes longer.")
+@record_option
+@flight_option(DEFAULT_S)
 @json_option
 def stress(
     scenario_path: Path | None,
@@ -171,6 +179,8 @@ def stress(
     mix: str,
     junit: Path | None,
     limit_s: float | None,
+    record_path: Path | None,
+    flight_s: float,
     as_json: bool,
 ) -> int:
     """Send everything that may be sent, from every CPU, while devices come and go; check every byte.
@@ -181,6 +191,7 @@ def stress(
       vmbus-emu stress --seed 7 --vcpus 4 --channels 32 --mix none --json
     """
     ingredients = _mix(mix)
+    check_record_path(record_path)
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices)
@@ -190,7 +201,18 @@ def stress(
     report: dict[str, Any] | None = None
     try:
         with noting_interruption() as interruption:
-            report = run_stress(scenario, chosen, duration_s, ingredients, end, live=narrates() and not as_json)
+            report = run_stress(
+                scenario,
+                chosen,
+                duration_s,
+                ingredients,
+                end,
+                live=narrates() and not as_json,
+                record_path=record_path,
+                flight_s=flight_s,
+            )
+            if record_path is not None:
+                report |= _checked(record_path)
     finally:
         if report is None:
             click.echo(f"ended early; the same again: --seed {chosen}", err=True)
@@ -208,14 +230,24 @@ def stress(
 
 
 def run_stress(
-    scenario: Scenario, seed: int, duration_s: float, mix: frozenset[str], end: float | None, *, live: bool
+    scenario: Scenario,
+    seed: int,
+    duration_s: float,
+    mix: frozenset[str],
+    end: float | None,
+    *,
+    live: bool,
+    record_path: Path | None = None,
+    flight_s: float = 0.0,
 ) -> dict[str, Any]:
     """Boot, stress, settle; the report. DeadlinePassed when `end` (monotonic) comes first."""
     cores = sorted(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder,
-        launch(scenario, seed=seed) as running,
-        crash_recorded(running),
+        launch(scenario, seed=seed, record=record_path is not None or flight_s > 0) as running,
+        crash_recorded(running, flight_s),
+        saved_if_it_hangs(running, flight_s),
+        recording(running, record_path) as recorded,
     ):
         running.wait_ready()
         troubles = Troubles(running, random.Random(seed), mix, cores)
@@ -233,31 +265,46 @@ def run_stress(
         counters = running.machine.control.counter_totals()
         refused = running.machine.control.refusals()[0]
         running.stop()
+        report = {
+            "seed": seed,
+            "seconds": duration_s,
+            "vcpus": scenario.machine.vcpus,
+            "channels": sums.channels,
+            "packets": sums.packets,
+            "bytes": sums.nbytes,
+            "interrupts": counters["interrupts"],
+            "wakeups": counters["kicks_semaphore"] + counters["kicks_signal"],
+            "kicks": {name.removeprefix("kicks_"): counters[name] for name in counters if name.startswith("kicks_")},
+            "spurious": counters["spurious"],
+            "merged": counters["merged"],
+            "preemptions": counters["preemptions"],
+            "computed": sums.computed,
+            **rings,
+            "moves": troubles.moves,
+            "hot_adds": troubles.adds,
+            "hot_removes": troubles.removes,
+            "taken_away": sums.taken_away,
+            "lost": sums.lost,
+            "corrupt": sums.corrupt,
+            "complaints": sums.complaints,
+            "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
+            "refused": _unexpected(refused),
+            "leaked": leaked if in_time else leaked or 1,
+        }
+        if found := findings_of(report):
+            flight = save_flight(running, flight_s, f"finding: {', '.join(found.values())}")
+            report["flight"] = None if flight is None else str(flight)
+    # Behind the block: a recording is whole when it is closed.
+    report["recording"] = recording_report(recorded)
+    return report
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """What the invariants say of the recording."""
+    verdicts, _recording = check_recording(path)
     return {
-        "seed": seed,
-        "seconds": duration_s,
-        "vcpus": scenario.machine.vcpus,
-        "channels": sums.channels,
-        "packets": sums.packets,
-        "bytes": sums.nbytes,
-        "interrupts": counters["interrupts"],
-        "wakeups": counters["kicks_semaphore"] + counters["kicks_signal"],
-        "kicks": {name.removeprefix("kicks_"): counters[name] for name in counters if name.startswith("kicks_")},
-        "spurious": counters["spurious"],
-        "merged": counters["merged"],
-        "preemptions": counters["preemptions"],
-        "computed": sums.computed,
-        **rings,
-        "moves": troubles.moves,
-        "hot_adds": troubles.adds,
-        "hot_removes": troubles.removes,
-        "taken_away": sums.taken_away,
-        "lost": sums.lost,
-        "corrupt": sums.corrupt,
-        "complaints": sums.complaints,
-        "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
-        "refused": _unexpected(refused),
-        "leaked": leaked if in_time else leaked or 1,
+        "violations": [f"{one.name}: {one.text}" for one in violations_of(verdicts)],
+        "undecided": {one.name: one.undecided for one in verdicts if one.undecided},
     }
 
 
@@ -311,17 +358,13 @@ def _ring_transitions(tables: KernelTables) -> dict[str, int]:
 
 def findings_of(report: Mapping[str, Any]) -> dict[str, str]:
     """What must be nothing and is not, by name."""
-    return {
-        name: f"{name}: {report[name]} (seed {report['seed']})"
-        for name in ("lost", "corrupt", "failed_tasks", "leaked", "refused")
-        if report[name]
-    }
+    return {name: f"{name}: {report[name]} (seed {report['seed']})" for name in FINDINGS if report.get(name)}
 
 
 def junit_of(report: Mapping[str, Any]) -> str:
     """One test case for each count that must be nothing."""
     found = findings_of(report)
-    names = ("lost", "corrupt", "failed_tasks", "leaked", "refused")
+    names = [name for name in FINDINGS if name in report]
     suite = ElementTree.Element("testsuite", name="vmbus-emu stress", tests=str(len(names)), failures=str(len(found)))
     for name in names:
         case = ElementTree.SubElement(suite, "testcase", classname="stress", name=name, time=str(report["seconds"]))
@@ -352,3 +395,8 @@ def _show(report: Mapping[str, Any]) -> None:
         click.echo(f"corrupt: {text}")
     for text in findings_of(report).values():
         click.echo(f"finding: {text}")
+    if one := report["recording"]:
+        undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
+        click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped{undecided}")
+    if report.get("flight"):
+        click.echo(f"flight recording: {report['flight']}")

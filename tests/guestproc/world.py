@@ -89,7 +89,7 @@ class FakeRecorder:
 
 
 NAMES = {spec.number: name for name, spec in EVENTS.items()}
-BENEATH = {"halt", "halt_end", "poll", "vmexit", "irq_raise", "kick"}
+BENEATH = {"halt", "halt_end", "poll", "vmexit", "irq_raise", "kick", "page_alloc", "page_free"}
 """What a processor does beneath the guest kernel, which is what these tests are about."""
 
 

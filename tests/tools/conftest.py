@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from emu.errors import MissingPrerequisite
+from emu.recording import TraceRecord
+from tests.tools.recorded import read, record_machine
 from tools.kernel_source import source_archive, tools_hv
 
 _deselected = pytest.StashKey[list[tuple[str, str]]]()
@@ -77,6 +79,20 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
     "vcd_reader": (has_vcd_reader, "pip install 'vmbus-emu[readers]'"),
 }
+
+
+@pytest.fixture(scope="session")
+def recording_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of a real machine, made once."""
+    path = tmp_path_factory.mktemp("recorded") / "machine.rec"
+    record_machine(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def records(recording_path: Path) -> list[TraceRecord]:
+    """Its records, by time; not to be changed."""
+    return read(recording_path)
 
 
 def needs_of(item: pytest.Item) -> set[str]:

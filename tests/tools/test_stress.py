@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from emu.recording import Recording
 from tests.conftest import RunCli
 from tools.stress import add_up, findings_of, junit_of
 
@@ -117,6 +118,9 @@ def test_time_limit_ends_it_and_tells_the_seed(run_cli: RunCli) -> None:
     done = run_cli("stress", "--duration", "30", "--time-limit", "1")
 
     assert (done.returncode, done.stdout) == (124, "")
-    seed, limit = done.stderr.splitlines()
+    flight, seed, limit = done.stderr.splitlines()
     assert re.fullmatch(r"ended early; the same again: --seed \d+", seed)
     assert "30 s of stress (--time-limit)" in limit
+    with Recording(Path(flight.removeprefix("vmbus-emu: flight recording: "))) as saved:
+        assert saved.flight.startswith("hang: the end of 30 s of stress")
+        assert saved.count > 100

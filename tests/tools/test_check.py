@@ -1,0 +1,303 @@
+"""`vmbus-emu check`: a real recording holds every rule, and an edit of it breaks the one that it is made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from emu.recording import TraceRecord
+from emu.tracing import EVENTS, refused_words
+from emu.wire.messages import MessageType
+from guestproc.kernel.layout import ChannelState
+from tests.conftest import RunCli
+from tests.tools.recorded import Edited
+from tools.check import violations_of
+from tools.exit_status import ExitStatus
+from tools.invariant_table import RULES
+from tools.invariants import Machine, Verdict, judge
+
+MACHINE = Machine((0, 1))
+PENDING_SIZE, REFUSED = EVENTS["pending_size"], EVENTS["refused"]
+SECONDS_3 = 3_000_000_000
+HOST = "HYPERVISOR"
+
+
+def verdicts(records: list[TraceRecord], missing: str = "") -> list[Verdict]:
+    """What the rules say."""
+    return judge(RULES, records, MACHINE, missing=missing)
+
+
+def broken(records: list[TraceRecord]) -> set[int]:
+    """Numbers of the rules that do not hold."""
+    return {one.rule.NUMBER for one in verdicts(records) if one.count}
+
+
+def rescinded(edited: Edited) -> int:
+    """A relid that the guest was told is taken back."""
+    return edited.records[edited.where("rescind", actor="WORKER")].values[0]
+
+
+# -- one edit a rule ----------------------------------------------------------------------------------
+
+
+def offer_of_a_held_relid(edited: Edited) -> None:
+    """The host offers a relid that the guest has."""
+    first = edited.where("offer", actor=HOST, relid=1)
+    edited.insert(first + 50, first, generation=2)
+
+
+def released_twice(edited: Edited) -> None:
+    """The guest gives the same relid back again."""
+    first = edited.where("release", actor="WORKER")
+    edited.insert(first + 1, first)
+
+
+def rescind_that_finds_nothing(edited: Edited) -> None:
+    """A rescind overtook its offer: no such channel."""
+    edited.change(edited.where("rescind", actor="WORKER"), generation=0)
+
+
+def rescind_beside_an_offer(edited: Edited) -> None:
+    """An offer that was read before the rescind is still in progress when that goes on."""
+    read = edited.where("slot_read", msgtype=MessageType.RESCIND_CHANNELOFFER)
+    other = edited.where("cpu_online", cpu=1)
+    edited.insert(read, read, msgtype=MessageType.OFFERCHANNEL, serial=9_999)
+    actor = edited.records[other + 1].actor
+    at = edited.records[read]
+    edited.records[read] = type(at)(at.t_ns, 0, actor, 1, "TASKLET", at.event, at.values)
+
+
+def rescind_of_a_successor(edited: Edited) -> None:
+    """The host takes another generation back than the one that lives."""
+    first = edited.where("rescind", actor=HOST)
+    edited.change(first, generation=edited.records[first].values[1] + 1)
+
+
+def waiter_on_a_rescinded_channel(edited: Edited) -> None:
+    """A request enters the list behind the rescind, and nobody wakes it."""
+    behind = edited.where("rescind", actor="WORKER") + 1
+    edited.insert(behind, edited.where("req_alloc"), request=999, relid=rescinded(edited))
+
+
+def slot_emptied_by_a_stranger(edited: Edited) -> None:
+    """Somebody frees a message that he has not read."""
+    first = edited.where("slot_free")
+    edited.change(first, serial=edited.records[first].values[2] + 1_000)
+
+
+def eom_that_is_owed(edited: Edited) -> None:
+    """The pending bit was set behind the free, and no EOM follows."""
+    edited.change(edited.where("slot_free", last=True, pending=0), pending=1)
+
+
+def pending_bit_of_nobody(edited: Edited) -> None:
+    """A message waits behind the last one that the slot ever held."""
+    edited.insert(edited.where("slot_write", last=True) + 1, edited.where("pending_set"))
+
+
+def message_that_stays(edited: Edited) -> None:
+    """The last message is in the slot, and no tasklet comes for it."""
+    last = edited.where("slot_write", last=True)
+    edited.insert(last + 1, last, serial=9_999)
+
+
+def post_of_something_else(edited: Edited) -> None:
+    """The page was overwritten between fill and call."""
+    edited.change(edited.where("post", actor="WORKER"), msgtype=MessageType.GPADL_TEARDOWN)
+
+
+def page_freed_under_the_host(edited: Edited) -> None:
+    """A page of a ring goes back while its GPADL lives."""
+    added = edited.where("gpadl_add", actor="WORKER")
+    edited.insert(added + 1, edited.where("page_free"), pfn=edited.records[added].values[3], pages=1)
+
+
+def reply_to_another(edited: Edited) -> None:
+    """A completion for an id that is not out."""
+    edited.change(edited.where("req_complete", msgtype=MessageType.OPENCHANNEL), key=0xBAD)
+
+
+def flag_cleared_for_nothing(edited: Edited) -> None:
+    """A word of flags is written back: a flag goes that nobody handled."""
+    first = edited.where("flag_clear")
+    edited.insert(first + 1, first)
+
+
+def mask_that_stays(edited: Edited) -> None:
+    """The ISR masks, and the poller that it asks is not enabled."""
+    edited.insert(edited.where("cpu_offline", cpu=0), edited.where("mask", actor="VCPU"), context="ISR")
+
+
+def tasklet_left_disabled(edited: Edited) -> None:
+    """Scheduled, and never run."""
+    edited.insert(edited.where("cpu_offline", cpu=0), edited.where("tasklet_sched"), tasklet=2)
+
+
+def reader_that_sleeps(edited: Edited) -> None:
+    """Bytes behind the reader's last look, and no interrupt for seconds."""
+    close = edited.where("close", actor="VCPU", relid=1)
+    publish = edited.where("ring_publish", relid=1, side=1, last=True)
+    release = edited.where("ring_release", relid=1, side=1, last=True)
+    size = edited.records[edited.where("ring_attach", relid=1, side=1)].values[2]
+    index = edited.records[publish].values[2]
+    assert edited.records[release].values[2] == index
+    edited.insert(close, publish, write_index=(index + 64) % size, bytes=64)
+    edited.insert(close, edited.where("unmask", actor="VCPU", relid=1), bytes_to_read=0)
+    edited.wait(close + 2, SECONDS_3)
+
+
+def writer_that_sleeps(edited: Edited) -> None:
+    """Room enough, and nobody says so."""
+    close = edited.where("close", actor="VCPU", relid=1)
+    release = edited.records[edited.where("ring_release", relid=1, side=0)]
+    pending = edited.records[edited.where("unmask", relid=1)]
+    assert release.values[1] == 0
+    edited.records.insert(close, pending.__class__(
+        edited.records[close].t_ns, 0, pending.actor, pending.vp, "TASK", PENDING_SIZE, (1, 0, 64)))  # fmt: skip
+    edited.wait(close + 1, SECONDS_3)
+
+
+def signal_on_every_write(edited: Edited) -> None:
+    """A signal more than there were publishes."""
+    first = edited.where("signal", last=True)
+    edited.insert(first + 1, first)
+
+
+def index_off_the_grid(edited: Edited) -> None:
+    """A length that changed between check and use."""
+    last = edited.where("ring_publish", last=True)
+    edited.change(last, write_index=edited.records[last].values[2] + 4)
+
+
+def target_that_is_offline(edited: Edited) -> None:
+    """A channel is opened for a processor that nobody brought up."""
+    edited.change(edited.where("vmbus_open"), target_vp=77)
+
+
+def work_that_never_runs(edited: Edited) -> None:
+    """A record on a queue whose worker waits for it."""
+    first = edited.where("work_queue")
+    edited.insert(first + 1, first, serial=9_999)
+
+
+def round_in_a_circle(edited: Edited) -> None:
+    """The host asks for the same interrupt again and again."""
+    first = edited.where("irq_raise")
+    edited.records[first:first] = [edited.records[first]] * 1_000
+
+
+def something_illegal(edited: Edited) -> None:
+    """The host refuses a message."""
+    state = edited.where("state", actor="WORKER", new=ChannelState.OPENING_STATE)
+    host = edited.records[edited.where("message_take")]
+    edited.records.insert(
+        state, host.__class__(host.t_ns, 0, host.actor, None, "HOST", REFUSED, REFUSED.unpack(refused_words("open-id")))
+    )
+
+
+EDITS: dict[int, Callable[[Edited], None]] = {
+    1: offer_of_a_held_relid,
+    2: released_twice,
+    3: rescind_that_finds_nothing,
+    4: rescind_beside_an_offer,
+    5: rescind_of_a_successor,
+    6: waiter_on_a_rescinded_channel,
+    7: slot_emptied_by_a_stranger,
+    8: eom_that_is_owed,
+    9: pending_bit_of_nobody,
+    10: message_that_stays,
+    11: post_of_something_else,
+    12: page_freed_under_the_host,
+    15: reply_to_another,
+    16: flag_cleared_for_nothing,
+    17: mask_that_stays,
+    18: tasklet_left_disabled,
+    19: reader_that_sleeps,
+    20: writer_that_sleeps,
+    21: signal_on_every_write,
+    24: index_off_the_grid,
+    26: target_that_is_offline,
+    28: work_that_never_runs,
+    29: round_in_a_circle,
+    30: something_illegal,
+}
+
+
+def test_every_rule_has_an_edit_that_breaks_it() -> None:
+    """None is there that no record could ever break."""
+    assert [rule.NUMBER for rule in RULES] == sorted(EDITS)
+    assert all(rule.TITLE and rule.__doc__ for rule in RULES)
+
+
+def test_real_recording_holds_every_rule(records: list[TraceRecord]) -> None:
+    """Boot, traffic, hot plug, shutdown: nothing broken, nothing undecided."""
+    assert [(one.name, one.violations, one.undecided) for one in verdicts(records) if one.count or one.undecided] == []
+
+
+@pytest.mark.parametrize("number", EDITS)
+def test_edit_breaks_its_rule_alone(records: list[TraceRecord], number: int) -> None:
+    """One thing is wrong, and exactly that is named, with records that show it."""
+    edited = Edited(records)
+    EDITS[number](edited)
+
+    assert broken(edited.records) == {number}
+    for violation in violations_of(verdicts(edited.records)):
+        assert violation.text
+        assert violation.records
+
+
+# -- what cannot be decided ---------------------------------------------------------------------------
+
+
+def test_what_must_have_happened_is_undecided_without_an_orderly_end(records: list[TraceRecord]) -> None:
+    """A machine that was killed owes nothing: only what is wrong at once is told."""
+    half = verdicts(records[: len(records) // 2])
+
+    assert [one.name for one in half if one.count] == []
+    assert {one.rule for one in half if one.undecided} == {rule for rule in RULES if rule.AT_END}
+
+
+def test_missing_records_leave_most_rules_undecided(records: list[TraceRecord]) -> None:
+    """What is not there may be what was right."""
+    thinned = records[::3]
+    found = verdicts(thinned, missing="2 of 3 records were dropped")
+
+    assert {one.rule for one in found if not one.undecided} == {rule for rule in RULES if not rule.NEEDS_ALL}
+    assert not any(one.count for one in found)
+
+
+# -- the command --------------------------------------------------------------------------------------
+
+
+def test_good_recording_is_told_in_one_line(run_cli: RunCli, recording_path: Path) -> None:
+    """Exit 0, and how many rules held."""
+    done = run_cli("check", recording_path)
+
+    assert (done.returncode, done.stderr) == (ExitStatus.FINE, "")
+    assert done.stdout == f"{len(RULES)} invariants held, 0 broken, 0 undecided\n"
+
+
+def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path, tmp_path: Path) -> None:
+    """Cut off: what can be said is said, as JSON and as JUnit, and the status is 1."""
+    cut, junit = tmp_path / "cut.rec", tmp_path / "j.xml"
+    cut.write_bytes(recording_path.read_bytes()[:-200])
+    done = run_cli("check", cut, "--json", "--junit", junit)
+
+    report = json.loads(done.stdout)
+    assert done.returncode == ExitStatus.FINDING
+    assert report["schema"] == {"name": "vmbus-emu.check", "version": 1}
+    assert report["violations"] == []
+    assert {one["verdict"] for one in report["invariants"]} == {"held", "undecided"}
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(RULES)), "0")
+
+
+def test_file_that_is_none_is_one_line(run_cli: RunCli, tmp_path: Path) -> None:
+    """Exit 2 and the name."""
+    done = run_cli("check", tmp_path / "missing")
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.USAGE, "", 1)

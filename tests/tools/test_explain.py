@@ -1,0 +1,135 @@
+"""`vmbus-emu explain`: the story of a device or a message, and who owes whom what."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from emu.recording import TraceRecord
+from emu.wire.messages import MessageType
+from tests.conftest import RunCli
+from tools.exit_status import ExitStatus
+from tools.flows import flows_of
+from tools.story import TELLING, TELLING_OF_GUEST, debts_of, story_of_relid
+
+LINE = re.compile(r" *\d+\.\d{3} ms +[+-][\d,]+\.\d us  \S.*")
+
+
+def owed(records: list[TraceRecord]) -> list[str]:
+    """Who owes whom what, without how long."""
+    return [debt.text.partition(", for ")[0] for debt in debts_of(records, flows_of(records, (0, 1)))]
+
+
+def index_of(records: list[TraceRecord], event: str, *values: int) -> int:
+    """The last record of an event that begins with these values."""
+    return max(
+        index
+        for index, record in enumerate(records)
+        if record.event.name == event and record.values[: len(values)] == values
+    )
+
+
+def test_sentences_name_arguments_that_there_are(records: list[TraceRecord]) -> None:
+    """No word of a story is a question mark."""
+    told = story_of_relid(records, flows_of(records, (0, 1)), 1)
+
+    assert not [one.text for one in told if "?" in one.text]
+    assert set(TELLING_OF_GUEST) <= set(TELLING)
+
+
+def test_story_of_a_device_goes_from_its_offer_to_its_release(run_cli: RunCli, recording_path: Path) -> None:
+    """Each line says when, how long after the last, who, where, what, and which function it stands for."""
+    done = run_cli("explain", recording_path, "--relid", "1")
+
+    *lines, debt = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, debt) == (0, "", "nobody owes anybody anything")
+    assert all(LINE.fullmatch(line) for line in lines)
+    story = "\n".join(lines)
+    for words in (
+        "hypervisor                 offers relid 1, generation 1",
+        "vcpu0 (isr)                takes interrupt 0xf3  [vmbus_isr]",
+        "[vmbus_on_msg_dpc]",
+        "kworker/work               begins VMBUS_ONMESSAGE_WORK",
+        "lets driver 1 take the device  [vmbus_probe]",
+        "channel goes from OPENING to OPEN  [control plane]",
+        "bytes to the host",
+        "gives relid 1 up (it went well)",
+    ):
+        assert words in story, words
+
+
+def test_message_is_told_as_json(run_cli: RunCli, recording_path: Path) -> None:
+    """One object: the message, its steps with role, actor, context, function and record, and what is owed."""
+    listed = json.loads(run_cli("explain", recording_path, "--json").stdout)
+    offer = next(one for one in listed["messages"] if one["message"] == "OFFERCHANNEL")
+    report = json.loads(run_cli("explain", recording_path, "--message", offer["id"], "--json").stdout)
+
+    assert (listed["schema"]["name"], report["message"]["id"]) == ("vmbus-emu.explain", offer["id"])
+    assert (report["owed"], listed["owed"]) == ([], [])
+    first = report["steps"][0]
+    assert (first["role"], first["actor"], first["context"], first["later_ns"]) == ("posted", "hypervisor", "host", 0)
+    assert {"slot_write", "isr", "dpc", "work_run", "probe"} <= {step["role"] for step in report["steps"]}
+    assert sum(step["later_ns"] for step in report["steps"]) == report["steps"][-1]["t_ns"] - first["t_ns"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--relid", "77"), "has nothing about it"),
+        (("--message", "x9"), "has no such message; there are g1 to "),
+        (("--relid", "1", "--message", "h1"), "exclude each other"),
+    ],
+)
+def test_wrong_question_is_one_line(
+    run_cli: RunCli, recording_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    """Exit 2, nothing on stdout, and what there is to ask for."""
+    done = run_cli("explain", recording_path, *arguments)
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.USAGE, "", 1)
+    assert words in done.stderr
+
+
+# -- debts ----------------------------------------------------------------------------------------------
+
+
+def test_whole_machine_owes_nothing(records: list[TraceRecord]) -> None:
+    """Everything was answered before the end."""
+    assert owed(records) == []
+
+
+def test_host_that_does_not_answer_owes(records: list[TraceRecord]) -> None:
+    """An OPENCHANNEL that was taken, and no result: who waits is named."""
+    taken = index_of(records, "message_take", MessageType.OPENCHANNEL)
+    relid = records[taken].values[3]
+
+    assert f"the host owes kworker/pri_chan the answer to OPENCHANNEL (relid {relid}, key {relid:#x})" in owed(
+        records[: taken + 1]
+    )
+
+
+def test_slot_that_nobody_reads_owes(records: list[TraceRecord]) -> None:
+    """A message that lies in its slot is the processor's to take."""
+    written = index_of(records, "slot_write")
+    position, serial = records[written].values[0], records[written].values[4]
+
+    debt = f"VP page {position} owes hypervisor a look at UNLOAD_RESPONSE (h{serial}) in its slot"
+    assert debt in owed(records[: written + 1])
+
+
+def test_guest_that_keeps_a_rescinded_relid_owes(records: list[TraceRecord]) -> None:
+    """RESCIND was sent, RELID_RELEASED has not come."""
+    sent = max(i for i, one in enumerate(records) if one.event.name == "rescind" and one.actor.kind == "HYPERVISOR")
+    relid = records[sent].values[0]
+
+    assert f"the guest owes the host RELID_RELEASED of relid {relid}" in owed(records[: sent + 1])
+
+
+def test_work_that_waits_is_its_queues(records: list[TraceRecord]) -> None:
+    """Queued, and its worker has not begun."""
+    queued = index_of(records, "work_queue", 2)
+
+    assert any(text.startswith("kworker/pri_chan owes ") for text in owed(records[: queued + 1]))

@@ -1,0 +1,63 @@
+"""The flight recorder: a machine that dies leaves its last seconds, and the newest ten of them are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emu.recording import Recording
+from emu.scenario import Scenario, parse_device
+from tools.crash import crash_recorded
+from tools.flight import save_flight
+from tools.launch import MachineDied, launch
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where state goes in this test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "vmbus-emu"
+
+
+def test_machine_that_dies_leaves_its_last_seconds(state: Path) -> None:
+    """The rings of all its actors, also of the dead one, in a recording that says why; the oldest flight goes."""
+    flights = state / "flights"
+    flights.mkdir(parents=True)
+    for number in range(10):
+        (flights / f"20000101T00000{number}-old.rec").touch()
+    scenario = Scenario.default().with_overrides(devices=[parse_device("echo:1")])
+
+    with (
+        pytest.raises(MachineDied) as died,
+        launch(scenario, record=True) as running,
+        crash_recorded(running, 3600.0),
+    ):
+        running.wait_ready()
+        running.kill("vcpu1")
+        running.watch(30.0)
+
+    path = died.value.flight
+    assert path is not None and f"flight recording: {path}" in str(died.value)
+    assert len(list(flights.iterdir())) == 10 and not (flights / "20000101T000000-old.rec").exists()
+    assert died.value.crash_record is not None
+    assert json.loads(died.value.crash_record.read_text())["flight"] == str(path)
+    with Recording(path) as flight:
+        assert flight.flight.startswith("crash: vcpu1") and "killed by SIGKILL" in flight.flight
+        assert {"hypervisor", "vcpu0", "vcpu1"} <= {actor.name for actor in flight.actors.values()}
+        assert flight.counts()["vmbus_onoffer"] == 1
+        assert (flight.damage, flight.dropped) == ("", 0)
+
+
+def test_only_the_last_seconds_are_saved(state: Path) -> None:
+    """What is older than asked for is left out; asked for none, there is no file."""
+    scenario = Scenario.default().with_overrides(devices=[parse_device("echo:1")])
+    with launch(scenario, record=True) as running:
+        running.wait_ready()
+        late = save_flight(running, 1e-9, "test")
+        assert save_flight(running, 0.0, "off") is None
+
+    assert late is not None and late.parent == state / "flights"
+    with Recording(late) as flight:
+        assert (flight.count, flight.damage) == (0, "")

@@ -1,0 +1,119 @@
+"""Flows of a real recording: every message from its post to its last effect, and none that is guessed."""
+
+from __future__ import annotations
+
+import pytest
+
+from emu.recording import TraceRecord
+from emu.wire.messages import MessageType
+from tools.flows import Flow, Flows, Role, flows_of
+
+VPS = (0, 1)
+OFFER_ROLES = [
+    Role.POSTED,
+    Role.SLOT_WRITE,
+    Role.IRQ,
+    Role.KICK,
+    Role.ISR,
+    Role.TASKLET_SCHED,
+    Role.DPC,
+    Role.WORK_QUEUED,
+    Role.WORK_RUN,
+]
+
+
+@pytest.fixture(scope="session")
+def flows(records: list[TraceRecord]) -> Flows:
+    """Of the machine that all these tests read."""
+    return flows_of(records, VPS)
+
+
+def named(flows: Flows, name: str) -> list[Flow]:
+    """All messages of a type."""
+    return [flow for flow in flows if flow.name == name]
+
+
+def test_every_message_is_in_a_flow_that_came_to_its_end(records: list[TraceRecord], flows: Flows) -> None:
+    """As many flows as messages were posted, both ways, each ended when the machine did."""
+    posted = sum(record.event.name in ("message_post", "post_begin") for record in records)
+
+    assert len(flows) == posted
+    assert [flow.id for flow in flows if not flow.ended] == []
+    assert [flow.id for flow in flows if flow.id.startswith("g?")] == []
+
+
+def test_offer_flows_from_its_post_to_its_probe(flows: Flows) -> None:
+    """A hot-added device's offer: the path of the article, step by step; whoever acts next acts later."""
+    offer = named(flows, "OFFERCHANNEL")[-1]
+
+    roles = [step.role for step in offer.steps]
+    # A processor that was awake may be in its ISR before the host has said how it reached it.
+    assert sorted(set(roles) & set(OFFER_ROLES)) == sorted(OFFER_ROLES)
+    assert {Role.HANDLER, Role.PROBE_START, Role.PROBE, Role.SLOT_FREE, Role.WORK_DONE} <= set(roles)
+    path = [role for role in roles if role in (Role.POSTED, Role.SLOT_WRITE, Role.ISR, Role.DPC, Role.PROBE_START)]
+    assert path == [Role.POSTED, Role.SLOT_WRITE, Role.ISR, Role.DPC, Role.PROBE_START]
+    times = [step.record.t_ns for step in offer.path]
+    assert times == sorted(times)
+    assert offer.relid and offer in flows.of_relid(offer.relid)
+
+
+def test_what_a_probe_posts_is_caused_by_its_offer_and_answered(flows: Flows) -> None:
+    """OPENCHANNEL came in the course of the offer; OPENCHANNEL_RESULT is the host's answer, and completes a request."""
+    for opening in named(flows, "OPENCHANNEL"):
+        offer = flows.get(opening.cause)
+        assert offer is not None and (offer.name, offer.relid) == ("OFFERCHANNEL", opening.relid)
+        (answer_id,) = opening.answers
+        answer = flows.get(answer_id)
+        assert answer is not None and (answer.name, answer.cause) == ("OPENCHANNEL_RESULT", opening.id)
+        assert answer.step(Role.COMPLETES) is not None
+
+
+def test_guests_post_is_one_flow_with_what_the_host_saw_of_it(flows: Flows) -> None:
+    """Who posted it, the host that was posted it, and the control plane that took it."""
+    for flow in flows:
+        if flow.to_guest:
+            continue
+        assert [step.role for step in flow.steps][:2] == [Role.POSTED, Role.RECEIVED]
+        actors = [step.record.actor.kind for step in flow.steps]
+        assert actors[0] in ("VCPU", "WORKER") and actors[1] == "HYPERVISOR"
+        assert flow.step(Role.HOST_TAKE) is not None
+
+
+def test_records_know_their_flows(flows: Flows) -> None:
+    """An exporter finds the flow of any record; one that answers belongs to the answer."""
+    for flow in flows:
+        for step in flow.steps:
+            assert flows.of_record(step.record) in (flow.id, *flow.answers)
+
+
+def test_messages_of_a_foreign_guest_flow_as_far_as_the_host_sees_them(records: list[TraceRecord]) -> None:
+    """With the host's records alone: posts, slots, interrupts, and what the host did with each of the guest's."""
+    host = [record for record in records if record.actor.kind == "HYPERVISOR"]
+    flows = flows_of(host, VPS)
+
+    offers = named(flows, "OFFERCHANNEL")
+    assert offers and all(offer.step(Role.SLOT_WRITE) and offer.step(Role.IRQ) for offer in offers)
+    opened = named(flows, "OPENCHANNEL")
+    assert len(opened) == len(offers)
+    for flow in opened:
+        assert flow.ended and flow.answers
+        assert flow.steps[0].role is Role.RECEIVED
+
+
+def test_message_whose_post_is_missing_begins_in_its_slot(records: list[TraceRecord]) -> None:
+    """What was overwritten is left out, and the rest still belongs together."""
+    offer = named(flows_of(records, VPS), "OFFERCHANNEL")[0]
+    left = [record for record in records if record.event.name not in ("message_post", "pending_set")]
+    flow = flows_of(left, VPS).get(offer.id)
+
+    assert flow is not None and flow.steps[0].role is Role.SLOT_WRITE
+    assert flow.msgtype == MessageType.OFFERCHANNEL
+    assert flow.step(Role.PROBE) is not None
+
+
+def test_message_that_is_not_read_has_not_ended(records: list[TraceRecord]) -> None:
+    """The last message of a machine that stood still."""
+    last = max(index for index, record in enumerate(records) if record.event.name == "slot_write")
+    flow = flows_of(records[: last + 1], VPS).get(f"h{records[last].values[4]}")
+
+    assert flow is not None and not flow.ended

@@ -1,0 +1,137 @@
+"""`vmbus-emu check`: the invariants that a recording alone can decide, each held, broken or undecided.
+
+A violation is named by its number and shown with the records that it is in. The same rules run at the end of a
+recorded `stress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import click
+
+from emu.recording import Recording, TraceRecord
+from tools.event_names import shown_text
+from tools.exit_status import ExitStatus
+from tools.histograms import write_text
+from tools.invariant_table import RULES
+from tools.invariants import Machine, Verdict, Violation, judge, missing_of
+from tools.options import json_option
+from tools.output import print_json, say
+from tools.trace import as_json
+
+SHOWN: Final = 10
+"""Violations of one rule that are shown to people."""
+
+
+def check_recording(path: Path) -> tuple[list[Verdict], Recording]:
+    """Verdicts on a recording; UserError when it is none."""
+    with Recording(path) as recording:
+        machine = Machine(tuple(recording.head.get("vp_indices", ())))
+        verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording))
+        return verdicts, recording
+
+
+def violations_of(verdicts: Sequence[Verdict]) -> list[Violation]:
+    """All violations that were kept, by number."""
+    return [violation for verdict in verdicts for violation in verdict.violations]
+
+
+def report_of(verdicts: Sequence[Verdict], path: Path) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    return {
+        "recording": str(path),
+        "violations": [
+            {"invariant": one.name, "text": one.text, "records": [as_json(record) for record in one.records]}
+            for one in violations_of(verdicts)
+        ],
+        "invariants": [
+            {
+                "invariant": verdict.name,
+                "title": verdict.rule.TITLE,
+                "verdict": "undecided" if verdict.undecided else "broken" if verdict.count else "held",
+                "violations": verdict.count,
+                "undecided": verdict.undecided,
+            }
+            for verdict in verdicts
+        ],
+    }
+
+
+def junit_of(verdicts: Sequence[Verdict], path: Path) -> str:
+    """One test case an invariant: failed where it is broken, skipped where it is undecided."""
+    broken = sum(1 for one in verdicts if one.count)
+    skipped = sum(1 for one in verdicts if one.undecided)
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"vmbus-emu check {path.name}",
+        tests=str(len(verdicts)),
+        failures=str(broken),
+        skipped=str(skipped),
+    )
+    for verdict in verdicts:
+        name = f"{verdict.name} {verdict.rule.TITLE}"
+        case = ElementTree.SubElement(suite, "testcase", classname="check", name=name)
+        if verdict.undecided:
+            ElementTree.SubElement(case, "skipped", message=verdict.undecided)
+        elif verdict.count:
+            failure = ElementTree.SubElement(case, "failure", message=f"{verdict.count} violations")
+            failure.text = "\n".join(line for one in verdict.violations for line in lines_of(one))
+    return ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def lines_of(violation: Violation) -> list[str]:
+    """A violation for people: what, then each record that shows it."""
+    return [f"{violation.name}: {violation.text}", *(f"    {_line(record)}" for record in violation.records)]
+
+
+def _line(record: TraceRecord) -> str:
+    where = f"{record.actor.name}/{record.context.lower()}"
+    return f"{record.t_ns / 1e9:.6f} {where} #{record.seq} {record.event.name}: {shown_text(record)}"
+
+
+def show(verdicts: Sequence[Verdict]) -> None:
+    """What is broken with its records, then one line of all."""
+    for verdict in verdicts:
+        for violation in verdict.violations[:SHOWN]:
+            for line in lines_of(violation):
+                click.echo(line)
+        if verdict.count > SHOWN:
+            click.echo(f"{verdict.name}: {verdict.count - SHOWN} more like these")
+    held = sum(1 for one in verdicts if not one.count and not one.undecided)
+    broken = sum(1 for one in verdicts if one.count)
+    undecided = [one for one in verdicts if one.undecided]
+    click.echo(f"{held} invariants held, {broken} broken, {len(undecided)} undecided")
+    for reason in dict.fromkeys(one.undecided for one in undecided):
+        names = ", ".join(one.name for one in undecided if one.undecided == reason)
+        click.echo(f"undecided, as {reason}: {names}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
+@json_option
+def check(file: Path, junit: Path | None, as_json: bool) -> int:
+    """Check a recording against the invariants of VMBus.
+
+    Exit status 1 if one is broken.
+
+    \b
+    Example:
+      vmbus-emu record -o boot.rec --duration 1
+      vmbus-emu check boot.rec
+      vmbus-emu check boot.rec --json | jq '.violations[].text'
+    """
+    verdicts, recording = check_recording(file)
+    if junit is not None:
+        write_text(junit, junit_of(verdicts, file), "--junit")
+    if as_json:
+        print_json("check", 1, report_of(verdicts, file))
+    else:
+        show(verdicts)
+    if recording.damage:
+        say(f"vmbus-emu: {recording.damage}")
+    return ExitStatus.FINDING if recording.damage or any(one.count for one in verdicts) else ExitStatus.FINE

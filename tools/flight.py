@@ -1,0 +1,53 @@
+"""The flight recorder: a machine's last seconds, out of its actors' rings, saved when something went wrong.
+
+A machine that records and whose rings nobody drains keeps the newest 8,191 records of each actor. That costs what
+recording costs and nothing more; no file is written until there is something to tell. Flights lie below
+`$XDG_STATE_HOME/vmbus-emu/flights`, the newest ten of them, and are recordings like others, that begin late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from emu.errors import DeadlinePassed, UserError
+from emu.recording import RecordingWriter
+from tools.launch import RunningMachine
+from tools.output import say
+from tools.paths import made, state_dir
+
+KEPT: Final = 10
+DEFAULT_S: Final = 10.0
+
+
+def save_flight(running: RunningMachine, seconds: float, reason: str) -> Path | None:
+    """Save the last seconds of a machine that records; None if it does not. `reason` goes into the file's head."""
+    if not seconds or not running.machine.control.recording:
+        return None
+    directory = made(state_dir() / "flights")
+    path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.rec"
+    now = time.monotonic_ns()
+    try:
+        writer = RecordingWriter(path, running.machine, flight=reason, since_ns=now - int(seconds * 1e9))
+        writer.close()
+    except UserError as error:
+        # Whatever else there is to say of this machine shall still be said.
+        say(f"vmbus-emu: no flight recording: {error}")
+        return None
+    for old in sorted(directory.glob("*.rec"))[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def saved_if_it_hangs(running: RunningMachine, seconds: float) -> Iterator[None]:
+    """A wait in the block that passes its deadline leaves a flight, and says where."""
+    try:
+        yield
+    except DeadlinePassed as late:
+        if path := save_flight(running, seconds, f"hang: {late}"):
+            say(f"vmbus-emu: flight recording: {path}")
+        raise

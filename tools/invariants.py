@@ -1,0 +1,162 @@
+"""The rules that a recording alone can decide: what a rule is, and how the records go through all of them once.
+
+A rule is one invariant of the catalogue (docs/seeing.md lists them by number). It is fed the records whose events it
+names, in the order of time, and says at once or at the end what breaks it, with the records that show it.
+
+What is not decided is said, too: a rule that something must have happened needs an *orderly end* (the hypervisor and
+the processors ended of their own accord), and most rules need every record, so where some were dropped, or the file was
+cut off, they are undecided. Records of two actors are ordered by time only as well as the clock and a pre-emption
+between doing and recording allow: so no rule depends on that order where the two are not bound to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+from emu.control import ActorKind
+from emu.recording import Recording, TraceRecord
+
+MOST_SHOWN: Final = 100
+"""Violations of one rule that are kept; the rest is counted."""
+
+Feed = Callable[[TraceRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule that does not hold: which, in what way, and the records that show it."""
+
+    number: int
+    text: str
+    records: tuple[TraceRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """The rule as the catalogue calls it."""
+        return f"INV-{self.number:02}"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is known of a recorded machine beside its records: `vp_indices[position]`."""
+
+    vp_indices: Sequence[int]
+
+    def position(self, record: TraceRecord) -> int:
+        """The VP page that a record's processor has; -1 for none."""
+        if record.vp is None or record.vp not in self.vp_indices:
+            return -1
+        return self.vp_indices.index(record.vp)
+
+
+class Rule:
+    """One invariant. Subclasses name their events in `feeds` and may say more in `end`."""
+
+    NUMBER: ClassVar[int]
+    TITLE: ClassVar[str]
+    NEEDS_ALL: ClassVar[bool] = True
+    """Whether a missing record may look like a violation."""
+    AT_END: ClassVar[bool] = False
+    """Whether everything it finds is found at an orderly end."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.violations: list[Violation] = []
+        self.count = 0
+
+    def feeds(self) -> Mapping[str, Feed]:
+        """What is to be fed with the records of which event."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The recording ended in order: say what should have happened by now."""
+
+    def violate(self, text: str, *records: TraceRecord) -> None:
+        """Note a violation."""
+        self.count += 1
+        if self.count <= MOST_SHOWN:
+            self.violations.append(Violation(self.NUMBER, text, records))
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What came of one rule: held, broken (with its violations), or undecided and why."""
+
+    rule: type[Rule]
+    violations: list[Violation] = field(default_factory=list)
+    count: int = 0
+    undecided: str = ""
+
+    @property
+    def name(self) -> str:
+        """The rule as the catalogue calls it."""
+        return f"INV-{self.rule.NUMBER:02}"
+
+
+def is_host(record: TraceRecord) -> bool:
+    """Whether the hypervisor made a record."""
+    return record.actor.kind == ActorKind.HYPERVISOR.name
+
+
+def judge(
+    rules: Iterable[type[Rule]], records: Iterable[TraceRecord], machine: Machine, *, missing: str = ""
+) -> list[Verdict]:
+    """Send the records through all rules; `missing` says what of the recording is not there, if anything."""
+    made = [rule(machine) for rule in rules if not (missing and rule.NEEDS_ALL)]
+    feeds: dict[str, list[Feed]] = {}
+    for rule in made:
+        for name, feed in rule.feeds().items():
+            feeds.setdefault(name, []).append(feed)
+    ending = _Ending()
+    for record in records:
+        ending.take(record)
+        for feed in feeds.get(record.event.name, ()):
+            feed(record)
+    if ending.orderly and not missing:
+        for rule in made:
+            rule.end()
+    by_class = {type(rule): rule for rule in made}
+    return [_verdict(one, by_class.get(one), missing, orderly=ending.orderly) for one in rules]
+
+
+def _verdict(kind: type[Rule], rule: Rule | None, missing: str, *, orderly: bool) -> Verdict:
+    if rule is None:
+        return Verdict(kind, undecided=missing)
+    if kind.AT_END and not orderly:
+        return Verdict(kind, undecided="the machine did not end in order, or not within the recording")
+    return Verdict(kind, rule.violations, rule.count)
+
+
+class _Ending:
+    """Whether the hypervisor, and every processor that began, said that it ends."""
+
+    def __init__(self) -> None:
+        self._running: set[int] = set()
+        self._host_ended = False
+
+    def take(self, record: TraceRecord) -> None:
+        """Look at one record."""
+        name = record.event.name
+        if name == "process_start" and record.actor.kind == ActorKind.VCPU.name:
+            self._running.add(record.actor.slot)
+        elif name == "process_stop":
+            self._running.discard(record.actor.slot)
+            self._host_ended |= is_host(record)
+
+    @property
+    def orderly(self) -> bool:
+        """Whether all of them have."""
+        return self._host_ended and not self._running
+
+
+def missing_of(recording: Recording) -> str:
+    """What of a recording is not there: "" for a whole one."""
+    if recording.damage:
+        return "the recording is damaged"
+    if recording.flight:
+        return "a flight recorder keeps the last records only"
+    if recording.dropped:
+        return f"{recording.dropped} records were dropped"
+    return ""

@@ -1,0 +1,182 @@
+"""Rules about rings: indices that can be, bytes that add up, readers and writers that do not sleep for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from emu.recording import TraceRecord
+from emu.tracing import Side
+from emu.wire.ring_layout import ALIGNMENT
+from tools.invariants import Feed, Machine, Rule, is_host
+
+STUCK_NS: Final = 2_000_000_000
+"""Who has not looked for so long, with something to do, does not look any more. A loaded computer is slow, too."""
+
+Key = tuple[int, int]
+"""relid and side of a ring."""
+
+
+@dataclass(slots=True)
+class _Ring:
+    """A ring as its records tell: indices, bytes, and the last record of each kind."""
+
+    size: int = 0
+    write: int = -1
+    read: int = -1
+    published: int = 0
+    released: int = 0
+    publish: TraceRecord | None = None
+    release: TraceRecord | None = None
+    asked: TraceRecord | None = None
+    """The reader's last mask or unmask."""
+    wish: TraceRecord | None = None
+
+    @property
+    def unread(self) -> int:
+        """Bytes that were published and not released."""
+        return (self.write - self.read) % self.size if self.size and self.write >= 0 and self.read >= 0 else 0
+
+
+class _RingRule(Rule):
+    """Follows rings from one opening to the next."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.rings: dict[Key, _Ring] = {}
+
+    def feeds(self) -> Mapping[str, Feed]:
+        """Everything that is recorded of a ring, and the opening of its channel."""
+        return {
+            "vmbus_open": self._vmbus_open,
+            "ring_attach": self._ring_attach,
+            "ring_publish": self._ring_publish,
+            "ring_release": self._ring_release,
+            "mask": self._asked,
+            "unmask": self._asked,
+            "pending_size": self._pending_size,
+            "close": self._close,
+            "rescind": self._rescind,
+        }
+
+    def ring(self, relid: int, side: int) -> _Ring:
+        """A ring of a channel."""
+        return self.rings.setdefault((relid, side), _Ring())
+
+    def _vmbus_open(self, record: TraceRecord) -> None:
+        # New pages with indices 0, behind which the old ones mean nothing.
+        for side in Side:
+            self.rings[record.values[0], side] = _Ring(write=0, read=0)
+
+    def _ring_attach(self, record: TraceRecord) -> None:
+        relid, side, size, write, read = record.values
+        ring = self.ring(relid, side)
+        ring.size = size
+        if ring.write < 0:
+            ring.write, ring.read = write, read
+
+    def _ring_publish(self, record: TraceRecord) -> None:
+        relid, side, index, size = record.values
+        ring = self.ring(relid, side)
+        self.publishes(ring, record)
+        ring.publish, ring.write = record, index
+        ring.published += size
+
+    def _ring_release(self, record: TraceRecord) -> None:
+        relid, side, index, size = record.values
+        ring = self.ring(relid, side)
+        self.releases(ring, record)
+        ring.release, ring.read = record, index
+        ring.released += size
+
+    def _asked(self, record: TraceRecord) -> None:
+        self.ring(record.values[0], record.values[1]).asked = record
+
+    def _pending_size(self, record: TraceRecord) -> None:
+        self.ring(record.values[0], record.values[1]).wish = record
+
+    def _close(self, record: TraceRecord) -> None:
+        for side in Side:
+            if (ring := self.rings.pop((record.values[0], side), None)) is not None:
+                self.closed(record.values[0], side, ring, record)
+
+    def _rescind(self, record: TraceRecord) -> None:
+        # What is left in the rings of a channel that was taken back is nobody's.
+        if not is_host(record):
+            for side in Side:
+                self.rings.pop((record.values[0], side), None)
+
+    def publishes(self, ring: _Ring, record: TraceRecord) -> None:
+        """The ring is about to have this publish."""
+
+    def releases(self, ring: _Ring, record: TraceRecord) -> None:
+        """The ring is about to have this release."""
+
+    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
+        """The guest closes the channel: nothing more will happen to its rings."""
+
+
+class ReadersLook(_RingRule):
+    """What is in a ring is read: its reader does not sleep for an interrupt that does not come."""
+
+    NUMBER = 19
+    TITLE = "No reader sleeps beside a ring with something in it"
+
+    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
+        """Something in it for long, and the reader's last word was that it found nothing and wants an interrupt."""
+        asked, publish = ring.asked, ring.publish
+        if not ring.unread or asked is None or publish is None or asked.event.name != "unmask":
+            return
+        idle = ring.release is None or ring.release.t_ns < asked.t_ns
+        if idle and record.t_ns - max(asked.t_ns, publish.t_ns) > STUCK_NS:
+            text = f"relid {relid}, {Side(side).name}: {ring.unread} bytes wait, and the reader asked to be interrupted"
+            self.violate(text, asked, publish)
+
+
+class WritersAreWoken(_RingRule):
+    """Who waits for room is told when there is some."""
+
+    NUMBER = 20
+    TITLE = "No writer sleeps beside a ring that has the room it waits for"
+
+    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
+        """There is room for long, and the writer still waits."""
+        wish, release = ring.wish, ring.release
+        if wish is None or not wish.values[2] or not ring.size or release is None:
+            return
+        room = ring.size - ALIGNMENT - ring.unread
+        if wish.values[2] <= room and record.t_ns - max(wish.t_ns, release.t_ns) > STUCK_NS:
+            text = f"relid {relid}, {Side(side).name}: the writer waits for {wish.values[2]} bytes, {room} are free"
+            self.violate(text, wish, release)
+
+
+class IndicesAddUp(_RingRule):
+    """Indices lie in the ring and on its grid, go on where they were, and what is published is what is released."""
+
+    NUMBER = 24
+    TITLE = "Ring indices are in range and on the 8-byte grid, and bytes are conserved"
+
+    def publishes(self, ring: _Ring, record: TraceRecord) -> None:
+        """From where the last publish ended."""
+        self._index(ring, record, ring.write)
+
+    def releases(self, ring: _Ring, record: TraceRecord) -> None:
+        """From where the last release ended."""
+        self._index(ring, record, ring.read)
+
+    def _index(self, ring: _Ring, record: TraceRecord, before: int) -> None:
+        _relid, _side, index, size = record.values
+        if not ring.size:
+            return
+        if index >= ring.size or index % ALIGNMENT:
+            self.violate(f"index {index:#x} in a ring of {ring.size:#x} bytes", record)
+        elif before >= 0 and (before + size - index) % ring.size:
+            self.violate(f"index {index:#x} follows {before:#x} by {size} bytes", record)
+
+    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
+        """No more is released than was published, and the rest is what the indices say."""
+        if ring.size and ring.published - ring.released != ring.unread:
+            last = next(one for one in (ring.release, ring.publish, record) if one is not None)
+            text = f"{ring.published} bytes published, {ring.released} released, {ring.unread} between the indices"
+            self.violate(f"relid {relid}, {Side(side).name}: {text}", last)

@@ -1,0 +1,369 @@
+"""Records told in words: what each step is, which function it stands for, and what is still owed at the end.
+
+`TELLING` is the one table of sentences; an event that is not in it is told by its name and arguments. What goes through
+a device's rings is told in sums, as it is most of the records and none of the story.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from emu.recording import TraceRecord
+from emu.wire.messages import MessageType
+from tools.event_names import name_of, shown_text
+from tools.flows import Flow, Flows, Role
+from tools.invariants import is_host
+from tools.trace import as_json
+
+TELLING: Final[Mapping[str, tuple[str, str]]] = {
+    "offer": ("offers relid {relid}, generation {generation}", ""),
+    "rescind": ("takes relid {relid} back, generation {generation}", ""),
+    "release": ("gives relid {relid} up ({ret})", "vmbus_release_relid"),
+    "post_begin": ("posts {msgtype}, {size} bytes", "vmbus_post_msg"),
+    "post": ("post of {msgtype}: {status}", "HvCallPostMessage"),
+    "message_post": ("posts {msgtype} (h{serial}) for the slot of VP page {position}, SINT {sint}", "HvPostMessage"),
+    "message_take": ("takes {msgtype} (g{serial}) from the guest", "control plane"),
+    "message_done": ("has handled {msgtype} (g{serial})", "control plane"),
+    "pending_set": ("finds the slot of VP page {position} busy and sets its pending bit", "SynIC"),
+    "slot_write": ("writes {msgtype} into the slot of VP page {position}; {queued} more wait", "SynIC"),
+    "irq_raise": ("requests interrupt {vector} of VP page {position}", "SynIC"),
+    "kick": ("reaches that VP: {how}", "APIC"),
+    "isr_enter": ("takes interrupt {vector}", "vmbus_isr"),
+    "isr_exit": ("ends interrupt {vector}", "vmbus_isr"),
+    "tasklet_sched": ("schedules tasklet {tasklet}", "tasklet_schedule"),
+    "tasklet_run": ("runs tasklet {tasklet}", "tasklet_action"),
+    "tasklet_done": ("has run tasklet {tasklet}", "tasklet_action"),
+    "slot_read": ("copies {msgtype} (h{serial}) out of the slot", "vmbus_on_msg_dpc"),
+    "slot_free": ("empties the slot; pending bit {pending}", "vmbus_signal_eom"),
+    "work_queue": ("queues {function} on {queue}", "queue_work"),
+    "work_run": ("begins {function}", "process_one_work"),
+    "work_done": ("has done {function}", "process_one_work"),
+    "vmbus_on_msg_dpc": ("looks at its type: {msgtype}", "vmbus_on_msg_dpc"),
+    "vmbus_on_message": ("handles {msgtype}", "vmbus_onmessage"),
+    "vmbus_onoffer": ("makes a channel of the offer of relid {child_relid}, device {if_instance}", "vmbus_onoffer"),
+    "vmbus_onoffer_rescind": ("begins the rescind of relid {child_relid}", "vmbus_onoffer_rescind"),
+    "vmbus_onopen_result": ("learns that relid {child_relid} is open: status {status}", "vmbus_onopen_result"),
+    "vmbus_ongpadl_created": ("learns that GPADL {gpadl} is there: status {status}", "vmbus_ongpadl_created"),
+    "vmbus_ongpadl_torndown": ("learns that GPADL {gpadl} is gone", "vmbus_ongpadl_torndown"),
+    "vmbus_open": ("asked to open relid {child_relid} for VP {target_vp} ({ret})", "__vmbus_open"),
+    "vmbus_close_internal": ("closed relid {child_relid} ({ret})", "vmbus_close_internal"),
+    "vmbus_establish_gpadl_header": ("described pages as GPADL {gpadl} ({ret})", "vmbus_establish_gpadl"),
+    "vmbus_establish_gpadl_body": ("described more pages of GPADL {gpadl} ({ret})", "vmbus_establish_gpadl"),
+    "vmbus_teardown_gpadl": ("asked for GPADL {gpadl} back ({ret})", "vmbus_teardown_gpadl"),
+    "vmbus_release_relid": ("told the host that relid {child_relid} is free ({ret})", "vmbus_release_relid"),
+    "req_alloc": ("waits for the answer to {msgtype}", "wait_for_completion"),
+    "req_complete": ("wakes who waits for the answer to {msgtype}", "complete"),
+    "req_free": ("waits for {msgtype} no more", "list_del"),
+    "gpadl_add": ("has {pages} pages as GPADL {gpadl}", ""),
+    "gpadl_drop": ("has given GPADL {gpadl} back", ""),
+    "map": ("maps {pages} pages of GPADL {gpadl}", "device"),
+    "unmap": ("lets go of the rings", "device"),
+    "state": ("channel goes from {old} to {new}", ""),
+    "host_state": ("channel goes from {old} to {new}", "control plane"),
+    "gpadl_state": ("GPADL {gpadl} goes from {old} to {new}", "control plane"),
+    "probe_start": ("lets driver {driver} take the device", "vmbus_probe"),
+    "probe": ("driver {driver} has answered ({ret})", "vmbus_probe"),
+    "remove_start": ("takes the device from driver {driver}", "vmbus_remove"),
+    "remove": ("driver {driver} has let go", "vmbus_remove"),
+    "open": ("channel is open ({ret})", "vmbus_open"),
+    "close": ("closes the channel ({ret})", "vmbus_close_internal"),
+    "uevent": ("tells user space: {action}", "kobject_uevent"),
+    "refused": ("refuses something: {rule}", ""),
+    "ignored": ("ignores something legal: {rule}", ""),
+    "eom": ("end of message", "vmbus_signal_eom"),
+    "target_change": ("interrupts VP {target_vp} for it from now on", "control plane"),
+}
+TELLING_OF_GUEST: Final[Mapping[str, tuple[str, str]]] = {
+    "offer": ("has made a channel for relid {relid}", "alloc_channel"),
+    "rescind": ("looks for the channel of relid {relid} and claims it", "vmbus_onoffer_rescind"),
+    "post": ("is back from its post of {msgtype}: {status}", "hv_post_message"),
+    "gpadl_add": ("knows that the host has {pages} pages as GPADL {gpadl}", "vmbus_establish_gpadl"),
+    "gpadl_drop": ("has its pages of GPADL {gpadl} back", "vmbus_teardown_gpadl"),
+}
+"""What means something else where the guest records it."""
+_WORDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "how": {
+        "MERGED": "it had been asked already",
+        "NONE": "it looks by itself",
+        "SEMAPHORE": "it was halted, and gets a token",
+        "SIGNAL": "it computes, and gets the kick signal",
+    },
+    "old": {"255": "nothing"},
+    "new": {"255": "nothing"},
+    "ret": {"0": "it went well"},
+}
+TRAFFIC: Final = frozenset(
+    ("ring_publish", "ring_release", "ring_room", "ring_full", "pending_size", "mask", "unmask", "signal", "flag_set",
+     "flag_clear", "tasklet_sched", "tasklet_run", "vmbus_chan_sched", "vmbus_on_event", "vmbus_setevent", "task_take",
+     "request_start", "request_end", "ring_attach")
+)  # fmt: skip
+"""What packets leave in a recording."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One line of a story: the record that it begins with, in words, and the function that it stands for."""
+
+    record: TraceRecord
+    text: str
+    function: str
+    role: str = ""
+
+    @property
+    def where(self) -> str:
+        """Who did it, and in which context."""
+        context = self.record.context.lower()
+        return self.record.actor.name if context in ("host", "queue") else f"{self.record.actor.name} ({context})"
+
+    def report(self, before_ns: int) -> dict[str, Any]:
+        """The line as an object; `later_ns` counts from the step before."""
+        return {
+            "t_ns": self.record.t_ns,
+            "later_ns": self.record.t_ns - before_ns,
+            "actor": self.record.actor.name,
+            "pid": self.record.actor.pid,
+            "context": self.record.context.lower(),
+            "role": self.role,
+            "text": self.text,
+            "function": self.function,
+            "record": as_json(self.record),
+        }
+
+
+def tell(record: TraceRecord, role: str = "") -> Told:
+    """One record in words."""
+    name = record.event.name
+    sentence, function = (TELLING if is_host(record) or name not in TELLING_OF_GUEST else TELLING_OF_GUEST).get(
+        name, ("", "")
+    )
+    if not sentence:
+        return Told(record, f"{record.event.name}: {shown_text(record)}", "", role)
+    pairs = record.event.pairs(record.values)
+    words = {field.name: name_of(field, value) or _number(field.name, field.show(value)) for field, value in pairs}
+    words = {name: _WORDS.get(name, {}).get(word, word) for name, word in words.items()}
+    return Told(record, sentence.format_map(_Words(words)), function, role)
+
+
+class _Words(dict[str, str]):
+    """The arguments of a record; an older recording may lack some."""
+
+    def __missing__(self, name: str) -> str:
+        return "?"
+
+
+def _number(name: str, shown: str) -> str:
+    if name == "ret" and shown != "0":
+        return f"errno {shown}"
+    return hex(int(shown)) if name in ("gpadl", "gpadlhandle") and shown.isdecimal() else shown
+
+
+def story_of_flow(flow: Flow) -> list[Told]:
+    """A message's steps in the order of time."""
+    steps = sorted(flow.steps, key=lambda step: step.record.t_ns)
+    return [tell(step.record, step.role) for step in steps]
+
+
+def story_of_relid(records: Sequence[TraceRecord], flows: Flows, relid: int) -> list[Told]:
+    """Everything about a relid, by time; its traffic in sums. Of all devices that had it, if there were several."""
+    gpadls = {
+        record.arguments["gpadl"] for record in records if record.event.name == "vmbus_establish_gpadl_header"
+        and record.arguments["child_relid"] == relid
+    }  # fmt: skip
+    steps = [step for flow in _flows_of(flows, relid) for step in flow.steps]
+    roles = {(step.record.actor.slot, step.record.seq): step.role for step in steps}
+    told: list[Told] = []
+    traffic: list[TraceRecord] = []
+    for record in records:
+        role = roles.get((record.actor.slot, record.seq), "")
+        if not role and not _about(record, relid, gpadls):
+            continue
+        if record.event.name in TRAFFIC and not role:
+            traffic.append(record)
+            continue
+        told += _sum_up(traffic)
+        traffic.clear()
+        told.append(tell(record, role))
+    return told + _sum_up(traffic)
+
+
+def _flows_of(flows: Flows, relid: int) -> list[Flow]:
+    """The messages about a relid; also those that name none, where one about it led to them or is their answer."""
+    named = flows.of_relid(relid)
+    ids = {flow.id for flow in named} | {answer for flow in named for answer in flow.answers}
+    return named + [flow for flow in flows if not flow.relid and (flow.cause in ids or flow.id in ids)]
+
+
+def _about(record: TraceRecord, relid: int, gpadls: set[int]) -> bool:
+    arguments = record.arguments
+    if arguments.get("relid", 0) == relid or arguments.get("child_relid", 0) == relid:
+        return True
+    if record.event.name in ("flag_set", "flag_clear"):
+        return arguments["flag"] == relid
+    return arguments.get("gpadl", 0) in gpadls
+
+
+def _sum_up(traffic: Sequence[TraceRecord]) -> list[Told]:
+    """One line for a run of packets."""
+    if not traffic:
+        return []
+    names = Counter(record.event.name for record in traffic)
+    moved = [0, 0]
+    for record in traffic:
+        if record.event.name == "ring_publish":
+            moved[record.values[1] & 1] += record.values[3]
+    span_us = (traffic[-1].t_ns - traffic[0].t_ns) / 1e3
+    text = (
+        f"traffic for {span_us:,.1f} us: {moved[0]:,} bytes to the host, {moved[1]:,} to the guest in "
+        f"{names['ring_publish']} publishes; {names['signal']} signals to the host, {names['flag_set']} to the guest; "
+        f"{names['ring_full']} times full"
+    )
+    return [Told(traffic[0], text, "")]
+
+
+# -- who owes whom what ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Debt:
+    """Something that has not happened at the end of the recording: who owes it, to whom, what, since when."""
+
+    who: str
+    whom: str
+    what: str
+    since_ns: int
+    now_ns: int
+    relid: int = 0
+    flow: str = ""
+
+    @property
+    def text(self) -> str:
+        """In one sentence."""
+        return f"{self.who} owes {self.whom} {self.what}, for {(self.now_ns - self.since_ns) / 1e6:,.3f} ms now"
+
+    def report(self) -> dict[str, Any]:
+        """As an object."""
+        return {
+            "who": self.who,
+            "whom": self.whom,
+            "what": self.what,
+            "since_ns": self.since_ns,
+            "for_ns": self.now_ns - self.since_ns,
+            "relid": self.relid,
+            "message": self.flow,
+        }
+
+
+def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
+    """Everything that is owed when the records end, the oldest first."""
+    if not records:
+        return []
+    now_ns = records[-1].t_ns
+    found = [debt for flow in flows if (debt := _debt_of_flow(flow, now_ns))]
+    found += _debts_of_requests(records, now_ns)
+    found += _debts_of_rescinds(records, now_ns)
+    found += _debts_of_writers(records, now_ns)
+    return sorted(found, key=lambda debt: debt.since_ns)
+
+
+def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
+    """Where a message has stopped."""
+    last = {step.role: step.record for step in flow.steps}
+    posted = flow.steps[0].record
+    if not flow.to_guest:
+        if flow.ended or Role.RECEIVED not in last or Role.HOST_TAKE in last:
+            return None
+        received = last[Role.RECEIVED]
+        what = f"the handling of {flow.name} ({flow.id})"
+        return Debt("hypervisor", posted.actor.name, what, received.t_ns, now_ns, flow.relid, flow.id)
+    if Role.SLOT_WRITE not in last:
+        what = f"the delivery of {flow.name} ({flow.id}): its slot was never free"
+        return Debt("hypervisor", f"VP page {flow.position}", what, posted.t_ns, now_ns, flow.relid, flow.id)
+    if Role.DPC not in last:
+        what = f"a look at {flow.name} ({flow.id}) in its slot"
+        since = last[Role.SLOT_WRITE]
+        return Debt(f"VP page {flow.position}", "hypervisor", what, since.t_ns, now_ns, flow.relid, flow.id)
+    if Role.SLOT_FREE not in last:
+        what = f"the end of message {flow.name} ({flow.id})"
+        since = last[Role.DPC]
+        return Debt(since.actor.name, "hypervisor", what, since.t_ns, now_ns, flow.relid, flow.id)
+    return _debt_of_work(flow, now_ns)
+
+
+def _debt_of_work(flow: Flow, now_ns: int) -> Debt | None:
+    """Work of a message that has not begun, or not ended."""
+    counts = Counter(step.role for step in flow.steps)
+    last = {step.role: step.record for step in flow.steps}
+    if counts[Role.WORK_QUEUED] > counts[Role.WORK_RUN]:
+        queued = last[Role.WORK_QUEUED]
+        queue = name_of(queued.event.fields[0], queued.values[0]).lower()
+        what = f"the work of {flow.name} ({flow.id})"
+        return Debt(f"kworker/{queue}", queued.actor.name, what, queued.t_ns, now_ns, flow.relid, flow.id)
+    if counts[Role.WORK_RUN] > counts[Role.WORK_DONE]:
+        running = last[Role.WORK_RUN]
+        what = f"the end of the work of {flow.name} ({flow.id})"
+        return Debt(running.actor.name, "its queue", what, running.t_ns, now_ns, flow.relid, flow.id)
+    return None
+
+
+def _debts_of_requests(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Requests that nobody has answered."""
+    waiting: dict[int, TraceRecord] = {}
+    for record in records:
+        if record.event.name == "req_alloc":
+            waiting[record.values[2]] = record
+        elif record.event.name in ("req_free", "req_complete"):
+            waiting.pop(record.values[2], None)
+    debts = []
+    for record in waiting.values():
+        msgtype, key, _request, relid = (*record.values, 0)[:4]
+        name = MessageType(msgtype).name if msgtype in set(MessageType) else f"msgtype {msgtype}"
+        what = f"the answer to {name} ({f'relid {relid}, ' if relid else ''}key {key:#x})"
+        debts.append(Debt("the host", record.actor.name, what, record.t_ns, now_ns, relid))
+    return debts
+
+
+def _debts_of_rescinds(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Relids that were taken back and not given up."""
+    rescinded: dict[int, TraceRecord] = {}
+    for record in records:
+        name = record.event.name
+        if name == "rescind" and is_host(record):
+            rescinded[record.values[0]] = record
+        elif name == "message_take" and record.values[0] in (
+            MessageType.RELID_RELEASED, MessageType.UNLOAD, MessageType.INITIATE_CONTACT,
+        ):  # fmt: skip
+            if record.values[0] == MessageType.RELID_RELEASED:
+                rescinded.pop(record.values[3], None)
+            else:
+                rescinded.clear()
+    return [
+        Debt("the guest", "the host", f"RELID_RELEASED of relid {relid}", record.t_ns, now_ns, relid)
+        for relid, record in rescinded.items()
+    ]
+
+
+def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Writers that wait for room in a ring."""
+    wishes: dict[tuple[int, int], TraceRecord] = {}
+    for record in records:
+        name = record.event.name
+        if name == "pending_size":
+            wishes[record.values[0], record.values[1]] = record
+        elif name == "close" or (name == "rescind" and not is_host(record)):
+            for side in (0, 1):
+                wishes.pop((record.values[0], side), None)
+    return [
+        Debt(
+            "the reader",
+            record.actor.name,
+            f"{record.values[2]} bytes of room in a ring of relid {relid}",
+            record.t_ns,
+            now_ns,
+            relid,
+        )
+        for (relid, _side), record in wishes.items()
+        if record.values[2]
+    ]
