@@ -52,6 +52,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "explain": Entry("Look", "Tell what happened to a device or a message, step by step."),
     "check": Entry("Look", "Check a recording against the invariants of VMBus."),
+    "wireshark": Entry("Look", "Give Wireshark and tshark the dissector of our captures."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
     "stress": Entry(
         "Measure", "Send everything that may be sent, from every CPU, while devices come and go; check every byte."

@@ -67,6 +67,7 @@ FORMATS: Final[Mapping[str, Format]] = {
     "perfetto": Format("tools.export.perfetto:perfetto", False, "ui.perfetto.dev and trace_processor"),
     "trace-cmd": Format("tools.export.trace_dat:trace_dat", False, "trace-cmd report and KernelShark"),
     "ftrace": Format("tools.export.ftrace:ftrace", True, "people, as in /sys/kernel/tracing/trace"),
+    "pcapng": Format("tools.export.pcapng:pcapng", False, "Wireshark and tshark, with `vmbus-emu wireshark install`"),
     "vcd": Format("tools.export.vcd:vcd", True, "GTKWave: slots, masks and ring indices as signals"),
 }
 

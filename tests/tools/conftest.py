@@ -65,7 +65,12 @@ def has_vcd_reader() -> bool:
     return find_spec("vcd") is not None
 
 
-READERS = {"trace_cmd", "trace_processor", "vcd_reader"}
+def has_tshark() -> bool:
+    """Whether Wireshark's terminal program is there, and runs Lua."""
+    return shutil.which("tshark") is not None
+
+
+READERS = {"trace_cmd", "tshark", "trace_processor", "vcd_reader"}
 """Needs that the exports are shown with."""
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
@@ -76,6 +81,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     ),
     "fuse": (has_fuse, "modprobe fuse, chmod 666 /dev/fuse"),
     "trace_cmd": (has_trace_cmd, "apt-get install trace-cmd"),
+    "tshark": (has_tshark, "apt-get install tshark"),
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
     "vcd_reader": (has_vcd_reader, "pip install 'vmbus-emu[readers]'"),
 }
@@ -140,6 +146,12 @@ def fuse() -> None:
 def trace_cmd() -> str:
     """`trace-cmd`, which reads trace.dat."""
     return shutil.which("trace-cmd") or ""
+
+
+@pytest.fixture(scope="session")
+def tshark() -> str:
+    """`tshark`, which reads pcapng."""
+    return shutil.which("tshark") or ""
 
 
 @pytest.fixture(scope="session")

@@ -57,14 +57,16 @@ _codes: Final = {1: "Bb", 2: "Hh", 4: "Ii", 8: "Qq"}
 def _declaration(argument: Argument) -> str:
     """The member as the kernel's format files declare it."""
     if argument.text:
-        return f"char {argument.name}[{argument.width // 8}]"
+        kind = "u8" if argument.type.startswith("hex") else "char"
+        return f"{kind} {argument.name}[{argument.width // 8}]"
     kinds = {"uint": "unsigned int", "s32": "int"}
     return f"{kinds.get(argument.type, f'u{argument.width}')} {argument.name}"
 
 
-def print_format(spec: EventSpec) -> str:
-    """The printf format: one conversion for each argument, in the order of `spec.fields`."""
-    return spec.format or " ".join(f"{argument.name}={_conversion(argument)}" for argument in spec.fields)
+def print_line(spec: EventSpec) -> str:
+    """What stands behind `print fmt:`: the printf format, then a member or a helper's call for each conversion."""
+    form = spec.format or " ".join(f"{argument.name}={_conversion(argument)}" for argument in spec.fields)
+    return f'"{form}"' + "".join(f", {_printed(argument)}" for argument in spec.fields)
 
 
 def _conversion(argument: Argument) -> str:
@@ -75,3 +77,9 @@ def _conversion(argument: Argument) -> str:
         return "%d"
     length = "ll" if argument.width == 64 else ""
     return f"0x%{length}x" if argument.type.startswith("x") else f"%{length}u"
+
+
+def _printed(argument: Argument) -> str:
+    if argument.type.startswith("hex"):
+        return f"__print_hex(REC->{argument.name}, {argument.width // 8})"
+    return f"REC->{argument.name}"

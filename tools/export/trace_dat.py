@@ -17,7 +17,7 @@ from typing import Final
 
 from emu.event_fields import EventSpec
 from emu.recording import Recording, TraceRecord
-from tools.export.events import fields_of, print_format, system_of
+from tools.export.events import fields_of, print_line, system_of
 from tools.export.threads import Threads
 
 PAGE_BYTES: Final = 4096
@@ -120,9 +120,8 @@ class EntryWriter:
             f"\tfield:{field.declaration};\toffset:{field.offset};\tsize:{field.size};\tsigned:{int(field.signed)};\n"
             for field in self._fields
         ]
-        arguments = "".join(f", REC->{name}" for name in spec.arguments)
         head = f"name: {spec.name}\nID: {self.number}\nformat:\n{_COMMON_FIELDS}\n"
-        return f'{head}{"".join(lines)}\nprint fmt: "{print_format(spec)}"{arguments}\n'.encode()
+        return f"{head}{''.join(lines)}\nprint fmt: {print_line(spec)}\n".encode()
 
 
 class CpuBuffer:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tools
 from emu.recording import Recording, TraceRecord
 from tools.export.threads import Threads
 from tools.trace import FORMATS
 
+DISSECTOR = Path(tools.__file__).with_name("lua") / "vmbus.lua"
 BRIDGE = Path(__file__).with_name("trace_processor.js")
 _LINE = re.compile(
     r"^ *(?P<comm>.+)-(?P<tid>\d+) +\[(?P<cpu>\d+)\] +(?:[^ ]+ +)?(?P<t>[\d.]+): +(?P<event>\w+): +(?P<text>.*)$"
@@ -80,6 +82,15 @@ def ask(trace_processor: Path, file: Path, *statements: str) -> list[list[list[A
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     assert not any("error" in answer for answer in answers), answers
     return [answer["rows"] for answer in answers]
+
+
+def dissected(tshark: str, file: Path, *options: str) -> list[dict[str, Any]]:
+    """The layers of every frame, as tshark sees them with our dissector; a field that occurs twice is a list."""
+    command = [tshark, "-X", f"lua_script:{DISSECTOR}", "-r", str(file), "-T", "json", "--no-duplicate-keys", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "Lua Error" not in done.stdout + done.stderr, done.stdout[-2_000:]
+    packets: list[dict[str, Any]] = json.loads(done.stdout)
+    return [packet["_source"]["layers"] for packet in packets]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from emu.recording import Recording
-from tests.tools.export.readers import ask, expected, report, seen_in, waves, written
+from tests.tools.export.readers import ask, dissected, expected, report, seen_in, waves, written
 
 
 def counts(recording: Path) -> Counter[str]:
@@ -60,3 +60,22 @@ def test_vcd_fires_every_record(recording: Path, vcd_reader: None, tmp_path: Pat
     with Recording(recording) as opened:
         times = [record.t_ns for record in opened.records()]
     assert sorted(t for changes in fired.values() for t, _value in changes) == [t - times[0] for t in times]
+
+
+def test_wireshark_lists_every_message_and_publish(recording: Path, tshark: str, tmp_path: Path) -> None:
+    """A frame for each post that the host saw, each slot written, each publish, in the order of time, ns kept."""
+    frames = dissected(tshark, written("pcapng", recording, tmp_path / "out"))
+    seen = [
+        (int(layers["frame"]["frame.time_epoch"].replace(".", "")), "vmbus_ring" if "vmbus_ring" in layers else "vmbus")
+        for layers in frames
+    ]
+
+    with Recording(recording) as opened:
+        offset = opened.head["began_unix_ns"] - opened.head["began_ns"]
+        kinds = {"ring_publish": "vmbus_ring", "slot_write": "vmbus", "post": "vmbus"}
+        expected_frames = [
+            (record.t_ns + offset, kinds[record.event.name])
+            for record in opened.records()
+            if record.event.name in kinds and (record.event.name != "post" or record.context == "HOST")
+        ]
+    assert seen == expected_frames
