@@ -49,6 +49,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "inspect": Entry("Look", "Show a machine's whole state as a tree, live or as it died."),
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),
     "top": Entry("Look", "Watch a machine's channels, processors and processes."),
+    "report": Entry("Look", "Make a page of a recording that opens in any browser."),
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "explain": Entry("Look", "Tell what happened to a device or a message, step by step."),
     "check": Entry("Look", "Check a recording against the invariants of VMBus."),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 
 from emu.errors import MissingPrerequisite
 from emu.recording import TraceRecord
+from tests.tools import browser
 from tests.tools.recorded import read, record_machine
 from tools.kernel_source import source_archive, tools_hv
 
@@ -70,7 +71,7 @@ def has_tshark() -> bool:
     return shutil.which("tshark") is not None
 
 
-READERS = {"trace_cmd", "tshark", "trace_processor", "vcd_reader"}
+READERS = {"trace_cmd", "tshark", "trace_processor", "vcd_reader", "chromium"}
 """Needs that the exports are shown with."""
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
@@ -83,6 +84,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "trace_cmd": (has_trace_cmd, "apt-get install trace-cmd"),
     "tshark": (has_tshark, "apt-get install tshark"),
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
+    "chromium": (lambda: browser.chromium() is not None, "apt-get install chromium"),
     "vcd_reader": (has_vcd_reader, "pip install 'vmbus-emu[readers]'"),
 }
 
@@ -146,6 +148,13 @@ def fuse() -> None:
 def trace_cmd() -> str:
     """`trace-cmd`, which reads trace.dat."""
     return shutil.which("trace-cmd") or ""
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[browser.Page]:
+    """A page of a headless Chromium of its own."""
+    with browser.browser(tmp_path / "chromium") as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

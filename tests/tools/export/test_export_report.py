@@ -1,0 +1,187 @@
+"""The report: one page that needs nothing else, says what the recording says, and is used by keyboard."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emu.control import ActorKind
+from emu.errors import UserError
+from emu.recording import Recording
+from emu.tracing import EVENTS, Context
+from tests.system.commands import call, report
+from tests.tools.browser import Page
+from tests.tools.recordings import recorders
+from tools.report import page_of
+from tools.report_data import BUCKETS, Halts, at_percent, report_of, stage_of
+
+MOST_BYTES = 2_000_000
+
+
+class Links(HTMLParser):
+    """Everything that a page would fetch, and the text of its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.data = ""
+        self._in_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note what a tag names."""
+        named = dict(attrs)
+        self.fetched += [str(value) for name, value in named.items() if name in ("src", "srcset", "action")]
+        self.fetched += [str(named["href"])] if "href" in named and not str(named["href"]).startswith("#") else []
+        self._in_data = tag == "script" and named.get("id") == "data"
+
+    def handle_endtag(self, tag: str) -> None:
+        """The data ends with its element."""
+        self._in_data = False
+
+    def handle_data(self, data: str) -> None:
+        """Keep it."""
+        if self._in_data:
+            self.data += data
+
+
+@pytest.fixture(scope="module")
+def found(real_recording: Path) -> dict[str, Any]:
+    """What the page of a short run is made of."""
+    with Recording(real_recording) as recording:
+        return report_of(recording)
+
+
+def test_page_has_what_the_recording_has(found: dict[str, Any], real_recording: Path) -> None:
+    """Every record counted, every channel with its class, every message at its end, and nothing found wrong."""
+    with Recording(real_recording) as recording:
+        counts = recording.counts()
+    names = {actor["name"] for actor in found["topology"]["actors"]}
+    flows = found["flows"]["shown"]
+
+    assert found["meta"]["records"] == sum(counts.values())
+    assert found["meta"]["events"] == dict(counts)
+    assert [(one["class"], one["opened"]) for one in found["topology"]["channels"]] == [("echo", True)] * 8
+    assert {"hypervisor", "vcpu0", "vcpu1", "kworker/pri_chan"} <= names
+    assert sum(one["name"] == "OFFERCHANNEL" for one in flows) == 8
+    assert found["flows"]["left_out"] == 0
+    assert found["findings"] == []
+    assert sum(sum(actor["records"]) for actor in found["activity"]["actors"]) == found["meta"]["records"]
+    assert all(0 <= share <= 100 for actor in found["activity"]["actors"] for share in actor["busy"] or [])
+    assert {stage["name"] for stage in found["stages"]} >= {"post_to_slot", "queue_to_handler"}
+
+
+def test_page_needs_nothing_but_itself(found: dict[str, Any]) -> None:
+    """No address is fetched, its policy forbids it, the licence is in it, and it is below 2 MB."""
+    page = page_of(found)
+    links = Links(page)
+
+    assert links.fetched == []
+    assert "default-src 'none'" in page and "The MIT License" in page
+    assert len(page.encode()) < MOST_BYTES
+    assert json.loads(links.data)["meta"] == found["meta"]
+    assert not re.search(r"\{\{\w+\}\}", page)
+
+
+def test_page_of_a_long_recording_stays_small(found: dict[str, Any], tmp_path: Path) -> None:
+    """Messages that do not fit are counted; what a machine is called ends no element."""
+    with recorders(tmp_path / "long.rec", (ActorKind.HYPERVISOR, "hypervisor", 0, Context.HOST)) as (host,):
+        for serial in range(1, 8_000):
+            host.record(EVENTS["message_post"].number, 0, 2, 1, serial)
+    with Recording(tmp_path / "long.rec") as recording:
+        long = report_of(recording)
+    long["meta"]["machine"] = "</script><b>{{js}}"
+    page = page_of(long)
+
+    assert long["flows"]["left_out"] > 0
+    assert long["flows"]["left_out"] + len(long["flows"]["shown"]) == 7_999
+    assert "7999 messages did not come to their end" in long["findings"][0]["text"]
+    assert len(page.encode()) < MOST_BYTES
+    assert json.loads(Links(page).data)["meta"]["machine"] == "</script><b>{{js}}"
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50), st.integers(0, 100))
+def test_percentile_is_a_sample_that_so_many_do_not_exceed(samples: list[int], percent: int) -> None:
+    """The nearest rank, the least and the greatest at the ends."""
+    ordered = sorted(samples)
+    value = at_percent(ordered, percent)
+
+    assert sum(one <= value for one in ordered) * 100 >= percent * len(ordered)
+    assert value in ordered
+    assert (stage_of("x", samples)["curve"][0], stage_of("x", samples)["max"]) == (ordered[0], ordered[-1])
+
+
+def test_halts_are_no_work() -> None:
+    """Halted in the second and fourth quarter, the last one to the end of the recording."""
+    halts = Halts(40 * BUCKETS)
+    quarter = 10 * BUCKETS
+    for begin, end in ((quarter, 2 * quarter), (3 * quarter, 4 * quarter)):
+        halts.begin(begin)
+        halts.end(end)
+    busy = halts.busy()
+    quarters = [sum(busy[n * BUCKETS // 4 : (n + 1) * BUCKETS // 4]) for n in range(4)]
+
+    assert quarters == [25.0 * BUCKETS, 0, 25.0 * BUCKETS, 0]
+    assert halts.count == 2
+
+
+def test_command_writes_the_page(real_recording: Path, tmp_path: Path) -> None:
+    """Beside the recording unless told otherwise; one JSON object; wrong files are one line."""
+    done = call(tmp_path, "report", str(real_recording), "-o", "out.html", "--json")
+    itself = call(tmp_path, "report", str(real_recording), "-o", str(real_recording))
+    none = call(tmp_path, "report", "out.html")
+
+    assert done.returncode == 0, done.stderr
+    assert report(done.stdout)["bytes"] == (tmp_path / "out.html").stat().st_size
+    assert (itself.returncode, none.returncode) == (2, 2)
+    assert itself.stderr.count("\n") == none.stderr.count("\n") == 1
+
+
+def test_title_is_text(found: dict[str, Any]) -> None:
+    """A machine's name cannot be markup."""
+    assert "<title>vmbus-emu: &lt;b>" in page_of({**found, "meta": {**found["meta"], "machine": "<b>"}})
+
+
+def test_page_works_in_a_browser(chromium: Page, found: dict[str, Any], tmp_path: Path) -> None:
+    """It draws everything without an error or a request, the scrubber goes step by step by keyboard, dark is dark."""
+    page = tmp_path / "report.html"
+    page.write_text(page_of(found), encoding="utf-8")
+    chromium.open(page.as_uri())
+    rows = chromium.ask("document.querySelectorAll('#sequence .step').length")
+    offer = next(one for one in found["flows"]["shown"] if one["name"] == "OFFERCHANNEL")
+
+    chromium.ask("document.getElementById('time').focus()")
+    said = []
+    for _ in range(3):
+        chromium.press("ArrowLeft")
+        said.append(chromium.ask("document.getElementById('said').textContent"))
+    later = chromium.ask("document.querySelectorAll('#sequence .step.later').length")
+    light = chromium.ask("getComputedStyle(document.body).backgroundColor")
+    picture = chromium.screenshot(tmp_path / "light.png")
+    chromium.open(page.as_uri(), dark=True)
+    dark = chromium.ask("getComputedStyle(document.body).backgroundColor")
+
+    assert (chromium.errors, set(chromium.requests)) == ([], {page.as_uri()})
+    assert rows == len(offer["steps"])
+    assert [text.split(" in ")[0] for text in said] == [step[0] for step in offer["steps"][-2:-5:-1]]
+    assert later == 3
+    assert chromium.ask("document.querySelectorAll('canvas').length") == 3
+    assert chromium.ask("document.getElementById('flow').options.length") == len(found["flows"]["shown"])
+    assert light != dark
+    assert struct.unpack(">II", picture[16:24]) == (1280, 900)
+
+
+def test_recording_that_is_none_is_refused(tmp_path: Path) -> None:
+    """One line of the recording's own."""
+    (tmp_path / "none").write_text("nothing")
+
+    with pytest.raises(UserError), Recording(tmp_path / "none") as recording:
+        report_of(recording)

@@ -1,0 +1,88 @@
+"""`vmbus-emu report`: one recording as one page that carries everything, to be opened without a network."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from emu.errors import UserError
+from emu.recording import Recording
+from tools.histograms import write_text
+from tools.options import json_option
+from tools.output import print_json, say
+from tools.report_data import CURVE, report_of
+
+PARTS: Final = {
+    "css": "report.css",
+    "js": "report.js",
+    "uplot_css": "uPlot.min.css",
+    "uplot_js": "uPlot.iife.min.js",
+}
+"""What the page's template names, and the files in tools/web that stand there."""
+LICENCE: Final = "uPlot.LICENSE"
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page; default: FILE with .html behind it.")
+@json_option
+def report(file: Path, output: Path | None, as_json: bool) -> None:
+    """Make a page of a recording that opens in any browser.
+
+    Topology, the steps of every message with a time scrubber, percentiles by stage, processes over time, findings: in
+    one file, without network. Everything can be reached by keyboard: Tab to the list of messages or to the scrubber,
+    then the arrows, a step each.
+
+    \b
+    Example:
+      vmbus-emu run --record machine.rec --duration 1
+      vmbus-emu report machine.rec -o report.html
+    """
+    page = output or file.with_name(file.name + ".html")
+    if page.absolute() == file.absolute():
+        raise UserError(f"-o {page}: that is the recording itself; name another file")
+    with Recording(file) as recording:
+        found = report_of(recording)
+    text = page_of(found)
+    write_text(page, text, "-o")
+    flows = found["flows"]
+    if as_json:
+        told = {
+            "page": str(page),
+            "bytes": len(text.encode()),
+            "records": found["meta"]["records"],
+            "messages": len(flows["shown"]),
+            "messages_left_out": flows["left_out"],
+            "findings": found["findings"],
+        }
+        print_json("report", 1, told)
+        return
+    say(f"{page}: {len(text.encode()) / 1e6:.2f} MB, {len(flows['shown'])} messages, {len(found['findings'])} findings")
+
+
+def page_of(found: dict[str, Any]) -> str:
+    """The page: the template with its parts and the data put in."""
+    web = files("tools") / "web"
+    parts = {name: (web / file).read_text(encoding="utf-8") for name, file in PARTS.items()}
+    licence = (web / LICENCE).read_text(encoding="utf-8").strip()
+    parts["uplot_js"] = f"/*!\n{licence}\n*/\n{parts['uplot_js']}"
+    parts["title"] = f"vmbus-emu: {_escaped(found['meta']['machine'])}"
+    # `<` cannot end the element that the data stands in.
+    data = json.dumps({**found, "curve": list(CURVE)}, separators=(",", ":"), default=str)
+    parts["data"] = data.replace("<", "\\u003c")
+    text = (web / "report.html").read_text(encoding="utf-8")
+    # By pieces, so that nothing in one part is taken for the place of another.
+    pieces = text.split("{{")
+    made = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        made += [parts[name], rest]
+    return "".join(made)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

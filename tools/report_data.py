@@ -1,0 +1,355 @@
+"""What the report's page is made of: one recording as plain values, small enough to be carried in a page.
+
+    meta        which machine, when, how many records of what, what is missing
+    topology    channels with their class, VP and connection; processors; threads that recorded
+    flows       every message as its steps (`tools.flows`), as far as the page has room; the rest is counted
+    stages      percentiles of each stage of a round trip (`tools.latency_stages`)
+    activity    records of each process over time, and the share of time in which it was not halted
+    findings    what was refused, lost, left unanswered, or found wrong
+
+Times are nanoseconds from the first record on. The recording is read once for each of them that needs it, so that a
+long one takes time and not memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from emu.recording import RecordedActor, Recording, TraceRecord
+from emu.wire.device_classes import class_of
+from tools.event_names import name_of
+from tools.flows import PATH, Flow, Flows, flows_in
+from tools.latency_stages import Step, stages_of
+
+BUCKETS: Final = 240
+FLOW_BYTES: Final = 1_200_000
+"""How much of the page messages may take; those behind it are counted."""
+MOST_FINDINGS: Final = 200
+MOST_CHANNELS: Final = 2_048
+PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)
+CURVE: Final = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.5, 99.9, 100)
+"""Where the curve of a stage's distribution is looked at, in percent."""
+
+
+def report_of(recording: Recording) -> dict[str, Any]:
+    """Everything the page shows, as JSON has it."""
+    seen = _Seen()
+    for record in recording.records():
+        seen.take(record)
+    flows = flows_in(recording)
+    findings = findings_of(recording, seen, flows)
+    return {
+        "meta": _meta(recording, seen),
+        "topology": seen.topology(recording.head.get("vp_indices", [])),
+        "roles": sorted({str(step.role) for flow in flows for step in flow.steps}),
+        "path": sorted(map(str, PATH)),
+        "flows": _flows(flows, seen, FLOW_BYTES),
+        "stages": _stages(recording),
+        "activity": _activity(recording, seen),
+        "findings": findings,
+    }
+
+
+# -- once through ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Channel:
+    """What the records say of one relid, as it was last."""
+
+    relid: int
+    class_name: str = "unknown"
+    connection_id: int = 0
+    sub_channel_index: int = 0
+    target_vp: int | None = None
+    driver: int | None = None
+    was_open: bool = False
+    gone: bool = False
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON has it."""
+        states = [word for word, true in (("opened", self.was_open), ("released", self.gone)) if true]
+        return {
+            "relid": self.relid,
+            "class": self.class_name,
+            "connection": hex(self.connection_id),
+            "sub": self.sub_channel_index,
+            "vp": self.target_vp,
+            "state": ", ".join(states) or "offered",
+            "opened": self.was_open,
+        }
+
+
+class _Seen:
+    """What is gathered in one walk over all records."""
+
+    def __init__(self) -> None:
+        self.first_ns = self.last_ns = 0
+        self.count = 0
+        self.actors: dict[int, RecordedActor] = {}
+        self.by_event: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.marks: list[tuple[int, str]] = []
+        self._channels: dict[int, _Channel] = {}
+
+    def take(self, record: TraceRecord) -> None:
+        """Look at one record."""
+        if not self.count:
+            self.first_ns = record.t_ns
+        self.last_ns = record.t_ns
+        self.count += 1
+        self.actors.setdefault(record.actor.slot, record.actor)
+        name = record.event.name
+        self.by_event[name] += 1
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            handler(self, record.shown, record)
+
+    def channel(self, relid: int) -> _Channel:
+        """What is known of a relid."""
+        return self._channels.setdefault(relid, _Channel(relid))
+
+    def topology(self, vp_indices: Sequence[int]) -> dict[str, Any]:
+        """Processors, threads, channels."""
+        return {
+            "vps": [{"vp": vp, "position": position} for position, vp in enumerate(vp_indices)],
+            "actors": [
+                {"slot": one.slot, "name": one.name, "kind": one.kind.lower(), "pid": one.pid, "cpu": one.cpu}
+                for one in self.actors.values()
+            ],
+            "channels": [one.shown() for _, one in sorted(self._channels.items())][:MOST_CHANNELS],
+        }
+
+    def _onoffer(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        # A relid that is offered again is another channel's.
+        relid = shown["child_relid"]
+        if self.channel(relid).gone:
+            self._channels[relid] = _Channel(relid)
+        known = class_of(_uuid(shown.get("if_type")))
+        channel = self.channel(relid)
+        channel.class_name = known.name if known is not None else "unknown"
+        channel.connection_id = shown.get("connection_id", 0)
+        channel.sub_channel_index = shown.get("sub_idx", 0)
+
+    def _offered(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        channel = self.channel(shown["relid"])
+        channel.connection_id = shown.get("connection_id", 0)
+        channel.sub_channel_index = shown.get("sub_channel_index", 0)
+
+    def _target(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        self.channel(shown["relid"]).target_vp = shown["target_vp"]
+
+    def _open_sent(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        self.channel(shown["child_relid"]).target_vp = shown["target_vp"]
+
+    def _opened(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        self.channel(shown["relid"]).was_open |= shown.get("ret", 0) == 0
+
+    def _gone(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        self.channel(shown["relid"]).gone = True
+
+    def _refused(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
+        self.refused[str(shown["rule"])] += 1
+
+    def _marked(self, shown: Mapping[str, Any], record: TraceRecord) -> None:
+        self.marks.append((record.t_ns, str(shown["text"])))
+
+
+_HANDLERS: Final = {
+    "offer": _Seen._offered,
+    "vmbus_onoffer": _Seen._onoffer,
+    "target_change": _Seen._target,
+    "vmbus_open": _Seen._open_sent,
+    "open": _Seen._opened,
+    "release": _Seen._gone,
+    "refused": _Seen._refused,
+    "mark": _Seen._marked,
+}
+
+
+def _uuid(text: object) -> Any:
+    from uuid import UUID
+
+    try:
+        return UUID(str(text))
+    except ValueError:
+        return UUID(int=0)
+
+
+def _meta(recording: Recording, seen: _Seen) -> dict[str, Any]:
+    head = recording.head
+    return {
+        "machine": head.get("machine", ""),
+        "seconds": (seen.last_ns - seen.first_ns) / 1e9,
+        "records": seen.count,
+        "dropped": recording.dropped,
+        "damage": recording.damage,
+        "events": dict(seen.by_event.most_common()),
+    }
+
+
+# -- messages ----------------------------------------------------------------------------------------------
+
+
+def _flows(flows: Flows, seen: _Seen, room: int) -> dict[str, Any]:
+    """As many messages as there is room for, in the order of their posts; each step a short list.
+
+    A step: role, ns since the first record, actor's slot, context, event, what it says.
+    """
+    shown: list[dict[str, Any]] = []
+    used = 0
+    for flow in flows:
+        one = _flow(flow, seen)
+        used += len(json.dumps(one, separators=(",", ":")))
+        if used > room:
+            break
+        shown.append(one)
+    return {"shown": shown, "left_out": len(flows) - len(shown)}
+
+
+def _flow(flow: Flow, seen: _Seen) -> dict[str, Any]:
+    return {
+        "id": flow.id,
+        "name": flow.name,
+        "to_guest": flow.to_guest,
+        "relid": flow.relid,
+        "cause": flow.cause,
+        "answers": flow.answers,
+        "ended": flow.ended,
+        "steps": [
+            [
+                str(step.role),
+                step.record.t_ns - seen.first_ns,
+                step.record.actor.slot,
+                step.record.context.lower(),
+                step.record.event.name,
+                _said(step.record),
+            ]
+            for step in flow.steps
+        ],
+    }
+
+
+def _said(record: TraceRecord) -> str:
+    """The arguments of a record in a line; a number that has a name is that name."""
+    words = []
+    for spec, value in zip(record.event.fields, record.values, strict=False):
+        words.append(f"{spec.name}={name_of(spec, value) or spec.show(value)}")
+    return " ".join(words)
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def _stages(recording: Recording) -> list[dict[str, Any]]:
+    """Percentiles of every stage that has a sample, in ns."""
+    positions = {vp: position for position, vp in enumerate(recording.head.get("vp_indices", ()))}
+    steps = (
+        Step(one.t_ns, one.event.number, one.values, positions.get(-1 if one.vp is None else one.vp, -1))
+        for one in recording.records()
+    )
+    return [stage_of(name, samples) for name, samples in stages_of(steps).all().items()]
+
+
+def stage_of(name: str, samples: Iterable[int]) -> dict[str, Any]:
+    """Count, percentiles and the curve of the distribution."""
+    ordered = sorted(samples)
+    return {
+        "name": name,
+        "count": len(ordered),
+        **{f"p{percent:g}": at_percent(ordered, percent) for percent in PERCENTILES},
+        "max": ordered[-1],
+        "curve": [at_percent(ordered, percent) for percent in CURVE],
+    }
+
+
+def at_percent(ordered: Sequence[int], percent: float) -> int:
+    """The value that so many percent of the samples do not exceed (the nearest rank)."""
+    rank = -(-len(ordered) * percent // 100)
+    return ordered[max(0, min(len(ordered) - 1, int(rank) - 1))]
+
+
+class Halts:
+    """How long an actor was halted in each of the equal pieces of a time of `length` ns."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._halted = [0] * BUCKETS
+        self._since: int | None = None
+        self.count = 0
+
+    def begin(self, at: int) -> None:
+        """It halts."""
+        self._since = at
+        self.count += 1
+
+    def end(self, at: int) -> None:
+        """It goes on, or the time is over; nothing when it was not halted."""
+        since, self._since = self._since, None
+        while since is not None and since < at:
+            bucket = since * BUCKETS // self._length
+            until = min(at, -(-(bucket + 1) * self._length // BUCKETS))
+            self._halted[bucket] += until - since
+            since = until
+
+    def busy(self) -> list[float]:
+        """Percent of each piece in which it was not halted."""
+        width = self._length / BUCKETS
+        return [round(100 * min(1.0, max(0.0, 1 - ns / width)), 1) for ns in self._halted]
+
+
+def _activity(recording: Recording, seen: _Seen) -> dict[str, Any]:
+    """Records and the share of time not halted, of each process, in equal pieces of the recording's time."""
+    length = max(1, seen.last_ns - seen.first_ns + 1)
+    counts = {slot: [0] * BUCKETS for slot in seen.actors}
+    halts = {slot: Halts(length) for slot in seen.actors}
+    for record in recording.records():
+        slot, at = record.actor.slot, record.t_ns - seen.first_ns
+        counts[slot][at * BUCKETS // length] += 1
+        if record.event.name == "halt":
+            halts[slot].begin(at)
+        elif record.event.name == "halt_end":
+            halts[slot].end(at)
+    for one in halts.values():
+        one.end(length)
+    return {
+        "bucket_ns": length / BUCKETS,
+        "actors": [
+            {
+                "slot": slot,
+                "name": seen.actors[slot].name,
+                "records": counts[slot],
+                "busy": halts[slot].busy() if halts[slot].count else None,
+            }
+            for slot in counts
+        ],
+    }
+
+
+# -- findings ------------------------------------------------------------------------------------------------
+
+
+def findings_of(recording: Recording, seen: _Seen, flows: Flows) -> list[dict[str, Any]]:
+    """What somebody should look at, the gravest first: each a kind, a sentence, and the messages that show it."""
+    found: list[dict[str, Any]] = []
+    if recording.damage:
+        found.append(_finding("damage", f"the file is damaged: {recording.damage}"))
+    if recording.dropped:
+        found.append(_finding("dropped", f"{recording.dropped:,} records were overwritten before they were written"))
+    found += [_finding("mark", text) for _at, text in seen.marks]
+    found += [_finding("refused", f"the host refused: {rule}, {count} times") for rule, count in seen.refused.items()]
+    open_ends = [flow for flow in flows if not flow.ended]
+    if open_ends and not recording.dropped:
+        names = Counter(flow.name for flow in open_ends)
+        told = ", ".join(f"{count} {name}" for name, count in names.most_common(5))
+        ids = [flow.id for flow in open_ends]
+        found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", ids))
+    return found[:MOST_FINDINGS]
+
+
+def _finding(kind: str, text: str, flows: Sequence[str] = ()) -> dict[str, Any]:
+    return {"kind": kind, "text": text, "flows": list(flows)[:20]}
