@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -72,8 +74,9 @@ def page_of(found: dict[str, Any]) -> str:
     parts["uplot_js"] = f"/*!\n{licence}\n*/\n{parts['uplot_js']}"
     parts["title"] = f"vmbus-emu: {_escaped(found['meta']['machine'])}"
     # `<` cannot end the element that the data stands in.
-    data = json.dumps({**found, "curve": list(CURVE)}, separators=(",", ":"), default=str)
-    parts["data"] = data.replace("<", "\\u003c")
+    data = {**found, "curve": list(CURVE), "flows": {"left_out": found["flows"]["left_out"]}}
+    parts["data"] = _json(data).replace("<", "\\u003c")
+    parts["flows"] = base64.b64encode(zlib.compress(_json(found["flows"]["shown"]).encode(), 9)).decode()
     text = (web / "report.html").read_text(encoding="utf-8")
     # By pieces, so that nothing in one part is taken for the place of another.
     pieces = text.split("{{")
@@ -82,6 +85,10 @@ def page_of(found: dict[str, Any]) -> str:
         name, _, rest = piece.partition("}}")
         made += [parts[name], rest]
     return "".join(made)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), default=str)
 
 
 def _escaped(text: str) -> str:

@@ -14,6 +14,7 @@ long one takes time and not memory.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from tools.flows import PATH, Flow, Flows, flows_in
 from tools.latency_stages import Step, stages_of
 
 BUCKETS: Final = 240
-FLOW_BYTES: Final = 1_200_000
-"""How much of the page messages may take; those behind it are counted."""
+FLOW_BYTES: Final = 1_000_000
+"""How much of the page messages may take, deflated; those behind it are counted."""
+MOST_FLOWS: Final = 10_000
 MOST_FINDINGS: Final = 200
 MOST_CHANNELS: Final = 2_048
 PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)
@@ -201,11 +203,12 @@ def _flows(flows: Flows, seen: _Seen, room: int) -> dict[str, Any]:
     A step: role, ns since the first record, actor's slot, context, event, what it says.
     """
     shown: list[dict[str, Any]] = []
+    deflate = zlib.compressobj()
     used = 0
     for flow in flows:
         one = _flow(flow, seen)
-        used += len(json.dumps(one, separators=(",", ":")))
-        if used > room:
+        used += len(deflate.compress(json.dumps(one, separators=(",", ":")).encode()))
+        if used > room or len(shown) == MOST_FLOWS:
             break
         shown.append(one)
     return {"shown": shown, "left_out": len(flows) - len(shown)}

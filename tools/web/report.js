@@ -7,7 +7,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   const SERIES = 8;
   const actors = new Map(data.topology.actors.map((actor) => [actor.slot, actor]));
-  const flows = new Map(data.flows.shown.map((flow) => [flow.id, flow]));
+  const flows = new Map();
   const onPath = new Set(data.path);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -48,7 +48,7 @@
     const missing = [meta.dropped ? `${meta.dropped.toLocaleString("en")} dropped` : "", meta.damage].filter(Boolean);
     byId("meta").textContent =
       `${meta.records.toLocaleString("en")} records in ${meta.seconds.toFixed(3)} s, ` +
-      `${data.topology.channels.length} channels, ${(data.flows.shown.length + data.flows.left_out).toLocaleString("en")} messages` +
+      `${data.topology.channels.length} channels, ${(flows.size + data.flows.left_out).toLocaleString("en")} messages` +
       (missing.length ? `; ${missing.join(", ")}` : "");
   }
 
@@ -86,7 +86,7 @@
 
   // -- topology -----------------------------------------------------------------------------------
 
-  const MOST_ROWS = 60;
+  const MOST_ROWS = 24;
 
   function showTopology() {
     const channels = data.topology.channels.slice(0, MOST_ROWS);
@@ -137,7 +137,7 @@
 
   // -- messages -----------------------------------------------------------------------------------
 
-  const LEFT = 150, LANE = 150, TOP = 46, ROW = 22;
+  const LEFT = 172, LANE = 150, TOP = 46, ROW = 22;
   let chosen = null;
   let current = 0;
   let playing = 0;
@@ -212,7 +212,7 @@
       drawn(group, "circle", { class: path ? "dot on-path" : "dot", cx: x, cy: y, r: path ? 4.5 : 3 });
       drawn(group, "text", { x: 4, y: y + 4, class: "dim" }, time(step[1] - first));
       const gap = index ? step[1] - flow.steps[index - 1][1] : 0;
-      drawn(group, "text", { x: 138, y: y + 4, class: "dim", "text-anchor": "end" }, index ? `+${time(gap)}` : "");
+      drawn(group, "text", { x: 160, y: y + 4, class: "dim", "text-anchor": "end" }, index ? `+${time(gap)}` : "");
       drawn(group, "text", { x: x + 9, y: y + 4 }, step[0] === step[4] ? step[0] : `${step[0]} · ${step[4]}`.slice(0, 42));
       if (path) before = { x, y };
     });
@@ -366,16 +366,30 @@
     drawCharts();
   }
 
-  showMeta();
-  showFindings();
+  // Messages are most of the page, and say the same again and again: they are carried deflated.
+  async function unpackFlows() {
+    const packed = Uint8Array.from(atob(byId("flows").textContent), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    for (const flow of JSON.parse(await new Response(stream).text())) flows.set(flow.id, flow);
+  }
+
+  function showMessages() {
+    showMeta();
+    showFindings();
+    fillChooser();
+    chooseFirst();
+    document.documentElement.dataset.ready = "yes";
+  }
+
   showTopology();
   showEvents();
   showStages();
   showProcessChoice();
   wireMessages();
-  fillChooser();
   setTheme(dark.matches);
-  chooseFirst();
+  unpackFlows()
+    .catch((error) => byId("left-out").replaceWith(`The messages cannot be unpacked here: ${error}`))
+    .then(showMessages);
   dark.addEventListener("change", (event) => setTheme(event.matches));
   byId("theme").addEventListener("click", () => setTheme(!document.documentElement.classList.contains("dark")));
   window.addEventListener("hashchange", () => {
@@ -386,5 +400,4 @@
     clearTimeout(setTheme.later);
     setTheme.later = setTimeout(drawCharts, 150);
   });
-  document.documentElement.dataset.ready = "yes";
 })();
