@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 from typing import Any, Final, Protocol
 
@@ -20,6 +22,7 @@ from emu.ipc.atomics import AtomicView
 from emu.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory, stitch
 from emu.wire.packets import DESCRIPTOR_SIZE, TRAILER_SIZE
 from emu.wire.ring_layout import (
+    ALIGNMENT,
     FEAT_PENDING_SEND_SZ,
     FEATURE_BITS,
     INTERRUPT_MASK,
@@ -33,12 +36,18 @@ _LARGE_PAYLOAD: Final = 4096
 # Offsets stay below 2**30, where Python's integers are quickest.
 _MOST_PAGES: Final = 1 << 17
 
+_DESCRIPTOR: Final = Struct("<QQ")
+_MOST_COUNTS: Final = 1024
+_every_start = memoryview(array("I"))
+
 Payload = bytes | bytearray | memoryview
 Load = Callable[[], int]
 Store = Callable[[int], None]
 Pack = Callable[..., None]
 Unpack = Callable[..., tuple[int, Any]]
-UnpackRun = Callable[..., Iterator[tuple[int, int, bytes]]]
+PackRun = Callable[[int, Sequence[Payload], Sequence[int] | None], None]
+UnpackRun = Callable[[int, int], tuple[list[int], Sequence[bytes]] | None]
+Seal = Callable[[int, int], None]
 
 
 class Headers(Protocol):
@@ -91,6 +100,20 @@ class RingWords:
             load_features=features.load,
             store_features=features.store,
         )
+
+
+def checked_index(index: int, data_size: int, field: str) -> int:
+    """Return an index of the peer's if it can be one; ProtocolViolation (`ring-index`) if not."""
+    if index >= data_size or index % ALIGNMENT:
+        raise impossible_index(index, data_size, field)
+    return index
+
+
+def impossible_index(index: int, data_size: int, field: str) -> ProtocolViolation:
+    """Say that an index cannot be."""
+    return ProtocolViolation(
+        f"{field} {index:#x} in a ring of {data_size:#x} bytes", rule="ring-index", field=field, value=index
+    )
 
 
 class RingMemory(ABC):
@@ -147,10 +170,32 @@ class RingMemory(ABC):
         """
 
     @abstractmethod
-    def run_unpacker(self, start: int, length: int) -> UnpackRun:
-        """Return what copies packets of one size out: `(buffer, offset, count) -> (word, trans_id, payload) ...`.
+    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+        """Return what stores packets alike, one behind the other: `(offset, payloads, trans_ids or None for 0)`.
 
-        The descriptor words come from the same copy as the rest; the caller compares them with what it checked.
+        Every payload has `length` bytes and every packet begins before the end of the data.
+        """
+
+    @abstractmethod
+    def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
+        """Return what copies packets alike out: `(offset, count) -> (trans_ids, payloads)`.
+
+        None when one of them has another descriptor word: each word is fetched once, and nothing that is used
+        depends on a second look. `count` is a power of two.
+        """
+
+    @abstractmethod
+    def viewer(self, start: int, length: int) -> Unpack:
+        """Return what shows a packet: `(buffer, offset) -> (trans_id, payload)`, the payload a read-only memoryview.
+
+        Where the data is mapped it is the ring's own bytes, which the peer can still change.
+        """
+
+    @abstractmethod
+    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+        """Show where a packet's payload of `length` bytes will lie, and return what stores the rest around it.
+
+        That is `(trans_id, write_index)`. Whoever reserves releases the memoryview before it seals.
         """
 
     @abstractmethod
@@ -176,6 +221,8 @@ class _MirroredRing(RingMemory):
         # A cast holds the mapping by itself: releasing its parent neither releases it nor complains.
         with memoryview(self._mapping) as whole:
             self._words64 = whole.cast("Q")
+            self._words32 = whole.cast("I")
+            self._bytes = whole.toreadonly()
         self.headers = self._words64
         self._on_close = on_close
 
@@ -198,14 +245,71 @@ class _MirroredRing(RingMemory):
     def unpacker(self, start: int, length: int) -> Unpack:
         return Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack_from
 
-    def run_unpacker(self, start: int, length: int) -> UnpackRun:
-        packet = Struct(f"<QQ{start - DESCRIPTOR_SIZE}x{length}s{TRAILER_SIZE}x")
-        unpack_all, size = packet.iter_unpack, packet.size
+    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+        mapping, words64, words32 = self._mapping, self._words64, self._words32
+        descriptor, tail = _DESCRIPTOR.pack(word, 0), bytes(padding + TRAILER_SIZE)
+        between = tail + descriptor
+        size = DESCRIPTOR_SIZE + length + len(tail)
+        step = size >> 3
+        starts = _starts(self.data_size)
 
-        def unpack_run(buffer: mmap.mmap, offset: int, count: int) -> Iterator[tuple[Any, ...]]:
-            return unpack_all(buffer[offset : offset + count * size])
+        def pack_run(offset: int, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> None:
+            # A few calls into C for all packets together: what is the same in each goes between the payloads,
+            # and what differs is set in one stride, the trailers from a table of what they can be.
+            count = len(payloads)
+            end = offset + count * size
+            body_end = end - len(tail)
+            mapping[offset : offset + DESCRIPTOR_SIZE] = descriptor
+            mapping[offset + DESCRIPTOR_SIZE : body_end] = between.join(payloads)
+            mapping[body_end:end] = tail
+            first, last = offset >> 3, end >> 3
+            words32[(offset + size - 4) >> 2 : end >> 2 : size >> 2] = starts[first:last:step]
+            if trans_ids is not None:
+                words64[first + 1 : last : step] = memoryview(_ids(count)(*trans_ids)).cast("Q")
+
+        return pack_run
+
+    def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
+        mapping, words64 = self._mapping, self._words64
+        size = start + length + TRAILER_SIZE
+        step = size >> 3
+        known: dict[int, tuple[Callable[..., tuple[bytes, ...]], memoryview]] = {}
+
+        def unpack_run(offset: int, count: int) -> tuple[list[int], Sequence[bytes]] | None:
+            try:
+                unpack, alike = known[count]
+            except KeyError:
+                one = f"{start}x{length}s{TRAILER_SIZE}x"
+                alike = memoryview(array("Q", (word,)) * count)
+                unpack = Struct("<" + one * count).unpack_from
+                known[count] = unpack, alike
+            first = offset >> 3
+            last = first + count * step
+            if words64[first:last:step] != alike:
+                return None
+            return words64[first + 1 : last : step].tolist(), unpack(mapping, offset)
 
         return unpack_run
+
+    def viewer(self, start: int, length: int) -> Unpack:
+        words64, bytes_ = self._words64, self._bytes
+
+        def view(_buffer: mmap.mmap, offset: int) -> tuple[int, memoryview]:
+            begin = offset + start
+            return words64[(offset >> 3) + 1], bytes_[begin : begin + length]
+
+        return view
+
+    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+        begin = offset + DESCRIPTOR_SIZE
+        mapping = self._mapping
+
+        def seal(trans_id: int, write_index: int) -> None:
+            _DESCRIPTOR.pack_into(mapping, offset, word, trans_id)
+            Struct(f"<{padding + 4}xI").pack_into(mapping, begin + length, write_index)
+
+        with memoryview(mapping) as whole:
+            return whole[begin : begin + length], seal
 
     def clear_control_page(self) -> None:
         self._mapping[2 * self.data_size :] = bytes(PAGE_SIZE)
@@ -215,6 +319,8 @@ class _MirroredRing(RingMemory):
             return
         self.closed = True
         self._words64.release()
+        self._words32.release()
+        self._bytes.release()
         self._view.close()
         self._mapping.close()
         if self._on_close is not None:
@@ -254,13 +360,44 @@ class _SplitRing(RingMemory):
 
         return unpack
 
-    def run_unpacker(self, start: int, length: int) -> UnpackRun:
+    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+        size = DESCRIPTOR_SIZE + length + padding + TRAILER_SIZE
+        pack_whole = Struct(f"<QQ{length + padding}s4xI").pack
+
+        def pack_run(offset: int, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> None:
+            starts = range(offset, offset + len(payloads) * size, size)
+            packets = zip(trans_ids or bytes(len(payloads)), payloads, starts, strict=True)
+            self._copy_in(offset, b"".join([pack_whole(word, *packet) for packet in packets]))
+
+        return pack_run
+
+    def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
         packet = Struct(f"<QQ{start - DESCRIPTOR_SIZE}x{length}s{TRAILER_SIZE}x")
 
-        def unpack_run(_buffer: None, offset: int, count: int) -> Iterator[tuple[Any, ...]]:
-            return packet.iter_unpack(self._copy_out(offset, count * packet.size))
+        def unpack_run(offset: int, count: int) -> tuple[list[int], Sequence[bytes]] | None:
+            copied = packet.iter_unpack(self._copy_out(offset, count * packet.size))
+            words, trans_ids, payloads = zip(*copied, strict=True)
+            return (list(trans_ids), payloads) if words == (word,) * count else None
 
         return unpack_run
+
+    def viewer(self, start: int, length: int) -> Unpack:
+        unpack = self.unpacker(start, length)
+
+        def view(buffer: None, offset: int) -> tuple[int, memoryview]:
+            trans_id, payload = unpack(buffer, offset)
+            return trans_id, memoryview(payload)
+
+        return view
+
+    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+        payload = bytearray(length)
+        pack = self.packer(length, padding)
+
+        def seal(trans_id: int, write_index: int) -> None:
+            pack(None, offset, word, trans_id, payload, write_index)
+
+        return memoryview(payload), seal
 
     def clear_control_page(self) -> None:
         self._memory.write(self._gpas[0], bytes(PAGE_SIZE))
@@ -290,6 +427,23 @@ class _SplitRing(RingMemory):
         for gpa, step in self._pieces(offset, len(data)):
             self._memory.write(gpa, data[done : done + step])
             done += step
+
+
+@lru_cache(maxsize=_MOST_COUNTS)
+def _ids(count: int) -> Callable[..., bytes]:
+    """What packs so many transaction ids."""
+    return Struct(f"<{count}Q").pack
+
+
+def _starts(data_size: int) -> memoryview:
+    """Every index at which a packet of such a ring can begin, as u32: what its trailer says of it.
+
+    One table for all rings of the process, as long as the largest needs it.
+    """
+    global _every_start
+    if len(_every_start) < data_size >> 3:
+        _every_start = memoryview(array("I", range(0, data_size, 8)))
+    return _every_start
 
 
 def _data_size(ring_bytes: int) -> int:

@@ -12,18 +12,25 @@ from __future__ import annotations
 from typing import Final
 
 from emu.errors import VmbusError
-from emu.ring_memory import Pack, RingMemory, Unpack, UnpackRun
+from emu.ring_memory import Pack, PackRun, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
 _MOST_ENTRIES: Final = 4096
-# Copying more than this for packets that then turn out to be different would cost more than it saves.
-_RUN_BYTES: Final = 8192
+# Packets alike are handled together up to so many bytes, and so many packets; a longer run is several.
+RUN_BYTES: Final = 1 << 15
+LONGEST_RUN: Final = 128
+# Copying a long payload costs so much that once more (it is joined with others first) is not made up for.
+_LONGEST_JOINED: Final = 2048
 
 Shape = tuple[Pack, int, int]
 """What stores the packet, its descriptor word, the bytes it takes in the ring."""
 
-Plan = tuple[int, int, int, Unpack, UnpackRun, int]
-"""Packet type, flags, bytes in the ring; what copies one out, what copies several alike, how many at most."""
+Kind = tuple[int, int, int]
+"""Packet type, flags, bytes in the ring besides the payload: what packets handed out together have in common."""
+
+Plan = tuple[Kind, int, Unpack, UnpackRun, int]
+"""Its kind (the same object for equal ones), bytes in the ring; what copies one out, what copies several alike,
+and how many at most."""
 
 
 class PacketTooLong(VmbusError):
@@ -41,7 +48,7 @@ class PacketTooLong(VmbusError):
 class Shapes:
     """The shapes of one kind of packet, by length of payload; `add` fills `table`, a plain dict for speed."""
 
-    __slots__ = ("_kind", "_memory", "header_length", "table")
+    __slots__ = ("_kind", "_memory", "_runs", "header_length", "table")
 
     def __init__(self, memory: RingMemory, packet_type: int, flags: int, header_length: int = 0) -> None:
         assert header_length % 8 == 0, header_length
@@ -49,6 +56,20 @@ class Shapes:
         self._kind = packet_type | (DESCRIPTOR_SIZE + header_length) // 8 << 16 | flags << 48
         self.header_length = header_length
         self.table: dict[int, Shape] = {}
+        self._runs: dict[int, PackRun] = {}
+
+    def run(self, length: int) -> PackRun | None:
+        """What stores several packets of `length` bytes at once; None where one by one is quicker."""
+        pack_run = self._runs.get(length)
+        if pack_run is None:
+            if not 0 <= length <= _LONGEST_JOINED:
+                return None
+            if len(self._runs) >= _MOST_ENTRIES:
+                self._runs.clear()
+            _pack, word, size = self.table.get(length) or self.add(length)
+            padding = size - DESCRIPTOR_SIZE - length - TRAILER_SIZE
+            pack_run = self._runs[length] = self._memory.run_packer(length, padding, word)
+        return pack_run
 
     def add(self, length: int) -> Shape:
         """The shape for `length` bytes of payload, type-specific header included; or PacketTooLong."""
@@ -66,14 +87,14 @@ class Shapes:
 class Plans:
     """The plans of one ring, by descriptor word; `add` checks and fills `table`, a plain dict for speed.
 
-    `with_header`: the payload is copied out as (type-specific header, payload).
+    What a plan hands out as payload is a copy of the bytes, as here; other plans hand out something else.
     """
 
-    __slots__ = ("_memory", "_with_header", "table")
+    __slots__ = ("_kinds", "_memory", "table")
 
-    def __init__(self, memory: RingMemory, *, with_header: bool = False) -> None:
+    def __init__(self, memory: RingMemory) -> None:
         self._memory = memory
-        self._with_header = with_header
+        self._kinds: dict[Kind, Kind] = {}
         self.table: dict[int, Plan] = {}
 
     def add(self, word: int) -> Plan:
@@ -85,27 +106,53 @@ class Plans:
             word >> 48,
         )
         packet = 8 * len8
-        # Whether so much has been published is no matter of the word: the drain looks, each time.
+        # Whether so much has been published is no matter of the word: the reader looks, each time.
         check_descriptor(packet_type, offset8, len8, flags, packet + TRAILER_SIZE)
         start, size = 8 * offset8, packet + TRAILER_SIZE
-        longest_run = _RUN_BYTES // size
-        unpack_run = self._memory.run_unpacker(start, packet - start)
-        if self._with_header:
-            whole = self._memory.unpacker(DESCRIPTOR_SIZE, packet - DESCRIPTOR_SIZE)
-            unpack, longest_run = _splitting(whole, start - DESCRIPTOR_SIZE), 0
-        else:
-            unpack = self._memory.unpacker(start, packet - start)
         if len(self.table) >= _MOST_ENTRIES:
             self.table.clear()
-        plan = self.table[word] = packet_type, flags, size, unpack, unpack_run, longest_run
+            self._kinds.clear()
+        kind = packet_type, flags, start + TRAILER_SIZE
+        kind = self._kinds.setdefault(kind, kind)
+        unpack_run = self._memory.run_unpacker(start, packet - start, word)
+        plan = kind, size, self._unpacker(start, packet - start), unpack_run, self._longest_run(size)
+        self.table[word] = plan
         return plan
 
+    def _unpacker(self, start: int, length: int) -> Unpack:
+        """What copies out a payload of `length` bytes from byte `start` of a packet on."""
+        return self._memory.unpacker(start, length)
 
-def _splitting(whole: Unpack, header_length: int) -> Unpack:
-    """An unpack that hands out (type-specific header, payload), from one copy of both."""
+    def _longest_run(self, size: int) -> int:
+        return min(LONGEST_RUN, RUN_BYTES // size)
 
-    def unpack(buffer: object, offset: int) -> tuple[int, tuple[bytes, bytes]]:
-        trans_id, body = whole(buffer, offset)
-        return trans_id, (body[:header_length], body[header_length:])
 
-    return unpack
+class PlansWithHeader(Plans):
+    """The payload is copied out as (type-specific header, payload)."""
+
+    __slots__ = ()
+
+    def _unpacker(self, start: int, length: int) -> Unpack:
+        header_length = start - DESCRIPTOR_SIZE
+        whole = self._memory.unpacker(DESCRIPTOR_SIZE, header_length + length)
+
+        def unpack(buffer: object, offset: int) -> tuple[int, tuple[bytes, bytes]]:
+            trans_id, body = whole(buffer, offset)
+            return trans_id, (body[:header_length], body[header_length:])
+
+        return unpack
+
+    def _longest_run(self, size: int) -> int:
+        return 0
+
+
+class PlansOfViews(Plans):
+    """The payload is not copied: a memoryview of the ring's bytes."""
+
+    __slots__ = ()
+
+    def _unpacker(self, start: int, length: int) -> Unpack:
+        return self._memory.viewer(start, length)
+
+    def _longest_run(self, size: int) -> int:
+        return 0

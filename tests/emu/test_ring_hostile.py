@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from emu.errors import ProtocolViolation, RingFull
 from emu.memory import PAGE_SIZE
 from emu.ring import RingConsumer, RingMemory, RingProducer
-from emu.ring_memory import Pack, Unpack, UnpackRun
+from emu.ring_memory import Pack, PackRun, Seal, Unpack, UnpackRun
 from emu.ring_packets import Plans, Shapes
 from emu.wire.packets import COMPLETION_REQUESTED, DESCRIPTOR, VM_PKT_DATA_INBAND, parse_gpa_direct, parse_xfer_pages
 from emu.wire.ring_layout import PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
@@ -204,27 +204,46 @@ class SwitchingMemory(RingMemory):
         self.buffer, self.headers, self.words = real.buffer, real.headers, real.words
         self.data_size, self.closed = real.data_size, False
 
+    def _switch(self, offset: int) -> None:
+        self._pages.poke(offset, DESCRIPTOR.pack(0xDEAD, 0xFFFF, 0xFFFF, 0xFFFF, 1234)[:8])
+
     def unpacker(self, start: int, length: int) -> Unpack:
         real = self._pages.memory.unpacker(start, length)
 
         def switch_then_copy(buffer: object, offset: int) -> tuple[int, bytes]:
-            self._pages.poke(offset, DESCRIPTOR.pack(0xDEAD, 0xFFFF, 0xFFFF, 0xFFFF, 1234)[:8])
+            self._switch(offset)
             trans_id, payload = real(buffer, offset)
             return trans_id, payload
 
         return switch_then_copy
 
-    def run_unpacker(self, start: int, length: int) -> UnpackRun:
-        real = self._pages.memory.run_unpacker(start, length)
+    def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
+        real = self._pages.memory.run_unpacker(start, length, word)
 
-        def switch_then_copy(buffer: object, offset: int, count: int) -> Iterator[tuple[int, int, bytes]]:
-            self._pages.poke(offset, DESCRIPTOR.pack(0xDEAD, 0xFFFF, 0xFFFF, 0xFFFF, 1234)[:8])
-            return real(buffer, offset, count)
+        def switch_then_copy(offset: int, count: int) -> tuple[list[int], Sequence[bytes]] | None:
+            self._switch(offset)
+            return real(offset, count)
 
         return switch_then_copy
 
+    def viewer(self, start: int, length: int) -> Unpack:
+        real = self._pages.memory.viewer(start, length)
+
+        def switch_then_show(buffer: object, offset: int) -> tuple[int, memoryview]:
+            self._switch(offset)
+            trans_id, payload = real(buffer, offset)
+            return trans_id, payload
+
+        return switch_then_show
+
     def packer(self, length: int, padding: int) -> Pack:
         return self._pages.memory.packer(length, padding)
+
+    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+        return self._pages.memory.run_packer(length, padding, word)
+
+    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+        return self._pages.memory.reserve(offset, length, padding, word)
 
     def clear_control_page(self) -> None:
         self._pages.memory.clear_control_page()

@@ -1,0 +1,457 @@
+"""The reading end of a ring: packets one by one (`drain`), many at once (`read_many`, `read_runs`), or in place
+(`hold`).
+
+Packets come out in *runs*: packets of one type and flags that follow each other, as columns of transaction ids and
+payloads. That is what is cheap to copy, since packets of one length are copied together, and what `write_many`
+takes. Everything is copied before it is handed out, except by `hold`. What orders the words is said in `emu.ring`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from itertools import islice, repeat
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+from emu.errors import ProtocolViolation
+from emu.ring_memory import RingMemory, RingWords, checked_index, impossible_index
+from emu.ring_packets import LONGEST_RUN, Kind, Plan, Plans, PlansOfViews, PlansWithHeader
+from emu.wire.packets import TRAILER_SIZE
+from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
+
+T = TypeVar("T")
+
+Packet = tuple[int, int, int, bytes]
+"""Packet type, flags, trans_id, payload (whose padding the wire cannot tell from its bytes)."""
+
+Run = tuple[int, int, list[int], list[bytes]]
+"""Packet type, flags; then the trans_ids and the payloads of packets that followed each other."""
+
+_Taken = tuple[Kind, list[int], list[Any]]
+"""Packets that were taken out of the ring and not yet handed out."""
+
+_NO_LIMIT: Final = 1 << 29
+_ALIKE: Final = 4
+"""Packets in a row that are alike before several are looked at together."""
+_SHORTEST_RUN: Final = 4
+
+
+class RingConsumer:
+    """The reading end. Attaching reads both indices from the ring, so it may be done while the ring is in
+    use.
+
+    `sole`: no other consumer object reads this ring, so read_index is kept here and never loaded again. With
+    `sole=False` each reading begins by loading it, and callers see to it that one ends before the next begins.
+    Raises ProtocolViolation (`ring-index`) when the indices in the ring cannot be.
+    """
+
+    __slots__ = (
+        "_alike",
+        "_at_most",
+        "_bad_wish",
+        "_last_plan",
+        "_plans",
+        "_plans_of_views",
+        "_plans_with_header",
+        "_read",
+        "_reading",
+        "_signal",
+        "_sole",
+        "bytes",
+        "intr_in_full",
+        "memory",
+        "packets",
+        "releases",
+        "words",
+    )
+
+    def __init__(self, memory: RingMemory, *, sole: bool = True, words: RingWords | None = None) -> None:
+        self.memory = memory
+        self.words = words or memory.words
+        self._plans = Plans(memory)
+        self._plans_with_header = PlansWithHeader(memory)
+        self._plans_of_views = PlansOfViews(memory)
+        self._sole = sole
+        self._signal = False
+        self._reading = False
+        self._bad_wish = 0
+        self._last_plan: Plan | None = None
+        self._alike = 0  # packets alike, up to the last one
+        self._at_most = _SHORTEST_RUN  # of them are looked at together next time
+        self.packets = 0  # copied out and released
+        self.bytes = 0  # of ring that they took, with descriptors and trailers
+        self.releases = 0  # stores of read_index
+        self.intr_in_full = 0  # room-again signals owed so far
+        self._load_own()
+        checked_index(self.words.load_write(), memory.data_size, "write_index")
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes published that were not released here; ProtocolViolation when write_index cannot be."""
+        data_size = self.memory.data_size
+        return (checked_index(self.words.load_write(), data_size, "write_index") - self._read) % data_size
+
+    def read_runs(self, limit: int | None = None, most_bytes: int | None = None) -> list[Run]:
+        """Take what there is, as runs: `limit` packets at most, and none that begins `most_bytes` of ring later.
+
+        read_index is released after each eighth of the ring and at the end. Ask `take_signal` then. What comes
+        before a fault is returned, and the next call raises it: ProtocolViolation as `drain` says.
+        """
+        runs = self._take(self._plans, limit, most_bytes)
+        return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
+
+    def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
+        """As `read_runs`, packet by packet."""
+        packets: list[Packet] = []
+        for (packet_type, flags, _overhead), trans_ids, payloads in self._take(self._plans, limit, most_bytes):
+            packets += zip(repeat(packet_type), repeat(flags), trans_ids, payloads)
+        return packets
+
+    def drain(self, limit: int | None = None) -> Generator[Packet, None, None]:
+        """Take packets, `limit` at most, until the ring is empty at a second look.
+
+        read_index is released after each eighth of the ring and at the end, also when the iterator is closed
+        early, so a packet that was handed out is never read twice, and one that was not stays in the ring. Close
+        it (a `for` over it does) before the next reading, then ask `take_signal`.
+
+        Raises ProtocolViolation once everything before the fault was handed out and released: `ring-index`,
+        the `packet-…` rules of `check_descriptor`, and, when all was read, `pending-send-size` if the
+        producer waits for more than the ring can ever have free.
+        """
+        packets = self._drain(self._plans)
+        return packets if limit is None else _first(packets, limit)
+
+    def drain_with_headers(
+        self, limit: int | None = None
+    ) -> Generator[tuple[int, int, int, tuple[bytes, bytes]], None, None]:
+        """As `drain`, for packets with type-specific headers: the last item is (header, payload)."""
+        packets = self._drain(self._plans_with_header)
+        return packets if limit is None else _first(packets, limit)
+
+    def read(self) -> Packet | None:
+        """Take one packet and release it; None when there is none. Raises as `drain` does."""
+        for (packet_type, flags, _overhead), trans_ids, payloads in self._take(self._plans, 1, None):
+            return packet_type, flags, trans_ids[0], payloads[0]
+        return None
+
+    def hold(self, limit: int | None = None, most_bytes: int | None = None) -> HeldPackets:
+        """Show what there is without copying it, as much as `read_runs` would take; it stays until released.
+
+        Nothing else is read meanwhile. What comes before a fault is shown, and the next reading raises it.
+        """
+        self._begin()
+        try:
+            data_size, start = self.memory.data_size, self._read
+            # Acquire: as in `_take`.
+            published = self.bytes_to_read
+            stop = start + min(published, data_size if most_bytes is None else most_bytes)
+            taken: list[_Taken] = []
+            at, fault = self._copy_out(
+                self._plans_of_views, start, stop, start + published, _NO_LIMIT if limit is None else limit, taken
+            )
+            if fault is not None and not taken:
+                raise fault
+        except BaseException:
+            self._reading = False
+            raise
+        packets = [
+            (packet_type, flags, trans_id, payload)
+            for (packet_type, flags, _overhead), trans_ids, payloads in taken
+            for trans_id, payload in zip(trans_ids, payloads, strict=True)
+        ]
+        return HeldPackets(self, packets, at - start)
+
+    def begin_read(self) -> None:
+        """Mask: no data-arrived signals, since this end reads anyway (`hv_begin_read`)."""
+        self.words.store_mask(1)
+
+    def end_read(self) -> int:
+        """Unmask, then look again; return the bytes to read (`hv_end_read`).
+
+        If there are any, no signal will come for them: mask and drain once more.
+        """
+        self.words.store_mask(0)  # full barrier before write_index is loaded again
+        return self.bytes_to_read
+
+    def take_signal(self) -> bool:
+        """Return whether the producer is owed a signal that there is room again, and forget it."""
+        signal, self._signal = self._signal, False
+        return signal
+
+    def release_held(self, nbytes: int, packets: int) -> None:
+        """The end of `HeldPackets`: their bytes are the producer's again."""
+        self._reading = False
+        if nbytes and not self.memory.closed:
+            self._release(nbytes, packets)
+
+    def _load_own(self) -> None:
+        self._read = checked_index(self.words.load_read(), self.memory.data_size, "read_index")
+
+    def _begin(self) -> None:
+        """Begin to read."""
+        assert not self._reading, "a drain of this ring was not closed, or packets are still held"
+        if not self._sole:
+            self._load_own()
+        self._reading = True
+
+    def _take(self, plans: Plans, limit: int | None, most_bytes: int | None) -> list[_Taken]:
+        """The body of `read_runs`; a chunk is copied, then released."""
+        data_size, load_write = self.memory.data_size, self.words.load_write
+        chunk = data_size >> 3
+        left = _NO_LIMIT if limit is None else limit
+        bytes_left = _NO_LIMIT if most_bytes is None else most_bytes
+        taken: list[_Taken] = []
+        self._begin()
+        try:
+            while left > 0 and bytes_left > 0:
+                start = self._read
+                # Acquire: the packets' bytes are loaded after the index that covers them.
+                published = (checked_index(load_write(), data_size, "write_index") - start) % data_size
+                if not published:
+                    if self._bad_wish and not taken:
+                        raise self._never_enough()
+                    break
+                stop = start + min(published, chunk, bytes_left)
+                runs = len(taken)
+                at, fault = self._copy_out(plans, start, stop, start + published, left, taken)
+                packets = sum([len(one[1]) for one in taken[runs:]])
+                if at != start:
+                    self._release(at - start, packets)
+                if fault is not None:
+                    raise fault
+                left -= packets
+                bytes_left -= at - start
+        except ProtocolViolation:
+            if not taken:
+                raise
+        finally:
+            self._reading = False
+        return taken
+
+    def _drain(self, plans: Plans) -> Generator[tuple[int, int, int, Any], None, None]:
+        """The body of all drains: packets that are alike are copied together, others one by one as they are asked for.
+
+        Offsets run on into the second view of the data, so that nothing wraps between two releases. `start`
+        is what was released, `at` what was handed out, `last` what is published, `rest` what was copied and not
+        handed out.
+        """
+        self._begin()
+        memory, load_write = self.memory, self.words.load_write
+        buffer, headers, table = memory.buffer, memory.headers, plans.table
+        data_size, chunk = memory.data_size, memory.data_size >> 3
+        start = at = self._read
+        packets = count = size = alike = 0
+        last_plan = None
+        rest: Iterator[Any] | None = None
+        try:
+            while True:
+                # Acquire: the packets' bytes are loaded after the index that covers them.
+                write = checked_index(load_write(), data_size, "write_index")
+                last = start + (write - self._read) % data_size
+                if last <= at:
+                    if last < at:
+                        raise impossible_index(write, data_size, "write_index")  # what was handed out is published
+                    break
+                stop = min(last, start + chunk)
+                while at < stop:
+                    word = headers[at >> 3]
+                    try:
+                        plan = table[word]
+                    except KeyError:
+                        plan = plans.add(word)
+                    if plan is not last_plan:
+                        last_plan, alike = plan, 0
+                        (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run = plan
+                    elif alike < _ALIKE:
+                        alike += 1
+                    elif longest_run:
+                        count = min((stop - at) // size, longest_run, self._at_most)
+                        if count >= _SHORTEST_RUN:
+                            count = 1 << count.bit_length() - 1
+                            run = unpack_run(at, count)
+                            if run is not None:
+                                if count == self._at_most:
+                                    self._at_most = min(2 * count, LONGEST_RUN)
+                                rest = iter(run[1])
+                                yield from zip(repeat(packet_type), repeat(flags), run[0], rest)
+                                rest = None
+                                at += count * size
+                                packets += count
+                                continue
+                            alike, self._at_most = 0, _SHORTEST_RUN
+                    end = at + size
+                    if end > last:
+                        raise _beyond(size, last - at)
+                    trans_id, payload = unpack(buffer, at)
+                    at = end
+                    packets += 1
+                    yield packet_type, flags, trans_id, payload
+                if at >= start + chunk:
+                    self._release(at - start, packets)
+                    start = at = self._read
+                    packets = 0
+        finally:
+            self._reading = False
+            if rest is not None:
+                count -= rest.__length_hint__()  # type: ignore[attr-defined]
+                at += count * size
+                packets += count
+            if at != start and not memory.closed:
+                self._release(at - start, packets)
+        if self._bad_wish:
+            raise self._never_enough()
+
+    def _copy_out(
+        self, plans: Plans, at: int, stop: int, last: int, limit: int, taken: list[_Taken]
+    ) -> tuple[int, ProtocolViolation | None]:
+        """Take packets that begin in [at, stop), `limit` at most; none may go beyond `last`.
+
+        Adds to `taken`; returns where it stopped, and the fault that it stopped at.
+        """
+        memory = self.memory
+        buffer, headers, table = memory.buffer, memory.headers, plans.table
+        last_plan, alike = self._last_plan, self._alike
+        kind: Kind | None = None
+        trans_ids: list[int] = []
+        payloads: list[Any] = []
+        before = 0  # packets of the runs before this one
+        fault = None
+        while at < stop and fault is None and (left := limit - before - len(trans_ids)) > 0:
+            for _ in repeat(None, left):
+                # The one fetch of a descriptor word.
+                word = headers[at >> 3]
+                try:
+                    plan = table[word]
+                except KeyError:
+                    try:
+                        plan = plans.add(word)
+                    except ProtocolViolation as violation:
+                        fault = violation
+                        break
+                its_kind, size, unpack, unpack_run, longest_run = plan
+                if its_kind is not kind:
+                    before += len(trans_ids)
+                    kind, trans_ids, payloads = its_kind, [], []
+                    taken.append((kind, trans_ids, payloads))
+                if plan is not last_plan:
+                    last_plan, alike = plan, 0
+                elif alike < _ALIKE:
+                    alike += 1
+                elif longest_run:
+                    count = min((stop - at) // size, limit - before - len(trans_ids), longest_run, self._at_most)
+                    if count >= _SHORTEST_RUN:
+                        count = 1 << count.bit_length() - 1
+                        # It fetches the words once more, and what it takes is what it found them to be.
+                        run = unpack_run(at, count)
+                        if run is not None:
+                            trans_ids += run[0]
+                            payloads += run[1]
+                            at += count * size
+                            if count == self._at_most:
+                                self._at_most = min(2 * count, LONGEST_RUN)
+                            break
+                        alike, self._at_most = 0, _SHORTEST_RUN
+                end = at + size
+                if end > last:
+                    fault = _beyond(size, last - at)
+                    break
+                trans_id, payload = unpack(buffer, at)
+                trans_ids.append(trans_id)
+                payloads.append(payload)
+                at = end
+                if at >= stop:
+                    break
+        if taken and not taken[-1][1]:
+            taken.pop()  # a fault came before its first packet
+        self._last_plan, self._alike = last_plan, alike
+        return at, fault
+
+    def _release(self, freed: int, packets: int) -> None:
+        """Give `freed` bytes back to the producer, then apply the room-again rule (`hv_pkt_iter_close`)."""
+        words, data_size = self.words, self.memory.data_size
+        self._read = read = (self._read + freed) % data_size
+        self.packets += packets
+        self.bytes += freed
+        self.releases += 1
+        self._bad_wish = 0
+        # Release for the copies, full barrier before pending_send_sz is loaded.
+        words.store_read(read)
+        if not words.load_features() & FEAT_PENDING_SEND_SZ:
+            return
+        wish = words.load_pending() & -ALIGNMENT
+        if not wish:
+            return
+        if wish > data_size - 8:
+            self._bad_wish = wish
+            return
+        # write_index after pending_send_sz. One that cannot be gives a wrong answer to whoever wrote it, and
+        # is refused at the next look for packets.
+        room = (read - words.load_write() - 8) % data_size
+        if room - freed < wish <= room:
+            self.intr_in_full += 1
+            self._signal = True
+
+    def _never_enough(self) -> ProtocolViolation:
+        """Say that the producer waits for more than there can be."""
+        return ProtocolViolation(
+            f"the producer waits for {self._bad_wish} free bytes in a ring of {self.memory.data_size}",
+            rule="pending-send-size",
+            field="pending_send_sz",
+            value=self._bad_wish,
+        )
+
+
+class HeldPackets:
+    """Packets as they lie in the ring: (type, flags, trans_id, payload), the payload a read-only memoryview.
+
+    Their descriptors and ids were fetched once and checked, and the views lie within the ring. The *bytes* under a
+    view are the peer's still: it may change them at any moment, also between two looks at the same byte. So a
+    view is for moving bytes on (into a file, a socket, another ring), or for a peer that is trusted; whoever
+    decides anything by what he sees copies it out first and looks at the copy.
+
+    `release`, or the end of a `with` block, gives the room back to the producer; ask `take_signal` of the consumer
+    then. The views cannot be used afterwards; slices taken from them must have been released before.
+    """
+
+    __slots__ = ("_consumer", "_nbytes", "packets")
+
+    def __init__(self, consumer: RingConsumer, packets: list[tuple[int, int, int, memoryview]], nbytes: int) -> None:
+        self.packets = packets
+        self._nbytes = nbytes
+        self._consumer: RingConsumer | None = consumer
+
+    def release(self) -> None:
+        """Give the room back; may be called twice."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        count = len(self.packets)
+        for packet in self.packets:
+            packet[3].release()
+        consumer.release_held(self._nbytes, count)
+
+    def __enter__(self) -> HeldPackets:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _first(packets: Generator[T, None, None], limit: int) -> Generator[T, None, None]:
+    """Hand on at most `limit` packets, then close."""
+    try:
+        yield from islice(packets, limit)
+    finally:
+        packets.close()
+
+
+def _beyond(size: int, published: int) -> ProtocolViolation:
+    """Say that a packet's length, with its trailer, goes beyond write_index."""
+    return ProtocolViolation(
+        f"packet of {size} bytes with its trailer, {published} published",
+        rule="packet-length",
+        field="len8",
+        value=(size - TRAILER_SIZE) // 8,
+    )
