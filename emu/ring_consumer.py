@@ -58,6 +58,7 @@ class RingConsumer:
         "_signal",
         "_sole",
         "bytes",
+        "fault",
         "intr_in_full",
         "memory",
         "packets",
@@ -78,6 +79,7 @@ class RingConsumer:
         self._last_plan: Plan | None = None
         self._alike = 0  # packets alike, up to the last one
         self._at_most = _SHORTEST_RUN  # of them are looked at together next time
+        self.fault: ProtocolViolation | None = None  # behind what was read; the next `read_…` raises it
         self.packets = 0  # copied out and released
         self.bytes = 0  # of ring that they took, with descriptors and trailers
         self.releases = 0  # stores of read_index
@@ -95,7 +97,8 @@ class RingConsumer:
         """Take what there is, as runs: `limit` packets at most, and none that begins `most_bytes` of ring later.
 
         read_index is released after each eighth of the ring and at the end. Ask `take_signal` then. What comes
-        before a fault is returned, and the next call raises it: ProtocolViolation as `drain` says.
+        before a fault is returned; the fault is in `fault` then, and the next call raises it, even if the peer has
+        set it right meanwhile: ProtocolViolation as `drain` says.
         """
         runs = self._take(self._plans, limit, most_bytes)
         return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
@@ -149,8 +152,10 @@ class RingConsumer:
             at, fault = self._copy_out(
                 self._plans_of_views, start, stop, start + published, _NO_LIMIT if limit is None else limit, taken
             )
-            if fault is not None and not taken:
-                raise fault
+            if fault is not None:
+                if not taken:
+                    raise fault
+                self.fault = fault.with_traceback(None)
         except BaseException:
             self._reading = False
             raise
@@ -201,6 +206,9 @@ class RingConsumer:
         left = _NO_LIMIT if limit is None else limit
         bytes_left = _NO_LIMIT if most_bytes is None else most_bytes
         taken: list[_Taken] = []
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
         self._begin()
         try:
             while left > 0 and bytes_left > 0:
@@ -208,8 +216,8 @@ class RingConsumer:
                 # Acquire: the packets' bytes are loaded after the index that covers them.
                 published = (checked_index(load_write(), data_size, "write_index") - start) % data_size
                 if not published:
-                    if self._bad_wish and not taken:
-                        raise self._never_enough()
+                    if self._bad_wish:
+                        fault = self._never_enough()
                     break
                 stop = start + min(published, chunk, bytes_left)
                 runs = len(taken)
@@ -218,14 +226,17 @@ class RingConsumer:
                 if at != start:
                     self._release(at - start, packets)
                 if fault is not None:
-                    raise fault
+                    break
                 left -= packets
                 bytes_left -= at - start
-        except ProtocolViolation:
-            if not taken:
-                raise
+        except ProtocolViolation as violation:
+            fault = violation
         finally:
             self._reading = False
+        if fault is not None:
+            if not taken:
+                raise fault
+            self.fault = fault.with_traceback(None)
         return taken
 
     def _drain(self, plans: Plans) -> Generator[tuple[int, int, int, Any], None, None]:

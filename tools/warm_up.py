@@ -88,6 +88,11 @@ def _rings() -> None:
     producer.write_many([b"up"] * 4, 1)
     consumer.begin_read()
     list(consumer.drain())
+    for payloads in ([b"alike"] * 32, [b"all", b"kinds"] * 16):
+        producer.write_many(payloads)
+        consumer.read_many()
+        producer.write_many(payloads, 1)
+        consumer.read_runs()
     consumer.end_read()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from emu.errors import OutOfMemory, ProtocolViolation, RingFull
@@ -77,6 +76,7 @@ def vmbus_sendpackets(
             outbound = current.rings.of(channel).outbound
             full = outbound.out_full_total, outbound.out_full_first
             count, signal = outbound.write_many(payloads, first_trans_id, flags)
+            nbytes = outbound.batch_bytes
             if signal:
                 channel.intr_out_empty += 1
             if count < len(payloads):
@@ -88,7 +88,7 @@ def vmbus_sendpackets(
     if signal:
         vmbus_setevent(current, channel)
     current.counters.packets += count
-    current.counters.bytes += sum(map(len, payloads[:count]))
+    current.counters.bytes += nbytes
     return count
 
 
@@ -120,19 +120,17 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
 
     In the channel's callback. What came before a broken rule is returned; nothing is read after it.
     """
-    packets: list[Packet] = []
     rings = inbound_rings(current, channel)
     if rings is None:
-        return packets
+        return []
     inbound = rings.inbound
-    drain = inbound.drain()
+    packets: list[Packet] = []
     try:
-        # `extend` keeps what it took before an exception.
-        packets.extend(islice(drain, limit))
+        packets = inbound.read_many(limit)
+        if inbound.fault is not None:
+            stop_reading(current, channel, inbound.fault)
     except ProtocolViolation as violation:
         stop_reading(current, channel, violation)
-    finally:
-        drain.close()
     if inbound.take_signal():
         channel.intr_in_full += 1
         vmbus_setevent(current, channel)

@@ -10,11 +10,11 @@ The one exception is the first packet of a primary whose user data announce it: 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import ClassVar
 
 from emu.errors import ProtocolViolation
-from emu.ring import Packet
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
 from emu.wire.subchannel_request import ECHO_USERDATA
 from hostproc.devices.backend import Backend
@@ -40,38 +40,43 @@ class Echo(Backend):
         # A packet that came through a ring no larger than the one back fits that, too.
         may_not_fit = channel.may_not_fit
         while True:
-            packets = channel.take()
-            if not packets:
+            runs = channel.take_runs()
+            if not runs:
                 yield from channel.wait_for_packets()
                 continue
-            if may_not_fit:
-                packets = _fitting(channel, packets)
-            if len(packets) > 1 or not _answered(channel, packets):
-                for answer_type, run in groupby(packets, _answer_type):
-                    batch = list(run)
-                    payloads = [packet[3] for packet in batch]
-                    trans_ids = [packet[2] for packet in batch]
-                    yield from channel.send_all(payloads, trans_ids, packet_type=answer_type)
+            for _packet_type, flags, trans_ids, payloads in runs:
+                if may_not_fit:
+                    trans_ids, payloads = _fitting(channel, trans_ids, payloads)
+                for answer_type, ids, batch in _answers(flags, trans_ids, payloads):
+                    # Most round trips are a single packet, for which there is room.
+                    if len(batch) > 1 or not channel.send(batch[0], ids[0], packet_type=answer_type):
+                        yield from channel.send_all(batch, ids, packet_type=answer_type)
             yield from channel.rest()
 
 
-def _answered(channel: HostChannel, packets: list[Packet]) -> bool:
-    """Answer a single packet, if there is room for it now: most round trips are nothing else."""
-    return all(channel.send(one[3], one[2], packet_type=_answer_type(one)) for one in packets)
+def _answers(flags: int, trans_ids: list[int], payloads: list[bytes]) -> Iterable[tuple[int, list[int], list[bytes]]]:
+    """Return what answers a run, as (packet type, ids, payloads); id 0 never gets a completion (reference 4.3)."""
+    if not payloads:
+        return ()
+    if not flags & COMPLETION_REQUESTED:
+        return ((VM_PKT_DATA_INBAND, trans_ids, payloads),)
+    if all(trans_ids):
+        return ((VM_PKT_COMP, trans_ids, payloads),)
+    answers = []
+    for with_id, run in groupby(zip(trans_ids, payloads, strict=True), lambda one: one[0] != 0):
+        ids, batch = map(list, zip(*run, strict=True))
+        answers.append((VM_PKT_COMP if with_id else VM_PKT_DATA_INBAND, ids, batch))
+    return answers
 
 
-def _answer_type(packet: Packet) -> int:
-    """Return the type of the packet that answers this one; id 0 never gets a completion (reference 4.3)."""
-    return VM_PKT_COMP if packet[1] & COMPLETION_REQUESTED and packet[2] else VM_PKT_DATA_INBAND
-
-
-def _fitting(channel: HostChannel, packets: list[Packet]) -> list[Packet]:
+def _fitting(channel: HostChannel, trans_ids: list[int], payloads: list[bytes]) -> tuple[list[int], list[bytes]]:
     """Return the packets that the ring back can ever take; the guest made it too small for the others."""
-    fitting = []
-    for packet in packets:
-        size = ring_bytes(len(packet[3]))
+    fitting: tuple[list[int], list[bytes]] = [], []
+    for trans_id, payload in zip(trans_ids, payloads, strict=True):
+        size = ring_bytes(len(payload))
         if size <= channel.outgoing.capacity:
-            fitting.append(packet)
+            fitting[0].append(trans_id)
+            fitting[1].append(payload)
         else:
             text = f"a packet that needs {size} bytes of a ring of {channel.outgoing.capacity} to come back"
             channel.violation(ProtocolViolation(text, rule="echo-too-long", field="len8", value=size))
