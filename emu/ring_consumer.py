@@ -25,7 +25,9 @@ Packet = tuple[int, int, int, bytes]
 """Packet type, flags, trans_id, payload (whose padding the wire cannot tell from its bytes)."""
 
 Run = tuple[int, int, list[int], list[bytes]]
-"""Packet type, flags; then the trans_ids and the payloads of packets that followed each other."""
+"""Packet type, flags; then the trans_ids and the payloads of packets that followed each other.
+
+A run ends where one of the two changes, and where the ring was released in between."""
 
 _Taken = tuple[Kind, list[int], list[Any]]
 """Packets that were taken out of the ring and not yet handed out."""
