@@ -2,15 +2,16 @@
 
 A process is a group of tracks, with a track for each context of each of its threads (ISR, tasklet, queue, task).
 Every record is an instant of category `record` on its track, with its arguments. Around them lie slices of
-category `span` (`tools.export.spans`). A message's records are joined by a flow. Counters show how many bytes each
-ring holds. Records under the kernel's own names are ftrace events as well, and so is each interrupt.
+category `span` (`tools.export.spans`). Each message is a flow: an arrow from its post through slot, interrupt, DPC and
+work to the probe, and from a guest's message to the host's answers. Counters show how many bytes each ring holds.
+Records under the kernel's own names are ftrace events as well, and so is each interrupt.
 
 Field numbers are those of protos/perfetto/trace (perfetto.dev, "Synthetic TrackEvent").
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Final
 
 from emu.event_fields import Argument
@@ -21,6 +22,7 @@ from tools.export.protobuf import data, fixed64, number, text
 from tools.export.rings import SIDES, Rings
 from tools.export.spans import Span, Spans
 from tools.export.threads import Thread, Threads
+from tools.flows import Flows, flows_in
 
 _SEQUENCE: Final = 1
 _REALTIME, _MONOTONIC, _BOOTTIME = 1, 3, 6
@@ -35,7 +37,7 @@ IRQ_NAME: Final = "Hyper-V VMbus"
 
 def perfetto(recording: Recording) -> Iterator[bytes]:
     """The packets of a whole trace, each as the field `packet` of the one Trace message."""
-    trace = _Trace(Threads.of_recording(recording))
+    trace = _Trace(Threads.of_recording(recording), arrows(flows_in(recording)))
     yield _packet(_clocks(int(recording.head.get("began_ns", 0)), int(recording.head.get("began_unix_ns", 0))))
     for record in recording.records():
         yield from trace.record(record)
@@ -45,8 +47,9 @@ def perfetto(recording: Recording) -> Iterator[bytes]:
 class _Trace:
     """Writes what records become, each track's descriptor before its first event."""
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, threads: Threads, flow_ids: Mapping[tuple[int, int], list[int]]) -> None:
         self._threads = threads
+        self._flow_ids = flow_ids
         self._spans = Spans()
         self._rings = Rings()
         self._tracks: dict[object, int] = {}
@@ -54,7 +57,7 @@ class _Trace:
     def record(self, record: TraceRecord) -> Iterator[bytes]:
         """Everything that one record becomes."""
         track = yield from self._context_track(record.actor, record.context)
-        yield _at(record.t_ns, track, _INSTANT, _instant(record))
+        yield _at(record.t_ns, track, _INSTANT, self._instant(record))
         for span in self._spans.feed(record):
             yield from self._slice(span)
         for key in self._rings.feed(record):
@@ -62,6 +65,16 @@ class _Trace:
             yield _at(record.t_ns, counter, _COUNTER, number(30, self._rings.rings[key].fill))
         if system_of(record.event) == KERNEL_SYSTEM:
             yield self._ftrace(record.actor, record.t_ns, data(327, _generic(record)))
+
+    def _instant(self, record: TraceRecord) -> bytes:
+        """TrackEvent: name, arguments as debug annotations, flows."""
+        out = [text(22, "record"), text(23, record.event.name)]
+        for field, value in record.event.pairs(record.values):
+            out.append(data(4, text(10, field.name) + _typed(field, value, signed=4, unsigned=3, string=6)))
+            if name := name_of(field, value):
+                out.append(data(4, text(10, f"{field.name}_name") + text(6, name)))
+        out += [fixed64(47, flow_id) for flow_id in self._flow_ids.get((record.actor.slot, record.seq), ())]
+        return b"".join(out)
 
     def close(self) -> Iterator[bytes]:
         """The spans that nothing ended."""
@@ -122,16 +135,13 @@ def _thread(thread: Thread) -> bytes:
     return data(4, number(1, thread.pid) + number(2, thread.tid) + text(5, thread.name)) + number(11, _EXPLICIT)
 
 
-def _instant(record: TraceRecord) -> bytes:
-    """TrackEvent: name, arguments as debug annotations, the flow of the message."""
-    out = [text(22, "record"), text(23, record.event.name)]
-    for field, value in record.event.pairs(record.values):
-        out.append(data(4, text(10, field.name) + _typed(field, value, signed=4, unsigned=3, string=6)))
-        if name := name_of(field, value):
-            out.append(data(4, text(10, f"{field.name}_name") + text(6, name)))
-    if serial := record.arguments.get("serial", 0):
-        out.append(fixed64(47, serial))
-    return b"".join(out)
+def arrows(flows: Flows) -> dict[tuple[int, int], list[int]]:
+    """By slot and sequence of a record: the numbers of the flows in whose course the message moves on there."""
+    ids: dict[tuple[int, int], list[int]] = {}
+    for number_, flow in enumerate(flows, 1):
+        for step in flow.path:
+            ids.setdefault((step.record.actor.slot, step.record.seq), []).append(number_)
+    return ids
 
 
 def _generic(record: TraceRecord) -> bytes:

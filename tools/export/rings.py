@@ -57,10 +57,13 @@ class Rings:
         """Take one record; which rings (relid, side) it changed."""
         event, arguments = record.event.name, record.arguments
         if event == "map":
-            return self._mapped(**arguments)
-        if event not in ("ring_publish", "ring_release"):
+            return self._mapped(arguments["relid"], arguments["pages"])
+        if event not in ("ring_attach", "ring_publish", "ring_release"):
             return []
         key = arguments["relid"], arguments["side"]
+        if event == "ring_attach":
+            self._attached(key, arguments)
+            return [key]
         ring = self.rings.setdefault(key, Ring())
         if event == "ring_publish":
             ring.publish(arguments["write_index"])
@@ -68,10 +71,18 @@ class Rings:
             ring.release(arguments["read_index"])
         return [key]
 
-    def _mapped(self, relid: int, pages: int, downstream: int = 0, **_others: int) -> list[tuple[int, int]]:
-        """A channel was opened: `downstream` is the first page of the second ring, half of them if not told."""
-        first = downstream or pages // 2
-        for side, ring_pages in ((TO_HOST, first), (TO_GUEST, pages - first)):
+    def _mapped(self, relid: int, pages: int) -> list[tuple[int, int]]:
+        """A channel was opened. Until somebody attaches, half of its pages are taken to be each ring's."""
+        for side in (TO_HOST, TO_GUEST):
             # A ring's first page is its control page.
-            self.rings[relid, side] = Ring(max(0, ring_pages - 1) * PAGE_SIZE)
+            self.rings[relid, side] = Ring(max(0, pages // 2 - 1) * PAGE_SIZE)
         return [(relid, TO_HOST), (relid, TO_GUEST)]
+
+    def _attached(self, key: tuple[int, int], arguments: dict[str, int]) -> None:
+        """A process says how large a ring is; where its indices are, only the first one that we see needs to."""
+        ring = self.rings.get(key)
+        if ring is None:
+            ring = self.rings[key] = Ring()
+            ring.write_index, ring.read_index = arguments["write_index"], arguments["read_index"]
+            ring.behind = (ring.write_index - ring.read_index) % max(1, arguments["data_size"])
+        ring.size = arguments["data_size"]

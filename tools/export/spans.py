@@ -1,17 +1,18 @@
-"""Spans of time out of records: an interrupt, a tasklet, a work item, each on its thread's track.
+"""Spans of time out of records: an interrupt, a tasklet, a work item, a probe, a message in the host's hands, a halt.
 
-An interrupt lasts from its entry to its exit. A tasklet or a work item lasts until its thread records the next
-one or something in another context; where it ended is then the last thing it recorded, since nobody says more.
+`PAIRS` is the one table: the event that begins a span, the one that ends it, what it is called. A span that nobody
+ends lasts until its thread begins another of its kind, or for ever; where it ended is then the last record that the
+thread made in the same context. Spans of one thread and context lie one in another, or one behind the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from emu.recording import RecordedActor, TraceRecord
-from guestproc.protocol.numbers import Tasklets, Works
+from tools.event_names import name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +29,81 @@ class Span:
 
 @dataclass(slots=True)
 class _Open:
-    name: str
-    context: str
     first: TraceRecord
     last_ns: int
 
+    def ended(self, end_ns: int) -> Span:
+        first = self.first
+        return Span(first.actor, first.context, PAIRS[first.event.name][1](first), first.t_ns, end_ns, first)
 
-_INTERRUPT: Final = "ISR"
+
+def _vector(record: TraceRecord) -> str:
+    return f"hyperv_vector_handler {record.values[0]:#x}"
+
+
+def _named(argument: str, what: str) -> Callable[[TraceRecord], str]:
+    """The name of a number: the kernel's for a function, lower case; one of a plugin's has only the number."""
+
+    def name(record: TraceRecord) -> str:
+        for field, value in record.event.pairs(record.values):
+            if field.name == argument:
+                known = name_of(field, value)
+                return (known.lower() if what else known) or f"{what or argument} {value}"
+        return what
+
+    return name
+
+
+def _about(what: str) -> Callable[[TraceRecord], str]:
+    return lambda record: f"{what} relid {record.arguments.get('relid', 0)}"
+
+
+PAIRS: Final[Mapping[str, tuple[str, Callable[[TraceRecord], str]]]] = {
+    "isr_enter": ("isr_exit", _vector),
+    "tasklet_run": ("tasklet_done", _named("tasklet", "tasklet")),
+    "work_run": ("work_done", _named("function", "work")),
+    "probe_start": ("probe", _about("probe")),
+    "remove_start": ("remove", _about("remove")),
+    "message_take": ("message_done", _named("msgtype", "")),
+    "task_run": ("task_done", _named("program", "task")),
+    "halt": ("halt_end", lambda _record: "halt"),
+}
+"""By the event that begins a span: the event that ends it, and how the span is called."""
+
+_BEGINS: Final = {end: begin for begin, (end, _name) in PAIRS.items()}
 
 
 class Spans:
     """Feed it records in the order of time; it gives each span when that is over."""
 
     def __init__(self) -> None:
-        self._interrupts: dict[RecordedActor, list[_Open]] = {}
-        self._bodies: dict[RecordedActor, _Open] = {}
+        self._open: dict[RecordedActor, list[_Open]] = {}
 
     def feed(self, record: TraceRecord) -> Iterator[Span]:
-        """Take one record; the spans that it ends."""
-        name = record.event.name
-        if name == "isr_enter":
-            vector = record.values[0]
-            opened = _Open(f"hyperv_vector_handler {vector:#x}", _INTERRUPT, record, record.t_ns)
-            self._interrupts.setdefault(record.actor, []).append(opened)
-        elif name == "isr_exit":
-            if begun := self._interrupts.get(record.actor):
-                yield _ended(record.actor, begun.pop(), record.t_ns)
-        elif record.context != _INTERRUPT:
-            yield from self._body(record)
+        """Take one record; the spans that it ends, inner ones first."""
+        name, opened = record.event.name, self._open.setdefault(record.actor, [])
+        if name in PAIRS:
+            # An interrupt may interrupt an interrupt; a second tasklet means that the end of the first is lost.
+            if name != "isr_enter":
+                yield from self._close(opened, name, None)
+            opened.append(_Open(record, record.t_ns))
+        elif name in _BEGINS:
+            yield from self._close(opened, _BEGINS[name], record.t_ns)
+        for one in opened:
+            if one.first.context == record.context:
+                one.last_ns = record.t_ns
 
     def close(self) -> Iterator[Span]:
         """The spans that nothing ended."""
-        for actor, begun in self._interrupts.items():
-            yield from (_ended(actor, one, one.last_ns) for one in reversed(begun))
-        for actor, body in self._bodies.items():
-            yield _ended(actor, body, body.last_ns)
+        for opened in self._open.values():
+            yield from (one.ended(one.last_ns) for one in reversed(opened))
 
-    def _body(self, record: TraceRecord) -> Iterator[Span]:
-        """A record outside interrupts begins, prolongs or ends a tasklet or a work item."""
-        begins = _begins(record)
-        body = self._bodies.get(record.actor)
-        if body is not None and (begins or record.context != body.context):
-            del self._bodies[record.actor]
-            yield _ended(record.actor, body, body.last_ns)
-            body = None
-        if begins:
-            self._bodies[record.actor] = _Open(begins, record.context, record, record.t_ns)
-        elif body is not None:
-            body.last_ns = record.t_ns
-
-
-def _begins(record: TraceRecord) -> str:
-    """What a record begins; "" when nothing."""
-    if record.event.name == "tasklet_run":
-        return _named(Tasklets, record.values[0], "tasklet")
-    if record.event.name == "work_run":
-        return _named(Works, record.arguments.get("function", 0), "work")
-    return ""
-
-
-def _named(numbers: type[Tasklets] | type[Works], value: int, what: str) -> str:
-    """The kernel's name of a function; one that a plugin registered has a number only."""
-    try:
-        return numbers(value).name.lower()
-    except ValueError:
-        return f"{what} {value}"
-
-
-def _ended(actor: RecordedActor, opened: _Open, end_ns: int) -> Span:
-    return Span(actor, opened.context, opened.name, opened.first.t_ns, end_ns, opened.first)
+    def _close(self, opened: list[_Open], begin: str, end_ns: int | None) -> Iterator[Span]:
+        """End the innermost span that an event began, and what was begun inside it and never ended."""
+        at = next((at for at in reversed(range(len(opened))) if opened[at].first.event.name == begin), None)
+        if at is None:
+            return
+        inner, outer = opened[at + 1 :], opened[at]
+        del opened[at:]
+        yield from (one.ended(one.last_ns) for one in reversed(inner))
+        yield outer.ended(outer.last_ns if end_ns is None else end_ns)

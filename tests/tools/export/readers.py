@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +73,19 @@ def report(trace_cmd: str, file: Path) -> str:
     return done.stdout
 
 
-def ask(trace_processor: Path, file: Path, *statements: str) -> list[list[list[Any]]]:
-    """The rows that Perfetto's trace processor gives for each SQL statement."""
-    command = ["node", str(BRIDGE), str(trace_processor), str(file)]
+def ask(
+    trace_processor: Path, files: Sequence[Path], statements: Mapping[str, str]
+) -> list[dict[str, list[list[Any]]]]:
+    """For each file the rows that Perfetto's trace processor gives for each SQL statement, by the statement's name."""
+    command = ["node", str(BRIDGE), str(trace_processor), *map(str, files)]
     done = subprocess.run(
-        command, input=json.dumps(statements), capture_output=True, text=True, timeout=100, check=False
+        command, input=json.dumps(list(statements.values())), capture_output=True, text=True, timeout=100, check=False
     )
     # A failure prints the whole program before it says what failed.
     assert done.returncode == 0, done.stderr[-800:]
-    answers: list[dict[str, Any]] = json.loads(done.stdout)
-    assert not any("error" in answer for answer in answers), answers
-    return [answer["rows"] for answer in answers]
+    answers: list[list[dict[str, Any]]] = json.loads(done.stdout)
+    assert not any("error" in answer for answer in chain(*answers)), answers
+    return [dict(zip(statements, (answer["rows"] for answer in one), strict=True)) for one in answers]
 
 
 def dissected(tshark: str, file: Path, *options: str) -> list[dict[str, Any]]:

