@@ -169,7 +169,7 @@ class HostChannel:
         """After a piece of work: AGAIN if the guest has written more meanwhile, else sleep until it signals."""
         incoming = self.incoming
         # What was found wrong behind the last good packet is told now: nobody may ever signal again.
-        if self._fault is not None or incoming.end_read():
+        if incoming.fault is not None or incoming.end_read():
             incoming.begin_read()
             yield AGAIN
             return

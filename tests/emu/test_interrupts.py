@@ -601,7 +601,7 @@ def test_glance_is_only_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
         answers = iter([False] * looks_for + [True])
         sleeper = Sleeper()
         halt = polling(sleeper, lambda answers=answers: next(answers), 60_000_000)  # type: ignore[misc]
-        halt._glance = lambda glance=glance: glance  # type: ignore[misc]
+        halt._glance = lambda glance=glance: glance
         halt.halt(10**9)
 
         assert sleeper.semaphore.blocks == []
