@@ -600,8 +600,8 @@ def test_glance_is_only_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     for glance, looks_for in ((True, 60), (False, 4)):
         answers = iter([False] * looks_for + [True])
         sleeper = Sleeper()
-        halt = polling(sleeper, lambda answers=answers: next(answers), 60_000_000)  # type: ignore[misc]
-        halt._glance = lambda glance=glance: glance
+        halt = polling(sleeper, answers.__next__, 60_000_000)
+        halt._glance = {True: lambda: True, False: lambda: False}[glance]
         halt.halt(10**9)
 
         assert sleeper.semaphore.blocks == []
