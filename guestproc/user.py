@@ -24,6 +24,7 @@ from guestproc.protocol import devices, faults
 from guestproc.protocol.faults import Fault
 from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
+from guestproc.vmbus import uevents
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -205,13 +206,34 @@ def drivers(current: Current, _asked: Values) -> Values:
     return {"drivers": [_driver(current, DRIVER_OBJECTS[number]) for number in sorted(DRIVER_OBJECTS)]}
 
 
+@_call("drivers_autoprobe", sleeps=False)
+def drivers_autoprobe(current: Current, asked: Values) -> Values:
+    """`echo 0 >drivers_autoprobe`: whatever does not begin with 0 switches it on, as in the kernel."""
+    on = not str(asked["value"]).startswith("0")
+    bus.drivers_autoprobe_store(current, on=on)
+    return {"autoprobe": on}
+
+
+@_call("drivers_probe")
+def drivers_probe(current: Current, asked: Values) -> Values:
+    """`echo DEVICE >drivers_probe`: a device without a driver looks for one."""
+    with bus.held_device(current, *_named(asked["device"])) as device:
+        told = _there(device, asked["device"])
+        bus.drivers_probe_store(current, told)
+        return _device(current, told)
+
+
+@_call("bus_uevent")
+def bus_uevent(current: Current, asked: Values) -> Values:
+    """`echo ACTION >uevent` of the bus itself."""
+    uevents.bus_uevent(current, _action(asked["action"]))
+    return {}
+
+
 @_call("uevent")
 def uevent(current: Current, asked: Values) -> Values:
     """`echo ACTION >devices/DEVICE/uevent`: user space is told once more (`udevadm trigger` does that)."""
-    action = next((one for one in Action if one.name.lower() == asked["action"]), None)
-    if action is None:
-        names = ", ".join(one.name.lower() for one in Action)
-        raise CallFailed(errno.EINVAL, f"{asked['action']!r} is no action; there are {names}")
+    action = _action(asked["action"])
     with bus.held_device(current, *_named(asked["device"])) as device:
         told = _there(device, asked["device"])
         bus.synth_uevent(current, told, action)
@@ -241,6 +263,14 @@ def _named(text: str) -> tuple[int, bytes]:
     if text.isascii() and text.isdecimal() and len(text) <= 4:
         return int(text), b""
     return 0, _guid(text).bytes_le
+
+
+def _action(text: str) -> Action:
+    action = next((one for one in Action if one.name.lower() == text), None)
+    if action is None:
+        names = ", ".join(one.name.lower() for one in Action)
+        raise CallFailed(errno.EINVAL, f"{text!r} is no action; there are {names}")
+    return action
 
 
 def _guid(text: str) -> UUID:

@@ -1,6 +1,7 @@
 """Our guest's `/sys/bus/vmbus`, made from its kernel's records at each look.
 
-    bus/      hibernation   devices/GUID → PARENT/GUID   drivers/NAME/{bind,unbind,new_id,remove_id,GUID → PARENT/GUID}
+    bus/      drivers_autoprobe   drivers_probe   uevent   hibernation
+              devices/GUID → PARENT/GUID   drivers/NAME/{bind,unbind,new_id,remove_id,GUID → PARENT/GUID}
     PARENT/   GUID/         attributes, `driver` and `subsystem` links, channels/RELID/ with attributes
 
 An open file outlives its device, as in the kernel: a read of it is then ENODEV. So does a directory that
@@ -50,15 +51,35 @@ class GuestBus:
         self._view: Final = view
         self._runs: Final = runs
         self._call: Final = call
+
+        def autoprobe_store(text: str) -> None:
+            call("drivers_autoprobe", {"value": text.rstrip("\n")})
+
+        def uevent_store(text: str) -> None:
+            call("bus_uevent", {"action": text.rstrip("\n")})
+
         hibernation = {"hibernation": Attribute(lambda: "0\n")} if view.tables.era is not Era.SEED else {}
         self.bus: Final[Directory] = FixedDirectory(
             {
                 "devices": ListedDirectory(self._device_names, self._device_link),
                 "drivers": ListedDirectory(self._driver_names, self._driver),
+                "drivers_autoprobe": Attribute(self._autoprobe, 0o644, autoprobe_store),
+                "drivers_probe": write_only(self._probe),
+                "uevent": write_only(uevent_store),
                 **hibernation,
             }
         )
         self.parent: Final[Directory] = ListedDirectory(self._device_names, self._device)
+
+    def _autoprobe(self) -> str:
+        return "0\n" if self._view.tables.connection.no_autoprobe.load() else "1\n"
+
+    def _probe(self, text: str) -> None:
+        """A write to `drivers_probe`: a device is named by its instance there, and by nothing else."""
+        written = text.rstrip("\n")
+        if guid_of_name(written) is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        self._call("drivers_probe", {"device": written})
 
     def _device_names(self) -> list[str]:
         return settled(lambda: [instance_of(device) for device in self._view.devices()])

@@ -122,6 +122,7 @@ class Connection(Record, permanent=True):
     numa_cpus = Words64(MAX_NUMA_NODES, "once: mask of the CPUs of each node, written at boot")
     hv_numa_map = Words64(MAX_NUMA_NODES, "channel_mutex (seed: bind_channel_to_cpu_lock): CPUs allocated, by node")
     faults = Words64(MAX_FAULTS, "atomic: the faults to be injected (`protocol.faults`)")
+    no_autoprobe = Atomic32("atomic: 1 while the bus's drivers_autoprobe is off: nobody is probed unasked")
     user_calls = Atomic32("atomic: calls of user space that run, and the bit that there may be no more")
     uevent_lock = spinlock(Rank.LEAF)
     uevent_seqnum = Word(8, "uevent_lock: of the newest uevent, from 1")

@@ -35,6 +35,7 @@ class Subject(IntEnum):
     DEVICE = 0
     CHANNEL = 1
     DRIVER = 2
+    BUS = 3
 
 
 class Action(IntEnum):
@@ -134,6 +135,8 @@ def _read(tables: KernelTables, seqnum: int) -> Uevent | None:
             text = _text(Action(action), path, BUS, said, seqnum)
         case Subject.CHANNEL:
             text = _text(Action(action), f"{path}/channels/{relid}", "channels", said, seqnum)
+        case Subject.BUS:
+            text = _text(Action(action), f"/bus/{BUS}", "bus", said, seqnum)
         case _:
             text = _text(Action(action), f"/bus/{BUS}/drivers/{name}", "drivers", said, seqnum)
     return Uevent(seqnum, machine_ns, text)

@@ -66,9 +66,10 @@ def vmbus_device_register(current: Current, device: Device) -> int:
             return result
         # Under the mutex by which others find the device: they bind it after user space was told of it.
         device_uevent(current, device, Action.ADD)
-    drivers = _registered_drivers(current)
-    with device.device_lock.hold(current.actor):
-        _attach(current, device, drivers)
+    if not current.connection.no_autoprobe.load():
+        drivers = _registered_drivers(current)
+        with device.device_lock.hold(current.actor):
+            _attach(current, device, drivers)
     result = vmbus_add_channel_kobj(current, channel)
     if result:
         # The kernel calls device_unregister here, whose release trips over a channel that is not rescinded.
@@ -209,6 +210,19 @@ def driver_override_store(current: Current, device: Device, name: str) -> None:
         device.driver_override = name.encode()
 
 
+def drivers_probe_store(current: Current, device: Device) -> None:
+    """A write to the bus's `drivers_probe`: a device without a driver looks for one; that there is none is no error."""
+    drivers = _registered_drivers(current)
+    with device.device_lock.hold(current.actor):
+        if not device.driver:
+            _attach(current, device, drivers)
+
+
+def drivers_autoprobe_store(current: Current, *, on: bool) -> None:
+    """A write to the bus's `drivers_autoprobe`: whether new devices and new drivers are matched unasked."""
+    current.connection.no_autoprobe.store(int(not on))
+
+
 def synth_uevent(current: Current, device: Device, action: Action) -> None:
     """A write to `uevent`: the same as at the time, marked as made up (`kobject_synth_uevent`)."""
     with device.device_lock.hold(current.actor):
@@ -260,7 +274,8 @@ def vmbus_driver_register(current: Current, driver: HvDriver) -> int:
         if isinstance(record, int):
             return record
         driver_uevent(current, record, Action.ADD)
-    _driver_attach(current, record)
+    if not current.connection.no_autoprobe.load():
+        _driver_attach(current, record)
     return 0
 
 

@@ -48,3 +48,11 @@ def driver_uevent(current: Current, driver: Driver, action: Action) -> None:
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(current.tables, action, Subject.DRIVER, now_ns, driver=name)
     current.record(E_UEVENT, action, 0, seqnum)
+
+
+def bus_uevent(current: Current, action: Action) -> None:
+    """Somebody asked for one of the bus itself (`bus_uevent_store`)."""
+    now_ns = current.actor.now()
+    with current.connection.uevent_lock.hold(current.actor):
+        seqnum = uevents.write(current.tables, action, Subject.BUS, now_ns, synthetic=True)
+    current.record(E_UEVENT, action, 0, seqnum)

@@ -159,6 +159,8 @@ def test_every_attribute_says_what_the_records_say() -> None:
     assert texts(tree.parent, f"{name}/channels/9") == CHANNEL | CHANNEL_RINGS | CHANNEL_MONITORED
     assert listing(tree.parent, name) == set(PLAIN | RINGS | MONITORED) | LINKS
     assert text(tree.bus, "hibernation") == "0\n"
+    assert text(tree.bus, "drivers_autoprobe") == "1\n"
+    assert failure(tree.bus, "drivers_probe") == failure(tree.bus, "uevent") == errno.EACCES
 
 
 def test_ring_attributes_are_einval_without_a_ring() -> None:

@@ -38,6 +38,9 @@ print(store(here / "uevent", "change"), store(here / "uevent", "moved"), store(h
 print(store(here / "driver_override", ""), (here / "driver_override").read_text().strip())
 print(store(echo / "unbind", device), store(uio / "unbind", device), driver())
 print(store(echo / "bind", "3"), store(echo / "bind", device), driver(), (here / "state").read_text().strip())
+print(store(bus / "drivers_autoprobe", "0"), (bus / "drivers_autoprobe").read_text().strip())
+print(store(echo / "unbind", device), store(bus / "drivers_probe", "3"), store(bus / "drivers_probe", device), driver())
+print(store(bus / "drivers_autoprobe", "1"), store(bus / "uevent", "change"), store(bus / "uevent", "moved"))
 """.replace("ECHO", ECHO)
 
 
@@ -70,6 +73,10 @@ def test_writes_are_done_by_the_guests_kernel(machine: str, run_cli: RunCli, fus
         "ok (null)",
         "ENODEV ok none",  # the other driver has it
         "ENODEV ok hv_echo 3",  # a device is named by its instance there
+        "ok 0",
+        "ok ENODEV ok hv_echo",
+        "ok ok EINVAL",
     ]
     asked = [one["variables"] for one in uevents if one["variables"]["ACTION"] == "change"]
-    assert [(one["SYNTH_UUID"], one["DRIVER"]) for one in asked] == [("0", "uio_hv_generic")]
+    assert [(one["SYNTH_UUID"], one.get("DRIVER")) for one in asked] == [("0", "uio_hv_generic"), ("0", None)]
+    assert asked[1]["DEVPATH"] == "/bus/vmbus"

@@ -483,3 +483,36 @@ def test_unregistered_device_is_not_found(booted: World) -> None:
 
     assert call(booted, "unbind", device="9")["errno"] == errno.ENODEV
     assert call(booted, "override", device=str(UUID(int=9)), driver=UIO)["errno"] == errno.ENODEV
+
+
+# -- the bus's own files --------------------------------------------------------------------------------
+
+
+def test_nobody_is_probed_unasked_while_autoprobe_is_off(booted: World, spies: list[Spy]) -> None:
+    """Neither a new device nor a new driver; a write to drivers_probe asks, of one that is bound it asks nothing."""
+    off = call(booted, "drivers_autoprobe", value="0")
+    offered(booted, 9, NIC)
+    unasked = driver_of(booted, 9)
+    call(booted, "register", driver="hv_spy")
+    calls = list(spies[0].calls)
+    asked = call(booted, "drivers_probe", device="9")
+    call(booted, "drivers_probe", device="9")
+    gone = call(booted, "drivers_probe", device=str(UUID(int=77)))
+    on = call(booted, "drivers_autoprobe", value="on")
+    offered(booted, 10)
+
+    assert (off, on) == ({"autoprobe": False}, {"autoprobe": True})
+    assert (unasked, calls) == ("", [])
+    assert asked["driver"] and driver_of(booted, 9) == asked["driver"]
+    assert gone["errno"] == errno.ENODEV
+    assert driver_of(booted, 10) == "hv_echo"
+
+
+def test_bus_itself_tells_of_itself_when_asked(booted: World) -> None:
+    """Its place in sysfs, subsystem bus, marked as made up; an action that there is not is refused."""
+    call(booted, "bus_uevent", action="change")
+    wrong = call(booted, "bus_uevent", action="explode")
+    (told,) = [one for one in uevents.since(booted.tables, 0) if one.head == "change@/bus/vmbus"]
+
+    assert told.variables["SUBSYSTEM"] == "bus" and told.variables["SYNTH_UUID"] == "0"
+    assert wrong["errno"] == errno.EINVAL
