@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests import lacking
 
 SOURCES = Path(__file__).resolve().parent.parent
 
@@ -34,6 +37,23 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     whole = config.args == config.getini("testpaths") and "not soak" in config.getoption("markexpr", "")
     return 2 if whole else 0
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker says what it could not run here."""
+    lacking.hand_over(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker has ended."""
+    lacking.take_over(node.config, node)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out, and how to have it."""
+    for line in lacking.summary(config):
+        terminalreporter.write_line(line)
 
 
 def keep_bytecode(config: pytest.Config) -> None:

@@ -11,26 +11,16 @@ from pathlib import Path
 
 import pytest
 
-INSTALL = "apt-get install gcc libc6-dev"
+from tests import lacking
 
-_without_compiler = pytest.StashKey[list[str]]()
+INSTALL = "apt-get install gcc libc6-dev"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs a C compiler if there is none."""
-    if shutil.which("gcc") is not None:
-        return
-    lacking = [item for item in items if "gcc" in getattr(item, "fixturenames", ())]
-    if lacking:
-        items[:] = [item for item in items if item not in lacking]
-        config.hook.pytest_deselected(items=lacking)
-        config.stash[_without_compiler] = [item.nodeid for item in lacking]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left out, and how to have it."""
-    for name in config.stash.get(_without_compiler, []):
-        terminalreporter.write_line(f"deselected, no C compiler: {name} ({INSTALL})")
+    if shutil.which("gcc") is None:
+        needing = [item for item in items if "gcc" in getattr(item, "fixturenames", ())]
+        lacking.deselect(config, items, dict.fromkeys(needing, f"no C compiler ({INSTALL})"))
 
 
 @pytest.fixture(scope="session")

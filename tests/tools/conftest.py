@@ -2,7 +2,7 @@
 
 A test asks for it by taking the fixture of that name, or of FUSE by its parameter `technique`. Where it is
 missing such tests are deselected, and the summary names each of them with what to do. Whoever sets
-VMBUS_EMU_TEST_READERS=required has installed the readers, and a missing one is a failure.
+VMBUS_EMU_TEST_READERS=required has installed the readers, and a missing one is a failure (`test_readers.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import pytest
 
 from emu.errors import MissingPrerequisite
 from emu.recording import TraceRecord
+from tests import lacking
 from tests.tools import browser
 from tests.tools.recorded import read, record_machine
 from tools.kernel_source import source_archive, tools_hv
-
-_deselected = pytest.StashKey[list[tuple[str, str]]]()
 
 
 @cache
@@ -113,19 +112,7 @@ def needs_of(item: pytest.Item) -> set[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs something that is missing."""
     missing = {item: need for item in items for need in sorted(needs_of(item)) if not NEEDS[need][0]()}
-    if os.environ.get("VMBUS_EMU_TEST_READERS") == "required" and (lacking := READERS & set(missing.values())):
-        wanted = ", ".join(f"{need} ({NEEDS[need][1]})" for need in sorted(lacking))
-        raise pytest.UsageError(f"readers are required and missing: {wanted}")
-    if missing:
-        items[:] = [item for item in items if item not in missing]
-        config.hook.pytest_deselected(items=list(missing))
-        config.stash[_deselected] = [(item.nodeid, need) for item, need in missing.items()]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left out, and how to have it."""
-    for name, need in config.stash.get(_deselected, []):
-        terminalreporter.write_line(f"deselected, no {need}: {name} ({NEEDS[need][1]})")
+    lacking.deselect(config, items, {item: f"no {need} ({NEEDS[need][1]})" for item, need in missing.items()})
 
 
 @pytest.fixture(scope="session")
