@@ -29,7 +29,7 @@ def _boot(runs: int, short: bool, peers: bool) -> list[Anchor]:
 def _ring(runs: int, short: bool, peers: bool) -> list[Anchor]:
     from tools.bench_ring import measure
 
-    return measure(runs, 20_000 if short else 200_000, peers)
+    return measure(runs, short=short, with_peers=peers)
 
 
 def _idle(runs: int, short: bool, peers: bool) -> list[Anchor]:

@@ -21,22 +21,28 @@ from tools.kernel_source import tools_hv
 from tools.paths import cache_dir, made
 
 NAME: Final = "C ring of tools/hv"
+LIMIT: Final = "C ring of this format"
+"""Without our checks and publishing in batches, too: what this machine can do at all."""
 _DRIVER: Final = Path(__file__).parent / "c" / "hv_ring.c"
+_LIMIT: Final = Path(__file__).parent / "c" / "ring_limit.c"
 _TIMEOUT_S: Final = 60
 
 
 def build() -> Path:
     """Compile the ring and its driver, once for each version of either; MissingPrerequisite says what lacks."""
     sources = kernel_tools()
-    if not _DRIVER.is_file():
-        raise MissingPrerequisite(f"{_DRIVER} was not installed: run from a clone of the sources")
-    texts = [_DRIVER, sources / "vmbus_bufring.c", sources / "vmbus_bufring.h"]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()[:16]
+    return _built([_DRIVER, sources / "vmbus_bufring.c"], [sources / "vmbus_bufring.h"], sources)
+
+
+def _built(sources: list[Path], headers: list[Path], include: Path) -> Path:
+    if not sources[0].is_file():
+        raise MissingPrerequisite(f"{sources[0]} was not installed: run from a clone of the sources")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, *headers))).hexdigest()[:16]
     program = made(cache_dir() / "hv-ring") / digest
     if not program.is_file():
         with tempfile.TemporaryDirectory(prefix="building-", dir=program.parent) as name:
-            fresh = Path(name) / "hv_ring"
-            _compile([str(texts[0]), str(texts[1])], sources, fresh)
+            fresh = Path(name) / "ring"
+            _compile([str(path) for path in sources], include, fresh)
             fresh.rename(program)
     return program
 
@@ -60,6 +66,21 @@ def runner(payload_size: int, ring_bytes: int, cpus: tuple[int, int]) -> Callabl
 
     def run(packets: int) -> float:
         arguments = [str(number) for number in (packets, payload_size, ring_bytes, *cpus)]
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        return packets * 1e9 / int(done.stdout)
+
+    return run
+
+
+def limit_runner(payload_size: int, ring_bytes: int, batch: int, cpus: tuple[int, int]) -> Callable[[int], float]:
+    """Return what sends so many packets through a C ring of the same format, and gives packets a second.
+
+    It publishes once for each `batch`. MissingPrerequisite when there is no compiler.
+    """
+    program = _built([_LIMIT], [], _LIMIT.parent)
+
+    def run(packets: int) -> float:
+        arguments = [str(number) for number in (packets, payload_size, ring_bytes, batch, *cpus)]
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         return packets * 1e9 / int(done.stdout)
 

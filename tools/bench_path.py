@@ -1,0 +1,77 @@
+"""The whole channel path: send → ring → signal rules → event flag → interrupt → ISR → mask, drain, unmask → callback.
+
+A machine as any other, with the plugin of `tools.bench_path_plugin`: its device sends batches for a while, its driver's
+callback counts. Hypervisor and vCPU are on a core each, like the two ends of whoever it is compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from emu.errors import VmbusError
+from tools.anchors import Against, Anchor
+from tools.bench_path_plugin import BEGIN, CALLBACKS, END, SIZE, TAKEN, WRONG
+from tools.pinned import pin
+from tools.two_ends import Cpus
+
+PLUGIN: Final = Path(__file__).with_name("bench_path_plugin.py")
+PEER_GOAL: Final = 1.8
+PEER_FLOOR: Final = 1.3
+C_GOAL: Final = 0.8
+C_FLOOR: Final = 0.6
+INTERRUPTS_GOAL: Final = 1.0
+_NAME: Final = f"path-{SIZE}B-batch"
+
+
+@dataclass(slots=True)
+class PathFigures:
+    """What each run gave: packets a second, interrupts for each 100 packets."""
+
+    rates: list[float] = field(default_factory=list)
+    interrupts: list[float] = field(default_factory=list)
+
+    def measure(self, cpus: Cpus) -> None:
+        """One run, in a machine of its own; VmbusError when a packet was not what it should be."""
+        from tools.testing import running
+
+        with running(plugins=[PLUGIN], devices=["echo"], vcpus=1) as machine:
+            pin(machine.running, *cpus)
+            before = machine.counters()["interrupts"]
+            (source,) = machine.offer("path-bench")
+            machine.wait_for(lambda: machine.driver_state(source.relid)[END] != 0, "the end of the run")
+            state = machine.driver_state(source.relid)
+            interrupts = machine.counters()["interrupts"] - before
+        if state[WRONG] or not state[TAKEN]:
+            raise VmbusError(f"bench path: {state[WRONG]} of {state[CALLBACKS]} batches were wrong")
+        self.rates.append(state[TAKEN] * 1e9 / (state[END] - state[BEGIN]))
+        self.interrupts.append(100 * interrupts / state[TAKEN])
+
+    def anchors(self, best_peer: Against, c_ring: Against, reason: str | None) -> list[Anchor]:
+        """Against the best peer, against the C ring, and interrupts under load."""
+        peers, ring = (
+            Anchor.of(
+                f"{_NAME}-{name}",
+                self.rates,
+                "packets/s",
+                better="higher",
+                against=against,
+                goal=goal,
+                floor=floor,
+                reason=None if against.value else reason or "nothing to compare with",
+            )
+            for name, against, goal, floor in (
+                ("peers", best_peer, PEER_GOAL, PEER_FLOOR),
+                ("ring", c_ring, C_GOAL, C_FLOOR),
+            )
+        )
+        interrupts = Anchor.of(
+            f"path-{SIZE}B-interrupts",
+            self.interrupts,
+            "per 100 packets",
+            better="lower",
+            goal=INTERRUPTS_GOAL,
+            floor=INTERRUPTS_GOAL,
+        )
+        return [peers, ring, interrupts]
