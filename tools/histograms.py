@@ -76,6 +76,8 @@ def hlog_text(histograms: Mapping[str, HdrHistogram], began_s: float, seconds: f
         "#[Logged with vmbus-emu]",
         "#[Histogram log format version 1.2]",
         f"#[StartTime: {began_s:.3f} (seconds since epoch), {stamp}]",
+        # Without it a reader guesses from the two times whether an interval's is absolute.
+        f"#[BaseTime: {began_s:.3f} (seconds since epoch)]",
         '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"',
     ]
     for tag, histogram in histograms.items():

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from hdrh.histogram import HdrHistogram
+from hdrh.log import HistogramLogReader
 
 from tests.conftest import RunCli
 from tools.histograms import (
@@ -60,6 +61,22 @@ def test_hlog_holds_every_histogram() -> None:
     assert [line.split(",")[0] for line in lines] == ["Tag=isr", "Tag=dpc"]
     decoded = HdrHistogram.decode(lines[0].split(",")[-1].encode())
     assert decoded.get_total_count() == 1_000
+
+
+def test_hlog_is_read_by_the_library_itself(tmp_path: Path) -> None:
+    """HdrHistogram's own log reader finds every histogram, with its tag, its count and its percentiles."""
+    histograms = {"isr": histogram_of(SAMPLES, "isr"), "dpc": histogram_of([5_000, 6_000], "dpc")}
+    path = tmp_path / "out.hlog"
+    path.write_text(hlog_text(histograms, 1.0, 2.0), encoding="utf-8")
+
+    reader = HistogramLogReader(str(path), HdrHistogram(1, MOST_NS, 3))
+    read = {}
+    while (one := reader.get_next_interval_histogram()) is not None:
+        read[one.get_tag()] = one
+    reader.close()
+
+    assert {tag: one.get_total_count() for tag, one in read.items()} == {"isr": len(SAMPLES), "dpc": 2}
+    assert read["isr"].get_value_at_percentile(50) == histograms["isr"].get_value_at_percentile(50)
 
 
 def test_pictures_show_every_stage() -> None:
