@@ -242,6 +242,10 @@ class Counters:
         )
 
 
+_RECORD, _RECORD_BYTES = 1, 2
+"""Bits of the recording word."""
+
+
 class Control:
     """Typed access to the `control` segment."""
 
@@ -318,9 +322,14 @@ class Control:
         """Whether processes shall record from the moment they attach."""
         return self._recording.load() != 0
 
-    def set_recording(self) -> None:
+    @property
+    def recording_bytes(self) -> bool:
+        """Whether they shall also keep the bytes of messages and of what rings publish."""
+        return self._recording.load() & _RECORD_BYTES != 0
+
+    def set_recording(self, *, with_bytes: bool = False) -> None:
         """Ask every process that attaches from now on to record."""
-        self._recording.store(1)
+        self._recording.store(_RECORD | (_RECORD_BYTES if with_bytes else 0))
 
     @property
     def guest_formatted(self) -> bool:

@@ -43,7 +43,7 @@ from emu.layout import (
     vp_page_offset,
     vps_bytes,
 )
-from emu.tracing import NO_VP, TRACE_BYTES, TRACE_HEAD_BYTES, Context, Recorder
+from emu.tracing import NO_VP, TRACE_BYTES, TRACE_HEAD_BYTES, BytesRecorder, Context, Recorder
 
 KICK_SIGNAL: Final = int(signal.SIGRTMIN) + 1
 """The real-time signal that interrupts a computing vCPU."""
@@ -220,7 +220,10 @@ class Machine:
 
         Raises MissingPrerequisite when there is no room for the actor's ring.
         """
-        return Recorder(self.trace, row.slot, vp=vp, context=context) if self.control.recording else None
+        if not self.control.recording:
+            return None
+        kind = BytesRecorder if self.control.recording_bytes else Recorder
+        return kind(self.trace, row.slot, vp=vp, context=context)
 
     def find_actor(self, kind: ActorKind, cpu: int = 0) -> ActorRow | None:
         """The living actor of a kind (and CPU number, for vCPUs), if any."""

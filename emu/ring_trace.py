@@ -7,6 +7,8 @@ per packet: a publish or a release is one record, however many packets it is for
 from __future__ import annotations
 
 from dataclasses import replace
+from struct import pack
+from typing import Final
 
 from emu.ring_memory import RingMemory, RingWords
 from emu.tracing import (
@@ -21,6 +23,9 @@ from emu.tracing import (
     Recorder,
 )
 from emu.wire.ring_layout import ALIGNMENT
+
+SNAP_BYTES: Final = 256
+"""How much of a publish is kept, where bytes are: the descriptors and first bytes of small packets."""
 
 
 def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, masks: bool = False) -> RingWords:
@@ -38,6 +43,12 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
         before = load_write()
         store_write(index)
         record(E_RING_PUBLISH, relid, side, index, (index - before) % size)
+
+    def publish_bytes(index: int) -> None:
+        before = load_write()
+        publish(index)
+        # Nobody but this end writes there, and it writes on only when this returns.
+        recorder.keep(first_bytes(memory, before, (index - before) % size))
 
     def release(index: int) -> None:
         freed = (index - load_read()) % size
@@ -62,5 +73,12 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
             record(E_UNMASK, relid, side, (load_write() - load_read()) % size)
 
     record(E_RING_ATTACH, relid, side, size, load_write(), load_read())
-    changed = replace(words, store_write=publish, store_read=release, store_pending=wish)
+    store = publish_bytes if recorder.keeps_bytes else publish
+    changed = replace(words, store_write=store, store_read=release, store_pending=wish)
     return replace(changed, store_mask=mask) if masks else changed
+
+
+def first_bytes(memory: RingMemory, index: int, published: int) -> bytes:
+    """The first bytes of what was published from `index` on, `SNAP_BYTES` at most."""
+    first, words = index >> 3, min(published, SNAP_BYTES) >> 3
+    return pack(f"<{words}Q", *[memory.headers[first + word] for word in range(words)])

@@ -11,7 +11,7 @@ import time
 from enum import IntEnum
 from struct import Struct
 from struct import error as struct_error
-from typing import Final
+from typing import ClassVar, Final
 
 from emu.control import ACTORS
 from emu.errors import MissingPrerequisite
@@ -20,6 +20,8 @@ from emu.ipc.segments import Segment
 
 RECORD: Final = Struct("<QIHBBQQQQQQ")
 RECORD_BYTES: Final = RECORD.size
+_WORDS: Final = Struct("<5Q")
+"""What a `bytes` record holds behind its first word."""
 CAPACITY: Final = 8_192
 _HEADS: Final = 4_096
 _RINGS: Final = _HEADS + ACTORS * 64
@@ -230,6 +232,8 @@ EVENTS: Final = _table(
     ("ignored", "rule:str40 value:u64"),
     # The guest posts a message; `post` says what came of it, as the guest and the host see it.
     ("post_begin", "connection_id:x32 msgtype:u32:MessageType size:u32 relid:u32"),
+    # Continues the record before it of the same actor: how many bytes are left, these included.
+    ("bytes", "left:u64 data:hex40"),
 )
 """All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
 
@@ -338,6 +342,7 @@ E_REQUEST_END: Final = EVENTS["request_end"].number
 E_MARK: Final = EVENTS["mark"].number
 E_IGNORED: Final = EVENTS["ignored"].number
 E_POST_BEGIN: Final = EVENTS["post_begin"].number
+E_BYTES: Final = EVENTS["bytes"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:
@@ -349,6 +354,9 @@ class Recorder:
     """Writes one actor's ring; `vp` and `context` are stamped on each record."""
 
     __slots__ = ("_at", "_base", "_memory", "_pack", "_store", "context", "count", "vp")
+
+    keeps_bytes: ClassVar[bool] = False
+    """Whether `keep` does anything: whoever has to collect the bytes first looks here when it attaches."""
 
     def __init__(self, segment: Segment, slot: int, *, vp: int = NO_VP, context: int = Context.HOST) -> None:
         self._memory = segment.memory
@@ -365,6 +373,9 @@ class Recorder:
         self._pack = RECORD.pack_into
         self.vp = vp
         self.context = int(context)
+
+    def keep(self, data: bytes) -> None:
+        """Keep the bytes that the record before this one is about: not here, only where that was asked for."""
 
     def start(self, pid: int, kind: int, cpu: int, name: str) -> None:
         """Say who records here: the first record of an actor."""
@@ -391,6 +402,20 @@ class Recorder:
         self.count = count + 1
         # After the bytes: the drain reads whole records only.
         self._store(count + 1)
+
+
+class BytesRecorder(Recorder):
+    """A recorder that also keeps the bytes of messages and of what rings publish, in records of their own."""
+
+    __slots__ = ()
+
+    keeps_bytes = True
+
+    def keep(self, data: bytes) -> None:
+        """Keep the bytes that the record before this one is about."""
+        for at in range(0, len(data), _WORDS.size):
+            words = _WORDS.unpack(data[at : at + _WORDS.size].ljust(_WORDS.size, b"\0"))
+            self.record(E_BYTES, len(data) - at, *words)
 
 
 class Drain:

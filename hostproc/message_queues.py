@@ -14,7 +14,7 @@ from emu.synic import Synic
 from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
 from emu.wire.message_relid import relid_of
 from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
-from emu.wire.synic import MESSAGE_PAYLOAD_OFFSET
+from emu.wire.synic import MESSAGE_HEADER, MESSAGE_PAYLOAD_OFFSET
 
 
 class QueuedMessage:
@@ -117,6 +117,9 @@ class MessageQueues:
         assert self._trace is not None
         message_type = int.from_bytes(message.data[:4], "little")
         self._trace.record(E_SLOT_WRITE, position, sint, message_type, _msgtype(message), message.serial, queued)
+        if self._trace.keeps_bytes:
+            payload_size: int = MESSAGE_HEADER.unpack_from(message.data)[1]
+            self._trace.keep(message.data[MESSAGE_PAYLOAD_OFFSET:][:payload_size])
 
 
 def _msgtype(message: QueuedMessage) -> int:

@@ -289,6 +289,7 @@ class Partition:
         if self.trace:
             msgtype = int.from_bytes(message.payload[:4], "little")
             self.trace.record(E_POST, message.connectionid, msgtype, message.payload_size, status, serial, claimer)
+            self.trace.keep(message.payload)
         return status
 
     def signal_event(self, argument: int) -> HvStatus:

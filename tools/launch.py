@@ -369,6 +369,7 @@ def launch(
     *,
     name: str | None = None,
     record: bool = False,
+    record_bytes: bool = False,
     no_guest: bool = False,
     without: frozenset[str] = frozenset(),
     **extra: Any,
@@ -397,7 +398,7 @@ def launch(
             cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
         if record:
-            machine.control.set_recording()
+            machine.control.set_recording(with_bytes=record_bytes)
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
         running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without)

@@ -37,6 +37,7 @@ from tools.run_machine import Options, run_here
 )
 @record_option
 @flight_option(0)
+@click.option("--record-bytes", is_flag=True, help="With --record: the bytes of messages and rings, too (for pcapng).")
 @click.option(
     "--without",
     metavar="PROCESS",
@@ -59,6 +60,7 @@ def run(
     guest_timeout_s: float,
     record_path: Path | None,
     flight_s: float,
+    record_bytes: bool,
     without: tuple[str, ...],
     name: str | None,
     poll: str | None,
@@ -87,6 +89,7 @@ def run(
         guest_timeout_s,
         record_path,
         flight_s,
+        record_bytes,
         frozenset(without),
         seed,
         as_json,

@@ -48,6 +48,7 @@ class Options:
     guest_timeout_s: float
     record_path: Path | None
     flight_s: float
+    record_bytes: bool
     without: frozenset[str]
     seed: int
     as_json: bool
@@ -61,6 +62,8 @@ class Options:
                 raise UserError("--stream needs a device; the scenario has none")
             check_stream_file(self.stream_path)
         check_record_path(self.record_path)
+        if self.record_bytes and self.record_path is None:
+            raise UserError("--record-bytes says what a recording keeps; name one with --record FILE")
         if detach and self.no_guest and self.duration_s is not None:
             raise UserError("--detach --no-guest ends with its guest; leave --duration out")
 
@@ -85,6 +88,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     with launch(
         scenario,
         record=options.record_path is not None or options.flight_s > 0,
+        record_bytes=options.record_bytes,
         no_guest=options.no_guest,
         without=options.without,
         seed=options.seed,

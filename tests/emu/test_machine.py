@@ -321,7 +321,18 @@ def test_recorder_is_made_where_the_machine_records(make_machine: MakeMachine) -
 
     assert without is None
     assert recorder is not None
-    assert (recorder.vp, recorder.context) == (3, Context.TASK)
+    assert (recorder.vp, recorder.context, recorder.keeps_bytes) == (3, Context.TASK, False)
+
+
+def test_bytes_are_kept_where_that_was_asked_for_too(make_machine: MakeMachine) -> None:
+    """They cost several records a message, so a recording alone does not bring them."""
+    machine = make_machine()
+    row, _counters = machine.enlist(ActorKind.VCPU, "vcpu0")
+    machine.control.set_recording(with_bytes=True)
+    recorder = machine.recorder(row)
+
+    assert recorder is not None and recorder.keeps_bytes
+    assert machine.control.recording
 
 
 def test_kick_posts_to_the_semaphore_of_the_page(make_machine: MakeMachine) -> None:

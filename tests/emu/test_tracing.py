@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from mmap import mmap
+from struct import Struct
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +17,17 @@ from emu.ipc.segments import Segment, object_name
 from emu.tracing import (
     BY_NUMBER,
     CAPACITY,
+    E_BYTES,
     E_EOM,
     E_OFFER,
+    E_POST,
     EVENTS,
     NO_VP,
     RECORD,
     RECORD_BYTES,
     TRACE_BYTES,
     TRACE_HEAD_BYTES,
+    BytesRecorder,
     Context,
     Drain,
     Recorder,
@@ -253,3 +257,20 @@ def test_head_that_went_backwards_is_nothing_new(segment: Segment) -> None:
     segment.view.store_u64(4096, 2)
 
     assert drain.take(0) == b""
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, 41, 240])
+def test_bytes_follow_their_record(segment: Segment, length: int) -> None:
+    """Forty a record, each with how many are left; another sort of recorder keeps none."""
+    data = bytes(range(length))
+    Recorder(segment, 3).keep(data)
+    recorder = BytesRecorder(segment, 4)
+    recorder.record(E_POST, 1)
+    recorder.keep(data)
+    drain = Drain(segment)
+    _post, *kept = RECORD.iter_unpack(drain.take(4))
+
+    assert drain.take(3) == b""
+    assert [record[2] for record in kept] == [E_BYTES] * -(-length // 40)
+    assert [record[5] for record in kept] == list(range(length, 0, -40))
+    assert b"".join(Struct("<5Q").pack(*record[6:]) for record in kept)[:length] == data

@@ -72,6 +72,8 @@ class FakeClock:
 class FakeRecorder:
     """Keeps what an actor records, with its name and context, in the world's one list."""
 
+    keeps_bytes = False
+
     def __init__(self, world: World, context: int) -> None:
         self._world = world
         self.context = context

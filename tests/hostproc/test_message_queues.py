@@ -29,10 +29,16 @@ VECTOR = 0xF3
 
 
 class FakeRecorder:
-    """Keeps what is recorded."""
+    """Keeps what is recorded, and bytes where that is asked for."""
 
     def __init__(self) -> None:
         self.records: list[tuple[int, ...]] = []
+        self.keeps_bytes = False
+        self.kept: list[bytes] = []
+
+    def keep(self, data: bytes) -> None:
+        """Bytes of the last record."""
+        self.kept.append(data)
 
     def record(self, *values: int) -> None:
         """One record."""
@@ -232,6 +238,15 @@ def test_deliveries_and_pending_bits_are_recorded() -> None:
         (E_MESSAGE_POST, 0, SINT, 0x0B, 0x0B, 0, 0),
         (E_PENDING_SET, 0, SINT, 1),
     ]
+
+
+def test_bytes_of_a_delivery_are_kept_where_that_is_asked_for() -> None:
+    """The payload as it stands in the slot, without the SynIC's header."""
+    delivery = Delivery()
+    delivery.trace.keeps_bytes = True
+    delivery.post(0x0A)
+
+    assert delivery.trace.kept == [(0x0A).to_bytes(8, "little")]
 
 
 class Toggling(Synic):

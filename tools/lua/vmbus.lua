@@ -6,6 +6,7 @@
 --
 -- Install: `vmbus-emu wireshark install`, or tshark -X lua_script:$(vmbus-emu wireshark show)
 
+local OFFERCHANNEL = 1
 local HEADER_BYTES = 8
 local DESCRIPTOR_BYTES = 16
 local TRAILER_BYTES = 8
@@ -333,12 +334,13 @@ function vmbus.dissector(tvb, pinfo, tree)
     branch:add_proto_expert_info(tvb:reported_len() > tvb:len() and not_captured or too_short)
     return tvb:len()
   end
+  local device
   for _, entry in ipairs(layout) do
     local item = add(branch, tvb, entry[1], entry[2], entry[3])
     if entry[3] == "chn_flags" then
       for _, flag in ipairs(CHN_FLAGS) do item:add_le(F["chn_flags." .. flag], tvb(entry[1], entry[2])) end
     elseif entry[3] == "if_type" then
-      local device = DEVICES[guid_text(tvb(entry[1], 16))]
+      device = DEVICES[guid_text(tvb(entry[1], 16))]
       if device then item:append_text(" (" .. device .. ")") end
     end
   end
@@ -347,6 +349,7 @@ function vmbus.dissector(tvb, pinfo, tree)
   -- Firmware guests always post 240 bytes.
   if at < tvb:len() then add(branch, tvb, at, tvb:len() - at, "trailing") end
   local words = summarize(tvb, layout)
+  if msgtype == OFFERCHANNEL and device then words = device .. ", " .. words end
   if words ~= "" then
     pinfo.cols.info:append(" " .. words)
     branch:append_text(", " .. words)

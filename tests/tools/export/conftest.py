@@ -12,9 +12,9 @@ from tests.tools.recordings import record_every_event
 
 @pytest.fixture(scope="session")
 def real_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of the default machine: boot, eight devices, some packets, shutdown."""
+    """A short run of the default machine: boot, eight devices, some packets, shutdown; with the bytes."""
     home = tmp_path_factory.mktemp("recorded")
-    done = call(home, "run", "--duration", "0.1", "--record", "run.rec")
+    done = call(home, "run", "--duration", "0.1", "--record", "run.rec", "--record-bytes")
     assert done.returncode == 0, done.stderr
     return home / "run.rec"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -24,6 +25,7 @@ from emu.wire.messages import (
 from emu.wire.packets import (
     COMPLETION_REQUESTED,
     VM_PKT_COMP,
+    VM_PKT_DATA_INBAND,
     VM_PKT_DATA_USING_GPA_DIRECT,
     VM_PKT_DATA_USING_XFER_PAGES,
     XferPages,
@@ -32,7 +34,7 @@ from emu.wire.packets import (
     pack_trailer,
 )
 from emu.wire.versions import VERSION_COPPER, VERSION_WIN10, VERSION_WIN10_V5_3, FeatureFlags
-from tests.tools.export.readers import dissected
+from tests.tools.export.readers import dissected, written
 from tools.export.pcapng import Frame, interface_block, section_block
 
 
@@ -214,3 +216,19 @@ def test_cut_and_lying_packets_are_said(tshark: str, tmp_path: Path) -> None:
 
     assert "vmbus_ring.cut" in str(frames[0]) and "vmbus_ring.bad_descriptor" not in str(frames[0])
     assert "vmbus_ring.bad_descriptor" in str(frames[1])
+
+
+def test_recorded_run_is_dissected_to_the_last_message(real_recording: Path, tshark: str, tmp_path: Path) -> None:
+    """Every message whole, with nothing to complain of; the packets in the rings are the exchange that took place."""
+    frames = dissected(tshark, written("pcapng", real_recording, tmp_path / "out"))
+    messages = [layers["vmbus"] for layers in frames if "vmbus" in layers]
+    rings = [layers["vmbus_ring"] for layers in frames if "vmbus_ring" in layers]
+
+    assert not any("_ws.expert" in str(message) for message in messages)
+    offers = [message for message in messages if number(message["vmbus.msgtype"]) == MessageType.OFFERCHANNEL]
+    assert sorted(number(offer["vmbus.child_relid"]) for offer in offers) == list(range(1, 9))
+    by_type = Counter(number(message["vmbus.msgtype"]) for message in messages)
+    assert by_type[MessageType.OPENCHANNEL] == by_type[MessageType.OPENCHANNEL_RESULT] == 8
+    first = rings[0]["vmbus_ring.packet"]
+    first = first[0] if isinstance(first, list) else first
+    assert number(first["vmbus_ring.type"]) == VM_PKT_DATA_INBAND

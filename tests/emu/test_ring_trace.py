@@ -1,0 +1,58 @@
+"""A recorded ring: what is recorded of a publish, and which bytes of it are kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from emu.ring import RingProducer
+from emu.ring_trace import SNAP_BYTES, recorded
+from emu.tracing import E_RING_ATTACH, E_RING_PUBLISH
+from tests.emu.ring_pages import KINDS, ring_pages
+
+
+class Recorded:
+    """A recorder that remembers."""
+
+    def __init__(self, *, keeps_bytes: bool) -> None:
+        self.keeps_bytes = keeps_bytes
+        self.records: list[tuple[int, ...]] = []
+        self.kept: list[bytes] = []
+
+    def record(self, *what: int) -> None:
+        """Remember a record."""
+        self.records.append(what)
+
+    def keep(self, data: bytes) -> None:
+        """Remember bytes, behind the record that they are about."""
+        assert self.records[-1][0] == E_RING_PUBLISH
+        self.kept.append(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_bytes_of_a_publish_are_kept(kind: str) -> None:
+    """Of a small packet all, also over the end of the ring; of a large one as many as `SNAP_BYTES`."""
+    with ring_pages(kind) as ring:
+        begin = ring.data_size - 16
+        ring.start_at(begin)
+        recorder = Recorded(keeps_bytes=True)
+        producer = RingProducer(ring.memory, words=recorded(ring.memory, recorder, 7, 0))  # type: ignore[arg-type]
+        producer.write(b"x" * 24, 5)
+        producer.write(b"y" * 1000, 6)
+
+        small, large = 16 + 24 + 8, 16 + 1000 + 8
+        assert recorder.records == [
+            (E_RING_ATTACH, 7, 0, ring.data_size, begin, begin),
+            (E_RING_PUBLISH, 7, 0, 32, small),
+            (E_RING_PUBLISH, 7, 0, 32 + large, large),
+        ]
+        assert recorder.kept == [ring.peek(begin, small), ring.peek(32, SNAP_BYTES)]
+
+
+def test_without_being_asked_no_bytes_are_looked_at() -> None:
+    """An ordinary recording has the indices only."""
+    with ring_pages("bytearray") as ring:
+        recorder = Recorded(keeps_bytes=False)
+        producer = RingProducer(ring.memory, words=recorded(ring.memory, recorder, 7, 0))  # type: ignore[arg-type]
+        producer.write(b"x" * 24, 5)
+
+        assert recorder.kept == []
