@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from emu.errors import ProtocolViolation
@@ -77,6 +78,12 @@ class Gpadl:
         return map_ring(memory, self.page_pfns(), first_page, page_count, budget)
 
 
+@lru_cache(maxsize=1)
+def _max_map_count() -> int:
+    """Read once, also for the processes that are forked from this one."""
+    return int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+
+
 class MapBudget:
     """How many mapped runs this process may still hold for rings; beyond it they are accessed page by page."""
 
@@ -86,7 +93,7 @@ class MapBudget:
     @classmethod
     def of_system(cls) -> MapBudget:
         """Half of `vm.max_map_count`: the rest is for everything else that maps."""
-        return cls(int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")) // 2)
+        return cls(_max_map_count() // 2)
 
     def take(self, runs: int) -> bool:
         """Take so many if they are left."""

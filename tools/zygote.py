@@ -29,7 +29,7 @@ from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
 from hostproc import hypervisor_main
 from tools import sweeper
-from tools.warm_up import warm_up
+from tools.warm_up import fill_holes, warm_up
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -174,6 +174,7 @@ def main() -> int:
     sys.setswitchinterval(0.0005)
     warm_up()
     gc.collect()
+    fill_holes()
     gc.freeze()
     return Zygote(link, launcher_pid).run()
 
