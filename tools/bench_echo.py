@@ -118,9 +118,9 @@ def echo_machine(poll: str, cores: tuple[int, int]) -> Iterator[RunningMachine]:
         running.shut_down_guest()
 
 
-def round_trips(running: RunningMachine, seconds: float) -> list[float]:
-    """Microseconds of each round trip on the first channel, one after the other, for so long."""
-    channel = list_devices(running.machine)[0].channels[0]
+def round_trips(running: RunningMachine, seconds: float, device: int = 0) -> list[float]:
+    """Microseconds of each round trip with a device, one after the other, for so long."""
+    channel = list_devices(running.machine)[device].channels[0]
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-echo-") as folder:
         path = Path(folder, "samples")
         row = running.order(
