@@ -139,11 +139,10 @@ class Lapic:
     def deliverable(self) -> bool:
         """Whether a request waits whose class is above the highest in service."""
         load = self._load
-        # Asked at every safe point, and nearly always in vain: four loads and nothing else then.
-        if not (load[3]() or load[2]() or load[1]() or load[0]()):
+        # Asked at every safe point, and nearly always in vain, with nothing in service: four loads and no more then.
+        if not (load[3]() or load[2]() or load[1]() or load[0]() > 1):  # there is no vector 0
             return False
-        vector = self.highest_request()
-        return vector > 0 and (not self._in_service or vector >> 4 > self._in_service[-1] >> 4)
+        return not self._in_service or self.highest_request() >> 4 > self._in_service[-1] >> 4
 
     @property
     def glance(self) -> Callable[[], int]:
@@ -217,8 +216,8 @@ class Halt:
     """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
 
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads. `glance`
-    is what a poll looks at between two yields: fewer loads, of what comes most often; whether it is anything `look`
-    decides, which a poll asks at each yield besides.
+    is what a poll looks at between two yields: fewer loads, of what comes most often, and the poll ends with what it
+    sees; at each yield it looks as well.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
@@ -333,7 +332,7 @@ class Halt:
             return False
         while before < end:
             for _ in range(looks):
-                if glance() and (glance is look or look()):
+                if glance():
                     return self._paid()
             if glance is not look and look():
                 return self._paid()

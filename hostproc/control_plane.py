@@ -30,15 +30,13 @@ MESSAGES_A_TURN: Final = 16
 class GuestEvent:
     """An event flag of the guest as a device signals it (`BoundEvent` of the bus)."""
 
-    __slots__ = ("_plane", "_port")
+    __slots__ = ("_plane", "_port", "signal")
 
     def __init__(self, plane: GuestPorts, port: EventPort) -> None:
         self._plane = plane
         self._port: EventPort | None = port
-
-    def signal(self) -> object:
-        """Set the flag, and interrupt if it was clear."""
-        return self._port.signal() if self._port is not None else None
+        self.signal: Callable[[], object] = port.signal
+        """Sets the flag, and interrupts if it was clear; a channel has kept it, so the port itself is closed."""
 
     def retarget(self, vp_index: int) -> None:
         """Set it on another VP from now on."""
@@ -47,6 +45,8 @@ class GuestEvent:
 
     def close(self) -> None:
         """Signal nobody any more."""
+        if self._port is not None:
+            self._port.close()
         self._port = None
 
 

@@ -130,6 +130,11 @@ class EventPort:
             self._request_interrupt(position, vector)
         return _SUCCESS
 
+    def close(self) -> None:
+        """Signal nobody any more, whoever still calls `signal`."""
+        self._route = None
+        self.flag_count = 0
+
     def _find_route(self, flag_number: int) -> Route | HvStatus:
         """Where a flag of this port lies now, or why it cannot be set; kept for the first flag."""
         if flag_number >= self.flag_count:

@@ -593,19 +593,20 @@ def test_poller_that_shares_its_core_yields_more_often(monkeypatch: pytest.Monke
     assert between == [1 + 20, 20, 20, 2, 20]
 
 
-def test_glance_is_only_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a poll glances at must be confirmed by a look; what it does not see a look at the yield does."""
+def test_poll_ends_with_a_glance_or_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a glance sees ends the poll at once; what it does not see, the look at the next yield does."""
     monkeypatch.setattr("emu.interrupts.LONG_YIELD_NS", 10**12)
     monkeypatch.setattr("emu.interrupts.LOST_CORE_NS", 10**12)
-    for glance, looks_for in ((True, 60), (False, 4)):
-        answers = iter([False] * looks_for + [True])
+    for seen, looks in ((True, [False]), (False, [False, False, False, True])):
+        answers = iter(looks)
         sleeper = Sleeper()
         halt = polling(sleeper, answers.__next__, 60_000_000)
-        halt._glance = {True: lambda: True, False: lambda: False}[glance]
+        halt._glance = {True: lambda: True, False: lambda: False}[seen]
         halt.halt(10**9)
 
         assert sleeper.semaphore.blocks == []
         assert sleeper.counters.polls_paid == 1
+        assert list(answers) == []
 
 
 # -- every order of steps -------------------------------------------------------------------------
