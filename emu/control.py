@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgpack
 
-from emu.ipc.atomics import AtomicView
+from emu.ipc.atomics import AtomicU64, AtomicView
 from emu.ipc.clock import MachineClock
 from emu.ipc.segments import Segment
 
@@ -60,6 +60,8 @@ _MOST_LOOKS: Final = 20_000
 _CONFIG_LENGTH: Final = 8
 _READY: Final = 16
 _RECORDING: Final = 20
+_TASKS_ORDERED: Final = 24
+"""How many programs were ever put on the task board (u64)."""
 _SHUTDOWN: Final = 32
 _SHUTDOWN_DONE: Final = 36
 _LEAKED: Final = 40
@@ -468,6 +470,11 @@ class Control:
         return _SERIALS + (position * 16 + sint) * 8
 
     # -- guest tasks ------------------------------------------------------------------------------
+
+    @property
+    def tasks_ordered(self) -> AtomicU64:
+        """How many programs were ever ordered: whoever finds none waiting need not look again before it rises."""
+        return self.view.cell_u64(_TASKS_ORDERED)
 
     def task_offset(self, index: int) -> int:
         """Where the board's row for guest task `index` begins (see `emu.task_board`)."""

@@ -71,6 +71,9 @@ class TaskBoard:
 
     def __init__(self, control: Control) -> None:
         self._control = control
+        self._ordered = control.tasks_ordered
+        self._nothing_behind: dict[int, int] = {}
+        """By CPU: how many programs had been ordered when none waited for it."""
 
     def order(
         self,
@@ -111,6 +114,7 @@ class TaskBoard:
                     encoded,
                 )
                 view.store_u32(at + _STATE, TaskState.ORDERED)
+                self._ordered.fetch_add(1)
                 return index
         raise AssertionError(f"all {TASKS} rows of the task board are taken")
 
@@ -148,6 +152,11 @@ class TaskBoard:
 
     def take(self, cpu: int) -> TaskRow | None:
         """The next program ordered for `cpu`, now RUNNING (the vCPU)."""
+        # Before the rows: one that is ordered behind this look raises the count, and is found the next time. A
+        # processor asks each time it wakes, and nearly always for nothing.
+        ordered = self._ordered.load()
+        if self._nothing_behind.get(cpu) == ordered:
+            return None
         view = self._control.view
         for index in range(TASKS):
             at = self._control.task_offset(index) + _STATE
@@ -156,6 +165,7 @@ class TaskBoard:
             row = self.row(index)
             if row.cpu == cpu and view.cas_u32(at, TaskState.ORDERED, TaskState.RUNNING) == TaskState.ORDERED:
                 return row
+        self._nothing_behind[cpu] = ordered
         return None
 
     def report(
