@@ -160,10 +160,10 @@ def test_offer_names_class_flags_and_pipe_mode(tshark: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("payload", "length", "expert"),
     [
-        (b"\x06\0\0\0\0\0\0\0", 20, "not_captured"),
-        (b"\x06\0\0\0\0\0\0\0", 8, "too_short"),
-        (b"\x06\0\0", 3, "too_short"),
-        (b"\x63\0\0\0\0\0\0\0", 8, "unknown_type"),
+        pytest.param(b"\x06\0\0\0\0\0\0\0", 20, "not_captured", id="cut"),
+        pytest.param(b"\x06\0\0\0\0\0\0\0", 8, "too_short", id="short"),
+        pytest.param(b"\x06\0\0", 3, "too_short", id="no header"),
+        pytest.param(b"\x63\0\0\0\0\0\0\0", 8, "unknown_type", id="unknown type"),
     ],
 )
 def test_what_is_no_message_is_said(tshark: str, tmp_path: Path, payload: bytes, length: int, expert: str) -> None:
