@@ -5,7 +5,7 @@
     flows       every message as its steps (`tools.flows`), as far as the page has room; the rest is counted
     stages      percentiles of each stage of a round trip (`tools.latency_stages`)
     activity    records of each process over time, and the share of time in which it was not halted
-    findings    what was refused, lost, left unanswered, or found wrong
+    findings    which invariants are broken (`tools.check`), what was refused, lost, or left unfinished
 
 Times are nanoseconds from the first record on. The recording is read once for each of them that needs it, so that a
 long one takes time and not memory.
@@ -24,6 +24,8 @@ from emu.recording import RecordedActor, Recording, TraceRecord
 from emu.wire.device_classes import class_of
 from tools.event_names import name_of
 from tools.flows import PATH, Flow, Flows, flows_in
+from tools.invariant_table import RULES
+from tools.invariants import Machine, Verdict, judge, missing_of
 from tools.latency_stages import Step, stages_of
 
 BUCKETS: Final = 240
@@ -43,7 +45,8 @@ def report_of(recording: Recording) -> dict[str, Any]:
     for record in recording.records():
         seen.take(record)
     flows = flows_in(recording)
-    findings = findings_of(recording, seen, flows)
+    machine = Machine(tuple(recording.head.get("vp_indices", ())))
+    verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording))
     return {
         "meta": _meta(recording, seen),
         "topology": seen.topology(recording.head.get("vp_indices", [])),
@@ -52,7 +55,12 @@ def report_of(recording: Recording) -> dict[str, Any]:
         "flows": _flows(flows, seen, FLOW_BYTES),
         "stages": _stages(recording),
         "activity": _activity(recording, seen),
-        "findings": findings,
+        "findings": findings_of(recording, seen, flows, verdicts),
+        "invariants": {
+            "held": sum(not one.count and not one.undecided for one in verdicts),
+            "broken": sum(one.count > 0 for one in verdicts),
+            "undecided": [f"{one.name}: {one.undecided}" for one in verdicts if one.undecided],
+        },
     }
 
 
@@ -336,9 +344,15 @@ def _activity(recording: Recording, seen: _Seen) -> dict[str, Any]:
 # -- findings ------------------------------------------------------------------------------------------------
 
 
-def findings_of(recording: Recording, seen: _Seen, flows: Flows) -> list[dict[str, Any]]:
+def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """What somebody should look at, the gravest first: each a kind, a sentence, and the messages that show it."""
     found: list[dict[str, Any]] = []
+    for verdict in verdicts:
+        for one in verdict.violations:
+            ids = dict.fromkeys(filter(None, map(flows.of_record, one.records)))
+            found.append(_finding(one.name, f"{one.text} ({verdict.rule.TITLE})", list(ids)))
+    if recording.flight:
+        found.append(_finding("flight", f"a flight recorder wrote it: {recording.flight}"))
     if recording.damage:
         found.append(_finding("damage", f"the file is damaged: {recording.damage}"))
     if recording.dropped:
@@ -346,11 +360,11 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows) -> list[dict[st
     found += [_finding("mark", text) for _at, text in seen.marks]
     found += [_finding("refused", f"the host refused: {rule}, {count} times") for rule, count in seen.refused.items()]
     open_ends = [flow for flow in flows if not flow.ended]
-    if open_ends and not recording.dropped:
+    if open_ends and not missing_of(recording):
         names = Counter(flow.name for flow in open_ends)
         told = ", ".join(f"{count} {name}" for name, count in names.most_common(5))
-        ids = [flow.id for flow in open_ends]
-        found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", ids))
+        shown_in = [flow.id for flow in open_ends]
+        found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", shown_in))
     return found[:MOST_FINDINGS]
 
 

@@ -62,6 +62,12 @@
     if (!data.findings.length) list.append(element("li", { class: "finding fine" }, element("b", {}, "none"), " nothing was refused, lost or left open"));
   }
 
+  function showInvariants() {
+    const told = data.invariants;
+    byId("invariants").textContent = `invariants: ${told.held} held, ${told.broken} broken, ${told.undecided.length} undecided`;
+    byId("invariants").title = told.undecided.join("\n");
+  }
+
   function flowButton(id) {
     const flow = flows.get(id);
     const button = element("button", { type: "button" }, `${id} ${flow.name}`);
@@ -376,6 +382,7 @@
   function showMessages() {
     showMeta();
     showFindings();
+    showInvariants();
     fillChooser();
     chooseFirst();
     document.documentElement.dataset.ready = "yes";
