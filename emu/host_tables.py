@@ -12,10 +12,10 @@ was read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
 from emu.layout import MAX_VPS
@@ -50,9 +50,11 @@ class HostVp:
     waiting: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class HostGpadl:
-    """One GPADL; `state` is a `GpadlState` value of hostproc.protocol, `pages` the most that it can name."""
+class HostGpadl(NamedTuple):
+    """One GPADL; `state` is a `GpadlState` value of hostproc.protocol, `pages` the most that it can name.
+
+    A plain tuple: one is made and compared for each transition of a channel.
+    """
 
     relid: int
     gpadl: int
@@ -94,7 +96,7 @@ class HostTables:
         self._view = control.view
         self._memory = control.memory
         self._base = control.host_tables_offset
-        self._gpadls: dict[int, dict[int, HostGpadl]] = {}
+        self._gpadls: dict[int, tuple[HostGpadl, ...]] = {}
         self._rows: dict[tuple[int, int], int] = {}
         self._free: list[int] = []
         self._used = 0
@@ -138,17 +140,19 @@ class HostTables:
 
     # -- GPADLs --------------------------------------------------------------------------------------
 
-    def write_gpadls(self, relid: int, gpadls: Sequence[HostGpadl]) -> None:
+    def write_gpadls(self, relid: int, gpadls: tuple[HostGpadl, ...]) -> None:
         """Publish all GPADLs of a channel, in place of those that it had; none: it has none any more."""
-        before = self._gpadls.pop(relid, {})
-        wanted = {one.gpadl: one for one in gpadls}
-        for handle in before.keys() - wanted.keys():
-            self._drop(relid, handle)
-        for handle, one in wanted.items():
-            if before.get(handle) != one:
+        before = self._gpadls.get(relid, ())
+        if before == gpadls:
+            return
+        handles = {one.gpadl for one in gpadls}
+        for one in before:
+            if one.gpadl not in handles:
+                self._drop(relid, one.gpadl)
+        for one in gpadls:
+            if one not in before:
                 self._write(one)
-        if wanted:
-            self._gpadls[relid] = wanted
+        self._gpadls[relid] = gpadls
 
     def gpadls(self) -> Iterator[HostGpadl]:
         """Every GPADL that has a row, by channel and handle."""

@@ -79,12 +79,12 @@ def test_gpadls_are_those_last_written(shared: Control, steps: list[tuple[int, d
     model: dict[int, list[HostGpadl]] = {}
     for relid, gpadls in steps:
         model[relid] = [HostGpadl(relid, handle, state, 7, handle == 1) for handle, state in gpadls.items()]
-        tables.write_gpadls(relid, model[relid])
+        tables.write_gpadls(relid, tuple(model[relid]))
     expected = sorted((one for ones in model.values() for one in ones), key=lambda one: (one.relid, one.gpadl))
 
     assert list(HostTables(shared).gpadls()) == expected
     for relid in model:
-        tables.write_gpadls(relid, [])
+        tables.write_gpadls(relid, ())
     assert list(tables.gpadls()) == []
 
 
@@ -92,11 +92,11 @@ def test_gpadl_without_a_row_is_counted(control: Control) -> None:
     """A host that has more of them than the table has rows goes on; one that goes leaves its row to another."""
     tables = HostTables(control)
     for relid in range(1, 3):
-        tables.write_gpadls(relid, [HostGpadl(relid, n, 2, 1, False) for n in range(GPADL_ROWS // 2)])
-    tables.write_gpadls(3, [HostGpadl(3, 1, 2, 1, True)])
+        tables.write_gpadls(relid, tuple(HostGpadl(relid, n, 2, 1, False) for n in range(GPADL_ROWS // 2)))
+    tables.write_gpadls(3, (HostGpadl(3, 1, 2, 1, True),))
     refused = tables.unlisted
-    tables.write_gpadls(1, [])
-    tables.write_gpadls(4, [HostGpadl(4, 1, 2, 1, True)])
+    tables.write_gpadls(1, ())
+    tables.write_gpadls(4, (HostGpadl(4, 1, 2, 1, True),))
     end = control.host_tables_offset + HOST_TABLES_BYTES
 
     assert (refused, tables.unlisted) == (1, 1)

@@ -47,7 +47,7 @@ def guest(machine: Machine) -> Guest:
     Mirror(machine.control).write_channel(
         MirrorChannel(7, ChannelState.OPEN, 2, 0, 0xE1E10, 1, 1, 0x2007, 0, BY_NAME["echo"].guid, UUID(int=5))
     )
-    HostTables(machine.control).write_gpadls(7, [HostGpadl(7, 0xE1E10, GpadlState.ACCEPTED, 8, True)])
+    HostTables(machine.control).write_gpadls(7, (HostGpadl(7, 0xE1E10, GpadlState.ACCEPTED, 8, True),))
     return guest
 
 
