@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from emu.synic import Synic
-from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_RESET, E_SLOT_WRITE, Recorder
 from emu.wire.message_relid import relid_of
 from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
 from emu.wire.synic import MESSAGE_HEADER, MESSAGE_PAYLOAD_OFFSET
@@ -109,6 +109,8 @@ class MessageQueues:
         dropped = [message for queue in self._queues for message in queue]
         for queue in self._queues:
             queue.clear()
+        if self._trace:
+            self._trace.record(E_RESET, len(dropped))
         # Last: a buffer that is free again may be used at once, for a message behind the reset.
         for message in dropped:
             message.released()

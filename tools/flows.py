@@ -55,6 +55,8 @@ class Role(StrEnum):
     HOST_EFFECT = "host_effect"
     ANSWER = "answer"
     HOST_DONE = "host_done"
+    DROPPED = "dropped"
+    """The guest is gone: whatever was on its way to it, or from it, goes nowhere."""
 
 
 PATH: Final = frozenset(
@@ -127,6 +129,8 @@ class Flow:
     def ended(self) -> bool:
         """Whether it came to its end: taken out of its slot and its work done; or taken and handled by the host."""
         roles = [step.role for step in self.steps]
+        if Role.DROPPED in roles:
+            return True
         if not self.to_guest:
             return Role.HOST_DONE in roles or Role.REFUSED in roles
         works = roles.count(Role.WORK_QUEUED), roles.count(Role.WORK_DONE)
@@ -224,6 +228,7 @@ class _Reader:
             "post": self._post,
             "message_take": self._message_take,
             "message_done": self._message_done,
+            "reset": self._reset,
         }
 
     def read(self, records: Iterable[TraceRecord]) -> None:
@@ -409,6 +414,13 @@ class _Reader:
         if self._taken is not None:
             self._add(self._taken, Role.HOST_DONE, record)
         self._taken = None
+
+    def _reset(self, record: TraceRecord) -> None:
+        for flow in self.flows.values():
+            if not flow.ended:
+                self._add(flow, Role.DROPPED, record)
+        self._waiting.clear()
+        self._resident.clear()
 
 
 def flows_of(records: Iterable[TraceRecord], vp_indices: Sequence[int] = ()) -> Flows:

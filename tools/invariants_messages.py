@@ -103,13 +103,16 @@ class PendingIsServed(Rule):
 
     def feeds(self) -> Mapping[str, Feed]:
         """The bit, and the delivery that it is for."""
-        return {"pending_set": self._pending_set, "slot_write": self._slot_write}
+        return {"pending_set": self._pending_set, "slot_write": self._slot_write, "reset": self._reset}
 
     def _pending_set(self, record: TraceRecord) -> None:
         self._pending.setdefault((record.values[0], record.values[1]), record)
 
     def _slot_write(self, record: TraceRecord) -> None:
         self._pending.pop((record.values[0], record.values[1]), None)
+
+    def _reset(self, _record: TraceRecord) -> None:
+        self._pending.clear()
 
     def end(self) -> None:
         """Nothing waits any more."""
@@ -156,10 +159,11 @@ class PostsAreSeen(Rule):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._seen: dict[int, deque[TraceRecord]] = {}
+        self._ours: set[int] = set()
 
     def feeds(self) -> Mapping[str, Feed]:
         """Both sides' records of posts: the host's comes first."""
-        return {"post": self._post}
+        return {"post": self._post, "post_begin": self._post_begin}
 
     def _post(self, record: TraceRecord) -> None:
         if is_host(record):
@@ -171,12 +175,14 @@ class PostsAreSeen(Rule):
         elif (host := seen.popleft()).values[:4] != record.values[:4]:
             self.violate("the host was posted something else", host, record)
 
+    def _post_begin(self, record: TraceRecord) -> None:
+        self._ours.add(record.actor.slot)
+
     def end(self) -> None:
-        """Nothing more than that, by actors that record their posts."""
-        for seen in self._seen.values():
-            for record in seen:
-                if record.values[5]:
-                    self.violate("the host was posted what its sender has no record of", record)
+        """Nothing more than that, by actors that record their posts; a foreign guest does not."""
+        for slot in self._ours & self._seen.keys():
+            for record in self._seen[slot]:
+                self.violate("the host was posted what its sender has no record of", record)
 
 
 class WorkIsDone(Rule):
