@@ -261,7 +261,7 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
     if not records:
         return []
     now_ns = records[-1].t_ns
-    found = [debt for flow in flows if (debt := _debt_of_flow(flow, now_ns))]
+    found = [debt for flow in flows for debt in (_debt_of_flow(flow, now_ns), _debt_of_work(flow, now_ns)) if debt]
     found += _debts_of_requests(records, now_ns)
     found += _debts_of_rescinds(records, now_ns)
     found += _debts_of_writers(records, now_ns)
@@ -269,7 +269,7 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
 
 
 def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
-    """Where a message has stopped."""
+    """Where a message has stopped on its way into the guest; its work may wait beside that."""
     last = {step.role: step.record for step in flow.steps}
     posted = flow.steps[0].record
     if not flow.to_guest:
@@ -289,7 +289,7 @@ def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
         what = f"the end of message {flow.name} ({flow.id})"
         since = last[Role.DPC]
         return Debt(since.actor.name, "hypervisor", what, since.t_ns, now_ns, flow.relid, flow.id)
-    return _debt_of_work(flow, now_ns)
+    return None
 
 
 def _debt_of_work(flow: Flow, now_ns: int) -> Debt | None:
