@@ -36,7 +36,8 @@ from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
 from guestproc.vmbus.vector import Gate
 
-IDLE_NS: Final = SECOND_NS
+IDLE_NS: Final = 10 * SECOND_NS
+"""An idle processor is woken by whoever wants something of it; a round of its own is a watchdog's."""
 CPUS_TIMEOUT_NS: Final = 30 * SECOND_NS
 PATIENT_TIMEOUT_NS: Final = 3_600 * SECOND_NS
 """Where a process is started by hand, under a debugger."""
