@@ -50,6 +50,8 @@ class RingConsumer:
     __slots__ = (
         "_alike",
         "_at_most",
+        "_data_size",
+        "_load_write",
         "_bad_wish",
         "_last_plan",
         "_plans",
@@ -71,6 +73,8 @@ class RingConsumer:
     def __init__(self, memory: RingMemory, *, sole: bool = True, words: RingWords | None = None) -> None:
         self.memory = memory
         self.words = words or memory.words
+        self._load_write = self.words.load_write
+        self._data_size = memory.data_size
         self._plans = Plans(memory)
         self._plans_with_header = PlansWithHeader(memory)
         self._plans_of_views = PlansOfViews(memory)
@@ -98,15 +102,24 @@ class RingConsumer:
     def read_runs(self, limit: int | None = None, most_bytes: int | None = None) -> list[Run]:
         """Take what there is, as runs: `limit` packets at most, and none that begins `most_bytes` of ring later.
 
-        read_index is released after each eighth of the ring and at the end. Ask `take_signal` then. What comes
-        before a fault is returned; the fault is in `fault` then, and the next call raises it, even if the peer has
-        set it right meanwhile: ProtocolViolation as `drain` says.
+        None: there is nothing; some: there may be more, and what comes meanwhile is for the next call. read_index
+        is released after each eighth of the ring and at the end; ask `take_signal` then. What comes before a fault
+        is returned; the fault is in `fault` then, and the next call raises it, even if the peer has set it right
+        meanwhile: ProtocolViolation as `drain` says.
         """
+        taken = self._take_alike(limit, most_bytes)
+        if taken is not None:
+            (packet_type, flags, _overhead), trans_ids, payloads = taken
+            return [(packet_type, flags, trans_ids, payloads)]
         runs = self._take(self._plans, limit, most_bytes)
         return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
 
     def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
         """As `read_runs`, packet by packet."""
+        taken = self._take_alike(limit, most_bytes)
+        if taken is not None:
+            (packet_type, flags, _overhead), trans_ids, payloads = taken
+            return list(zip(repeat(packet_type), repeat(flags), trans_ids, payloads))
         packets: list[Packet] = []
         for (packet_type, flags, _overhead), trans_ids, payloads in self._take(self._plans, limit, most_bytes):
             packets += zip(repeat(packet_type), repeat(flags), trans_ids, payloads)
@@ -201,40 +214,79 @@ class RingConsumer:
             self._load_own()
         self._reading = True
 
+    def _take_alike(self, limit: int | None, most_bytes: int | None) -> _Taken | None:
+        """Take packets like those before, if that is what there is: one look, few copies, one release.
+
+        None, and nothing is taken, when there is anything else to see to: `_take` does that.
+        """
+        plan = self._last_plan
+        if plan is None or self._alike < _ALIKE or self._reading or self.fault is not None:
+            return None
+        if not self._sole:
+            self._load_own()
+        start, data_size = self._read, self._data_size
+        # Acquire: the packets' bytes are loaded after the index that covers them.
+        write = self._load_write()
+        if write >= data_size or write & 7:
+            return None
+        kind, size, _unpack, unpack_run, longest_run = plan
+        published = (write - start) % data_size
+        chunk = data_size >> 3
+        if most_bytes is not None and most_bytes < published:
+            published = most_bytes
+        left = (published if published < chunk else chunk) // size
+        if limit is not None and limit < left:
+            left = limit
+        if left < _SHORTEST_RUN or not longest_run:
+            return None
+        at = start
+        trans_ids: list[int] = []
+        payloads: list[Any] = []
+        while left >= _SHORTEST_RUN:
+            count = 1 << left.bit_length() - 1
+            if count > longest_run:
+                count = 1 << longest_run.bit_length() - 1
+            run = unpack_run(at, count)
+            if run is None:
+                break
+            trans_ids += run[0]
+            payloads += run[1]
+            at += count * size
+            left -= count
+        if at == start:
+            return None
+        self._release(at - start, len(trans_ids))
+        return kind, trans_ids, payloads
+
     def _take(self, plans: Plans, limit: int | None, most_bytes: int | None) -> list[_Taken]:
         """The body of `read_runs`; a chunk is copied, then released."""
-        data_size, load_write = self.memory.data_size, self.words.load_write
+        data_size = self._data_size
         chunk = data_size >> 3
         left = _NO_LIMIT if limit is None else limit
-        bytes_left = _NO_LIMIT if most_bytes is None else most_bytes
         taken: list[_Taken] = []
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault
-        self._begin()
-        try:
-            while left > 0 and bytes_left > 0:
-                start = self._read
-                # Acquire: the packets' bytes are loaded after the index that covers them.
-                published = (checked_index(load_write(), data_size, "write_index") - start) % data_size
-                if not published:
-                    if self._bad_wish:
-                        fault = self._never_enough()
-                    break
-                stop = start + min(published, chunk, bytes_left)
-                runs = len(taken)
-                at, fault = self._copy_out(plans, start, stop, start + published, left, taken)
-                packets = sum([len(one[1]) for one in taken[runs:]])
-                if at != start:
-                    self._release(at - start, packets)
-                if fault is not None:
-                    break
-                left -= packets
-                bytes_left -= at - start
-        except ProtocolViolation as violation:
-            fault = violation
-        finally:
-            self._reading = False
+        assert not self._reading, "a drain of this ring was not closed, or packets are still held"
+        if not self._sole:
+            self._load_own()
+        start = at = self._read
+        # Acquire: the packets' bytes are loaded after the index that covers them.
+        last = start + (checked_index(self._load_write(), data_size, "write_index") - start) % data_size
+        if last == start and self._bad_wish:
+            raise self._never_enough()
+        end = last if most_bytes is None else min(last, start + most_bytes)
+        while at < end and left > 0 and fault is None:
+            runs = len(taken)
+            # Offsets run on into the second view of the data.
+            at, fault = self._copy_out(plans, start, min(end, start + chunk), last, left, taken)
+            packets = sum([len(one[1]) for one in taken[runs:]])
+            left -= packets
+            if at != start:
+                self._release(at - start, packets)
+                start = at
+        if fault is None and self._bad_wish and at == last:
+            fault = self._never_enough()
         if fault is not None:
             if not taken:
                 raise fault

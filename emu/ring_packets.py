@@ -48,7 +48,7 @@ class PacketTooLong(VmbusError):
 class Shapes:
     """The shapes of one kind of packet, by length of payload; `add` fills `table`, a plain dict for speed."""
 
-    __slots__ = ("_kind", "_memory", "_runs", "header_length", "table")
+    __slots__ = ("_kind", "_memory", "header_length", "runs", "table")
 
     def __init__(self, memory: RingMemory, packet_type: int, flags: int, header_length: int = 0) -> None:
         assert header_length % 8 == 0, header_length
@@ -56,19 +56,19 @@ class Shapes:
         self._kind = packet_type | (DESCRIPTOR_SIZE + header_length) // 8 << 16 | flags << 48
         self.header_length = header_length
         self.table: dict[int, Shape] = {}
-        self._runs: dict[int, PackRun] = {}
+        self.runs: dict[int, PackRun] = {}
 
     def run(self, length: int) -> PackRun | None:
         """What stores several packets of `length` bytes at once; None where one by one is quicker."""
-        pack_run = self._runs.get(length)
+        pack_run = self.runs.get(length)
         if pack_run is None:
             if not 0 <= length <= _LONGEST_JOINED:
                 return None
-            if len(self._runs) >= _MOST_ENTRIES:
-                self._runs.clear()
+            if len(self.runs) >= _MOST_ENTRIES:
+                self.runs.clear()
             _pack, word, size = self.table.get(length) or self.add(length)
             padding = size - DESCRIPTOR_SIZE - length - TRAILER_SIZE
-            pack_run = self._runs[length] = self._memory.run_packer(length, padding, word)
+            pack_run = self.runs[length] = self._memory.run_packer(length, padding, word)
         return pack_run
 
     def add(self, length: int) -> Shape:

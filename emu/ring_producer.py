@@ -35,6 +35,23 @@ class Write(Protocol):
     ) -> bool: ...
 
 
+class WriteMany(Protocol):
+    """Write as many packets as fit, publishing an eighth of the ring at a time.
+
+    The transaction ids are 0, or count up from `first_trans_id`, or are taken from that iterable. Returns how many
+    fitted and whether the reader must be signalled; `batch_bytes` says how many bytes of payload they had. Raises
+    PacketTooLong when the first packet never fits; ProtocolViolation.
+    """
+
+    def __call__(
+        self,
+        payloads: Sequence[Payload],
+        first_trans_id: int | Iterable[int] = 0,
+        flags: int = 0,
+        packet_type: int = VM_PKT_DATA_INBAND,
+    ) -> tuple[int, bool]: ...
+
+
 class RingProducer:
     """The writing end. Attaching reads both indices from the ring, so it may be done while the ring is in
     use.
@@ -59,9 +76,11 @@ class RingProducer:
         "out_full_total",
         "words",
         "write",
+        "write_many",
     )
 
     write: Write
+    write_many: WriteMany
 
     def __init__(self, memory: RingMemory, *, sole: bool = True, words: RingWords | None = None) -> None:
         self.memory = memory
@@ -74,7 +93,7 @@ class RingProducer:
         self.out_full_total = 0  # writes that found no room
         self.out_full_first = 0  # of them, those right after a write that found some
         self._full_at = -1
-        self.write, self._get, self._set = _writer(self, self.words)
+        self.write, self.write_many, self._get, self._set = _writer(self, self.words)
         self._attach()
 
     def init(self) -> None:
@@ -111,27 +130,6 @@ class RingProducer:
     def bytes(self) -> int:
         """Bytes of ring that the packets written here took, with descriptors and trailers."""
         return self._base + self._get()
-
-    def write_many(
-        self,
-        payloads: Sequence[Payload],
-        first_trans_id: int | Iterable[int] = 0,
-        flags: int = 0,
-        packet_type: int = VM_PKT_DATA_INBAND,
-    ) -> tuple[int, bool]:
-        """Write as many packets as fit, publishing an eighth of the ring at a time.
-
-        The transaction ids are 0, or count up from `first_trans_id`, or are taken from that iterable. Returns
-        how many fitted and whether the reader must be signalled; `batch_bytes` says how many bytes of payload
-        they had. Raises PacketTooLong when the first packet never fits; ProtocolViolation.
-        """
-        trans_ids: Sequence[int] | None = None
-        if not isinstance(first_trans_id, int):
-            trans_ids = list(islice(first_trans_id, len(payloads)))
-            payloads = payloads[: len(trans_ids)]
-        elif first_trans_id:
-            trans_ids = range(first_trans_id, first_trans_id + len(payloads))
-        return self._write_all(self._shapes(packet_type, flags), payloads, trans_ids)
 
     def reserve(
         self, length: int, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND
@@ -313,8 +311,8 @@ class RingProducer:
         return self.words.load_read() == write
 
 
-def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, Callable[[], int], Callable[[int], None]]:
-    """Make `write`, and what gets and sets its write_index (setting forgets what room was known of).
+def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Callable[[], int], Callable[[int], None]]:
+    """Make `write` and `write_many`, and what gets and sets its write_index (setting forgets what room was known of).
 
     `write` is a function over variables of its own because that is a fifth quicker than a method over
     attributes, and one call a packet is all the time there is. Everything rare it leaves to the producer.
@@ -324,6 +322,9 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, Callable[[], i
     kind_type, kind_flags = VM_PKT_DATA_INBAND, 0
     shapes = ring._shapes(kind_type, kind_flags)
     table = shapes.table
+    first_shapes, runs_get = shapes, shapes.runs.get
+    data_size = ring._data_size
+    most = min(RUN_BYTES, data_size >> 3)
     write_index = barrier = 0
 
     def write(payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
@@ -353,6 +354,56 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, Callable[[], i
             return False
         return load_read() == begin
 
+    def write_many(
+        payloads: Sequence[Payload],
+        first_trans_id: int | Iterable[int] = 0,
+        flags: int = 0,
+        packet_type: int = VM_PKT_DATA_INBAND,
+    ) -> tuple[int, bool]:
+        nonlocal barrier, kind_flags, kind_type, shapes, table, write_index
+        if packet_type != kind_type or flags != kind_flags:
+            shapes = ring._shapes(packet_type, flags)
+            table, kind_type, kind_flags = shapes.table, packet_type, flags
+        count = len(payloads)
+        trans_ids: Sequence[int] | None = None
+        if first_trans_id.__class__ is not int:
+            assert not isinstance(first_trans_id, int)
+            trans_ids = first_trans_id if isinstance(first_trans_id, list) else list(islice(first_trans_id, count))
+            if len(trans_ids) != count:
+                count = min(count, len(trans_ids))
+                payloads, trans_ids = payloads[:count], trans_ids[:count]
+        elif first_trans_id:
+            trans_ids = range(first_trans_id, first_trans_id + count)
+        if not sole or count < SHORTEST_RUN:
+            return ring._write_all(shapes, payloads, trans_ids)
+        # Most batches are of one length, and there is room for all of it before the data wraps.
+        length = len(payloads[0])
+        pack_run = runs_get(length) if shapes is first_shapes else shapes.run(length)
+        if pack_run is None:
+            pack_run = shapes.run(length)
+            if pack_run is None:
+                return ring._write_all(shapes, payloads, trans_ids)
+        nbytes = count * table[length][2]
+        begin = write_index
+        end = begin + nbytes
+        if end >= barrier:
+            if end >= data_size or nbytes > most:
+                return ring._write_all(shapes, payloads, trans_ids)
+            barrier = min(begin + ring._room(begin) + 1, data_size)
+            if end >= barrier:
+                return ring._write_all(shapes, payloads, trans_ids)
+        elif nbytes > most:
+            return ring._write_all(shapes, payloads, trans_ids)
+        if list(map(len, payloads)).count(length) != count:
+            return ring._write_all(shapes, payloads, trans_ids)
+        pack_run(begin, payloads, trans_ids)
+        write_index = end
+        ring.batch_bytes = count * length
+        store_write(end)  # as in `write`
+        if load_mask():
+            return count, False
+        return count, load_read() == begin
+
     def get() -> int:
         return write_index
 
@@ -360,7 +411,7 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, Callable[[], i
         nonlocal barrier, write_index
         write_index, barrier = index, 0
 
-    return write, get, set_
+    return write, write_many, get, set_
 
 
 def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:

@@ -18,6 +18,7 @@ from typing import Final
 
 from emu.errors import MissingPrerequisite, RingFull
 from emu.gpadl import map_ring
+from emu.ipc.heap import keep_freed_memory
 from emu.memory import PAGE_SIZE, GuestMemory
 from emu.ring import RingConsumer, RingMemory, RingProducer
 from tools import hv_ring, peers
@@ -27,6 +28,7 @@ from tools.two_ends import Cpus, Marks, run_both, two_cpus
 DATA_PAGES: Final = 256
 RING_BYTES: Final = (DATA_PAGES + 1) * PAGE_SIZE
 BATCH: Final = 32
+AT_ONCE: Final = 1 << 17
 SMALL: Final = 64
 PACKETS: Final[Mapping[int, int]] = {64: 400_000, 1500: 200_000, 4096: 100_000, 65536: 10_000}
 """Packets of a run by their payload, so that each takes some tenths of a second."""
@@ -90,11 +92,11 @@ def drain_all(consumer: RingConsumer, packets: int) -> bytes:
 
 
 def read_all(consumer: RingConsumer, packets: int) -> bytes:
-    """Whatever there is, as runs."""
+    """Whatever there is, as runs, up to so many bytes at once."""
     payload = b""
     read_runs = consumer.read_runs
     while consumer.packets < packets:
-        for _, _, _, payloads in read_runs():
+        for _, _, _, payloads in read_runs(None, AT_ONCE):
             payload = payloads[-1]
     return payload
 
@@ -128,6 +130,7 @@ def measure(runs: int, *, short: bool = False, with_peers: bool = False) -> list
     """Measure `runs` times, everything in turn; the C rings and the peers too if `with_peers`."""
     from tools import bench_path
 
+    keep_freed_memory()  # as the processes of a machine do; the peers' ends have it, too
     cpus = two_cpus()
     if cpus is None:
         return [Anchor.of("ring", [], "packets/s", better="higher", reason="writer and reader need a core each")]

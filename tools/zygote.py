@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgpack
 
 from emu.errors import UserError
+from emu.ipc.heap import keep_freed_memory
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
 from hostproc import hypervisor_main
@@ -172,6 +173,7 @@ def main() -> int:
     # Ignored until a vCPU installs its handler: its default action would kill whoever it reaches early.
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
+    keep_freed_memory()
     warm_up()
     gc.collect()
     fill_holes()

@@ -126,7 +126,10 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
     inbound = rings.inbound
     packets: list[Packet] = []
     try:
-        packets = inbound.read_many(limit)
+        while more := inbound.read_many(None if limit is None else limit - len(packets)):
+            packets += more
+            if len(packets) == limit:
+                break
         if inbound.fault is not None:
             stop_reading(current, channel, inbound.fault)
     except ProtocolViolation as violation:
