@@ -19,8 +19,9 @@ FOLDER: Final = "Personal Lua Plugins"
 ASK_TIMEOUT_S: Final = 20
 
 
-@click.group()
-def wireshark() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def wireshark(ctx: click.Context) -> None:
     """Give Wireshark and tshark the dissector of our captures.
 
     \b
@@ -29,6 +30,8 @@ def wireshark() -> None:
       vmbus-emu wireshark install
       tshark -r boot.pcapng -Y 'vmbus.child_relid == 3'
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @wireshark.command()

@@ -11,10 +11,10 @@ Field numbers are those of protos/perfetto/trace (perfetto.dev, "Synthetic Track
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Final
 
-from emu.event_fields import Argument
+from emu.event_fields import Argument, EventSpec
 from emu.recording import RecordedActor, Recording, TraceRecord
 from tools.event_names import name_of
 from tools.export.events import KERNEL_SYSTEM, system_of
@@ -53,6 +53,7 @@ class _Trace:
         self._spans = Spans()
         self._rings = Rings()
         self._tracks: dict[object, int] = {}
+        self._forms: dict[int, _Form] = {}
 
     def record(self, record: TraceRecord) -> Iterator[bytes]:
         """Everything that one record becomes."""
@@ -68,13 +69,11 @@ class _Trace:
 
     def _instant(self, record: TraceRecord) -> bytes:
         """TrackEvent: name, arguments as debug annotations, flows."""
-        out = [text(22, "record"), text(23, record.event.name)]
-        for field, value in record.event.pairs(record.values):
-            out.append(data(4, text(10, field.name) + _typed(field, value, signed=4, unsigned=3, string=6)))
-            if name := name_of(field, value):
-                out.append(data(4, text(10, f"{field.name}_name") + text(6, name)))
-        out += [fixed64(47, flow_id) for flow_id in self._flow_ids.get((record.actor.slot, record.seq), ())]
-        return b"".join(out)
+        form = self._forms.get(record.event.number)
+        if form is None:
+            form = self._forms[record.event.number] = _Form(record.event)
+        flow_ids = self._flow_ids.get((record.actor.slot, record.seq), ())
+        return form.instant(record.values) + b"".join([fixed64(47, flow_id) for flow_id in flow_ids])
 
     def close(self) -> Iterator[bytes]:
         """The spans that nothing ended."""
@@ -121,6 +120,33 @@ class _Trace:
             uuid = self._tracks[key] = len(self._tracks) + 1
             yield _packet(data(60, number(1, uuid) + descriptor))
         return uuid
+
+
+class _Form:
+    """What all instants of one event share: the category, its name, its arguments' names."""
+
+    def __init__(self, spec: EventSpec) -> None:
+        self._head = text(22, "record") + text(23, spec.name)
+        self._arguments = [(field, text(10, field.name), text(10, f"{field.name}_name")) for field in spec.fields]
+        self._named: dict[tuple[int, int], bytes] = {}
+
+    def instant(self, values: Sequence[int]) -> bytes:
+        """Name and arguments, each a DebugAnnotation; a number that has a name is followed by that."""
+        out = [self._head]
+        for at, ((field, name, _named), value) in enumerate(zip(self._arguments, values, strict=True)):
+            out.append(data(4, name + _typed(field, value, signed=4, unsigned=3, string=6)))
+            if field.enum:
+                out.append(self._name(at, value))
+        return b"".join(out)
+
+    def _name(self, at: int, value: int) -> bytes:
+        """The annotation with the name of a value; nothing when it has none."""
+        made = self._named.get((at, value))
+        if made is None:
+            field, _name, named = self._arguments[at]
+            known = name_of(field, value)
+            made = self._named[at, value] = data(4, named + text(6, known)) if known else b""
+        return made
 
 
 def _process(thread: Thread, threads: Threads) -> bytes:

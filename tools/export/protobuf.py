@@ -13,14 +13,10 @@ _VARINT: Final = 0
 _FIXED64: Final = 1
 _BYTES: Final = 2
 _U64: Final = Struct("<Q")
-_SMALL: Final = tuple(bytes((value,)) for value in range(128))
 
 
-def varint(value: int) -> bytes:
-    """A number of at most 64 bits, seven bits a byte; one below zero is stored modulo 2^64."""
-    if 0 <= value < 128:
-        return _SMALL[value]
-    value &= (1 << 64) - 1
+def _encoded(value: int) -> bytes:
+    """A number that is not below zero, seven bits a byte, the lowest first."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -29,19 +25,30 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+# Nearly all that is written are tags, lengths and small numbers: they are looked up.
+_SHORT: Final = tuple(map(_encoded, range(1 << 14)))
+
+
+def varint(value: int) -> bytes:
+    """A number of at most 64 bits; one below zero is stored modulo 2^64."""
+    return _SHORT[value] if 0 <= value < len(_SHORT) else _encoded(value & (1 << 64) - 1)
+
+
 def number(field: int, value: int) -> bytes:
     """A field of type uint32, uint64, int32, int64, bool or enum."""
-    return varint(field << 3 | _VARINT) + varint(value)
+    if 0 <= value < len(_SHORT):
+        return _SHORT[field << 3 | _VARINT] + _SHORT[value]
+    return _SHORT[field << 3 | _VARINT] + _encoded(value & (1 << 64) - 1)
 
 
 def fixed64(field: int, value: int) -> bytes:
     """A field of type fixed64."""
-    return varint(field << 3 | _FIXED64) + _U64.pack(value)
+    return _SHORT[field << 3 | _FIXED64] + _U64.pack(value)
 
 
 def data(field: int, content: bytes) -> bytes:
     """A field of type bytes, or a message inside a message."""
-    return varint(field << 3 | _BYTES) + varint(len(content)) + content
+    return _SHORT[field << 3 | _BYTES] + varint(len(content)) + content
 
 
 def text(field: int, content: str) -> bytes:

@@ -14,6 +14,16 @@ from tests.tools.export.readers import ask, written
 from tools.export.rings import Rings
 from tools.export.spans import PAIRS
 from tools.flows import flows_in
+from tools.latency_stages import Step, stages_of
+
+
+def stage(begin: str, end: str) -> str:
+    """How many messages went from one event to another, and how many ns they took together."""
+    return f"""with one as (select ts, name, extract_arg(arg_set_id, 'debug.serial') as serial from slice
+        where category = 'record' and name in ('{begin}', '{end}'))
+        select count(*), sum(b.ts - a.ts) from one a join one b using (serial)
+        where a.name = '{begin}' and b.name = '{end}'"""
+
 
 SQL = {
     "counts": "select name, count(*) from slice where category = 'record' group by name",
@@ -28,10 +38,8 @@ SQL = {
     "fill": "select t.name, max(c.value) from counter c join counter_track t on c.track_id = t.id group by t.name",
     "offers": """select extract_arg(arg_set_id, 'debug.child_relid') from slice
         where name = 'vmbus_onoffer' and extract_arg(arg_set_id, 'debug.if_type') is not null order by ts""",
-    "stage": """with one as (select ts, name, extract_arg(arg_set_id, 'debug.serial') as serial from slice
-        where name in ('message_post', 'slot_write'))
-        select count(*), sum(b.ts - a.ts) from one a join one b using (serial)
-        where a.name = 'message_post' and b.name = 'slot_write'""",
+    "post_to_slot": stage("message_post", "slot_write"),
+    "slot_to_dpc": stage("slot_write", "slot_read"),
     "posts": """select extract_arg(arg_set_id, 'debug.msgtype_name'), count(*) from slice
         where name = 'message_post' group by 1""",
 }
@@ -124,15 +132,22 @@ def test_arguments_have_types_and_names(answers: tuple[Answers, Answers]) -> Non
     assert (posts["OFFERCHANNEL"], posts["VERSION_RESPONSE"], posts["OPENCHANNEL_RESULT"]) == (8, 1, 8)
 
 
-def test_stage_by_sql_is_the_stage_of_the_recording(answers: tuple[Answers, Answers], real_recording: Path) -> None:
-    """How long messages waited for their slot, to the ns."""
-    posted: dict[int, int] = {}
-    waited = []
+def test_stages_by_sql_are_those_of_latency(answers: tuple[Answers, Answers], real_recording: Path) -> None:
+    """How long messages waited for a slot and for the DPC: what `latency` makes of the same records, to the ns."""
     with Recording(real_recording) as recording:
-        for record in recording.records():
-            if record.event.name == "message_post":
-                posted[record.arguments["serial"]] = record.t_ns
-            elif record.event.name == "slot_write":
-                waited.append(record.t_ns - posted[record.arguments["serial"]])
+        positions = {vp_index: position for position, vp_index in enumerate(recording.head["vp_indices"])}
+        stages = stages_of(
+            Step(
+                record.t_ns,
+                record.event.number,
+                record.values,
+                positions.get(-1 if record.vp is None else record.vp, -1),
+            )
+            for record in recording.records()
+        )
+    post_to_slot, slot_to_isr, isr_to_dpc = (
+        stages.control[name] for name in ("post_to_slot", "slot_to_isr", "isr_to_dpc")
+    )
 
-    assert answers[0]["stage"] == [[len(waited), sum(waited)]]
+    assert answers[0]["post_to_slot"] == [[len(post_to_slot), sum(post_to_slot)]]
+    assert answers[0]["slot_to_dpc"] == [[len(isr_to_dpc), sum(slot_to_isr) + sum(isr_to_dpc)]]
