@@ -101,10 +101,14 @@ class _Trace:
         thread = self._threads.of(actor)
         if (actor, context) in self._tracks:
             return self._tracks[actor, context]
-        process = yield from self._track(("process", thread.pid), _process(thread, self._threads))
+        process_name = self._threads.process_of(thread)
+        descriptor = data(3, number(1, thread.pid) + text(6, process_name))
+        process = yield from self._track(("process", thread.pid), descriptor)
         parent = yield from self._track(("thread", thread.tid), number(5, process) + _thread(thread))
+        # One of several threads is told by its name; Perfetto itself shows numbers only.
+        name = context.lower() if thread.name == process_name else f"{thread.name} {context.lower()}"
         rank = number(12, RANK.get(context, len(RANK)))
-        return (yield from self._track((actor, context), number(5, parent) + text(2, context.lower()) + rank))
+        return (yield from self._track((actor, context), number(5, parent) + text(2, name) + rank))
 
     def _counter_track(self, relid: int, side: int) -> Generator[bytes, None, int]:
         group = yield from self._track("rings", text(2, "rings"))
@@ -147,13 +151,6 @@ class _Form:
             known = name_of(field, value)
             made = self._named[at, value] = data(4, named + text(6, known)) if known else b""
         return made
-
-
-def _process(thread: Thread, threads: Threads) -> bytes:
-    """ProcessDescriptor: several threads of one process are the workqueue's."""
-    sharing = [one for one in threads if one.pid == thread.pid]
-    name = thread.name if len(sharing) == 1 else "workqueue"
-    return data(3, number(1, thread.pid) + text(6, name))
 
 
 def _thread(thread: Thread) -> bytes:

@@ -57,6 +57,11 @@ class Threads:
             thread = self._threads[actor] = self._thread(actor)
         return thread
 
+    def process_of(self, thread: Thread) -> str:
+        """The name of a thread's process: its own, but where several share it, it is the workqueue's."""
+        alone = sum(one.pid == thread.pid for one in self) == 1
+        return thread.name if alone else "workqueue"
+
     def __iter__(self) -> Iterator[Thread]:
         return iter(self._threads.values())
 

@@ -13,6 +13,7 @@ from emu.tracing import HYPERV_EVENTS
 from tests.tools.export.readers import ask, written
 from tools.export.rings import Rings
 from tools.export.spans import PAIRS
+from tools.export.threads import Threads
 from tools.flows import flows_in
 from tools.latency_stages import Step, stages_of
 
@@ -34,7 +35,7 @@ SQL = {
     "arrows": """select a.name, b.name, count(*) from flow f
         join slice a on f.slice_out = a.id join slice b on f.slice_in = b.id group by 1, 2""",
     "tracks": """select p.name, t.name, k.name from thread_track k join thread t using (utid)
-        join process p using (upid) group by 1, 2, 3""",
+        join process p using (upid) where k.name is not null group by 1, 2, 3""",
     "fill": "select t.name, max(c.value) from counter c join counter_track t on c.track_id = t.id group by t.name",
     "offers": """select extract_arg(arg_set_id, 'debug.child_relid') from slice
         where name = 'vmbus_onoffer' and extract_arg(arg_set_id, 'debug.if_type') is not null order by ts""",
@@ -110,6 +111,25 @@ def test_arrows_follow_each_message(answers: tuple[Answers, Answers], real_recor
         ("message_take", "message_post"),
     ):
         assert drawn[pair] >= 8, pair
+
+
+def test_every_thread_and_context_has_its_track(answers: tuple[Answers, Answers], real_recording: Path) -> None:
+    """Below its process; threads of one process are told apart by their names."""
+    tracks = {tuple(row) for row in answers[0]["tracks"]}
+    with Recording(real_recording) as recording:
+        threads = Threads.of_recording(recording)
+        seen = {(record.actor, record.context.lower()) for record in recording.records()}
+        expected = set()
+        for actor, context in seen:
+            thread = threads.of(actor)
+            process = threads.process_of(thread)
+            name = context if process == thread.name else f"{thread.name} {context}"
+            expected.add((process, thread.name, name))
+
+    assert tracks == expected
+    assert ("hypervisor", "hypervisor", "host") in tracks
+    assert ("vcpu0", "vcpu0", "isr") in tracks
+    assert ("workqueue", "kworker/pri_chan", "kworker/pri_chan queue") in tracks
 
 
 def test_counters_show_how_full_rings_are(answers: tuple[Answers, Answers], real_recording: Path) -> None:
