@@ -11,7 +11,8 @@ meanwhile. Of a guest that is not ours there is no `guest`, for its RAM is its o
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from struct import Struct
 from typing import Any, Final
 
@@ -160,12 +161,16 @@ class StateTree:
     def _channels(self) -> Node:
         hosts = {channel.relid: channel for channel in self._mirror.channels()}
         guests = {} if self._view is None else {one.relid: one for one in self._view.tables.channels.live()}
+        # Read once for all channels, and only if somebody asks for any of them.
+        gpadls = cache(self._gpadls)
         return {
-            str(relid): (lambda relid=relid: self._channel(hosts.get(relid), guests.get(relid)))
+            str(relid): (lambda relid=relid: self._channel(hosts.get(relid), guests.get(relid), gpadls))
             for relid in sorted(hosts.keys() | guests.keys())
         }
 
-    def _channel(self, host: MirrorChannel | None, guest: Channel | None) -> Node:
+    def _channel(
+        self, host: MirrorChannel | None, guest: Channel | None, gpadls: Callable[[], dict[str, Node]]
+    ) -> Node:
         found: dict[str, Node] = {}
         if host is not None:
             found["host"] = _host_channel(host)
@@ -174,10 +179,10 @@ class StateTree:
             found["guest"] = lambda: {**self._values(guest), "outstanding": outstanding(view, guest)}
             found["ring"] = lambda: rings_of(view, guest)
         relid = host.relid if host is not None else guest.relid if guest is not None else 0
-        found["gpadls"] = lambda: {hex(one.gpadl): _gpadl(one) for one in self._tables.gpadls() if one.relid == relid}
+        found["gpadls"] = lambda: gpadls().get(str(relid), {})
         return found
 
-    def _gpadls(self) -> Node:
+    def _gpadls(self) -> dict[str, Node]:
         found: dict[str, Node] = {}
         for one in self._tables.gpadls():
             found.setdefault(str(one.relid), {})[hex(one.gpadl)] = _gpadl(one)
