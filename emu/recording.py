@@ -238,6 +238,11 @@ class Recording:
                 expected = sequence + 1
         return missing
 
+    @property
+    def begins_late(self) -> bool:
+        """Whether some actor's first records are not in it: a flight recorder's rings had gone round already."""
+        return any(next(self._sequences(chunks), 0) for chunks in self._chunks.values())
+
     def counts(self) -> Counter[str]:
         """How often each event is recorded: what every export of this recording has to agree with."""
         numbers: Counter[int] = Counter()

@@ -55,6 +55,8 @@ class Role(StrEnum):
     HOST_EFFECT = "host_effect"
     ANSWER = "answer"
     HOST_DONE = "host_done"
+    TAKEN = "taken"
+    """Somebody who does not record took it out: the host found its slot empty for the next one."""
     DROPPED = "dropped"
     """The guest is gone: whatever was on its way to it, or from it, goes nowhere."""
 
@@ -129,7 +131,7 @@ class Flow:
     def ended(self) -> bool:
         """Whether it came to its end: taken out of its slot and its work done; or taken and handled by the host."""
         roles = [step.role for step in self.steps]
-        if Role.DROPPED in roles:
+        if Role.DROPPED in roles or Role.TAKEN in roles:
             return True
         if not self.to_guest:
             return Role.HOST_DONE in roles or Role.REFUSED in roles
@@ -286,6 +288,9 @@ class _Reader:
         if waiting and flow in waiting:
             waiting.remove(flow)
         self._add(flow, Role.SLOT_WRITE, record)
+        before = self._resident.get((position, sint))
+        if before is not None and before.step(Role.DPC) is None:
+            self._add(before, Role.TAKEN, record)
         self._resident[position, sint] = flow
         self._written[record.actor.slot] = flow
 

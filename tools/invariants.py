@@ -155,7 +155,7 @@ def missing_of(recording: Recording) -> str:
     """What of a recording is not there: "" for a whole one."""
     if recording.damage:
         return "the recording is damaged"
-    if recording.flight:
+    if recording.flight and recording.begins_late:
         return "a flight recorder keeps the last records only"
     if recording.dropped:
         return f"{recording.dropped} records were dropped"

@@ -51,7 +51,13 @@ class FlagsAreTaken(Rule):
             self._last_isr[self.machine.position(record)] = entered
 
     def end(self) -> None:
-        """As many clears as sets; the last set may be left only if no interrupt began after it."""
+        """As many clears as sets; the last set may be left only if no interrupt began after it.
+
+        Below 2.4 a host sets flag 0 for all channels, whose bits in the interrupt page no record tells of.
+        """
+        shared = {position for position, flag in self._set if flag == 0}
+        self._set = {key: sets for key, sets in self._set.items() if key[0] not in shared}
+        self._cleared = {key: cleared for key, cleared in self._cleared.items() if key[0] not in shared}
         for (position, flag), cleared in self._cleared.items():
             sets = self._set.get((position, flag), [])
             if len(cleared) > len(sets):
@@ -144,7 +150,8 @@ class SignalsHaveACause(Rule):
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
-        self._cause: dict[tuple[int, int], bool] = {}
+        # By context as well: a tasklet comes between a task's publish and its signal, and has causes of its own.
+        self._cause: dict[tuple[int, str, int], bool] = {}
 
     def feeds(self) -> Mapping[str, Feed]:
         """Rings and signals of one actor, in its own order."""
@@ -159,7 +166,7 @@ class SignalsHaveACause(Rule):
         # Its own end of the ring: each side publishes into the one and releases the other.
         published = record.event.name == "ring_publish"
         if (record.values[1] == Side.TO_GUEST) == (published == is_host(record)):
-            self._cause[record.actor.slot, record.values[0]] = True
+            self._cause[record.actor.slot, record.context, record.values[0]] = True
 
     def _signal(self, record: TraceRecord) -> None:
         self._look(record, record.values[0])
@@ -170,5 +177,5 @@ class SignalsHaveACause(Rule):
             self._look(record, record.values[2])
 
     def _look(self, record: TraceRecord, relid: int) -> None:
-        if not self._cause.pop((record.actor.slot, relid), False):
+        if not self._cause.pop((record.actor.slot, record.context, relid), False):
             self.violate(f"{record.actor.name} signals relid {relid} and has done nothing to its rings", record)

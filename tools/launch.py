@@ -226,7 +226,7 @@ class RunningMachine:
         while end is None or time.monotonic() < end:
             # What happens is heard at once. But a recording has to be taken away before its rings are full, and
             # nobody tells of processes that were started by hand.
-            turn_s = 5.0 if self.on_pump is None and not self.by_hand else 0.25
+            turn_s = 0.05 if self.on_pump is not None else 0.25 if self.by_hand else 5.0
             self.pump(turn_s if end is None else max(0.0, min(turn_s, end - time.monotonic())))
 
     # -- starting and stopping ----------------------------------------------------------------------

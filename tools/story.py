@@ -270,10 +270,12 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
 
 def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
     """Where a message has stopped on its way into the guest; its work may wait beside that."""
+    if flow.ended:
+        return None
     last = {step.role: step.record for step in flow.steps}
     posted = flow.steps[0].record
     if not flow.to_guest:
-        if flow.ended or Role.RECEIVED not in last or Role.HOST_TAKE in last:
+        if Role.RECEIVED not in last or Role.HOST_TAKE in last:
             return None
         received = last[Role.RECEIVED]
         what = f"the handling of {flow.name} ({flow.id})"
@@ -294,6 +296,8 @@ def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
 
 def _debt_of_work(flow: Flow, now_ns: int) -> Debt | None:
     """Work of a message that has not begun, or not ended."""
+    if flow.ended:
+        return None
     counts = Counter(step.role for step in flow.steps)
     last = {step.role: step.record for step in flow.steps}
     if counts[Role.WORK_QUEUED] > counts[Role.WORK_RUN]:

@@ -250,6 +250,26 @@ def test_edit_breaks_its_rule_alone(records: list[TraceRecord], number: int) -> 
         assert violation.records
 
 
+def test_tasklet_between_publish_and_signal_signals_for_itself(records: list[TraceRecord]) -> None:
+    """A task is interrupted before it has signalled; the tasklet makes room and says so: two signals, two causes."""
+    edited = Edited(records)
+    signal = edited.where("signal", actor="VCPU")
+    relid = edited.records[signal].values[0]
+    release = edited.where("ring_release", actor="VCPU", relid=relid, side=1)
+    assert edited.records[release].actor == edited.records[signal].actor
+    read_index = _read_index(edited, relid, signal)
+    edited.insert(signal, release, context="TASKLET", bytes=0, read_index=read_index)
+    edited.insert(signal + 1, signal + 1, context="TASKLET")
+
+    assert broken(edited.records) == set()
+
+
+def _read_index(edited: Edited, relid: int, before: int) -> int:
+    """Where the reader of the guest's inbound ring is at some record."""
+    releases = [one for one in edited.records[:before] if one.event.name == "ring_release"]
+    return next((one.values[2] for one in reversed(releases) if one.values[:2] == (relid, 1)), 0)
+
+
 # -- what cannot be decided ---------------------------------------------------------------------------
 
 

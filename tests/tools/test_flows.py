@@ -93,6 +93,8 @@ def test_messages_of_a_foreign_guest_flow_as_far_as_the_host_sees_them(records: 
 
     offers = named(flows, "OFFERCHANNEL")
     assert offers and all(offer.step(Role.SLOT_WRITE) and offer.step(Role.IRQ) for offer in offers)
+    # Whoever took them out did not say so; but the next one found the slot empty.
+    assert all(offer.ended and offer.step(Role.TAKEN) for offer in offers)
     opened = named(flows, "OPENCHANNEL")
     assert len(opened) == len(offers)
     for flow in opened:

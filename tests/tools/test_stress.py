@@ -72,14 +72,18 @@ def test_each_count_that_must_be_nothing_is_a_finding(name: str) -> None:
 
 
 def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None:
-    """Several senders a channel, devices that come and go, vCPUs that are moved: every byte comes back right."""
+    """Several senders a channel, devices that come and go, vCPUs that are moved: every byte comes back right.
+
+    And no invariant is broken in what was recorded of it.
+    """
     arguments = ("--duration", "1.5", "--seed", "11", "--vcpus", "3", "--channels", "6", "--json", "--junit", "out.xml")
-    done = run_cli("stress", *arguments, timeout_s=100)
+    done = run_cli("stress", *arguments, "--record", "s.rec", timeout_s=100)
 
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     assert told["schema"] == {"name": "vmbus-emu.stress", "version": 1}
     assert (told["lost"], told["corrupt"], told["leaked"], told["seed"]) == (0, 0, 0, 11)
+    assert (told["violations"], told["recording"]["path"]) == ([], "s.rec")
     assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
     assert ElementTree.parse(tmp_path / "out.xml").getroot().get("failures") == "0"
 
@@ -89,7 +93,7 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
 @pytest.mark.parametrize("vcpus", [1, 2, 4, 8])
 def test_stressed_machine_loses_nothing_for_long(run_cli: RunCli, vcpus: int) -> None:
     """Minutes of it, on few and on many processors."""
-    arguments = ("--duration", "90", "--vcpus", str(vcpus), "--channels", "24", "--json")
+    arguments = ("--duration", "90", "--vcpus", str(vcpus), "--channels", "24", "--json", "--record", "s.rec")
     done = run_cli("stress", *arguments, timeout_s=400)
 
     print(done.stdout)
