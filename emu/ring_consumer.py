@@ -215,7 +215,7 @@ class RingConsumer:
         self._reading = True
 
     def _take_alike(self, limit: int | None, most_bytes: int | None) -> _Taken | None:
-        """Take packets like those before, if that is what there is: one look, few copies, one release.
+        """Take packets like those before, as long as that is what there is, up to an eighth of the ring; one release.
 
         None, and nothing is taken, when there is anything else to see to: `_take` does that.
         """
@@ -224,28 +224,30 @@ class RingConsumer:
             return None
         if not self._sole:
             self._load_own()
-        start, data_size = self._read, self._data_size
-        # Acquire: the packets' bytes are loaded after the index that covers them.
-        write = self._load_write()
-        if write >= data_size or write & 7:
-            return None
+        data_size, load_write = self._data_size, self._load_write
         kind, size, _unpack, unpack_run, longest_run = plan
-        published = (write - start) % data_size
-        chunk = data_size >> 3
-        if most_bytes is not None and most_bytes < published:
-            published = most_bytes
-        left = (published if published < chunk else chunk) // size
+        most = data_size >> 3
+        if most_bytes is not None and most_bytes < most:
+            most = most_bytes
+        left = most // size
         if limit is not None and limit < left:
             left = limit
-        if left < _SHORTEST_RUN or not longest_run:
-            return None
-        at = start
+        longest_run = min(longest_run, left)
+        start = at = self._read
         trans_ids: list[int] = []
         payloads: list[Any] = []
-        while left >= _SHORTEST_RUN:
-            count = 1 << left.bit_length() - 1
+        while longest_run >= _SHORTEST_RUN:
+            # Acquire: the packets' bytes are loaded after the index that covers them.
+            write = load_write()
+            if write >= data_size or write & 7:
+                break
+            published = (write - start) % data_size - (at - start)
+            count = published // size  # below 0: the peer took something back, which `_take` sees to
             if count > longest_run:
-                count = 1 << longest_run.bit_length() - 1
+                count = longest_run
+            if count < _SHORTEST_RUN:
+                break
+            count = 1 << count.bit_length() - 1
             run = unpack_run(at, count)
             if run is None:
                 break
@@ -253,6 +255,8 @@ class RingConsumer:
             payloads += run[1]
             at += count * size
             left -= count
+            if left < longest_run:
+                longest_run = left
         if at == start:
             return None
         self._release(at - start, len(trans_ids))
