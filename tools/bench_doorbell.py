@@ -137,7 +137,7 @@ def ring_in_turn(running: RunningMachine, rings: int, how: Listening) -> list[fl
             )
             for cpu, relid in channels.items()
         ]
-        tasks = running.wait_tasks(rows, _TIMEOUT_S)
+        tasks = running.take_tasks(rows, _TIMEOUT_S)
         if any(task.state == TaskState.FAILED for task in tasks):
             raise VmbusError("bench doorbell: a program that was to be rung failed")
         return [delay for path in paths.values() for delay in _delays(path)]

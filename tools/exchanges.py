@@ -57,7 +57,7 @@ def exchanged(running: RunningMachine, seconds: float) -> Exchanged:
             running.order(Program.EXCHANGE, cpu, wanted=int(seconds * 1e9), size=SIZE, path=str(path))
             for cpu, path in enumerate(paths)
         ]
-        tasks = running.wait_tasks(rows, seconds + _TIMEOUT_S)
+        tasks = running.take_tasks(rows, seconds + _TIMEOUT_S)
         if any(task.state == TaskState.FAILED for task in tasks):
             raise VmbusError("an exchange of batches failed")
         moved = [array("Q", path.read_bytes()) for path in paths]
