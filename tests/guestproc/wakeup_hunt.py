@@ -137,7 +137,7 @@ def _watch(machine: Machine, words: list[Words], left: Callable[[], int], what: 
 
 def _never_look_again() -> None:
     """No watchdog in this process: a wake-up that is lost has to show."""
-    for module, names in ((interrupts, ("WATCHDOG_S",)), (vcpu_module, ("WATCHDOG_S", "LONG_WATCHDOG_S"))):
+    for module, names in ((interrupts, ("WATCHDOG_S",)), (vcpu_module, ("LOOK_AGAIN_S", "LONG_WATCHDOG_S"))):
         for name in names:
             assert name in vars(module)
             vars(module)[name] = NEVER_S
