@@ -1,0 +1,133 @@
+"""The explorer: it finds rules that are broken on purpose, and nothing in the right machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from emu.wire.messages import RelidReleased, RescindChannelOffer, parse
+from guestproc.protocol import rescinds
+from tools.explore import explore
+from tools.explore_guest import Guest
+from tools.explore_host import Host
+from tools.explore_search import Explorer
+
+
+@contextmanager
+def exploring(**options: Any) -> Iterator[Explorer]:
+    """An explorer that ends with the block."""
+    explorer = Explorer(**options)
+    try:
+        yield explorer
+    finally:
+        explorer.close()
+
+
+def test_the_right_machine_breaks_nothing() -> None:
+    """Two devices and a sub-channel, every order to depth 6: no violation, and every state counted once."""
+    with exploring() as explorer:
+        found = explorer.explore(6)
+
+    assert found.violation is None
+    assert found.depth == 6 and not found.stopped
+    assert found.transitions > found.states > 500
+
+
+def test_a_step_is_the_same_each_time() -> None:
+    """The order in which states are tried changes neither how many there are nor how many ways lead to them."""
+    with exploring(devices=1) as one, exploring(devices=1) as other:
+        first, second = one.explore(6, seed=1), other.explore(6, seed=2)
+
+    assert (first.states, first.transitions) == (second.states, second.transitions)
+    assert len(one.guest) == len(other.guest) and len(one.host) == len(other.host)
+
+
+def test_a_relid_that_is_not_released_is_found() -> None:
+    """A guest whose rescinds forget RELID_RELEASED: the shortest schedule ends with the rescind being taken."""
+
+    class Forgetful(Guest):
+        def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
+            sent, problems = super().do(kind, argument)
+            return [one for one in sent if not isinstance(parse(one), RelidReleased)], problems
+
+    with exploring(devices=1, subchannels=0, guest=Forgetful) as explorer:
+        found = explorer.explore(8)
+
+    assert found.violation is not None
+    assert found.violation.problems == ["INV-01: only the host has relid 1"]
+    assert found.violation.schedule[-1].startswith("guest takes RESCIND_CHANNELOFFER")
+
+
+def test_a_relid_released_twice_is_found() -> None:
+    """A guest that says RELID_RELEASED twice: the host has no such relid the second time."""
+
+    class Stammering(Guest):
+        def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
+            sent, problems = super().do(kind, argument)
+            return [one for one in sent for _ in range(1 + isinstance(parse(one), RelidReleased))], problems
+
+    with exploring(devices=1, subchannels=0, guest=Stammering) as explorer:
+        found = explorer.explore(8)
+
+    assert found.violation is not None
+    assert "release-unknown-relid" in found.violation.problems[0]
+
+
+def test_a_waiter_that_a_rescind_does_not_wake_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wake of whoever waits on the channel (races.md A4), an opener waits for ever."""
+
+    def mark(_tables: Any, channel: Any) -> None:
+        channel.rescind.store(1)
+
+    monkeypatch.setattr(rescinds, "mark", mark)
+    with exploring(devices=1, subchannels=0) as explorer:
+        found = explorer.explore(9)
+        assert found.violation is not None
+        again = explorer.replay(found.violation.schedule)
+
+    assert any(one.startswith("INV-15") for one in found.violation.problems)
+    assert again.violation is not None and again.violation.problems == found.violation.problems
+
+
+def test_a_rescind_that_is_not_sent_is_found() -> None:
+    """A host that takes a device away and forgets RESCIND: found when all is quiet."""
+
+    class Silent(Host):
+        def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
+            sent, problems = super().do(kind, argument)
+            return [one for one in sent if not isinstance(parse(one), RescindChannelOffer)], problems
+
+    with exploring(devices=1, subchannels=0, host=Silent) as explorer:
+        found = explorer.explore(8)
+
+    assert found.violation is not None
+    assert found.violation.problems == ["INV-01: relid 1 was rescinded and is never released"]
+
+
+def test_an_exploration_that_is_cut_short_says_so() -> None:
+    """Time or states that run out are no verdict: exit status 124."""
+    result = CliRunner().invoke(explore, ["--depth", "9", "--states", "20", "--json"], standalone_mode=False)
+
+    report = json.loads(result.stdout)
+    assert result.return_value == 124
+    assert report["stopped"] == "states" and report["depth"] < 9 and report["violation"] is None
+
+
+def test_a_counterexample_is_done_again_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`explore --json` writes what `explore --replay` does again, to the same end, with the same exit status."""
+    monkeypatch.setattr(rescinds, "mark", lambda _tables, channel: channel.rescind.store(1))
+    arguments = ["--depth", "9", "--devices", "1", "--subchannels", "0", "--json"]
+    first = CliRunner().invoke(explore, arguments, standalone_mode=False)
+    file = tmp_path / "found.json"
+    file.write_text(first.stdout)
+
+    again = CliRunner().invoke(explore, ["--replay", str(file), "--json"], standalone_mode=False)
+
+    assert first.return_value == again.return_value == 1
+    assert json.loads(first.stdout)["violation"] == json.loads(again.stdout)["violation"]

@@ -1,0 +1,136 @@
+"""`vmbus-emu explore`: the host's server and the whole guest joined in one process, in every order of events.
+
+No machine is made: both run here, one step at a time, and what is tried is every order in which messages are taken
+and devices come, go and answer. What is found is told as a schedule of numbered steps that can be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from emu.errors import UserError
+from tools.exit_status import ExitStatus
+from tools.options import json_option
+from tools.output import print_json
+
+if TYPE_CHECKING:
+    from tools.explore_search import Explorer, Found
+
+
+@click.command()
+@click.option("--depth", type=click.IntRange(1, 1000), default=12, show_default=True, help="Transitions from the boot.")
+@click.option("--devices", type=click.IntRange(1, 4), default=2, show_default=True, help="Devices that come and go.")
+@click.option(
+    "--subchannels", type=click.IntRange(0, 2), default=1, show_default=True, help="Sub-channels of the first device."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="In which order the states of a level are tried.")
+@click.option("--states", type=click.IntRange(1), default=2_000_000, show_default=True, help="States to keep, at most.")
+@click.option("--time-limit", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds.")
+@click.option(
+    "--replay", type=click.Path(path_type=Path), help="Do the schedule of a counterexample (a file of --json) again."
+)
+@json_option
+def explore(
+    depth: int,
+    devices: int,
+    subchannels: int,
+    seed: int,
+    states: int,
+    time_limit: float,
+    replay: Path | None,
+    as_json: bool,
+) -> int:
+    """Try every order in which host and guest may act, and check each state.
+
+    Exit status 1 when an invariant is broken, 124 when the limits ended it before the depth was completed.
+
+    \b
+    Example:
+      vmbus-emu explore --depth 12
+      vmbus-emu explore --depth 14 --json > found.json || vmbus-emu explore --replay found.json
+    """
+    schedule = None
+    if replay is not None:
+        devices, subchannels, schedule = _schedule_of(replay)
+    from tools.explore_search import Explorer
+
+    begin = time.monotonic()
+    explorer = Explorer(devices=devices, subchannels=subchannels)
+    if schedule is not None:
+        found = explorer.replay(schedule)
+    else:
+        found = explorer.explore(
+            depth, seed=seed, states=states, out_of_time=lambda: time.monotonic() - begin >= time_limit
+        )
+    seconds = time.monotonic() - begin
+    explorer.close()
+    report = {
+        "devices": devices,
+        "subchannels": subchannels,
+        "seed": seed,
+        "asked_depth": len(schedule) if schedule is not None else depth,
+        **report_of(explorer, found, seconds),
+    }
+    if as_json:
+        print_json("explore", 1, report)
+    else:
+        show(report)
+    if found.violation is not None:
+        return ExitStatus.FINDING
+    return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
+
+
+def _schedule_of(path: Path) -> tuple[int, int, list[str]]:
+    """Devices, sub-channels and steps of a counterexample; UserError for a file without one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        devices, subchannels, schedule = found["devices"], found["subchannels"], found["violation"]["schedule"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--replay: {path} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--replay: {path} holds no counterexample; write one with `explore --json`") from None
+    plain = isinstance(schedule, list) and all(isinstance(line, str) for line in schedule)
+    if not plain or devices not in range(1, 5) or subchannels not in range(3):
+        raise UserError(f"--replay: {path} holds no schedule; write one with `explore --json`")
+    return devices, subchannels, schedule
+
+
+def report_of(explorer: Explorer, found: Found, seconds: float) -> dict[str, Any]:
+    """What `--json` prints of an exploration."""
+    violation = found.violation
+    return {
+        "transitions": found.transitions,
+        "states": found.states,
+        "depth": found.depth,
+        "exhausted": found.exhausted,
+        "stopped": found.stopped or None,
+        "seconds": round(seconds, 3),
+        "transitions_per_second": round(found.transitions / seconds),
+        "guest": {"states": len(explorer.guest), "steps": explorer.guest.edges, "made": explorer.guest.made},
+        "host": {"states": len(explorer.host), "steps": explorer.host.edges, "made": explorer.host.made},
+        "violation": None if violation is None else {"problems": violation.problems, "schedule": violation.schedule},
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """A counterexample, if there is one, and the figures."""
+    violation = report["violation"]
+    if violation is not None:
+        for number, line in enumerate(violation["schedule"], 1):
+            click.echo(f"{number:4}  {line}")
+        for problem in violation["problems"]:
+            click.echo(f"      {problem}")
+    depth = f"depth {report['depth']} completed" + (", and there are no others" if report["exhausted"] else "")
+    click.echo(f"{report['transitions']:,} transitions, {report['states']:,} distinct states, {depth}")
+    click.echo(f"{report['transitions_per_second']:,} transitions a second, {report['seconds']:.1f} s")
+    for core in ("guest", "host"):
+        one = report[core]
+        click.echo(f"{core}: {one['states']:,} states, {one['steps']:,} different steps, {one['made']:,} made")
+    if report["stopped"]:
+        click.echo(f"stopped by the limit of {report['stopped']}, before the depth of {report['asked_depth']}")
+    click.echo("no violation" if violation is None else f"{len(violation['problems'])} violations")

@@ -1,0 +1,343 @@
+"""The guest of the explorer: the whole guest kernel in one process, one input at a time, and what makes two states one.
+
+An input is a message of the host's, or something that the guest's administrator does. The guest runs until
+nobody in it can go on; what it posted meanwhile is the output. Its state cannot be copied, as part of it is where
+its threads wait: so a state is reached again by doing its inputs again (`explore_cores.Core`).
+
+    digest   every field of every live record, by name, but for those of `NAMES`; the orders of lists; and for
+             every thread where it waits: functions, instructions, and the values of their variables
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Final
+
+from emu.machine import Machine
+from emu.wire.hypercalls import HvStatus
+from emu.wire.messages import MessageType
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
+from guestproc.current import Current
+from guestproc.kernel.layout import ChannelState
+from guestproc.kernel.records import Blob, Part, Record, Table, Word
+from guestproc.vmbus.bus import vmbus_exit, vmbus_start
+from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_store
+from hostproc.partition import Partition
+from hostproc.ports import HostMessagePort, MessagePort
+from tools.explore_messages import GpadlNames
+from tools.guest_world import Task, World
+
+MESSAGE_CONNECTIONS: Final = (1, 4)
+RING_PAGES: Final = 2
+
+# Fields that are names, or that only count: no decision of the bus driver's depends on them.
+NAMES: Final = frozenset(
+    {
+        # times, serials, places in a sequence
+        "since_ns", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished", "running",
+        "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle", "response",
+        # counters
+        "interrupts", "irq_hv_callback_count", "sig_events", "intr_in_full", "intr_out_empty",
+        # links of lists, whose order is in the digest by itself
+        "next", "head", "tail", "chn_list", "chn_msg_list", "listentry", "sc_list", "sc_link", "hash_next",
+        "msglistentry", "percpu_list",
+        # pages, of which there are always enough
+        "ring_gpa", "ring_pfns_gpa", "ring_generation", "rqstor_gpa",
+    }
+)  # fmt: skip
+_HANDLES: Final = frozenset({"primary_channel", "device_obj", "channel", "channel_callback_context", "waiting_channel"})
+_GPADLS: Final = frozenset({"gpadl", "ringbuffer_gpadlhandle"})
+_WAITS: Final = frozenset({"Mutex", "Completion", "WaitQueue"})
+_NOT_STATE: Final = frozenset({"self", "current", "actor", "sequence", "index", "position", "word", "newest", "last"})
+"""Variables that name an object of the program, or a record's place."""
+
+
+class Wire:
+    """The other end of the guest: what comes goes into its slot, what it posts is kept."""
+
+    def __init__(self, partition: Partition, _machine: Machine) -> None:
+        self.outbox: list[bytes] = []
+        self.posted: list[bytes] = []
+        self._port = MessagePort(partition.queues, 1, 0, VMBUS_MESSAGE_SINT)
+        for connection_id in MESSAGE_CONNECTIONS:
+            partition.connections.messages[connection_id] = _Post(connection_id, self)
+
+    def step(self) -> bool:
+        """Put the next message into the slot."""
+        if not self.outbox or self._port.post(HVMSG_CHANNEL_MESSAGE, self.outbox[0]):
+            return False
+        self.outbox.pop(0)
+        return True
+
+
+class _Post(HostMessagePort):
+    """Takes everything."""
+
+    def __init__(self, connection_id: int, wire: Wire) -> None:
+        super().__init__(connection_id, lambda: None)
+        self._wire = wire
+
+    def post(self, message_type: int, payload: bytes, serial: int = 0) -> HvStatus:
+        self._wire.posted.append(payload)
+        return HvStatus.SUCCESS
+
+
+@dataclass(frozen=True, slots=True)
+class GuestChannel:
+    """A channel as the guest has it; `gpadl` by its name on the wire, `pages`: it has pages for rings."""
+
+    state: ChannelState
+    rescinded: bool
+    gpadl: int
+    pages: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFacts:
+    """What the invariants ask of a state of the guest; `requests`: type, relid and GPADL of what awaits an answer."""
+
+    channels: Mapping[int, GuestChannel]
+    requests: tuple[tuple[str, int, int], ...]
+    busy: tuple[str, ...]
+    unloaded: bool
+    leaks: tuple[str, ...]
+
+
+class Guest:
+    """One guest, booted by `boot`, then driven by `do`."""
+
+    def __init__(self, devices: int, subchannels: int) -> None:
+        spec = {"class": "echo", "ring_pages": RING_PAGES, "count": 1}
+        specs = [{**spec, "subchannels": subchannels if n == 0 else 0} for n in range(devices)]
+        self.world = World(Wire, cpus=1, devices=specs)
+        wire = self.world.host
+        assert isinstance(wire, Wire)
+        self._wire = wire
+        self._names = GpadlNames()
+        self._task: Task[Any] | None = None
+        self._used: list[str] = []
+        self._refusals = 0
+
+    def boot(self) -> list[bytes]:
+        """Up to the first message to the host."""
+        self.world.boot_bus()
+        self._task = self.world.start(vmbus_start)
+        return self._settle()
+
+    def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
+        """Do one input; what was posted, and what was wrong in the guest."""
+        problems: list[str] = []
+        try:
+            if kind == "deliver":
+                self._wire.outbox.append(self._names.to_guest(argument))
+            else:
+                self._used.append(f"{kind} {argument}")
+                self._task = self.world.start(_ACTIONS[kind](argument))
+            posted = self._settle()
+        except AssertionError as error:
+            return [], [f"the guest broke down: {str(error).strip().splitlines()[-1]}"]
+        refused = self.world.refused()
+        if refused.total() != self._refusals:
+            self._refusals = refused.total()
+            problems.append(f"INV-30: the guest refused the host's message ({', '.join(sorted(refused))})")
+        problems += [f"INV-13: {line}" for line in self.world.tables.damage()]
+        return posted, problems
+
+    def close(self) -> None:
+        """End its threads."""
+        self.world.close()
+
+    def _settle(self) -> list[bytes]:
+        self.world.settle()
+        posted, self._wire.posted = self._wire.posted, []
+        return [self._names.to_wire(payload) for payload in posted]
+
+    # -- looking --------------------------------------------------------------------------------------------
+
+    def actions(self) -> list[tuple[str, Any]]:
+        """What its administrator may do now: each of it once, and one thing at a time."""
+        if self._task is None or not self._task.ended() or "unload 0" in self._used:
+            return []
+        found: list[tuple[str, Any]] = [("unload", 0)]
+        for device in self.world.tables.devices.live():
+            channel = self.world.tables.channels.find(device.channel)
+            if channel is None:
+                continue
+            kind = "unbind" if device.driver else "bind"
+            if f"{kind} {channel.relid}" not in self._used:
+                found.append((kind, channel.relid))
+        return sorted(found)
+
+    def facts(self) -> GuestFacts:
+        """See `GuestFacts`."""
+        tables = self.world.tables
+        channels = {
+            one.relid: GuestChannel(
+                ChannelState(one.state.load()),
+                one.rescind.load() != 0,
+                self._names.wire(one.ringbuffer_gpadlhandle),
+                one.ring_gpa != 0,
+            )
+            for one in tables.channels.live()
+        }
+        requests = tuple(
+            sorted(
+                (MessageType(one.msgtype).name, one.child_relid, self._names.wire(one.gpadl))
+                for one in tables.requests.live()
+            )
+        )
+        busy = [f"queue {queue.index}" for queue in tables.queues.live() if queue.head or any(queue.running)]
+        if self._task is not None and not self._task.ended():
+            busy.append("a task")
+        unloaded = "unload 0" in self._used and not busy
+        leaks = tuple(f"{count} {name}" for name, count in tables.leaks().items()) if unloaded else ()
+        return GuestFacts(channels, requests, tuple(busy), unloaded, leaks)
+
+    def digest(self) -> bytes:
+        """What this state has in common with those that are equal to it."""
+        tables = self.world.tables
+        names = _Names(self.world, self._names)
+        parts: list[Any] = [
+            tuple(sorted(self._used)),
+            self._names.counts(),
+            [names.of(one) for one in tables.chn_list],
+            [[names.of(sub) for sub in tables.sc_list(one)] for one in tables.chn_list],
+            [names.of(one) for one in tables.chn_msg_list],
+            tuple(tables.relids.load(relid) != 0 for relid in range(8)),
+        ]
+        fixed: tuple[Table[Any], ...] = (tables.connections, tables.cpus, tables.queues, tables.drivers)
+        parts += [[names.record(one) for one in table.live()] for table in fixed]
+        others: tuple[Table[Any], ...] = (tables.channels, tables.devices, tables.requests, tables.net_channels)
+        parts += [sorted(repr(names.record(one)) for one in table.live()) for table in others]
+        work = sorted(tables.work.live(), key=lambda one: (one.queue, one.sequence))
+        parts.append([names.record(one) for one in work])
+        threads = sys._current_frames()
+        for lane in self.world.lanes:
+            frame = None if lane.thread.ident is None else threads.get(lane.thread.ident)
+            parts.append(names.stack(frame))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+class _Names:
+    """Values of one state, with records and GPADLs by what they are instead of where they lie."""
+
+    def __init__(self, world: World, gpadls: GpadlNames) -> None:
+        self._world = world
+        self._gpadls = gpadls
+        tables = world.tables
+        self._channels = {one.handle: f"channel {one.relid}" for one in tables.channels.live()}
+        self._devices = {
+            one.handle: f"device {self._channels.get(one.channel, one.dev_instance)}" for one in tables.devices.live()
+        }
+
+    def of(self, record: Record) -> str:
+        """A record's name."""
+        match record.table.name:
+            case "channels":
+                return self._channels.get(record.handle, "gone")
+            case "devices":
+                return self._devices.get(record.handle, "gone")
+            case "requests" if record.alive():
+                one: Any = record
+                return f"request {one.msgtype} {one.child_relid} {self._gpadls.wire(one.gpadl)}"
+            case "work" | "waiters" | "requests":
+                return record.table.name
+            case name:
+                return f"{name} {record.index}"
+
+    def record(self, record: Record) -> list[Any]:
+        """Every field that is state."""
+        return [self._field(record, field.name, field) for field in record.FIELDS if field.name not in NAMES]
+
+    def _field(self, record: Record, name: str, field: Any) -> Any:
+        value: Any = getattr(record, name)
+        if isinstance(field, Blob):
+            return bytes(value)
+        if isinstance(field, Word):
+            if name in _GPADLS:
+                return self._gpadls.wire(value)
+            if name in _HANDLES:
+                return self._handle(value)
+            return value
+        assert isinstance(field, Part)
+        kind = type(value).__name__
+        if kind in _WAITS:
+            waiters = value._chain.waiters(self._waiters) if kind == "Mutex" else value.waiters(self._waiters)
+            return (value.owner if kind == "Mutex" else value.done if kind == "Completion" else 0, waiters)
+        if kind == "Tasklet":
+            return value.word.load(), value.function, self._handle(value.argument)
+        if isinstance(value, memoryview):
+            return [self._handle(word) for word in value]
+        if hasattr(value, "load"):
+            return value.load()
+        return bytes(record._octets[field.offset : field.offset + field.size])
+
+    @property
+    def _waiters(self) -> Table[Any]:
+        return self._world.tables.waiters
+
+    def _handle(self, value: int) -> Any:
+        """Handles are at least 2^32; which table one is of says the field, so both names are said."""
+        if value < 1 << 32:
+            return value
+        found = (self._channels.get(value), self._devices.get(value))
+        return found if any(found) else value if value >> 56 else "gone"
+
+    # -- threads ----------------------------------------------------------------------------------------------
+
+    def stack(self, frame: FrameType | None) -> list[Any]:
+        """Where a thread waits, innermost first."""
+        found: list[Any] = []
+        while frame is not None:
+            code = frame.f_code
+            if "guestproc" in code.co_filename:
+                variables = [
+                    (name, self._value(name, value, 2))
+                    for name, value in frame.f_locals.items()
+                    if name not in _NOT_STATE and not name.endswith("_ns")
+                ]
+                found.append((code.co_qualname, frame.f_lasti, variables))
+            frame = frame.f_back
+        return found
+
+    def _value(self, name: str, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, (bool, str, bytes)):
+            return value
+        if isinstance(value, int):
+            return self._gpadls.wire(value) if self._gpadls.known(value) else self._handle(value)
+        if isinstance(value, Record):
+            return self.of(value)
+        if isinstance(value, (list, tuple)):
+            return [self._value(name, one, depth) for one in value]
+        cells = getattr(value, "__closure__", None)
+        if cells and depth:
+            return [self._value(name, cell.cell_contents, depth - 1) for cell in cells]
+        return type(value).__name__
+
+
+def _unload(_argument: int) -> Any:
+    return vmbus_exit
+
+
+def _unbind(relid: int) -> Any:
+    def unbind(current: Current) -> int:
+        with held_device(current, relid, b"") as device:
+            return -1 if device is None else unbind_store(current, device)
+
+    return unbind
+
+
+def _bind(relid: int) -> Any:
+    def bind(current: Current) -> int:
+        record = find_driver(current, "hv_echo")
+        with held_device(current, relid, b"") as device:
+            return -1 if device is None or record is None else bind_store(current, device, record)
+
+    return bind
+
+
+_ACTIONS: Final = {"unload": _unload, "unbind": _unbind, "bind": _bind}

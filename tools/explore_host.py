@@ -1,0 +1,242 @@
+"""The host of the explorer: the real VMBus server, and devices that may answer anything at any time.
+
+An input is a message of the guest's, or something that devices and their owner do. What the server wants of a
+device stays open until an input answers it, in whatever order. Where the server's state differs from another only
+in how often something happened (`NAMES`), the two are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+from uuid import UUID
+
+from emu.scenario import derived_instance
+from emu.wire.device_classes import ECHO
+from emu.wire.messages import Message
+from hostproc.protocol.effects import (
+    CloseDevice,
+    DropDevice,
+    Effect,
+    MapGpadl,
+    OpenDevice,
+    Refused,
+    RetargetEvent,
+    SendMessage,
+    UnmapGpadl,
+)
+from hostproc.protocol.offers import OfferParameters
+from hostproc.protocol.server import Server
+from hostproc.protocol.session import Link
+from hostproc.protocol.states import ChannelState, GpadlState
+from hostproc.protocol.versions import Limits
+
+CONNECTION: Final = 4
+LIVES: Final = 2
+"""How often a device comes, at most."""
+NAMES: Final = frozenset(
+    {
+        "_generations",
+        "generation",
+        "offer_count",
+        "release_count",
+        "_changed",
+        "watcher",
+        "limits",
+        "policy",
+        "_known",
+        "identity",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HostChannel:
+    """A relid as the host has it; GPADLs by handle."""
+
+    state: ChannelState
+    gpadls: Mapping[int, GpadlState]
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the invariants ask of a state of the host; `open_answers`: what devices still owe the server."""
+
+    channels: Mapping[int, HostChannel]
+    link: Link
+    open_answers: tuple[str, ...]
+    gpadls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Something that can be offered: device `device`, sub-channel `index` of it."""
+
+    device: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"device {self.device}" + (f" sub-channel {self.index}" if self.index else "")
+
+
+class Host:
+    """One server, driven by `do`."""
+
+    server_class: type[Server] = Server
+
+    def __init__(self, devices: int, subchannels: int) -> None:
+        self.server = self.server_class(Limits(vp_count=64, ram_bytes=1 << 24))
+        self._slots = [Slot(n, 0) for n in range(devices)] + [Slot(0, n + 1) for n in range(subchannels)]
+        self._lives = [0] * len(self._slots)
+        self._answers: list[tuple[str, int, int]] = []
+
+    def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
+        """Do one input; what goes to the guest, and which rule was broken."""
+        try:
+            effects = self._effects(kind, argument)
+        except AssertionError as error:
+            return [], [f"the host broke down: {error!r}"]
+        sent: list[bytes] = []
+        problems: list[str] = []
+        for effect in effects:
+            match effect:
+                case SendMessage(message):
+                    sent.append(message.pack())
+                case MapGpadl(key, _relid, gpadl):
+                    self._answers.append(("map", key, gpadl))
+                case UnmapGpadl(key, gpadl):
+                    self._answers.append(("unmap", key, gpadl))
+                case OpenDevice(key):
+                    self._answers.append(("open", key, 0))
+                case CloseDevice(key):
+                    self._answers.append(("close", key, 0))
+                case RetargetEvent(key):
+                    self._answers.append(("retarget", key, 0))
+                case DropDevice(key):
+                    self._answers = [one for one in self._answers if one[1] != key]
+                case Refused(rule, text, legal=False):
+                    problems.append(f"INV-30: {text} [{rule}]")
+        return sent, problems
+
+    def _effects(self, kind: str, argument: Any) -> list[Effect]:
+        server = self.server
+        if kind == "receive":
+            return server.receive(argument, connection_id=CONNECTION)
+        if kind == "offer":
+            slot = self._slots[argument]
+            self._lives[argument] += 1
+            instance = derived_instance("echo", slot.device)
+            return server.offer(self._key(argument), OfferParameters(ECHO.guid, instance, slot.index))
+        if kind == "revoke":
+            return server.revoke(self._key(argument))
+        answer, yes = argument
+        self._answers.remove(answer)
+        what, key, gpadl = answer
+        match what, yes:
+            case "map", True:
+                return server.gpadl_accepted(key, gpadl)
+            case "map", False:
+                return server.gpadl_refused(key, gpadl)
+            case "unmap", _:
+                return server.gpadl_torn_down(key, gpadl)
+            case "open", True:
+                return server.device_opened(key)
+            case "open", False:
+                return server.device_refused(key)
+            case "close", _:
+                return server.device_closed(key)
+        return server.event_retargeted(key)
+
+    def _key(self, slot: int) -> int:
+        """The key of a slot's present life."""
+        return slot * 100 + self._lives[slot]
+
+    # -- looking --------------------------------------------------------------------------------------------
+
+    def actions(self) -> list[tuple[str, Any]]:
+        """What devices and their owner may do now."""
+        found: list[tuple[str, Any]] = []
+        for answer in self._answers:
+            found.append(("answer", (answer, True)))
+            if answer[0] in ("map", "open"):
+                found.append(("answer", (answer, False)))
+        for number, slot in enumerate(self._slots):
+            if self._lives[number] and self.server.has_device(self._key(number)):
+                found.append(("revoke", number))
+            elif self._lives[number] < (1 if slot.index else LIVES) and self._may_be_offered(slot):
+                found.append(("offer", number))
+        return found
+
+    def _may_be_offered(self, slot: Slot) -> bool:
+        """A sub-channel comes only while its primary is open, as a device grants it over the primary's ring."""
+        if not slot.index:
+            return True
+        parameters = (ECHO.guid, derived_instance("echo", slot.device), 0)
+        return any(
+            (one.if_type, one.if_instance, one.sub_channel_index) == parameters and one.state == ChannelState.OPEN
+            for one in self.server.channels()
+        )
+
+    def facts(self) -> HostFacts:
+        """See `HostFacts`."""
+        server = self.server
+        channels = {
+            one.relid: HostChannel(
+                ChannelState(one.state),
+                {gpadl.gpadl: GpadlState(gpadl.state) for gpadl in server.gpadls_of(one.relid)},
+            )
+            for one in server.channels()
+            if one.relid
+        }
+        answers = tuple(" ".join(map(str, one)) for one in self._answers)
+        return HostFacts(channels, server.link, answers, server.summary().gpadls)
+
+    def digest(self) -> bytes:
+        """What this state has in common with those that are equal to it."""
+        values = (self._lives, self._answers, _plain(self.server, {}))
+        return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def text_of(self, kind: str, argument: Any) -> str:
+        """An input for people."""
+        if kind in ("offer", "revoke"):
+            return f"host: {kind} {self._slots[argument]}"
+        (what, key, gpadl), yes = argument
+        names = {
+            "map": "GPADL",
+            "unmap": "unmapping of GPADL",
+            "open": "open",
+            "close": "close",
+            "retarget": "retarget",
+        }
+        about = f" {gpadl:#x}" if gpadl else ""
+        verb = ("accepts" if yes else "refuses") if what in ("map", "open") else "confirms"
+        return f"{self._slots[key // 100]}: {verb} {names[what]}{about}"
+
+
+def _plain(value: Any, seen: dict[int, int]) -> Any:
+    """An object as nested lists of plain values; one that was met before is its number."""
+    if value is None or isinstance(value, (bool, int, str, bytes, UUID, type)):
+        return str(value) if isinstance(value, (UUID, type, Enum)) else value
+    if isinstance(value, (Enum, bytearray)):
+        return str(value)
+    if id(value) in seen:
+        return f"#{seen[id(value)]}"
+    seen[id(value)] = len(seen)
+    if isinstance(value, dict):
+        return [(_plain(key, seen), _plain(one, seen)) for key, one in value.items()]
+    if isinstance(value, (list, tuple, deque)):
+        return [_plain(one, seen) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_plain(one, seen)) for one in value)
+    if isinstance(value, Message):
+        return value.pack()
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    names = [*slots, *getattr(value, "__dict__", {})]
+    return [(name, _plain(getattr(value, name), seen)) for name in sorted(names) if name not in NAMES]
