@@ -6,6 +6,7 @@ was read.
 
     +0      partition: GUEST_OS_ID, HYPERCALL, the port to the guest, the host's own message ports
     +512    how many GPADL rows were ever used, and how many GPADLs found none
+    +768    when traffic was published last, in machine ns
     +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT
     behind  GPADL rows, in no order; then a row of traffic for each relid, written while somebody looks
 """
@@ -27,6 +28,7 @@ HOST_PORTS: Final = 8
 _PARTITION: Final = Struct("<QQIIII")
 _PORT: Final = Struct("<II")
 _GPADL_HEAD: Final = 512
+_TRAFFIC_AT: Final = 768
 _VPS: Final = 1_024
 _VP: Final = Struct("<3Q16Q16I")
 _VP_ROW: Final = 256
@@ -213,6 +215,15 @@ class HostTables:
         """Publish what went through a channel."""
         at = self._base + _TRAFFIC + relid * _TRAFFIC_ROW.size
         _TRAFFIC_ROW.pack_into(self._memory, at, traffic.packets, traffic.bytes_written, traffic.signals)
+
+    def stamp_traffic(self, now_ns: int) -> None:
+        """Say that the traffic of all channels is that of now."""
+        self._view.store_u64(self._base + _TRAFFIC_AT, now_ns)
+
+    @property
+    def traffic_ns(self) -> int:
+        """When traffic was published last (machine ns); 0: never."""
+        return self._view.load_u64(self._base + _TRAFFIC_AT)
 
     def traffic(self, relid: int) -> Traffic:
         """What went through a channel when that was published last; it begins anew when the channel is opened."""

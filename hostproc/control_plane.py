@@ -215,6 +215,7 @@ class ControlPlane:
             return False
         for relid, traffic in self._bus.traffic():
             self._tables.write_traffic(relid, traffic)
+        self._tables.stamp_traffic(self._control.clock.now())
         return True
 
     def _publish_refusals(self) -> None:

@@ -91,9 +91,9 @@ def _can_draw() -> bool:
 
 def _print_sample(machine: Machine, wishes: Wishes, as_json: bool) -> None:
     sampler = Sampler(machine)
-    before = sampler.look()
+    before = sampler.look_published()
     time.sleep(wishes.interval_s)
-    frame = rows_between(before, sampler.look())
+    frame = rows_between(before, sampler.look_published(before.traffic_ns or 0))
     if as_json:
         print_json("top", 1, report_of(machine.name, frame, wishes))
         return

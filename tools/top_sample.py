@@ -8,6 +8,7 @@ that we look), the process table's counters. A count that fell began anew: then 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from tools.state_tree import StateTree
 
 WATCH_NS: Final = 5_000_000_000
 """For so long after a look the host goes on publishing traffic."""
+PUBLISHED_S: Final = 2.0
+"""The host notices within a second that somebody looks; longer only when it is starved or dead."""
+PUBLISHED_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class Look:
     vps: tuple[VpLook, ...]
     processes: tuple[ProcessLook, ...]
     totals: Mapping[str, int] = field(default_factory=dict)
+    traffic_ns: int | None = None
+    """When the host published the channels' traffic; 0: not since we look; None: at this moment."""
 
 
 class Sampler:
@@ -96,10 +102,13 @@ class Sampler:
         self._watched: dict[tuple[str, int], Watched] = {}
         self._first_seen: dict[tuple[int, int, int], int] = {}
         """When an unanswered packet was first seen: (channel's handle, id, address) → machine ns."""
+        # What was published before anybody looked is old: a rate from it would be that of a whole life.
+        self._since_ns = 0 if machine.control.watched else machine.clock.now()
 
     def look(self) -> Look:
         """Every count now; the host publishes traffic for the next seconds."""
         self._control.watch_for(WATCH_NS)
+        published_ns = self._tables.traffic_ns
         if self._view is None:
             # A guest may boot after we began.
             self._view = StateTree(self._machine).guest
@@ -110,7 +119,16 @@ class Sampler:
             tuple(self._vp(position) for position in range(self._machine.vp_count)),
             tuple(self._processes()),
             self._control.counter_totals(),
+            published_ns if published_ns >= self._since_ns else 0,
         )
+
+    def look_published(self, later_than_ns: int = 0) -> Look:
+        """A look at traffic that the host published while we look, and later than that; an older one after a while."""
+        self._control.watch_for(WATCH_NS)
+        end_s = time.monotonic() + PUBLISHED_S
+        while self._tables.traffic_ns <= max(later_than_ns, self._since_ns - 1) and time.monotonic() < end_s:
+            time.sleep(PUBLISHED_POLL_S)
+        return self.look()
 
     # -- channels ------------------------------------------------------------------------------------
 
@@ -279,13 +297,14 @@ class Frame:
 def rows_between(before: Look, after: Look) -> Frame:
     """Rates between two looks at a machine."""
     seconds = max(after.at_s - before.at_s, 1e-9)
+    traffic_s = _traffic_seconds(before, after, seconds)
     channels = {one.relid: one for one in before.channels}
     vps = {one.index: one for one in before.vps}
     processes = {(one.name, one.pid): one for one in before.processes}
     return Frame(
         seconds,
         after.head,
-        [_channel_row(channels.get(one.relid), one, seconds) for one in after.channels],
+        [_channel_row(channels.get(one.relid), one, seconds, traffic_s) for one in after.channels],
         [_vp_row(vps.get(one.index), one, seconds) for one in after.vps],
         [_process_row(processes.get((one.name, one.pid)), one, seconds) for one in after.processes],
         _rate(before.totals.get("packets", 0), after.totals.get("packets", 0), seconds),
@@ -296,7 +315,16 @@ def _rate(before: int, after: int, seconds: float) -> float:
     return (after - before if after >= before else after) / seconds
 
 
-def _channel_row(before: ChannelLook | None, after: ChannelLook, seconds: float) -> ChannelRow:
+def _traffic_seconds(before: Look, after: Look, seconds: float) -> float:
+    """What lies between two publications of traffic, which are not made when we look; infinite without two."""
+    if before.traffic_ns is None or after.traffic_ns is None:
+        return seconds
+    if not before.traffic_ns or after.traffic_ns <= before.traffic_ns:
+        return math.inf
+    return (after.traffic_ns - before.traffic_ns) / 1e9
+
+
+def _channel_row(before: ChannelLook | None, after: ChannelLook, seconds: float, traffic_s: float) -> ChannelRow:
     # A channel that came meanwhile has no rate yet: its counts may be those of the one that had its number before.
     before = before or after
     masks = [("g", after.inward), ("h", after.out)]
@@ -307,9 +335,10 @@ def _channel_row(before: ChannelLook | None, after: ChannelLook, seconds: float)
         after.state,
         _fill(after.out),
         _fill(after.inward),
-        _rate(before.traffic.packets, after.traffic.packets, seconds),
-        _rate(before.traffic.bytes_written, after.traffic.bytes_written, seconds),
-        _rate(before.interrupts, after.interrupts, seconds),
+        _rate(before.traffic.packets, after.traffic.packets, traffic_s),
+        _rate(before.traffic.bytes_written, after.traffic.bytes_written, traffic_s),
+        # Of a channel whose rings we may not read, the host's signals are all that we know.
+        _rate(before.interrupts, after.interrupts, traffic_s if after.inward is None else seconds),
         "".join(letter for letter, ring in masks if ring is not None and ring.interrupt_mask) or "-",
         after.unanswered,
         after.oldest_ns / 1e9,

@@ -235,10 +235,33 @@ def test_foreign_guest_is_seen_as_the_host_sees_it(machine: Machine) -> None:
         MirrorChannel(4, ChannelState.OPEN, 1, 0, 1, 1, 1, 0x2004, 0, BY_NAME["nic"].guid, UUID(int=4))
     )
     sampler = Sampler(machine)
+    tables = HostTables(machine.control)
+    tables.stamp_traffic(machine.clock.now())
     before = sampler.look()
-    HostTables(machine.control).write_traffic(4, Traffic(500, 0, 20))
+    tables.write_traffic(4, Traffic(500, 0, 20))
+    tables.stamp_traffic(machine.clock.now())
 
     (row,) = rows_between(before, sampler.look()).channels
 
     assert (row.class_name, row.state, row.cpu, row.out_fill) == ("nic", "open", 1, None)
     assert row.packets > 0 and row.interrupts > 0
+
+
+def test_rates_are_of_what_was_published_while_somebody_looked(machine: Machine) -> None:
+    """Counts of a whole life are no rate; two publications have their own time between them, not ours."""
+    machine.config["no_guest"] = True
+    Mirror(machine.control).write_channel(
+        MirrorChannel(4, ChannelState.OPEN, 1, 0, 1, 1, 1, 0x2004, 0, BY_NAME["nic"].guid, UUID(int=4))
+    )
+    tables = HostTables(machine.control)
+    sampler = Sampler(machine)
+    stale = sampler.look()
+    began_ns = machine.clock.now()
+    looks = []
+    for packets, after_ns in ((1_000, 0), (1_500, 2_000_000_000)):
+        tables.write_traffic(4, Traffic(packets, 0, 0))
+        tables.stamp_traffic(began_ns + after_ns)
+        looks.append(sampler.look())
+
+    assert [row.packets for row in rows_between(stale, looks[0]).channels] == [0]
+    assert [row.packets for row in rows_between(*looks).channels] == [250]
