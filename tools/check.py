@@ -16,7 +16,7 @@ import click
 from emu.recording import Recording, TraceRecord
 from tools.event_names import shown_text
 from tools.exit_status import ExitStatus
-from tools.histograms import write_text
+from tools.histograms import check_writable, write_text
 from tools.invariant_table import RULES
 from tools.invariants import Machine, Verdict, Violation, judge, missing_of
 from tools.options import json_option
@@ -125,6 +125,7 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
       vmbus-emu check boot.rec
       vmbus-emu check boot.rec --json | jq '.violations[].text'
     """
+    check_writable(junit, "--junit")
     verdicts, recording = check_recording(file)
     if junit is not None:
         write_text(junit, junit_of(verdicts, file), "--junit")

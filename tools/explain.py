@@ -6,6 +6,8 @@ the host's part) that it stands for. Behind it: who owes whom what, and since wh
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,7 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
         if message_id is not None:
             flow = flows.get(message_id) or flows.get(f"h{message_id}")
             if flow is None:
-                ids = [one.id for one in flows]
-                known = f"there are {ids[0]} to {ids[-1]}" if ids else "it holds none"
-                raise UserError(f"--message {message_id}: {file} has no such message; {known}")
+                raise UserError(f"--message {message_id}: {file} has no such message; {_known(flows)}")
             told = story_of_flow(flow)
             debts = [debt for debt in debts if debt.flow == flow.id]
             report |= {"message": _message(flow), **_story(told, began_ns)}
@@ -70,10 +70,20 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
         print_json("explain", 1, report)
     else:
         _show(report, told, began_ns, debts)
+        if not debts:
+            # Of what is missing nobody can say whether it was an answer.
+            click.echo("nobody owes anybody anything" + (" in what can be read" if recording.damage else ""))
     if recording.damage:
         say(f"vmbus-emu: {recording.damage}")
         return ExitStatus.FINDING
     return ExitStatus.FINE
+
+
+def _known(flows: Iterable[Flow]) -> str:
+    """The ids that there are: each end numbers its own messages."""
+    counts = Counter(flow.id[0] for flow in flows)
+    ranges = [f"{end}1 to {end}{count}" for end, count in sorted(counts.items())]
+    return f"there are {' and '.join(ranges)}" if ranges else "it holds none"
 
 
 def _message(flow: Flow) -> dict[str, Any]:
@@ -121,8 +131,6 @@ def _show(report: dict[str, Any], told: list[Told], began_ns: int, debts: list[D
         _show_story(told, began_ns)
     for debt in debts:
         click.echo(f"owed: {debt.text}")
-    if not debts:
-        click.echo("nobody owes anybody anything")
 
 
 def _show_story(told: list[Told], began_ns: int) -> None:

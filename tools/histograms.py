@@ -6,7 +6,9 @@ plotters, `.hlog` its interval log (v1.2), one tagged line a stage.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -91,7 +93,26 @@ def write_text(path: Path, text: str, option: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}; choose a file that can be written") from None
+        raise _unwritable(path, option, error.strerror) from None
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """UserError when a file of this name cannot be written: told before a long measurement, not behind it."""
+    if path is None:
+        return
+    if path.is_dir():
+        trouble = errno.EISDIR
+    elif not path.exists() and not path.parent.is_dir():
+        trouble = errno.ENOENT
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        trouble = errno.EACCES
+    else:
+        return
+    raise _unwritable(path, option, os.strerror(trouble))
+
+
+def _unwritable(path: Path, option: str, why: str | None) -> UserError:
+    return UserError(f"{option} {path}: {why}; choose a file that can be written")
 
 
 # -- pictures -------------------------------------------------------------------------------------------------

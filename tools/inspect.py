@@ -16,7 +16,7 @@ from emu.machine import Machine
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option
 from tools.output import print_json, say
-from tools.state_node import Node, NoSuchNode, find, flat, indented, text_of, whole
+from tools.state_node import Node, NoSuchNode, find, flat, indented, parts_of, text_of, whole
 from tools.state_tree import StateTree
 
 FIRST_DEPTH = 2
@@ -48,17 +48,18 @@ def inspect(path: str, machine_name: str | None, saved: Path | None, as_json: bo
       vmbus-emu inspect queues | grep length
       vmbus-emu inspect --from crash.json processes
     """
+    path = "/".join(parts_of(path))
     with _tree(machine_name, saved) as (name, root):
         try:
             node = find(root, path)
         except NoSuchNode as error:
             raise UserError(f"{error}") from None
         if as_json:
-            print_json("inspect", 1, {"machine": name, "path": path.strip("/"), "value": whole(node)})
+            print_json("inspect", 1, {"machine": name, "path": path, "value": whole(node)})
         elif not isinstance(node, Mapping):
             click.echo(text_of(node))
         elif not sys.stdout.isatty():
-            for leaf, value in flat(node, path.strip("/")):
+            for leaf, value in flat(node, path):
                 click.echo(f"{leaf}  {text_of(value)}")
         else:
             for line in indented(node, None if path else FIRST_DEPTH):

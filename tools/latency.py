@@ -29,6 +29,7 @@ from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import check_versions
 from tools.histograms import (
     US,
+    check_writable,
     figures_of,
     hgrm_text,
     histogram_of,
@@ -110,6 +111,8 @@ def latency(
     if fail and compare is None:
         raise UserError("--fail needs something to compare with; add --compare OLD.json")
     check_record_path(record_path)
+    for path, option in ((hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
+        check_writable(path, option)
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll)

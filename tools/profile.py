@@ -16,7 +16,7 @@ import click
 
 from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
-from tools.histograms import write_text
+from tools.histograms import check_writable, write_text
 from tools.machines import chosen_machine, find_machines
 from tools.options import json_option, machine_option
 from tools.output import print_json, print_table, say
@@ -83,6 +83,8 @@ def profile(
     spy = _py_spy() if flame is not None else ""
     if command and machine_name is not None:
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
+    check_writable(plot, "--plot")
+    check_writable(flame, "--flame")
     with _target(command, machine_name) as target:
         found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
         status = target.end(interrupted=interruption.status is not None)

@@ -13,7 +13,8 @@ import click
 
 from emu.errors import UserError
 from emu.recording import Recording
-from tools.histograms import write_text
+from tools.exit_status import ExitStatus
+from tools.histograms import check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.report_data import CURVE, report_of
@@ -32,7 +33,7 @@ LICENCE: Final = "uPlot.LICENSE"
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The page; default: FILE with .html behind it.")
 @json_option
-def report(file: Path, output: Path | None, as_json: bool) -> None:
+def report(file: Path, output: Path | None, as_json: bool) -> int:
     """Make a page of a recording that opens in any browser.
 
     Topology, the steps of every message with a time scrubber, percentiles by stage, processes over time, findings: in
@@ -47,6 +48,7 @@ def report(file: Path, output: Path | None, as_json: bool) -> None:
     page = output or file.with_name(file.name + ".html")
     if page.absolute() == file.absolute():
         raise UserError(f"-o {page}: that is the recording itself; name another file")
+    check_writable(page, "-o")
     with Recording(file) as recording:
         found = report_of(recording)
     text = page_of(found)
@@ -62,8 +64,14 @@ def report(file: Path, output: Path | None, as_json: bool) -> None:
             "findings": found["findings"],
         }
         print_json("report", 1, told)
-        return
-    say(f"{page}: {len(text.encode()) / 1e6:.2f} MB, {len(flows['shown'])} messages, {len(found['findings'])} findings")
+    else:
+        megabytes, messages, findings = len(text.encode()) / 1e6, len(flows["shown"]), len(found["findings"])
+        say(f"{page}: {megabytes:.2f} MB, {messages} messages, {findings} finding{'' if findings == 1 else 's'}")
+    if recording.damage:
+        # The page says so, too; whoever asked shall know before it is opened.
+        say(f"vmbus-emu: {recording.damage}")
+        return ExitStatus.FINDING
+    return ExitStatus.FINE
 
 
 def page_of(found: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_versions import check_versions
-from tools.histograms import write_text
+from tools.histograms import check_writable, write_text
 from tools.launch import RunningMachine, launch
 from tools.options import check_record_path, flight_option, json_option, record_option, scenario_argument
 from tools.output import narrates, print_json, say
@@ -192,6 +192,7 @@ def stress(
     """
     ingredients = _mix(mix)
     check_record_path(record_path)
+    check_writable(junit, "--junit")
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices)

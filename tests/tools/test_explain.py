@@ -79,7 +79,7 @@ def test_message_is_told_as_json(run_cli: RunCli, recording_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--relid", "77"), "has nothing about it"),
-        (("--message", "x9"), "has no such message; there are g1 to "),
+        (("--message", "x9"), " and h1 to h"),
         (("--relid", "1", "--message", "h1"), "exclude each other"),
     ],
 )

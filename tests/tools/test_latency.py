@@ -106,6 +106,8 @@ def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
         (("--compare", "nothing.json", "--fail", "p99:ten"), "p99:ten"),
         (("--compare", "nothing.json"), "nothing.json: No such file or directory"),
         (("--compare", str(Path(__file__))), "no report; give what `vmbus-emu latency --json` printed"),
+        (("--hgrm", "nowhere/x.hgrm"), "--hgrm nowhere/x.hgrm: No such file or directory; choose"),
+        (("--plot", "."), "--plot .: Is a directory; choose"),
         (("--vcpus", "0"), "--vcpus"),
         (("--size", "9000"), "--size"),
     ],

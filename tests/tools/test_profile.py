@@ -95,3 +95,13 @@ def test_interrupted_profile_tells_what_there_was() -> None:
 
     assert interruption.status == ExitStatus.INTERRUPTED
     assert found.processes == [] and found.seconds > 0
+
+
+def test_picture_that_cannot_be_written_is_told_before_the_command_runs(run_cli: RunCli) -> None:
+    """Nobody waits for a measurement whose picture has no place."""
+    done = run_cli("profile", "--plot", "nowhere/x.svg", "--", "run", "--duration", "0")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "vmbus-emu: --plot nowhere/x.svg: No such file or directory; choose a file that can be written\n"
+    )

@@ -206,3 +206,15 @@ def test_recording_that_is_none_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError), Recording(tmp_path / "none") as recording:
         report_of(recording)
+
+
+def test_damage_is_told_before_the_page_is_opened(tmp_path: Path, real_recording: Path) -> None:
+    """Half a recording gives a page of what is whole, a word about the rest, and status 1."""
+    half = tmp_path / "half.rec"
+    half.write_bytes(real_recording.read_bytes()[:-7])
+
+    done = call(tmp_path, "report", str(half), "-o", "half.html")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (tmp_path / "half.html").stat().st_size > 10_000
+    assert "the file ends in the middle of a" in done.stderr.splitlines()[-1]
