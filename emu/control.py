@@ -18,6 +18,7 @@ import msgpack
 
 from emu.ipc.atomics import AtomicU64, AtomicView
 from emu.ipc.clock import MachineClock
+from emu.ipc.rows import load_row, store_row
 from emu.ipc.segments import Segment
 
 CONTROL_MAGIC: Final = int.from_bytes(b"VMBUSCTL", "little")
@@ -107,6 +108,7 @@ class Ready(IntEnum):
 
 _ROW: Final = struct.Struct("<IIIIIIQ40s")
 """state, generation, pid, kind, cpu, exit status, start time (clock ticks since boot), name."""
+_BEHIND_STATE: Final = struct.Struct("<IIIIIQ40s")
 
 COUNTERS: Final = (
     "requested",
@@ -186,10 +188,13 @@ def slot_of(number: int) -> int:
     return number & 0xFFF
 
 
+_COUNTER_ROW: Final = struct.Struct(f"<{len(COUNTERS)}Q")
+
+
 class Counters:
     """An actor's own counters: plain integers that `flush` publishes; attributes are named in `COUNTERS`."""
 
-    __slots__ = (*COUNTERS, "_base", "_memory", "_pack")
+    __slots__ = (*COUNTERS, "_base", "_end", "_memory")
 
     requested: int
     merged: int
@@ -218,15 +223,14 @@ class Counters:
     def __init__(self, memory: Any, base: int) -> None:
         self._memory = memory
         self._base = base
-        self._pack = struct.Struct(f"<{len(COUNTERS)}Q").pack_into
+        self._end = base + _COUNTER_ROW.size
         for name in COUNTERS:
             setattr(self, name, 0)
 
     def flush(self) -> None:
         """Publish all counters (about 1 us); called before a block and at the end."""
-        self._pack(
-            self._memory,
-            self._base,
+        # Packed aside (emu.ipc.rows says why): no reader finds a count at 0 meanwhile.
+        self._memory[self._base : self._end] = _COUNTER_ROW.pack(
             self.requested,
             self.merged,
             self.kicks_semaphore,
@@ -393,7 +397,7 @@ class Control:
 
     def row(self, slot: int) -> ActorRow:
         """Copy one row out."""
-        state, generation, pid, kind, cpu, status, start, name = _ROW.unpack_from(self.memory, self._row_offset(slot))
+        state, generation, pid, kind, cpu, status, start, name = load_row(self.memory, self._row_offset(slot), _ROW)
         # A name cut at 40 bytes, or copied while it is being written, may end in half a character.
         text = name.rstrip(b"\0").decode(errors="replace")
         return ActorRow(slot, ActorState(state), generation, pid, ActorKind(kind), cpu, status, start, text)
@@ -413,10 +417,8 @@ class Control:
                 continue
             generation = self.view.load_u32(at + 4) + 1
             text = name.encode()[:40]
-            # pack_into starts with the state: STARTING until the row is whole, then a store says ALIVE.
-            _ROW.pack_into(
-                self.memory, at, ActorState.STARTING, generation, pid, kind, cpu, 0, start_time_of(pid), text
-            )
+            # The state stays STARTING until the row is whole: one that were FREE for a moment could be claimed again.
+            store_row(self.memory, at + 4, _BEHIND_STATE, generation, pid, kind, cpu, 0, start_time_of(pid), text)
             self.view.store_u32(at, ActorState.ALIVE)
             return self.row(slot)
         raise AssertionError(f"process table full: no row for {name}")
@@ -424,7 +426,7 @@ class Control:
     def set_dead(self, slot: int, status: int) -> None:
         """The launcher's word that an actor is gone; `status` is its wait status."""
         at = self._row_offset(slot)
-        struct.pack_into("<I", self.memory, at + 20, status & 0xFFFFFFFF)
+        self.view.store_u32(at + 20, status & 0xFFFFFFFF)
         self.view.store_u32(at, ActorState.DEAD)
 
     def is_dead(self, number: int) -> bool:
@@ -452,7 +454,7 @@ class Control:
 
     def counter_values(self, slot: int) -> dict[str, int]:
         """What an actor has published so far."""
-        values = struct.unpack_from(f"<{len(COUNTERS)}Q", self.memory, _COUNTERS + slot * COUNTER_WORDS * 8)
+        values = load_row(self.memory, _COUNTERS + slot * COUNTER_WORDS * 8, _COUNTER_ROW)
         return dict(zip(COUNTERS, values, strict=True))
 
     def counter_totals(self) -> dict[str, int]:

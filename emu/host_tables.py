@@ -19,6 +19,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
+from emu.ipc.rows import load_row, store_row
 from emu.layout import MAX_VPS
 
 SINTS: Final = 16
@@ -110,9 +111,10 @@ class HostTables:
         """Publish registers and ports; of more than 8 ports the first ones."""
         ports = list(partition.ports.items())[:HOST_PORTS]
         at = self._base
-        _PARTITION.pack_into(
+        store_row(
             self._memory,
             at,
+            _PARTITION,
             partition.guest_os_id,
             partition.hypercall,
             partition.guest_position,
@@ -121,23 +123,23 @@ class HostTables:
             len(ports),
         )
         for number, (connection_id, waiting) in enumerate(ports):
-            _PORT.pack_into(self._memory, at + _PARTITION.size + number * _PORT.size, connection_id, waiting)
+            store_row(self._memory, at + _PARTITION.size + number * _PORT.size, _PORT, connection_id, waiting)
 
     def partition(self) -> HostPartition:
         """Registers and ports; all zero before the host has written any."""
-        os_id, hypercall, position, sint, in_use, count = _PARTITION.unpack_from(self._memory, self._base)
+        os_id, hypercall, position, sint, in_use, count = load_row(self._memory, self._base, _PARTITION)
         at = self._base + _PARTITION.size
-        ports = dict(_PORT.unpack_from(self._memory, at + n * _PORT.size) for n in range(min(count, HOST_PORTS)))
+        ports = dict(load_row(self._memory, at + n * _PORT.size, _PORT) for n in range(min(count, HOST_PORTS)))
         return HostPartition(os_id, hypercall, position, sint, in_use, ports)
 
     def write_vp(self, position: int, vp: HostVp) -> None:
         """Publish one VP's registers and queues."""
         at = self._base + _VPS + position * _VP_ROW
-        _VP.pack_into(self._memory, at, vp.scontrol, vp.simp, vp.siefp, *vp.sint, *vp.waiting)
+        store_row(self._memory, at, _VP, vp.scontrol, vp.simp, vp.siefp, *vp.sint, *vp.waiting)
 
     def vp(self, position: int) -> HostVp:
         """One VP's registers and queues."""
-        scontrol, simp, siefp, *rest = _VP.unpack_from(self._memory, self._base + _VPS + position * _VP_ROW)
+        scontrol, simp, siefp, *rest = load_row(self._memory, self._base + _VPS + position * _VP_ROW, _VP)
         return HostVp(scontrol, simp, siefp, tuple(rest[:SINTS]), tuple(rest[SINTS:]))
 
     # -- GPADLs --------------------------------------------------------------------------------------
@@ -184,9 +186,12 @@ class HostTables:
                 return
             self._rows[one.relid, one.gpadl] = number
         at = self._at(number)
-        # State 0 while it is written, and stored one higher: who reads another state behind reads again.
-        self._view.store_u32(at, 0)
-        _GPADL.pack_into(self._memory, at, 0, one.relid, one.gpadl, one.pages, one.ring)
+        # State 0 while the rest is written, and stored one higher: who reads another state behind reads again. Where
+        # only the state changes, nobody may miss the row meanwhile.
+        rest = (one.relid, one.gpadl, one.pages, one.ring)
+        if load_row(self._memory, at, _GPADL)[1:] != rest:
+            self._view.store_u32(at, 0)
+            store_row(self._memory, at, _GPADL, 0, *rest)
         self._view.store_u32(at, one.state + 1)
 
     def _take_row(self) -> int | None:
@@ -204,7 +209,7 @@ class HostTables:
         at = self._at(number)
         for _ in range(_MOST_LOOKS):
             before = self._view.load_u32(at)
-            _, relid, gpadl, pages, ring = _GPADL.unpack_from(self._memory, at)
+            _, relid, gpadl, pages, ring = load_row(self._memory, at, _GPADL)
             if self._view.load_u32(at) == before:
                 return HostGpadl(relid, gpadl, before - 1, pages, bool(ring)) if before else None
         return None
@@ -214,7 +219,7 @@ class HostTables:
     def write_traffic(self, relid: int, traffic: Traffic) -> None:
         """Publish what went through a channel."""
         at = self._base + _TRAFFIC + relid * _TRAFFIC_ROW.size
-        _TRAFFIC_ROW.pack_into(self._memory, at, traffic.packets, traffic.bytes_written, traffic.signals)
+        store_row(self._memory, at, _TRAFFIC_ROW, traffic.packets, traffic.bytes_written, traffic.signals)
 
     def stamp_traffic(self, now_ns: int) -> None:
         """Say that the traffic of all channels is that of now."""
@@ -228,4 +233,4 @@ class HostTables:
     def traffic(self, relid: int) -> Traffic:
         """What went through a channel when that was published last; it begins anew when the channel is opened."""
         at = self._base + _TRAFFIC + relid * _TRAFFIC_ROW.size
-        return Traffic(*_TRAFFIC_ROW.unpack_from(self._memory, at))
+        return Traffic(*load_row(self._memory, at, _TRAFFIC_ROW))

@@ -14,10 +14,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from emu.control import MIRROR_CHANNELS, Control
+from emu.ipc.rows import load_row, store_row
 from emu.wire.guids import guid_to_wire
 
 _ROW: Final = Struct("<IIIIIIII16s16s")
-_HEAD: Final = Struct("<QIIIIIIIII")
+_HEAD: Final = Struct("<IIIIIIIII")
+"""Behind the sequence word."""
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a host that is just writing, before it takes it for dead."""
 
@@ -79,10 +81,11 @@ class Mirror:
         at = self._control.mirror_offset
         view = self._control.view
         view.store_u64(at, self._sequence + 1)
-        _HEAD.pack_into(
+        # Not the sequence again: until the last word is written it stays odd.
+        store_row(
             self._control.memory,
-            at,
-            self._sequence + 1,
+            at + 8,
+            _HEAD,
             version,
             offers,
             open_channels,
@@ -102,17 +105,18 @@ class Mirror:
         view = self._control.view
         for _ in range(_MOST_LOOKS):
             before = view.load_u64(at)
-            values = _HEAD.unpack_from(self._control.memory, at)
+            values = load_row(self._control.memory, at + 8, _HEAD)
             if not before & 1 and view.load_u64(at) == before:
                 break
             os.sched_yield()
-        return MirrorHead(*values)
+        return MirrorHead(before, *values)
 
     def write_channel(self, channel: MirrorChannel) -> None:
         """Publish one channel's row."""
-        _ROW.pack_into(
+        store_row(
             self._control.memory,
             self._control.mirror_channel_offset(channel.relid),
+            _ROW,
             # Stored one higher, so that a row never written reads as nothing.
             channel.state + 1,
             channel.generation,
@@ -141,6 +145,6 @@ class Mirror:
     def channel(self, relid: int) -> MirrorChannel | None:
         """The channel of this id, None while the host knows none."""
         at = self._control.mirror_channel_offset(relid)
-        state, *words, if_type, if_instance = _ROW.unpack_from(self._control.memory, at)
+        state, *words, if_type, if_instance = load_row(self._control.memory, at, _ROW)
         values: list[Any] = [state - 1, *words, UUID(bytes_le=if_type), UUID(bytes_le=if_instance)]
         return MirrorChannel(relid, *values) if state else None

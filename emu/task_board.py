@@ -14,9 +14,12 @@ from typing import Final
 
 from emu.control import TASKS, Control
 from emu.errors import UserError
+from emu.ipc.rows import load_row, store_row
 
 _ROW: Final = Struct("<IIIIQQQQQQ32s256s")
 _STATE: Final = 0
+_BEHIND_STATE: Final = Struct("<IIIQQQQQQ32s256s")
+"""What is written of a row: the state changes by itself, since FREE for a moment would be an invitation."""
 PATH_BYTES: Final = 256
 
 
@@ -97,10 +100,10 @@ class TaskBoard:
         for index in range(TASKS):
             at = self._control.task_offset(index)
             if view.cas_u32(at + _STATE, TaskState.FREE, TaskState.FILLING) == TaskState.FREE:
-                _ROW.pack_into(
+                store_row(
                     self._control.memory,
-                    at,
-                    TaskState.FILLING,
+                    at + 4,
+                    _BEHIND_STATE,
                     program,
                     cpu,
                     relid,
@@ -120,8 +123,8 @@ class TaskBoard:
 
     def row(self, index: int) -> TaskRow:
         """Copy one row out (a FREE one reads as program ECHO_CHECK)."""
-        state, program, cpu, relid, wanted, size, rate, packets, nbytes, errors, digest, path = _ROW.unpack_from(
-            self._control.memory, self._control.task_offset(index)
+        state, program, cpu, relid, wanted, size, rate, packets, nbytes, errors, digest, path = load_row(
+            self._control.memory, self._control.task_offset(index), _ROW
         )
         text = os.fsdecode(path.rstrip(b"\0"))
         return TaskRow(
@@ -173,10 +176,10 @@ class TaskBoard:
     ) -> None:
         """Write a task's figures, then its state (the vCPU that runs it)."""
         at = self._control.task_offset(row.index)
-        _ROW.pack_into(
+        store_row(
             self._control.memory,
-            at,
-            TaskState.RUNNING,
+            at + 4,
+            _BEHIND_STATE,
             row.program,
             row.cpu,
             row.relid,
