@@ -40,15 +40,15 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
     load_write, load_read, load_pending = words.load_write, words.load_read, words.load_pending
 
     def publish(index: int) -> None:
-        before = load_write()
+        # Before it can be read: a reader releases at once, and no effect may precede its cause.
+        record(E_RING_PUBLISH, relid, side, index, (index - load_write()) % size)
         store_write(index)
-        record(E_RING_PUBLISH, relid, side, index, (index - before) % size)
 
     def publish_bytes(index: int) -> None:
         before = load_write()
-        publish(index)
-        # Nobody but this end writes there, and it writes on only when this returns.
+        record(E_RING_PUBLISH, relid, side, index, (index - before) % size)
         recorder.keep(first_bytes(memory, before, (index - before) % size))
+        store_write(index)
 
     def release(index: int) -> None:
         freed = (index - load_read()) % size

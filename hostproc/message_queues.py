@@ -82,10 +82,11 @@ class MessageQueues:
         synic = self._synics[position]
         # The serial before the type: whoever copies the message reads the serial with it.
         self._note_serial(position, sint, message.serial)
+        if self._trace:
+            # Before it can be read: a processor that is awake reads it at once, and no effect may precede its cause.
+            self._record_write(position, sint, message, queued)
         synic.write_slot(sint, message.data)
         self.delivered += 1
-        if self._trace:
-            self._record_write(position, sint, message, queued)
         if vector := synic.vector_to_raise(sint):
             self._request_interrupt(position, vector)
         message.released()

@@ -56,3 +56,24 @@ def test_without_being_asked_no_bytes_are_looked_at() -> None:
         producer.write(b"x" * 24, 5)
 
         assert recorder.kept == []
+
+
+def test_publish_is_recorded_before_it_can_be_read() -> None:
+    """A reader that is awake releases at once and records that; the publish has the earlier time."""
+    with ring_pages("bytearray") as ring:
+        words = ring.memory.words
+        seen: list[int] = []
+
+        class Watching(Recorded):
+            """A recorder that notes how far a reader could read."""
+
+            def record(self, *what: int) -> None:
+                """Note the write index."""
+                super().record(*what)
+                seen.append(words.load_write())
+
+        recorder = Watching(keeps_bytes=False)
+        producer = RingProducer(ring.memory, words=recorded(ring.memory, recorder, 7, 0))  # type: ignore[arg-type]
+        producer.write(b"x" * 24, 5)
+
+        assert (seen, words.load_write()) == ([0, 0], 48)

@@ -240,6 +240,26 @@ def test_deliveries_and_pending_bits_are_recorded() -> None:
     ]
 
 
+def test_delivery_is_recorded_before_it_can_be_read() -> None:
+    """A processor that is awake reads the slot at once and records that; the write has the earlier time."""
+    recorded: list[int] = []
+
+    class Watched(Synic):
+        """A SynIC that notes what has been recorded when its slot is filled."""
+
+        __slots__ = ()
+
+        def write_slot(self, sint: int, message: bytes) -> None:
+            """Fill the slot."""
+            recorded.extend(record[0] for record in delivery.trace.records)
+            super().write_slot(sint, message)
+
+    delivery = Delivery(synic=Watched)
+    delivery.post(0x0A)
+
+    assert recorded == [E_MESSAGE_POST, E_SLOT_WRITE]
+
+
 def test_bytes_of_a_delivery_are_kept_where_that_is_asked_for() -> None:
     """The payload as it stands in the slot, without the SynIC's header."""
     delivery = Delivery()
