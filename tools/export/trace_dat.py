@@ -3,7 +3,7 @@
     head        magic, version "6", endianness, size of a long, size of a page
     formats     the ring buffer's page and event headers, then each event's format file, by system
     names       number and name of each thread
-    options     that there is a clock; then for each CPU where its data lies, and the clock
+    options     the clock; then for each CPU where its data lies, and the clock again
     data        for each CPU pages of 4096 bytes: time, bytes used, entries (delta in 27 bits, type in 5)
 
 The formats are the kernel's interface (Documentation/trace/ftrace.rst, trace-cmd.dat.v6(5)).
@@ -37,7 +37,7 @@ _OPTION_DONE, _OPTION_TRACECLOCK, _OPTION_UNAME = 0, 4, 5
 
 _DATA: Final = b"flyrecord\0"
 _CLOCK: Final = b"[mono]\0"
-"""What the kernel's trace_clock file shows as chosen. In version 6 it stands behind the table of CPUs."""
+"""What the kernel's trace_clock file shows as chosen. In version 6 it stands behind the table of CPUs; see `_head`."""
 
 _HEADER_PAGE: Final = b"""\
 \tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;
@@ -175,7 +175,9 @@ def _head(writers: Iterable[EntryWriter], threads: Threads) -> Iterator[bytes]:
     yield _sized("".join(f"{thread.tid} {thread.comm}\n" for thread in threads).encode())
     yield pack("<I", threads.cpus)
     yield b"options  \0"
-    yield _option(_OPTION_TRACECLOCK, b"")
+    # With the clock in it, as in version 7: trace-cmd parses the option's content here, too, and of an empty one
+    # whatever its memory holds, which now and then names another clock: times are then not in ns.
+    yield _option(_OPTION_TRACECLOCK, _CLOCK)
     yield _option(_OPTION_UNAME, b"vmbus-emu\0")
     yield pack("<H", _OPTION_DONE)
 
