@@ -272,6 +272,9 @@ def disable_and_run(rounds: int) -> None:
             assert runs[0] == seen
             disabled.store(0)
             tasklet_enable(actor, tasklet)
+        # On busy cores a processor may not have met it enabled even once; `run` below has a deadline for all.
+        while not runs[0]:
+            actor.yield_processor()
         tasklet_disable(actor, tasklet, idle)
         stop.store(1)
         for _ in range(100):
