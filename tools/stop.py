@@ -23,6 +23,7 @@ DEADLINE_S: Final = 70.0
 
 
 @click.command()
+@click.argument("name", required=False)
 @machine_option
 @click.option("--all", "stop_all", is_flag=True, help="Stop every machine that runs.")
 @click.option(
@@ -34,7 +35,7 @@ DEADLINE_S: Final = 70.0
     help="Seconds to wait for its end; exit status 124 behind them.",
 )
 @json_option
-def stop(machine_name: str | None, stop_all: bool, limit_s: float, as_json: bool) -> None:
+def stop(name: str | None, machine_name: str | None, stop_all: bool, limit_s: float, as_json: bool) -> None:
     """Stop a running machine and wait until nothing of it is left.
 
     The guest unloads, the processes end, shared memory and semaphores go: as after Ctrl-C where it started.
@@ -42,8 +43,13 @@ def stop(machine_name: str | None, stop_all: bool, limit_s: float, as_json: bool
     \b
     Example:
       vmbus-emu stop
-      vmbus-emu stop --machine vm4711
+      vmbus-emu stop vm4711
     """
+    if name is not None:
+        if stop_all:
+            raise UserError(f"--all and {name} exclude each other; leave one of them out")
+        # The name that was typed here beats the variable.
+        machine_name = name
     if stop_all and machine_name is not None:
         raise UserError("--all and --machine exclude each other; leave one of them out")
     if stop_all:
@@ -51,13 +57,13 @@ def stop(machine_name: str | None, stop_all: bool, limit_s: float, as_json: bool
     else:
         names = [chosen_machine(machine_name)]
     end = time.monotonic() + limit_s
-    for name in names:
-        stop_machine(name, end - time.monotonic())
+    for one in names:
+        stop_machine(one, end - time.monotonic())
     if as_json:
         print_json("stop", 1, {"stopped": names})
     else:
-        for name in names:
-            say(f"machine {name} has stopped")
+        for one in names:
+            say(f"machine {one} has stopped")
 
 
 def stop_machine(name: str, limit_s: float) -> None:

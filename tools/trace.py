@@ -117,7 +117,7 @@ def opened(output: str) -> Iterator[IO[bytes]]:
         with path.open("wb") as out:
             yield out
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another file with -o") from None
     except BaseException:
         # A half of an export looks like a whole one to some readers. A pipe or a device is not ours to remove.
         if path.is_file():

@@ -185,11 +185,14 @@ def test_leftovers_without_a_control_segment_are_cleaned(run_cli: RunCli) -> Non
     assert not any(file.exists() for file in files)
 
 
-def test_stop_waits_until_nothing_is_left(run_cli: RunCli, launcher: Callable[..., FakeLauncher]) -> None:
+@pytest.mark.parametrize("option", [["--machine"], []])
+def test_stop_waits_until_nothing_is_left(
+    run_cli: RunCli, launcher: Callable[..., FakeLauncher], option: list[str]
+) -> None:
     """`stop` asks the launcher with SIGTERM and returns when it is gone, with all its objects."""
     running = launcher()
 
-    done = run_cli("stop", "--machine", running.name)
+    done = run_cli("stop", *option, running.name)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"machine {running.name} has stopped\n")
     assert running.process.wait() == 128 + signal.SIGTERM
