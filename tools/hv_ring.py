@@ -7,44 +7,28 @@ ours that drives them.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from emu.errors import MissingPrerequisite
+from tools.c_programs import C_SOURCES, built
 from tools.kernel_download import downloaded_tools_hv
 from tools.kernel_source import tools_hv
-from tools.paths import cache_dir, made
 
 NAME: Final = "C ring of tools/hv"
 LIMIT: Final = "C ring of this format"
 """Without our checks and publishing in batches, too: what this machine can do at all."""
-_DRIVER: Final = Path(__file__).parent / "c" / "hv_ring.c"
-_LIMIT: Final = Path(__file__).parent / "c" / "ring_limit.c"
+_DRIVER: Final = C_SOURCES / "hv_ring.c"
+_LIMIT: Final = C_SOURCES / "ring_limit.c"
 _TIMEOUT_S: Final = 60
 
 
 def build() -> Path:
     """Compile the ring and its driver, once for each version of either; MissingPrerequisite says what lacks."""
     sources = kernel_tools()
-    return _built([_DRIVER, sources / "vmbus_bufring.c"], [sources / "vmbus_bufring.h"], sources)
-
-
-def _built(sources: list[Path], headers: list[Path], include: Path) -> Path:
-    if not sources[0].is_file():
-        raise MissingPrerequisite(f"{sources[0]} was not installed: run from a clone of the sources")
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, *headers))).hexdigest()[:16]
-    program = made(cache_dir() / "hv-ring") / digest
-    if not program.is_file():
-        with tempfile.TemporaryDirectory(prefix="building-", dir=program.parent) as name:
-            fresh = Path(name) / "ring"
-            _compile([str(path) for path in sources], include, fresh)
-            fresh.rename(program)
-    return program
+    return built(NAME, [_DRIVER, sources / "vmbus_bufring.c"], [sources / "vmbus_bufring.h"], sources)
 
 
 def kernel_tools() -> Path:
@@ -77,7 +61,7 @@ def limit_runner(payload_size: int, ring_bytes: int, batch: int, cpus: tuple[int
 
     It publishes once for each `batch`. MissingPrerequisite when there is no compiler.
     """
-    program = _built([_LIMIT], [], _LIMIT.parent)
+    program = built(LIMIT, [_LIMIT])
 
     def run(packets: int) -> float:
         arguments = [str(number) for number in (packets, payload_size, ring_bytes, batch, *cpus)]
@@ -85,15 +69,3 @@ def limit_runner(payload_size: int, ring_bytes: int, batch: int, cpus: tuple[int
         return packets * 1e9 / int(done.stdout)
 
     return run
-
-
-def _compile(files: list[str], include: Path, program: Path) -> None:
-    """As the kernel's own Makefile compiles them, `-O2`; their warnings are theirs."""
-    compiler = os.environ.get("CC") or "gcc"
-    command = [compiler, "-O2", "-w", f"-I{include}", "-o", str(program), *files]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise MissingPrerequisite(f"no C compiler {compiler}: apt install gcc libc6-dev") from None
-    if done.returncode:
-        raise MissingPrerequisite(f"{compiler} cannot compile {NAME}: {(done.stderr.splitlines() or ['?'])[0]}")

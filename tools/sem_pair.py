@@ -6,19 +6,15 @@ trip is what one wake-up of a halted core costs, which no interrupt of ours that
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from emu.errors import MissingPrerequisite
-from tools.paths import cache_dir, made
+from tools.c_programs import C_SOURCES, built
 
 NAME: Final = "C pair of sem_post/sem_wait"
-_SOURCE: Final = Path(__file__).parent / "c" / "sem_pair.c"
+_SOURCE: Final = C_SOURCES / "sem_pair.c"
 _TIMEOUT_S: Final = 60
 
 
@@ -44,7 +40,7 @@ class SemPair:
     """The compiled program; MissingPrerequisite says what lacks."""
 
     def __init__(self) -> None:
-        self._program: Final = _built()
+        self._program: Final = built(NAME, [_SOURCE])
 
     def run(self, round_trips: int, cpus: tuple[int, int]) -> RoundTrips:
         """Make so many round trips between two cores (or on one, if both are the same)."""
@@ -53,26 +49,3 @@ class SemPair:
             [self._program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
         )
         return RoundTrips(*map(int, done.stdout.split()))
-
-
-def _built() -> Path:
-    if not _SOURCE.is_file():
-        raise MissingPrerequisite(f"{_SOURCE} was not installed: run from a clone of the sources")
-    program = made(cache_dir() / "sem-pair") / hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
-    if not program.is_file():
-        with tempfile.TemporaryDirectory(prefix="building-", dir=program.parent) as name:
-            fresh = Path(name) / "sem_pair"
-            _compile(fresh)
-            fresh.rename(program)
-    return program
-
-
-def _compile(program: Path) -> None:
-    compiler = os.environ.get("CC") or "gcc"
-    command = [compiler, "-O2", "-pthread", "-o", str(program), str(_SOURCE)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise MissingPrerequisite(f"no C compiler {compiler}: apt install gcc libc6-dev") from None
-    if done.returncode:
-        raise MissingPrerequisite(f"{compiler} cannot compile {NAME}: {(done.stderr.splitlines() or ['?'])[0]}")

@@ -80,6 +80,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
         "apt-get install util-linux, sysctl kernel.unprivileged_userns_clone=1",
     ),
     "fuse": (has_fuse, "modprobe fuse, chmod 666 /dev/fuse"),
+    "gcc": (lambda: shutil.which("gcc") is not None, "apt-get install gcc libc6-dev"),
     "trace_cmd": (has_trace_cmd, "apt-get install trace-cmd"),
     "tshark": (has_tshark, "apt-get install tshark"),
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
@@ -113,6 +114,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect what needs something that is missing."""
     missing = {item: need for item in items for need in sorted(needs_of(item)) if not NEEDS[need][0]()}
     lacking.deselect(config, items, {item: f"no {need} ({NEEDS[need][1]})" for item, need in missing.items()})
+
+
+@pytest.fixture(scope="session")
+def gcc() -> Path:
+    """The C compiler."""
+    found = shutil.which("gcc")
+    assert found is not None
+    return Path(found)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.mark.usefixtures("gcc")
 def test_round_trips_take_time() -> None:
     """On one core as well: the two take turns."""
     pair, reason = sem_pair()

@@ -23,35 +23,12 @@
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
+#include "two_cores.h"
 #include "vmbus_bufring.h"
 
 enum { MOST_PAYLOAD = 1 << 19 };
 
 static unsigned char packet[MOST_PAYLOAD + 64];
-
-static int64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-static void die(const char *what)
-{
-	perror(what);
-	_exit(1);
-}
-
-static void pin(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
-		die("sched_setaffinity");
-}
 
 static void receive_all(void *ring, unsigned int ring_bytes, long packets, atomic_int *ready)
 {

@@ -21,6 +21,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "two_cores.h"
 
 enum { MOST_PAYLOAD = 1 << 19, PAGE = 4096 };
 
@@ -30,30 +31,6 @@ struct control {
 };
 
 static unsigned char packet[MOST_PAYLOAD + 64];
-
-static int64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-static void die(const char *what)
-{
-	perror(what);
-	_exit(1);
-}
-
-static void pin(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
-		die("sched_setaffinity");
-}
 
 static void send_all(struct control *control, unsigned char *data, uint32_t size, long packets, uint32_t payload,
 		     long batch)
