@@ -18,18 +18,24 @@ from tools.paths import cache_dir
 WALL_GOAL_S: Final = 0.5
 DEVICE_GOAL_US: Final = 400.0
 GROWTH_GOAL: Final = 1.3
+RUNNING_GOAL_S: Final = 0.25
+CHANNEL_GOAL_US: Final = 250.0
+VCPUS: Final = 8
+CHANNELS: Final = 64
 FEW: Final = 200
 MANY: Final = 2_000
 
 
 def measure(runs: int, *, short: bool = False) -> list[Anchor]:
-    """The boot of 4 vCPUs and 8 devices, and the cost of a device at 200 and at 2,000, alternating."""
+    """The boot of 4 vCPUs and 8 devices, the cost of a device at 200 and 2,000, alternating, and parts of a boot."""
     walls = [launch_to_open() for _ in range(runs)]
     many = 4 * FEW if short else MANY
     per_device: dict[int, list[float]] = {FEW: [], many: []}
     for _ in range(1 if short else max(1, runs // 2)):
         for count in (FEW, many):
             per_device[count].append(bring_up(count))
+    several = [bring_up(CHANNELS) for _ in range(runs)]
+    running = [launch_to_running() for _ in range(runs)]
     few = sorted(per_device[FEW])[len(per_device[FEW]) // 2]
     return [
         Anchor.of(
@@ -50,6 +56,8 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
             against=Against(f"a device at {FEW}", few),
             goal=GROWTH_GOAL,
         ),
+        Anchor.of(f"boot: a channel when {CHANNELS} come", several, "us", better="lower", goal=CHANNEL_GOAL_US),
+        Anchor.of(f"boot: host and {VCPUS} vCPUs running", running, "s", better="lower", goal=RUNNING_GOAL_S),
     ]
 
 
@@ -85,3 +93,18 @@ def bring_up(devices: int) -> float:
         elapsed = control.stage_ns(Ready.CHANNELS_OPEN) - control.stage_ns(Ready.CONNECTED)
         running.shut_down_guest()
     return elapsed / 1e3 / devices
+
+
+def launch_to_running() -> float:
+    """Seconds from the launch until the host ran and the guest, with all its vCPUs online, had connected to it."""
+    scenario = Scenario.default().with_overrides(vcpus=VCPUS, devices=[parse_device("echo:8")])
+    began = time.monotonic_ns()
+    with launch(scenario) as running:
+        running.wait_ready()
+        control = running.machine.control
+        # A stage that was passed together with the next one has no time of its own.
+        connected = control.stage_ns(Ready.CONNECTED) or control.stage_ns(Ready.OFFERS_DELIVERED)
+        ago = control.clock.now() - connected
+        elapsed = time.monotonic_ns() - ago - began
+        running.shut_down_guest()
+    return elapsed / 1e9
