@@ -35,6 +35,9 @@ REFUSALS_BYTES: Final = 1 << 16
 ORDER_SLOTS: Final = 16
 ORDER_BYTES: Final = 1 << 14
 HOST_TABLES_BYTES: Final = 256 << 10
+POINT_BYTES: Final = 64
+POINT_TICKETS: Final = 32
+TICKET_BYTES: Final = 64
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -52,7 +55,9 @@ _CONFIG: Final = _REFUSALS + REFUSALS_BYTES
 _ORDERS: Final = _CONFIG + CONFIG_BYTES
 _ORDER_BELLS: Final = _ORDERS + ORDER_SLOTS * ORDER_BYTES
 _HOST_TABLES: Final = _ORDER_BELLS + 4096
-CONTROL_BYTES: Final = _HOST_TABLES + HOST_TABLES_BYTES
+_POINTS: Final = _HOST_TABLES + HOST_TABLES_BYTES
+_TICKETS: Final = _POINTS + 128
+CONTROL_BYTES: Final = _TICKETS + POINT_TICKETS * TICKET_BYTES
 
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
@@ -491,6 +496,23 @@ class Control:
     def order_bell_offset(self, recipient: int) -> int:
         """Where the bell of a recipient of orders stands, on a cache line of its own."""
         return _ORDER_BELLS + 64 * recipient
+
+    # -- sync points ------------------------------------------------------------------------------
+
+    @property
+    def armed_offset(self) -> int:
+        """Where the bytes of armed points begin (see `emu.syncpoint`)."""
+        return _POINTS
+
+    @property
+    def points_bell_offset(self) -> int:
+        """The word by which a director tells the host that one of its parked tasks may go on."""
+        return _POINTS + POINT_BYTES
+
+    @property
+    def tickets_offset(self) -> int:
+        """Where the tickets of a director begin."""
+        return _TICKETS
 
     # -- the host's mirror ------------------------------------------------------------------------
 

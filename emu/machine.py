@@ -43,6 +43,7 @@ from emu.layout import (
     vp_page_offset,
     vps_bytes,
 )
+from emu.syncpoint import RACE_WAKEUPS
 from emu.tracing import NO_VP, TRACE_BYTES, TRACE_HEAD_BYTES, BytesRecorder, Context, Recorder
 
 KICK_SIGNAL: Final = int(signal.SIGRTMIN) + 1
@@ -55,13 +56,13 @@ USER_WAKEUP: Final = 16
 """The semaphore of the guest's user space (its first thread; the others' are behind it)."""
 
 
-def wakeup_names(vp_count: int) -> list[str]:
-    """The part names of all semaphores of a machine."""
+def wakeup_names(vp_count: int, *, races: bool = False) -> list[str]:
+    """The part names of all semaphores of a machine; `races`: with those of sync points."""
     names = ["host"]
     names += [f"vp.{position}" for position in range(vp_count)]
     names += [f"exit.{position}.{slot}" for position in range(vp_count) for slot in range(EXIT_SLOTS)]
     names += [f"actor.{number}" for number in range(ACTOR_WAKEUPS)]
-    return names
+    return [*names, *RACE_WAKEUPS] if races else names
 
 
 class Machine:
@@ -80,6 +81,8 @@ class Machine:
         # From the segment's size: what the machine page says, a guest may have changed.
         self.vp_count = self.vps.size // PAGE_SIZE - 1
         self._state = control.state_word
+        self.races: bool = self.config.get("races", False)
+        """Whether a director may hold its actors: processes then attach with sync points."""
         self._wakeups: dict[str, Wakeup] = {}
 
     # -- making and attaching -----------------------------------------------------------------------
@@ -117,7 +120,7 @@ class Machine:
             for part, (size, reserved) in sizes.items():
                 segments[part] = Segment.create(object_name(name, part), size, reserved=reserved)
                 made.append(segments[part])
-            for part in wakeup_names(vp_count):
+            for part in wakeup_names(vp_count, races=config.get("races", False)):
                 wakeup = Wakeup.create(object_name(name, part))
                 made.append(wakeup)
                 wakeup.close()
@@ -179,7 +182,7 @@ class Machine:
 
     def wake_everybody(self) -> None:
         """One token to every semaphore: after STOPPING, so that all sleepers look."""
-        for part in wakeup_names(self.vp_count):
+        for part in wakeup_names(self.vp_count, races=self.races):
             # A name that somebody removed has no sleeper that this could reach.
             with contextlib.suppress(UserError):
                 self.wakeup(part).post()

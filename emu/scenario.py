@@ -7,6 +7,7 @@ that cannot be meant, an unknown key, more than the machine can hold: a UserErro
     [machine]   name vcpus ram era host_version features deprecate_auto_eoi poll numa vp_order ring_memory
                 exit_deadline_s
     [[device]]  class backend instance count ring_pages subchannels
+    [switches]  fixes to leave out, `NAME = false`, and their variant (see `emu.switches`)
     plugins     files that register classes and back ends of your own (see `emu.plugin`)
 """
 
@@ -40,6 +41,7 @@ from emu.scenario_text import (
     type_name,
     whole_number,
 )
+from emu.switches import ALL_FIXED, Fix, read_switches
 from emu.wire.device_classes import BY_NAME, NETLIKE, SINGLETON_INSTANCES
 from emu.wire.subchannel_request import MAX_SUBCHANNELS
 from emu.wire.versions import (
@@ -71,6 +73,8 @@ SUPPORTED_FEATURES: Final = (
 """The features of 6.0 that the host carries out."""
 
 BACKENDS: Final = ("echo", "netlike")
+SCHEDULE_KEYS: Final = ("title", "step", "expect")
+"""What a schedule has beside its scenario (`tools.schedule`)."""
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
 
 
@@ -191,6 +195,7 @@ class Scenario:
     device_specs: tuple[DeviceSpec, ...]
     source: str = field(default="the default scenario", compare=False)
     plugins: Plugins = NO_PLUGINS
+    fix: Fix = ALL_FIXED
 
     def __post_init__(self) -> None:
         self._check()
@@ -226,7 +231,11 @@ class Scenario:
         blocks = top.take("device", _array, None)
         names: list[str] = []
         paths = [*(directory / name for name in top.take("plugins", _paths, names)), *more_plugins]
-        top.not_yet("switches", "step", "expect")
+        fix = read_switches(Table(top.take("switches", _as_it_is, {}), source, "switches"))
+        for key in SCHEDULE_KEYS:
+            if key in top:
+                cure = f"`vmbus-emu races run {source}` runs it"
+                raise top.complaint(key, Nonsense("belongs to a schedule", cure))
         top.end()
         plugins = plugin.load(paths) if paths else plugin.installed()
         specs = _default_devices(plugins)
@@ -234,7 +243,7 @@ class Scenario:
             specs = tuple(
                 _read_device(Table(block, source, f"device#{n}"), plugins) for n, block in enumerate(blocks, 1)
             )
-        return cls(machine, specs, source, plugins)
+        return cls(machine, specs, source, plugins, fix)
 
     def with_overrides(
         self,
@@ -287,6 +296,8 @@ class Scenario:
         if machine.name is not None:
             table["name"] = machine.name
         config = {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        if self.fix != ALL_FIXED:
+            config["switches"] = self.fix.to_config()
         return {**config, "plugins": self.plugins.paths} if self.plugins else config
 
     def _check(self) -> None:

@@ -121,7 +121,7 @@ EVENTS: Final = _table(
     ("cpu_online", "cpu:u32 vp_index:u32"),
     ("cpu_offline", "cpu:u32 vp_index:u32"),
     ("fault", "operation:u32:ExitOperation code:u32:Fault argument:x64"),
-    ("point", "point:u32 action:u32"),
+    ("point", "point:u32:Point action:u32:PointAction relid:u32"),
     # -- ours ---------------------------------------------------------------------------------------------
     ("refused", "rule:str40 value:u64"),
     ("state", "relid:u32 old:u32:ChannelState new:u32:ChannelState"),

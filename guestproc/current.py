@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
 from emu.memory import GuestMemory
+from emu.switches import Fix
+from emu.syncpoint import NOT_ARMED
 from emu.tracing import E_REFUSED, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
+from guestproc.points import Points, unreachable
 from guestproc.protocol.era import Era
 
 if TYPE_CHECKING:
@@ -63,6 +66,12 @@ class Current:
         self.trace: Final = hooks.trace
         self.record: Final[Callable[..., None]] = self.trace.record if self.trace else _not_recorded
         """Record an event; does nothing where this machine does not record, which is decided here."""
+        self.fix: Final = Fix.of(self.machine.config)
+        """What this machine does wrong on purpose: all right, unless its scenario says so."""
+        points = Points(hooks, self.record) if self.machine.races else None
+        self.armed: Final[bytes | memoryview] = NOT_ARMED if points is None else points.armed
+        """A byte for each sync point: `if current.armed[POINT]: current.reach(POINT, relid)`."""
+        self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
         if self.trace:
             record_pages(tables.pages, self.trace)
         self._report: Final = report

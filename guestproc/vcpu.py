@@ -43,6 +43,9 @@ LONG_WATCHDOG_S: Final = 10.0
 LOOK_AGAIN_S: Final = 2.0
 """How long a token that was lost costs a processor. A wake-up for nothing costs 0.1 ms of cold caches."""
 
+HELD_NS: Final = 1_000_000_000
+"""A turn of waiting at a sync point, whose end the director's interrupt tells."""
+
 Report = Callable[..., None]
 
 
@@ -283,6 +286,25 @@ class Vcpu:
         assert not (self._irqs_off or self._hardirq or self._softirq), "a halt that no interrupt ends"
         self._halt.halt(timeout_ns)
         self.safe_point()
+
+    def wait_interruptible(self, over: Callable[[], bool]) -> None:
+        """Stand here until `over`, at a sync point with interrupts on: they are taken, their tasklets only scheduled
+        if one is what stands here. MachineStopping ends it."""
+        halt = halt_of(
+            self.trace,
+            self.machine.vps.view,
+            vp_page_offset(self.position) + VP_RUN_STATE,
+            self.machine.wakeup(f"vp.{self.position}"),
+            lambda: self._deliverable() or over() or self.stopping(),
+            PollPolicy("off"),
+            self.counters,
+            longest_s=LONG_WATCHDOG_S,
+        )
+        while not over():
+            raise_if_stopping(self)
+            halt.halt(HELD_NS)
+            if self._deliverable():
+                self.take_interrupts()
 
     def _look(self) -> bool:
         return self._deliverable() or self.softirq_pending() or self._stopping() == STOPPING

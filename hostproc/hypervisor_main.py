@@ -31,6 +31,7 @@ from emu.memory import GuestMemory
 from emu.ring_memory import RingMemory, RingWords
 from emu.ring_trace import recorded
 from emu.scenario import Scenario
+from emu.switches import Fix
 from emu.tracing import E_DOORBELL, E_FAULT, Context
 from emu.vmexit import ExitServer
 from hostproc.bus import Bus
@@ -39,6 +40,7 @@ from hostproc.devices.table import add_plugins, new_backend, offer_of
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
+from hostproc.points import HostPoints, NoPoints
 from hostproc.protocol.offers import event_connection_id, relid_of_event_connection
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
@@ -74,6 +76,8 @@ class Hypervisor:
         self._vps = machine.vps.view
         self._requesters = [self._requester(position) for position in range(machine.vp_count)]
         self._guest_pidfd = -1
+        self.fix = Fix.of(machine.config)
+        self.points = HostPoints(machine, row.number, self.trace) if machine.races else NoPoints()
         self._changed = True
         self._delivered = 0
         self._published_ns = 0
@@ -91,6 +95,8 @@ class Hypervisor:
             attached=self._attached,
             detached=self._guest_gone,
             trace=self.trace,
+            points=self.points,
+            fix=self.fix,
         )
         self.exits = ExitServer(
             self._vps,
@@ -101,7 +107,8 @@ class Hypervisor:
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
         self.upkeep = Upkeep(machine, leaves)
-        self.loop = Loop(serve=self.serve, halt=self._halt_for, stopping=self._stopping, now=machine.clock.now)
+        serve = self._serve_held if machine.races else self.serve
+        self.loop = Loop(serve=serve, halt=self._halt_for, stopping=self._stopping, now=machine.clock.now)
         self._halt = halt_of(
             self.trace,
             machine.doorbells.view,
@@ -142,6 +149,8 @@ class Hypervisor:
         )
         self.orders = HostOrders(machine.control, self.bus)
         self._looks = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)
+        if isinstance(self.points, HostPoints):
+            self._looks += self.points.loads
         self._ordered = self.orders.loads[0]
         self._first_exits = self.exits.loads[0]
         self._channel_bells = self.doorbells.loads[event_connection_id(0) >> 12]
@@ -170,6 +179,13 @@ class Hypervisor:
         if self._ordered() and self.orders.serve():
             self._changed = busy = True
         return busy
+
+    def _serve_held(self) -> bool:
+        """As `serve`, in a machine that runs schedules: also what a director lets go on."""
+        assert isinstance(self.points, HostPoints)
+        resumed = self.points.serve()
+        self._changed |= resumed
+        return self.serve() or resumed
 
     def _serve_exits(self) -> None:
         requests = self.exits.take()

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from typing import Final
 
+from emu.switches import ALL_FIXED, Fix
+from emu.syncpoint import Point
 from emu.synic import Synic
 from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_RESET, E_SLOT_WRITE, Recorder
 from emu.wire.message_relid import relid_of
 from emu.wire.synic import HV_SYNIC_SINT_COUNT as SINT_COUNT
 from emu.wire.synic import MESSAGE_HEADER, MESSAGE_PAYLOAD_OFFSET
+from hostproc.points import NoPoints
+
+_SLOT_BUSY_SEEN: Final = int(Point.HOST_SLOT_BUSY_SEEN)
 
 
 class QueuedMessage:
@@ -41,7 +48,11 @@ class MessageQueues:
         request_interrupt: Callable[[int, int], None],
         note_serial: Callable[[int, int, int], None],
         trace: Recorder | None = None,
+        points: NoPoints | None = None,
+        fix: Fix = ALL_FIXED,
     ) -> None:
+        self._points = points or NoPoints()
+        self._fix = fix
         self._synics = synics
         self._request_interrupt = request_interrupt
         self._note_serial = note_serial
@@ -67,15 +78,31 @@ class MessageQueues:
         delivered = 0
         while queue and synic.messages_enabled():
             if (resident := synic.slot_type(sint)) != 0:
-                synic.set_pending(sint)
-                if self._trace:
-                    self._trace.record(E_PENDING_SET, position, sint, resident)
-                # Look again: a guest that emptied the slot before it could see the bit writes no EOM.
-                if synic.slot_type(sint) != 0:
+                if self._points.armed[_SLOT_BUSY_SEEN] and self._points.hold(
+                    _SLOT_BUSY_SEEN, 0, partial(self._held_at_busy_slot, position, sint, resident)
+                ):
+                    break
+                if not self._freed_meanwhile(position, sint, resident):
                     break
             self._deliver(position, sint, queue.popleft(), len(queue))
             delivered += 1
         return delivered
+
+    def _freed_meanwhile(self, position: int, sint: int, resident: int) -> bool:
+        """Set the pending bit of a slot that is full; whether it is empty by now."""
+        synic = self._synics[position]
+        synic.set_pending(sint)
+        if self._trace:
+            self._trace.record(E_PENDING_SET, position, sint, resident)
+        if not self._fix.host_pending_first:
+            return False  # wrong on purpose (races.md B2): an EOM is waited for that nobody owes
+        # Look again: a guest that emptied the slot before it could see the bit writes no EOM.
+        return synic.slot_type(sint) == 0
+
+    def _held_at_busy_slot(self, position: int, sint: int, resident: int) -> None:
+        """Go on from the sync point behind the first look."""
+        if self._freed_meanwhile(position, sint, resident):
+            self.pump(position, sint)
 
     def _deliver(self, position: int, sint: int, message: QueuedMessage, queued: int) -> None:
         """Write an empty slot, interrupt, give the buffer back (which may post the next message at once)."""

@@ -14,6 +14,7 @@ from typing import Final
 from emu.errors import GeneralProtection, OutOfMemory, ProtocolViolation
 from emu.layout import ABI_MAJOR, PAGE_SIZE, ExitOperation, Fault
 from emu.memory import GuestMemory
+from emu.switches import ALL_FIXED, Fix
 from emu.synic import Overlays, Synic
 from emu.tracing import E_EOM, E_POST, Recorder
 from emu.wire.hypercalls import (
@@ -42,6 +43,7 @@ from emu.wire.synic import (
     page_register_gpa,
 )
 from hostproc.message_queues import MessageQueues
+from hostproc.points import NoPoints
 from hostproc.ports import Connections
 from hostproc.refusal_trace import RecordedCounter
 
@@ -89,12 +91,14 @@ class Partition:
         attached: Callable[[int], int],
         detached: Callable[[], None],
         trace: Recorder | None = None,
+        points: NoPoints | None = None,
+        fix: Fix = ALL_FIXED,
     ) -> None:
         self.memory = memory
         overlays: Overlays = {}
         self.vps = [VpState(position, index, Synic(memory, overlays)) for position, index in enumerate(vp_indices)]
         self.synics = [vp.synic for vp in self.vps]
-        self.queues = MessageQueues(self.synics, request_interrupt, note_serial, trace)
+        self.queues = MessageQueues(self.synics, request_interrupt, note_serial, trace, points or NoPoints(), fix)
         self.connections = Connections()
         self.request_interrupt = request_interrupt
         self._cpuid = {leaf: (eax | ebx << 32, ecx | edx << 32) for leaf, eax, ebx, ecx, edx in cpuid}

@@ -13,6 +13,7 @@ from emu.control import ActorKind
 from emu.event_fields import Argument
 from emu.layout import ExitOperation, Fault
 from emu.recording import TraceRecord
+from emu.syncpoint import Point, PointAction
 from emu.task_board import Program, TaskState
 from emu.tracing import Kick, Side, WaitedFor
 from emu.wire.hypercalls import HvStatus
@@ -35,6 +36,8 @@ ENUMS: Final[Mapping[str, type[IntEnum]]] = {
     "HvStatus": HvStatus,
     "Kick": Kick,
     "MessageType": MessageType,
+    "Point": Point,
+    "PointAction": PointAction,
     "Program": Program,
     "QueueNumber": QueueNumber,
     "Side": Side,

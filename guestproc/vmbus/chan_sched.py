@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
-from emu.ipc.atomics import AtomicU64
 from emu.tracing import (
     E_FLAG_CLEAR,
     E_MASK,
@@ -32,7 +31,7 @@ from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.vmbus.percpu import EventLane, PerCpuContext
+    from guestproc.vmbus.percpu import EventLane, FlagWord, PerCpuContext
 
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
@@ -41,7 +40,7 @@ INBOUND: Final = 1
 _ALL: Final = (1 << 64) - 1
 
 
-def sync_test_and_clear_bit(number: int, words: tuple[AtomicU64, ...]) -> bool:
+def sync_test_and_clear_bit(number: int, words: tuple[FlagWord, ...]) -> bool:
     """Clear one bit by a locked operation (also on one processor: the host is the other); whether it was set."""
     bit = 1 << (number & 63)
     return bool(words[number >> 6].fetch_and(_ALL ^ bit) & bit)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.control import Ready
 from emu.errors import ProtocolViolation
+from emu.syncpoint import Point
 from emu.tracing import (
     E_OFFER,
     E_REQ_COMPLETE,
@@ -61,6 +62,8 @@ MESSAGE_HANDLERS: Final[dict[str, MessageHandler]] = {}
 
 VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
+_OFFER_BEFORE_MAP: Final = int(Point.OFFER_BEFORE_MAP)
+_RESCIND_WAIT_GATE: Final = int(Point.RESCIND_WAIT_GATE)
 HANDLED_TIMEOUT_NS: Final = 180 * SECOND_NS
 """For what waits in turn for a probe that waits for the host, more than once."""
 
@@ -195,6 +198,8 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
     if hv_get_dev_type(channel.if_type) is None:
         current.log(f"Unknown GUID: {guid_from_wire(channel.if_type)}")
     item.arguments[0] = channel.handle
+    if current.armed[_OFFER_BEFORE_MAP]:
+        current.reach(_OFFER_BEFORE_MAP, channel.relid)
     vmbus_process_offer(current, channel, item)
 
 
@@ -308,10 +313,8 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     assert isinstance(rescind, RescindChannelOffer)
     connection, actor = current.connection, current.actor
     current.record(E_VMBUS_ONOFFER_RESCIND, rescind.child_relid)
-    # Every earlier offer must be findable before "not found" means anything (races.md A1).
-    if not connection.offer_wait.wait_until_timeout(
-        actor, lambda: connection.offer_in_progress.load() == 0, HANDLED_TIMEOUT_NS
-    ):
+    # Every earlier offer must be findable before "not found" means anything. Without that (races.md A1) it is wrong.
+    if current.fix.offer_gate and not _offers_are_known(current, rescind.child_relid):
         current.log(f"rescind of relid {rescind.child_relid}: offers before it do not end; it is not handled")
         return
     with connection.channel_mutex.hold(actor):
@@ -324,6 +327,16 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     vmbus_rescind_cleanup(current, channel)
     if rescinds.meets(channel):
         _finish_rescind(current, channel)
+
+
+def _offers_are_known(current: Current, relid: int) -> bool:
+    """Wait until every offer between its slot and the relid table is through; False: they do not end."""
+    connection = current.connection
+    if current.armed[_RESCIND_WAIT_GATE]:
+        current.reach(_RESCIND_WAIT_GATE, relid)
+    return connection.offer_wait.wait_until_timeout(
+        current.actor, lambda: connection.offer_in_progress.load() == 0, HANDLED_TIMEOUT_NS
+    )
 
 
 def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:

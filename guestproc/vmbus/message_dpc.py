@@ -7,8 +7,9 @@ until the tasklet is scheduled again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from emu.syncpoint import Point
 from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_VMBUS_ON_MSG_DPC, E_WORK_QUEUE
 from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_NONE, VMBUS_MESSAGE_SINT
@@ -23,6 +24,8 @@ from guestproc.vmbus.hv import write_eom
 if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.vmbus.percpu import PerCpuContext
+
+_AFTER_PENDING_READ: Final = int(Point.MSG_AFTER_PENDING_READ)
 
 
 @TASKLET_FUNCTIONS.register(Tasklets.VMBUS_ON_MSG_DPC)
@@ -77,13 +80,23 @@ def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, ser
     The swap is a full barrier between the clear and the load of the pending bit; the host sets that bit and
     then looks at the type again. Without either half both sides may wait for each other.
     """
+    early = 0 if current.fix.eom_after_clear else _pending(current, hv_cpu)
     if hv_cpu.cas_message_type(old_type, HVMSG_NONE) != old_type:
         return
-    pending = hv_cpu.load_message_flags() & 1
+    # Read behind the clear; before it (races.md B1) is wrong, as the host may set it in between.
+    pending = _pending(current, hv_cpu) if current.fix.eom_after_clear else early
     current.record(E_SLOT_FREE, VMBUS_MESSAGE_SINT, old_type, serial, pending)
     if pending:
         write_eom(current)
         current.record(E_EOM, current.hooks.position, VMBUS_MESSAGE_SINT)
+
+
+def _pending(current: Current, hv_cpu: PerCpuContext) -> int:
+    """The slot's pending bit."""
+    pending = hv_cpu.load_message_flags() & 1
+    if current.armed[_AFTER_PENDING_READ]:
+        current.reach(_AFTER_PENDING_READ)
+    return pending
 
 
 @WORK_FUNCTIONS.register(Works.VMBUS_ONMESSAGE_WORK)

@@ -6,9 +6,10 @@ when the processor comes online. Other processes look at the record, never at th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.ipc.atomics import AtomicU64
+from emu.syncpoint import Point
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
@@ -19,9 +20,23 @@ if TYPE_CHECKING:
 
 EVENT_WORDS: Final = 32
 """2,048 flags of one SINT."""
+_AFTER_FLAG_LOAD: Final = int(Point.ISR_AFTER_FLAG_LOAD)
 MOST_LANES: Final = 4_096
 INT_PAGE_WORDS: Final = 4
 """256 bits of the interrupt page: no more channels are looked for below 2.4 (MAX_NUM_CHANNELS_SUPPORTED)."""
+
+
+class FlagWord(Protocol):
+    """64 event flags."""
+
+    def exchange(self, value: int) -> int:
+        """Take them all."""
+
+    def fetch_and(self, value: int) -> int:
+        """Keep those of `value`; what there was."""
+
+    def fetch_or(self, value: int) -> int:
+        """Add those of `value`; what there was."""
 
 
 class EventLane:
@@ -35,6 +50,34 @@ class EventLane:
         self.sched_lock: Final = channel.sched_lock
         self.callback_event: Final = channel.callback_event
         self.alive: Final = channel.alive
+
+
+class PointedFlags:
+    """A word of event flags in a machine that runs schedules, or whose ISR takes them the wrong way (races.md C2)."""
+
+    __slots__ = ("_current", "_word")
+
+    def __init__(self, current: Current, word: AtomicU64) -> None:
+        self._current = current
+        self._word = word
+
+    def exchange(self, value: int) -> int:
+        """Take the word; wrong on purpose: load it, and store behind whatever the host sets meanwhile."""
+        current, atomic = self._current, self._current.fix.atomic_flag_clear
+        bits = self._word.exchange(value) if atomic else self._word.load()
+        if current.armed[_AFTER_FLAG_LOAD]:
+            current.reach(_AFTER_FLAG_LOAD, (bits & -bits).bit_length() - 1)
+        if not atomic:
+            self._word.store(value)
+        return bits
+
+    def fetch_and(self, value: int) -> int:
+        """As the word itself."""
+        return self._word.fetch_and(value)
+
+    def fetch_or(self, value: int) -> int:
+        """As the word itself."""
+        return self._word.fetch_or(value)
 
 
 class PerCpuContext:
@@ -51,7 +94,12 @@ class PerCpuContext:
         self.load_message_type: Final = message_type.load
         self.cas_message_type: Final = message_type.cas
         self.load_message_flags: Final = atomics.cell_u8(self.slot_gpa + 5).load
-        self.event_words: Final = tuple(atomics.cell_u64(self.event_gpa + 8 * word) for word in range(EVENT_WORDS))
+        event_words = (atomics.cell_u64(self.event_gpa + 8 * word) for word in range(EVENT_WORDS))
+        # Chosen here, once: a machine that runs no schedule has no sync point in its ISR.
+        pointed = current.machine.races or not current.fix.atomic_flag_clear
+        self.event_words: Final[tuple[FlagWord, ...]] = (
+            tuple(PointedFlags(current, word) for word in event_words) if pointed else tuple(event_words)
+        )
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
         ).load
@@ -77,7 +125,7 @@ class PerCpuContext:
         """Whether the negotiated version has one interrupt for all channels (below 2.4)."""
         return self.may_share and self._connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
 
-    def channel_flags(self) -> tuple[int, tuple[AtomicU64, ...]]:
+    def channel_flags(self) -> tuple[int, tuple[FlagWord, ...]]:
         """Where this version's channels have their flags: GPA and words; no words: there is no page (any more)."""
         if not self.may_share or not self.shares_interrupt():
             return self.event_gpa, self.event_words

@@ -1,0 +1,86 @@
+"""The `fix.*` switches: which historical mistake a machine makes again, so that its race can be shown.
+
+All are on by default, and then nothing of this is seen. A scenario's `[switches]` turns one off; the code asks
+`fix.NAME` at the one place where the kernel, or a host, once had it wrong. `variant` picks among several wrong ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from emu.scenario_text import Nonsense, Table, nearest, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """What is right (True) or wrong on purpose (False) in one machine; see `SWITCHES` for each."""
+
+    offer_gate: bool = True
+    eom_after_clear: bool = True
+    host_pending_first: bool = True
+    atomic_flag_clear: bool = True
+    variant: str = ""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Fix:
+        """The switches of a machine's configuration."""
+        return cls(**config.get("switches", {}))
+
+    def off(self) -> tuple[str, ...]:
+        """Names of the switches that are off, in the table's order."""
+        return tuple(name for name in SWITCHES if not getattr(self, name))
+
+    def to_config(self) -> dict[str, Any]:
+        """What differs from the right machine, as plain values."""
+        changed: dict[str, Any] = dict.fromkeys(self.off(), False)
+        return {**changed, "variant": self.variant} if self.variant else changed
+
+
+ALL_FIXED: Final = Fix()
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What happens with it off, its exhibits in the catalogue, and the variants of wrong there are."""
+
+    wrong: str
+    exhibits: tuple[str, ...]
+    variants: tuple[str, ...] = ()
+
+
+SWITCHES: Final[dict[str, Switch]] = {
+    "offer_gate": Switch("a rescind does not wait for the offers that are on their way", ("A1",)),
+    "eom_after_clear": Switch("the guest reads the pending bit before it empties the slot", ("B1",)),
+    "host_pending_first": Switch("the host does not look at the slot again after it set the pending bit", ("B2",)),
+    "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
+}
+"""By name, as a scenario writes it; every one is a field of `Fix`."""
+
+assert set(SWITCHES) == {one.name for one in fields(Fix)} - {"variant"}
+
+
+def read_switches(table: Table) -> Fix:
+    """The `[switches]` table of a scenario: `NAME = false`, and `variant`; UserError for what is none."""
+    values: dict[str, Any] = {name: table.take(name, _on_or_off, True) for name in SWITCHES}
+    off = [name for name, on in values.items() if not on]
+    variants = [variant for name in off for variant in SWITCHES[name].variants]
+    values["variant"] = table.take("variant", _variant(variants), "")
+    table.end()
+    return Fix(**values)
+
+
+def _on_or_off(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Nonsense(f"{shown(value)} is neither true nor false", "set it to false to make that mistake")
+    return value
+
+
+def _variant(variants: list[str]) -> Any:
+    def read(value: object) -> str:
+        if value not in variants:
+            raise Nonsense(f"{shown(value)} is no variant of a switch that is off", nearest(str(value), variants))
+        return str(value)
+
+    return read

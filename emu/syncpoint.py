@@ -1,0 +1,249 @@
+"""Sync points: named places where a schedule can hold an actor, across processes (reference races.md 13.1, 13.3).
+
+A director arms a *ticket* for a point, with filters. The first actor that comes there and fits takes it, says so, and
+waits until it is told to go on. Machine time stands still meanwhile. A point that is not armed costs a look at one
+byte; a machine without schedules has no tickets at all, and points on the packet path are not in its code.
+
+    ticket   FREE -> ARMED (director) -> ARRIVED (actor) -> GO (director) -> FREE (actor)
+             ARMED -> FREE (director: nobody came)
+
+Tickets and bytes lie in `control`; their owner module is this one. Who may go on with interrupts off, in a worker or
+in a task of the host, differs: each process has its own way to wait (`guestproc.points`, `hostproc.points`).
+"""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+from typing import Final, Self
+
+from emu.control import POINT_BYTES, POINT_TICKETS, TICKET_BYTES, Control
+
+TICKETS: Final = POINT_TICKETS
+
+
+class Scope(Enum):
+    """What a parked actor keeps from going on."""
+
+    TASK = "T"  # this actor only; interrupts of its processor are taken
+    INTERRUPTS_OFF = "I"  # its processor: interrupts stay pending
+    HOST = "H"  # one task of the host
+
+
+class PointAction(IntEnum):
+    """What a `point` record says: an actor is held there, or goes on."""
+
+    HELD = 1
+    PASSED = 2
+
+
+class Point(IntEnum):
+    """Every point: its number, its name, its scope, and where it sits."""
+
+    text: str
+    scope: Scope
+    where: str
+
+    def __new__(cls, number: int, text: str, scope: Scope, where: str) -> Self:
+        """A member is its number, with the rest as attributes."""
+        point = int.__new__(cls, number)
+        point._value_ = number
+        point.text, point.scope, point.where = text, scope, where
+        return point
+
+    OFFER_BEFORE_MAP = 1, "g.wq.offer.before_map", Scope.TASK, "offer work: object built, relid table not written"
+    ADD_FAILED = 2, "g.wq.add.failed", Scope.TASK, "add work: error path entered"
+    RESCIND_WAIT_GATE = 3, "g.wq.rescind.wait_gate", Scope.TASK, "rescind work: waits for the offer counter"
+    RESCIND_AFTER_LOOKUP = 4, "g.wq.rescind.after_lookup", Scope.TASK, "rescind work: channel found, not claimed"
+    RESCIND_BEFORE_PROBE_WAIT = (
+        5,
+        "g.wq.rescind.before_probe_wait",
+        Scope.TASK,
+        "rescind work: before waiting for probe",
+    )
+    OPEN_BEFORE_LIST_ADD = 6, "g.open.before_list_add", Scope.TASK, "open: request built, not on the waiting list"
+    OPEN_BEFORE_POST = 7, "g.open.before_post", Scope.TASK, "open: on the list, OPENCHANNEL not posted"
+    OPEN_WAITING = 8, "g.open.waiting", Scope.TASK, "open: about to wait for OPENCHANNEL_RESULT"
+    OPEN_TIMEOUT = 9, "g.open.timeout", Scope.TASK, "open: gave up waiting"
+    CLOSE_EARLY_RETURN = 10, "g.close.early_return", Scope.TASK, "close: leaves, the channel is not open"
+    CLOSE_BEFORE_RING_FREE = 11, "g.close.before_ring_free", Scope.TASK, "close: callback cleared, ring still there"
+    MSG_AFTER_PENDING_READ = 12, "g.msg.after_pending_read", Scope.TASK, "message tasklet: pending bit read"
+    MSG_BEFORE_ALLOC = 13, "g.msg.before_alloc", Scope.TASK, "message tasklet: before it takes a work record"
+    POST_AFTER_FILL = 14, "g.post.after_fill", Scope.TASK, "post: hypercall page filled, not called"
+    ISR_ENTER = 15, "g.isr.enter", Scope.INTERRUPTS_OFF, "ISR: entered, nothing read"
+    ISR_AFTER_FLAG_LOAD = 16, "g.isr.after_flag_load", Scope.INTERRUPTS_OFF, "ISR: a word of event flags read"
+    ISR_AFTER_LOOKUP = 17, "g.isr.after_lookup", Scope.INTERRUPTS_OFF, "ISR: channel of a flag found"
+    LIST_AT_NODE = 18, "g.list.at_node", Scope.TASK, "walk of a CPU's channel list: stands on a node"
+    CHAN_IN_CALLBACK = 19, "g.chan.in_callback", Scope.TASK, "channel tasklet: inside the driver's callback"
+    CHAN_AFTER_CALLBACK = 20, "g.chan.after_callback", Scope.TASK, "channel tasklet: drained, not yet unmasked"
+    RING_AFTER_PENDING_READ = 21, "g.ring.r.after_pending_read", Scope.TASK, "ring reader: pending size read"
+    RING_BODY_PREFETCHED = 22, "g.ring.r.body_prefetched", Scope.TASK, "ring reader: bytes loaded before the index"
+    DRV_LOCK_WAIT = 23, "g.drv.lock_wait", Scope.TASK, "driver: about to wait for the network lock"
+    DRV_POLLER_ENABLE = 24, "g.drv.poller_enable", Scope.TASK, "driver: about to enable its poll"
+    DRV_BEFORE_TX_STOP = 25, "g.drv.before_tx_stop", Scope.TASK, "driver: decided to stop its queue"
+    CPU_PICKED = 26, "g.cpu.picked", Scope.TASK, "offer work: target CPU chosen, not published"
+    MOVE_WAIT_ACK = 27, "g.move.wait_ack", Scope.TASK, "move: MODIFYCHANNEL posted"
+    HOST_BEFORE_OPEN_RESULT = 28, "h.ctl.before_open_result", Scope.HOST, "host: device open, reply not sent"
+    HOST_ON_MODIFY = 29, "h.ctl.on_modify", Scope.HOST, "host: MODIFYCHANNEL received, not applied"
+    HOST_STREAM_CLOSED = 30, "h.ctl.stream_closed", Scope.HOST, "host: a device's stream closed, not handled"
+    HOST_SLOT_BUSY_SEEN = 31, "h.syn.slot_busy_seen", Scope.HOST, "host: slot read as busy, pending bit not set"
+    HOST_TIMER_RETRY = 32, "h.syn.timer_retry", Scope.HOST, "host: timer message refused, the slot is full"
+    HOST_AFTER_QUEUE_CHECK = 33, "h.vp.after_queue_check", Scope.HOST, "host: no message for a VP, it runs next"
+    HOST_OPEN_DONE = 34, "h.vsp.open_done", Scope.HOST, "host: device told that it is open"
+    HOST_THROTTLE = 35, "h.vsp.throttle", Scope.HOST, "host: signals without cause over the limit"
+
+
+_BY_NUMBER: Final = {int(point): point for point in Point}
+BY_TEXT: Final = {point.text: point for point in Point}
+"""Points by the name that schedules use."""
+
+NOT_ARMED: Final = bytes(POINT_BYTES)
+"""`armed` of a machine without schedules."""
+
+
+class Ticket(IntEnum):
+    """State of a ticket."""
+
+    FREE = 0
+    ARMED = 1
+    ARRIVED = 2
+    GO = 3
+
+
+# A ticket, in u32: state, point, actor slot + 1, CPU + 1, relid, hits to let pass; who arrived, with which relid.
+_STATE: Final = 0
+_POINT: Final = 4
+_ACTOR: Final = 8
+_CPU: Final = 12
+_RELID: Final = 16
+_PASS: Final = 20
+_ARRIVED: Final = 24
+_ARRIVED_RELID: Final = 28
+
+
+class Tickets:
+    """The table of tickets, as director and actors see it."""
+
+    def __init__(self, control: Control) -> None:
+        self._view = control.view
+        self._base = control.tickets_offset
+        self._bytes = control.armed_offset
+        self.armed = memoryview(control.memory)[self._bytes : self._bytes + POINT_BYTES]
+        """A byte a point: how many tickets are armed for it."""
+        self.clock = control.clock
+
+    # -- the director's half ------------------------------------------------------------------------
+
+    def arm(self, point: Point, *, actor: int = -1, cpu: int = -1, relid: int = 0, skip: int = 0) -> int:
+        """Arm a free ticket; its number. `actor` is a slot of the process table, `skip` hits pass unheld."""
+        number = next((n for n in range(TICKETS) if self.state(n) is Ticket.FREE), None)
+        assert number is not None, f"all {TICKETS} tickets are in use"
+        at = self._at(number)
+        for offset, value in (
+            (_POINT, point),
+            (_ACTOR, actor + 1),
+            (_CPU, cpu + 1),
+            (_RELID, relid),
+            (_PASS, skip),
+            (_ARRIVED, 0),
+            (_ARRIVED_RELID, 0),
+        ):
+            self._view.store_u32(at + offset, value)
+        # The filters before the state, the state before the byte: whoever sees the byte finds a whole ticket.
+        self._view.store_u32(at, Ticket.ARMED)
+        self._count(point)
+        return number
+
+    def disarm(self, number: int) -> bool:
+        """Take back a ticket that nobody took; False when somebody has."""
+        at = self._at(number)
+        taken = self._view.cas_u32(at, Ticket.ARMED, Ticket.FREE) != Ticket.ARMED
+        self._count(self.point(number))
+        return not taken
+
+    def go(self, number: int) -> None:
+        """Let whoever arrived go on; the caller wakes it. Machine time goes on with the last of them."""
+        assert self.state(number) is Ticket.ARRIVED, f"ticket {number} holds nobody"
+        self._count(self.point(number))
+        self.clock.release()
+        self._view.store_u32(self._at(number), Ticket.GO)
+
+    def state(self, number: int) -> Ticket:
+        """What has become of a ticket."""
+        return Ticket(self._view.load_u32(self._at(number)))
+
+    def point(self, number: int) -> Point:
+        """The point that it is for."""
+        return _BY_NUMBER[self._view.load_u32(self._at(number) + _POINT)]
+
+    def arrived(self, number: int) -> tuple[int, int]:
+        """Actor number of who took it (0: nobody yet), and the relid that it came with."""
+        at = self._at(number)
+        return self._view.load_u32(at + _ARRIVED), self._view.load_u32(at + _ARRIVED_RELID)
+
+    def parked(self) -> dict[int, int]:
+        """Ticket number -> actor number, of everybody who is held now."""
+        return {n: self.arrived(n)[0] for n in range(TICKETS) if self.state(n) is Ticket.ARRIVED}
+
+    def clear(self) -> None:
+        """Free every ticket, after the machine's processes are gone."""
+        for number in range(TICKETS):
+            if self.state(number) is Ticket.ARRIVED:
+                self.clock.release()
+            self._view.store_u32(self._at(number), Ticket.FREE)
+        self.armed[:] = bytes(POINT_BYTES)
+
+    def _count(self, point: Point) -> None:
+        """The point's byte: only the director writes it, so it may count afresh."""
+        self.armed[point] = sum(self.state(n) is Ticket.ARMED and self.point(n) is point for n in range(TICKETS))
+
+    # -- an actor's half ----------------------------------------------------------------------------
+
+    def take(self, point: int, actor: int, cpu: int, relid: int) -> int | None:
+        """Take a ticket that fits, if one is armed; machine time stands still from here on."""
+        for number in range(TICKETS):
+            at = self._at(number)
+            if self._view.load_u32(at) != Ticket.ARMED or not self._fits(at, point, actor, cpu, relid):
+                continue
+            if self._view.load_u32(at + _PASS):
+                self._view.fetch_sub_u32(at + _PASS, 1)
+                continue
+            if self._view.cas_u32(at, Ticket.ARMED, Ticket.ARRIVED) == Ticket.ARMED:
+                self.clock.hold()
+                self._view.store_u32(at + _ARRIVED_RELID, relid)
+                self._view.store_u32(at + _ARRIVED, actor)
+                return number
+        return None
+
+    def may_go(self, number: int) -> bool:
+        """Whether a ticket that this actor took says so."""
+        return self._view.load_u32(self._at(number)) == Ticket.GO
+
+    def give_back(self, number: int) -> None:
+        """The actor goes on."""
+        self._view.store_u32(self._at(number), Ticket.FREE)
+
+    def _fits(self, at: int, point: int, actor: int, cpu: int, relid: int) -> bool:
+        view = self._view
+        return (
+            view.load_u32(at + _POINT) == point
+            and view.load_u32(at + _ACTOR) in (0, (actor & 0xFFF) + 1)
+            and view.load_u32(at + _CPU) in (0, cpu + 1)
+            and view.load_u32(at + _RELID) in (0, relid)
+        )
+
+    def _at(self, number: int) -> int:
+        return self._base + number * TICKET_BYTES
+
+
+def director_wakeup() -> str:
+    """The semaphore that a director sleeps on."""
+    return "director"
+
+
+def ticket_wakeup(number: int) -> str:
+    """The semaphore on which whoever took a ticket waits, where it does not halt a processor."""
+    return f"ticket.{number}"
+
+
+RACE_WAKEUPS: Final = (director_wakeup(), *(ticket_wakeup(number) for number in range(TICKETS)))
+"""Semaphores of a machine that runs schedules."""
