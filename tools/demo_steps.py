@@ -106,13 +106,18 @@ def _rules() -> tuple[Rule, ...]:
 
 
 RULES: Final = _rules()
+_BEGINNINGS: Final = ("offer", "rescind")
+"""What the host does first."""
+_OF_A_MESSAGE: Final = ("slot_write", "slot_read", "slot_free", "work_queue", "work_run")
+"""Events whose serial is that of a message of the host (0: of none)."""
 
 
 def steps_of(records: Iterable[TraceRecord], relid: int, last_event: str) -> list[Step]:
     """The steps of one device's appearing, or going, by time from the first one.
 
-    They begin where the host first does something about the device, and end with the guest's `last_event`: a
-    processor that lost its core may have freed a slot before or after that, for which nobody waited.
+    They begin where the host offers the device, or takes it back, and end with the guest's `last_event`. Nobody
+    waits for a tasklet to free the slot of its last message, and it may have lost its core before that: what follows
+    from messages before this device's first one belongs to another story.
     """
     steps: list[Step] = []
     first = last = 0
@@ -138,14 +143,23 @@ def steps_of(records: Iterable[TraceRecord], relid: int, last_event: str) -> lis
 
 
 def _told(records: Iterable[TraceRecord], relid: int) -> Iterator[tuple[TraceRecord, Rule]]:
-    begun = False
+    """Each record that is told of a device, with its rule."""
+    begun = written = False
+    first_serial = 0
     for record in records:
-        arguments = record.arguments
-        begun = begun or (record.context == "HOST" and arguments.get("relid") == relid)
+        arguments, event = record.arguments, record.event.name
+        ours = arguments.get("relid") == relid
+        begun = begun or (ours and record.context == "HOST" and event in _BEGINNINGS)
         if not begun:
             continue
-        # 0 where it does not apply: a tasklet that is no channel's.
-        if arguments.get("relid", relid) not in (relid, 0):
+        if event == "message_post" and ours and not first_serial:
+            first_serial = arguments["serial"]
+        if event in _OF_A_MESSAGE and 0 < arguments["serial"] < first_serial:
+            continue
+        written = written or (event == "slot_write" and arguments["serial"] == first_serial)
+        # 0 where it does not apply: a tasklet that is no channel's. Before the first message is in its slot, whoever
+        # names no device is at work for somebody else.
+        if not ours and (arguments.get("relid") or not written):
             continue
         rule = next((one for one in RULES if _fits(one, record, arguments)), None)
         if rule is not None:

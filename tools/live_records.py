@@ -1,10 +1,14 @@
 """The records of a running machine that records, as they come, without a file.
 
 `take` empties every actor's ring as a recording's writer would: one reader a machine, or each misses the other's.
+Rings are read one after the other, and what an actor records meanwhile may follow from what another one did behind
+our look at its ring. So each look ends at the moment when it began: no record is given without its causes.
 """
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_right
 from typing import Final
 
 from emu.control import ActorRow, ActorState
@@ -22,6 +26,7 @@ class LiveRecords:
     def __init__(self, machine: Machine) -> None:
         self._control: Final = machine.control
         self._drain: Final = Drain(machine.trace)
+        self._later: list[TraceRecord] = []
 
     @property
     def dropped(self) -> int:
@@ -29,12 +34,16 @@ class LiveRecords:
         return self._drain.dropped
 
     def take(self) -> list[TraceRecord]:
-        """New records of all actors, by time."""
-        taken: list[TraceRecord] = []
+        """New records of all actors, by time: all that were made before this call."""
+        began_ns = time.monotonic_ns()
+        taken = self._later
         for row in list(self._control.rows()):
             if row.state != ActorState.STARTING:
                 taken += self._of(row)
-        return sorted(taken, key=lambda record: record.t_ns)
+        taken.sort(key=_time_of)
+        count = bisect_right(taken, began_ns, key=_time_of)
+        self._later = taken[count:]
+        return taken[:count]
 
     def _of(self, row: ActorRow) -> list[TraceRecord]:
         actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
@@ -50,3 +59,7 @@ class LiveRecords:
             )
             for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(self._drain.take(row.slot))
         ]
+
+
+def _time_of(record: TraceRecord) -> int:
+    return record.t_ns
