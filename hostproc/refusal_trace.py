@@ -10,15 +10,16 @@ from hostproc.protocol.refusals import Refusals
 
 
 class RecordedCounter(Counter[str]):
-    """Counts by rule; each one more is a `refused` record, whose value is the new count."""
+    """Counts by rule; each one more is a record (`refused` or `ignored`), whose value is the new count."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, event: int = E_REFUSED) -> None:
         super().__init__()
         self._recorder = recorder
+        self._event = event
 
     def __setitem__(self, rule: str, count: int) -> None:
         super().__setitem__(rule, count)
-        self._recorder.record(E_REFUSED, *refused_words(rule, count))
+        self._recorder.record(self._event, *refused_words(rule, count))
 
 
 class RecordedRefusals(Refusals):

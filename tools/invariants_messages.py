@@ -12,7 +12,7 @@ from tools.invariants import Feed, Machine, Rule, is_host
 
 _LEGAL: Final = frozenset(
     {
-        "port-insufficient-buffers",  # the guest tries again
+        "port-insufficient-buffers",  # the guest tries again; recordings of before say it so
         "contact-version",  # so it is found out which version both speak,
         "unknown-message-connection",  # and by which connection
         "general-protection",  # a register is probed: the processor says it, not VMBus
