@@ -1,4 +1,4 @@
-"""The harness's segment: configuration, process table, clock, counters, serials, tasks, the host's mirror.
+"""The harness's segment: configuration, process table, clock, counters, serials, tasks, the host's mirror, faults.
 
 No guest reaches `control`. The launcher makes it and writes the process table's states of life; each actor
 writes its own row and its own counters; the host writes the mirror. What each part is for stands at its
@@ -38,6 +38,8 @@ HOST_TABLES_BYTES: Final = 256 << 10
 POINT_BYTES: Final = 64
 POINT_TICKETS: Final = 32
 TICKET_BYTES: Final = 64
+FAULT_ROWS: Final = 64
+FAULT_ROW: Final = 256
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -57,7 +59,8 @@ _ORDER_BELLS: Final = _ORDERS + ORDER_SLOTS * ORDER_BYTES
 _HOST_TABLES: Final = _ORDER_BELLS + 4096
 _POINTS: Final = _HOST_TABLES + HOST_TABLES_BYTES
 _TICKETS: Final = _POINTS + 128
-CONTROL_BYTES: Final = _TICKETS + POINT_TICKETS * TICKET_BYTES
+_FAULTS: Final = _TICKETS + POINT_TICKETS * TICKET_BYTES
+CONTROL_BYTES: Final = _FAULTS + 64 + FAULT_ROWS * FAULT_ROW
 
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
@@ -513,6 +516,13 @@ class Control:
     def tickets_offset(self) -> int:
         """Where the tickets of a director begin."""
         return _TICKETS
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    @property
+    def faults_offset(self) -> int:
+        """Where the fault plan begins (see `emu.fault_plan`)."""
+        return _FAULTS
 
     # -- the host's mirror ------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ that cannot be meant, an unknown key, more than the machine can hold: a UserErro
                 exit_deadline_s
     [[device]]  class backend instance count ring_pages subchannels
     [switches]  fixes to leave out, `NAME = false`, and their variant (see `emu.switches`)
+    [[fault]]   name value, and the keys of `emu.faults`: what goes wrong on this machine
+    [policy]    KIND.STATE = "silent", "refuse" or "accept": see `emu.host_policy`
     plugins     files that register classes and back ends of your own (see `emu.plugin`)
 """
 
@@ -22,7 +24,10 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from emu import faults as fault_table
 from emu import plugin
+from emu.faults import Fault
+from emu.host_policy import read_policy
 from emu.layout import MAX_VPS, PAGE_SIZE
 from emu.plugin import NO_PLUGINS, Plugins
 from emu.scenario_text import (
@@ -196,6 +201,9 @@ class Scenario:
     source: str = field(default="the default scenario", compare=False)
     plugins: Plugins = NO_PLUGINS
     fix: Fix = ALL_FIXED
+    faults: tuple[Fault, ...] = ()
+    policy: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Cells of the host's policy that differ from its defaults: `KIND.STATE` to an answer."""
 
     def __post_init__(self) -> None:
         self._check()
@@ -228,7 +236,9 @@ class Scenario:
     ) -> Scenario:
         top = Table(dict(document), source, "")
         machine = _read_machine(Table(top.take("machine", _as_it_is, {}), source, "machine"))
-        blocks = top.take("device", _array, None)
+        blocks = top.take("device", _array("device"), None)
+        fault_blocks = top.take("fault", _array("fault"), None)
+        policy = read_policy(top.take("policy", _as_it_is, {}), source)
         names: list[str] = []
         paths = [*(directory / name for name in top.take("plugins", _paths, names)), *more_plugins]
         fix = read_switches(Table(top.take("switches", _as_it_is, {}), source, "switches"))
@@ -243,7 +253,11 @@ class Scenario:
             specs = tuple(
                 _read_device(Table(block, source, f"device#{n}"), plugins) for n, block in enumerate(blocks, 1)
             )
-        return cls(machine, specs, source, plugins, fix)
+        classes = plugins.classes
+        faults = [
+            fault_table.read_table(one, source, f"fault#{n}", classes) for n, one in enumerate(fault_blocks or (), 1)
+        ]
+        return cls(machine, specs, source, plugins, fix, tuple(faults), policy)
 
     def with_overrides(
         self,
@@ -252,8 +266,9 @@ class Scenario:
         vcpus: int | None = None,
         devices: Sequence[DeviceSpec] = (),
         poll: str | None = None,
+        faults: Sequence[str] = (),
     ) -> Scenario:
-        """The scenario with what the flags say instead; `devices` replaces all of the file's."""
+        """The scenario with what the flags say instead; `devices` replaces all of the file's, `faults` come to them."""
         flags = Table({}, "command line", "")
         machine = self.machine
         if name is not None:
@@ -263,7 +278,15 @@ class Scenario:
         if poll is not None:
             machine = replace(machine, poll=flags.read("--poll", Poll.read, poll))
         source = f"{self.source} and the command line" if machine != self.machine or devices else self.source
-        return replace(self, machine=machine, device_specs=tuple(devices) or self.device_specs, source=source)
+        more = [fault_table.parse(text, classes=self.plugins.classes) for text in faults]
+        fault_table.check_count(len(self.faults) + len(more), "command line: --fault")
+        return replace(
+            self,
+            machine=machine,
+            device_specs=tuple(devices) or self.device_specs,
+            source=source,
+            faults=(*self.faults, *more),
+        )
 
     def devices(self) -> list[Device]:
         """Every device to offer, one by one; the n-th of a class has the same GUID on every machine."""
@@ -295,14 +318,19 @@ class Scenario:
         }
         if machine.name is not None:
             table["name"] = machine.name
-        config = {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
+        config: dict[str, Any] = {"machine": table, "device": [_device_config(spec) for spec in self.device_specs]}
         if self.fix != ALL_FIXED:
             config["switches"] = self.fix.to_config()
+        if self.faults:
+            config["fault"] = [one.table() for one in self.faults]
+        if self.policy:
+            config["policy"] = dict(self.policy)
         return {**config, "plugins": self.plugins.paths} if self.plugins else config
 
     def _check(self) -> None:
         """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
         vcpus = self.machine.vcpus
+        fault_table.check_count(len(self.faults), self.source)
         offers = sum(spec.channels(vcpus) for spec in self.device_specs)
         if offers > MAX_OFFERS:
             problem = Nonsense(
@@ -407,10 +435,13 @@ def _as_it_is(value: object) -> Any:
     return value
 
 
-def _array(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array of tables", "write it as [[device]]")
-    return value
+def _array(name: str) -> Callable[[object], list[object] | None]:
+    def read(value: object) -> list[object]:
+        if not isinstance(value, list):
+            raise Nonsense(f"{shown(value)} is {type_name(value)}, not an array of tables", f"write it as [[{name}]]")
+        return value
+
+    return read
 
 
 def _ram(value: object) -> int:

@@ -237,6 +237,8 @@ EVENTS: Final = _table(
     ("bytes", "left:u64 data:hex40"),
     # The guest is gone (DETACH, or its death): so many messages that waited for its slots are dropped.
     ("reset", "dropped:u32"),
+    # A fault of the plan struck: `value` is its time or number, `hits` how often it struck so far.
+    ("fault_hit", "kind:u32:FaultKind relid:u32 value:x64 hits:u64"),
 )
 """All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
 
@@ -347,6 +349,7 @@ E_IGNORED: Final = EVENTS["ignored"].number
 E_POST_BEGIN: Final = EVENTS["post_begin"].number
 E_BYTES: Final = EVENTS["bytes"].number
 E_RESET: Final = EVENTS["reset"].number
+E_FAULT_HIT: Final = EVENTS["fault_hit"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.points import HostPoints, NoPoints
 from hostproc.protocol.offers import event_connection_id, relid_of_event_connection
+from hostproc.protocol.policy import policy_of
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.state_trace import StateTrace
@@ -71,7 +72,8 @@ class Hypervisor:
         if self.trace:
             self.trace.start(row.pid, row.kind, row.cpu, row.name)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
-        self.scenario = Scenario.from_config({key: machine.config[key] for key in ("machine", "device")})
+        parts = ("machine", "device", "policy")
+        self.scenario = Scenario.from_config({key: machine.config[key] for key in parts if key in machine.config})
         leaves = cpuid.leaves(deprecate_auto_eoi=self.scenario.machine.deprecate_auto_eoi)
         self._vps = machine.vps.view
         self._requesters = [self._requester(position) for position in range(machine.vp_count)]
@@ -130,7 +132,7 @@ class Hypervisor:
         )
         vp_indices: list[int] = machine.config["vp_indices"]
         guest_ports = GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake())
-        server = Server(limits)
+        server = Server(limits, policy_of(self.scenario.policy))
         if self.trace:
             server.watch(StateTrace(self.trace))
         self.bus = Bus(

@@ -11,6 +11,7 @@ from typing import Final
 
 from emu.control import ActorKind
 from emu.event_fields import Argument
+from emu.faults import FaultKind
 from emu.layout import ExitOperation, Fault
 from emu.recording import TraceRecord
 from emu.syncpoint import Point, PointAction
@@ -31,6 +32,7 @@ ENUMS: Final[Mapping[str, type[IntEnum]]] = {
     "ConnectionState": ConnectionState,
     "ExitOperation": ExitOperation,
     "Fault": Fault,
+    "FaultKind": FaultKind,
     "GpadlState": host.GpadlState,
     "HostChannelState": host.ChannelState,
     "HvStatus": HvStatus,

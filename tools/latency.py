@@ -12,7 +12,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,8 +41,9 @@ from tools.histograms import (
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
-from tools.options import check_record_path, json_option, record_option, scenario_argument
+from tools.options import check_record_path, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table
+from tools.run_outcome import tell_faults
 
 ROUND_TRIP: Final = "round_trip"
 RECORDED: Final = "round_trip_recorded"
@@ -59,6 +60,7 @@ class Measured:
     lost: int
     stages: dict[str, list[int]]
     dropped: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
 
 
 @click.command()
@@ -81,6 +83,7 @@ class Measured:
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the percentile curves (SVG).")
 @click.option("--compare", type=click.Path(path_type=Path), help="An older --json output to compare with.")
 @click.option("--fail", "fail", multiple=True, metavar="p99:+10%", help="With --compare: how much worse is a finding.")
+@fault_option
 @record_option
 @json_option
 def latency(
@@ -96,6 +99,7 @@ def latency(
     plot: Path | None,
     compare: Path | None,
     fail: tuple[str, ...],
+    fault_texts: tuple[str, ...],
     record_path: Path | None,
     as_json: bool,
 ) -> int:
@@ -115,7 +119,7 @@ def latency(
         check_writable(path, option)
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
-    scenario = _scenario(scenario_path, vcpus, poll)
+    scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     began_s = time.time()
     with noting_interruption() as interruption:
         plain = measure(scenario, rate or 0, size, duration_s)
@@ -143,6 +147,7 @@ def latency(
         "recorder_ns": figures[RECORDED]["p50_ns"] - figures[ROUND_TRIP]["p50_ns"],
         "records_dropped": recorded.dropped,
         "lost": plain.lost + recorded.lost,
+        "faults": both(plain.faults, recorded.faults),
         "regressions": worse,
     }
     if as_json:
@@ -152,11 +157,11 @@ def latency(
     return ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE
 
 
-def _scenario(path: Path | None, vcpus: int | None, poll: str | None) -> Scenario:
+def _scenario(path: Path | None, vcpus: int | None, poll: str | None, faults: tuple[str, ...] = ()) -> Scenario:
     """The scenario to measure on: by default one echo device, which is what round trips are for."""
     scenario = Scenario.default() if path is None else Scenario.load(path)
     devices = [parse_device("echo:1")] if path is None else []
-    scenario = scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+    scenario = scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices, faults=faults)
     check_versions(scenario)
     return scenario
 
@@ -182,11 +187,20 @@ def measure(
             hot_plug(running)
         running.shut_down_guest()
         if recording is None:
-            return Measured(_round_trips(samples), lost, {})
+            return Measured(_round_trips(samples), lost, {}, faults=running.faults.report())
         running.stop()
         recording.close()
+        faults = running.faults.report()
         steps = _steps(recording.path, running.machine.config["vp_indices"])
-        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped)
+        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped, faults)
+
+
+def both(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The faults of two machines of one scenario, as those of one."""
+    return [
+        {**one, "seen": one["seen"] + other["seen"], "hits": one["hits"] + other["hits"]}
+        for one, other in zip(first, second, strict=True)
+    ]
 
 
 def _ping(running: RunningMachine, rate: int, size: int, duration_s: float, samples: Path) -> int:
@@ -275,5 +289,6 @@ def _show(report: dict[str, Any], curve: list[str]) -> None:
     for line in curve:
         click.echo(line)
     click.echo(f"\nthe recorder adds {report['recorder_ns'] / US:.1f} us to a round trip; {report['lost']} lost")
+    tell_faults(report["faults"])
     for line in report["regressions"]:
         click.echo(f"worse: {line}")

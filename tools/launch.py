@@ -24,6 +24,7 @@ import msgpack
 from emu import cpuid
 from emu.control import ActorKind, ActorState, Ready, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from emu.fault_plan import FaultPlan
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
 from emu.machine import Machine
@@ -114,6 +115,11 @@ class RunningMachine:
     _stopping: bool = False
     _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
+
+    @property
+    def faults(self) -> FaultPlan:
+        """The machine's fault plan: what is to go wrong, changed while it runs, and what did."""
+        return FaultPlan(self.machine.control)
 
     # -- watching -----------------------------------------------------------------------------------
 
@@ -357,6 +363,7 @@ def config_of(scenario: Scenario, **extra: Any) -> dict[str, Any]:
         "no_guest": False,
         "seed": 0,
         "exercise": True,
+        "faults": bool(scenario.faults),
         **extra,
     }
 
@@ -384,7 +391,8 @@ def launch(
 ) -> RunningMachine:
     """Make a machine and start its processes; returns while it boots (see `RunningMachine.wait_ready`).
 
-    `without` names processes that will be started by hand; `extra` goes into the machine's configuration.
+    `without` names processes that will be started by hand; `extra` goes into the machine's configuration: with
+    `faults=True` one may turn on faults of packets and interrupts while it runs, also if the scenario has none.
     Raises UserError for a name in use, MissingPrerequisite when shared memory is not to be had; nothing is left
     behind then.
     """
@@ -407,6 +415,9 @@ def launch(
         )
         if record:
             machine.control.set_recording(with_bytes=record_bytes)
+        plan = FaultPlan(machine.control)
+        for fault in scenario.faults:
+            plan.add(fault)
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
         running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without)

@@ -58,6 +58,17 @@ def plugin_option(function: F) -> F:
     )(function)
 
 
+def fault_option(function: F) -> F:
+    """`--fault FAULT`, repeatable (parameter `fault_texts`); `Scenario.with_overrides` reads it."""
+    return click.option(
+        "--fault",
+        "fault_texts",
+        metavar="NAME[=VALUE][@KEY=VALUE,…]",
+        multiple=True,
+        help="Let something go wrong, such as delay_irq=200us@relid=7 (repeatable; docs/faults.md).",
+    )(function)
+
+
 def record_option(function: F) -> F:
     """`--record FILE` (parameter `record_path`); `check_record_path` looks at it before anything is made."""
     return click.option(

@@ -9,7 +9,7 @@ import click
 from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.guest_versions import check_versions
-from tools.options import flight_option, json_option, plugin_option, record_option, scenario_argument
+from tools.options import fault_option, flight_option, json_option, plugin_option, record_option, scenario_argument
 from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
 
@@ -21,6 +21,7 @@ from tools.run_machine import Options, run_here
     "--device", "device_texts", metavar="CLASS[:COUNT]", multiple=True, help="Devices, instead of the file's."
 )
 @plugin_option
+@fault_option
 @click.option("--duration", "duration_s", type=click.FloatRange(min=0), help="Seconds to run; default: until Ctrl-C.")
 @click.option(
     "--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel."
@@ -53,6 +54,7 @@ def run(
     vcpus: int | None,
     device_texts: tuple[str, ...],
     plugin_paths: tuple[Path, ...],
+    fault_texts: tuple[str, ...],
     duration_s: float | None,
     stream_path: Path | None,
     detach: bool,
@@ -75,10 +77,11 @@ def run(
       vmbus-emu run scenarios/devices.toml --vcpus 4 --duration 2 --json
       vmbus-emu run --stream /bin/ls
       vmbus-emu run --plugin tempsensor.py --device tempsensor:2
+      vmbus-emu run --duration 1 --fault delay_irq=200us@relid=7 --fault reply.dup@kind=openchannel_result
     """
     scenario = scenario_of(scenario_path, plugin_paths)
     devices = [parse_device(text, scenario.plugins) for text in device_texts]
-    scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll)
+    scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll, faults=fault_texts)
     if not no_guest:
         check_versions(scenario)
     options = Options(

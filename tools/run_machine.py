@@ -113,6 +113,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
         except MachineDied as death:
             outcome.deaths = [one.report() for one in death.deaths]
             outcome.counters = running.machine.control.counter_totals()
+            outcome.faults = running.faults.report()
             outcome.crash_record = str(write_crash_record(running, death, options.flight_s))
             outcome.flight = death.flight
             look(running, outcome)
@@ -280,3 +281,4 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
     outcome.counters = running.machine.control.counter_totals()
     outcome.refused, outcome.refusals = running.machine.control.refusals()
     outcome.ignored = running.machine.control.ignored()
+    outcome.faults = running.faults.report()

@@ -41,6 +41,8 @@ class Outcome:
     ignored: dict[str, int] = field(default_factory=dict)
     refusals: list[dict[str, Any]] = field(default_factory=list)
     leaked: int | None = None
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    """The fault plan with its hits (`emu.fault_plan`)."""
     log: list[str] = field(default_factory=list)
     """The log of a machine with plugins: the guest's lines, and the tracebacks of back ends."""
     deaths: list[str] = field(default_factory=list)
@@ -91,6 +93,7 @@ class Outcome:
             "ignored": self.ignored,
             "refusals": self.refusals,
             "leaked": self.leaked,
+            "faults": self.faults,
             "plugins": self.scenario.plugins.paths,
             "plugin_errors": self.plugin_errors,
             "log": self.log,
@@ -114,6 +117,12 @@ def tell_recording(recording: RecordingWriter | None) -> None:
     if recording is not None:
         lost = f"; {recording.dropped:,} more were dropped" if recording.dropped else ", none dropped"
         say(f"{recording.records:,} events recorded in {recording.path}{lost}")
+
+
+def tell_faults(faults: list[dict[str, Any]]) -> None:
+    """A line for each fault that the machine was to have."""
+    for one in faults:
+        click.echo(f"fault {one['fault']}: {one['hits']} hits of {one['seen']} occasions")
 
 
 def show_devices(outcome: Outcome) -> None:
@@ -178,6 +187,7 @@ def _tell_people(outcome: Outcome) -> None:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
         for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
             click.echo(f"  {refusal['rule']}: {refusal['text']}")
+    tell_faults(outcome.faults)
     if outcome.plugin_errors:
         click.echo(f"plugin errors: {outcome.plugin_errors}")
     if outcome.leaked:

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import shlex
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -36,10 +37,10 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_versions import check_versions
 from tools.histograms import check_writable, write_text
 from tools.launch import RunningMachine, launch
-from tools.options import check_record_path, flight_option, json_option, record_option, scenario_argument
+from tools.options import check_record_path, fault_option, flight_option, json_option, record_option, scenario_argument
 from tools.output import narrates, print_json, say
 from tools.run_machine import recording
-from tools.run_outcome import recording_report
+from tools.run_outcome import recording_report, tell_faults
 
 INGREDIENTS: Final = ("move", "hot")
 """What `--mix` may name beside the traffic: vCPUs moved between cores, devices that come and go."""
@@ -167,6 +168,7 @@ def _mix(text: str) -> frozenset[str]:
 @click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help="What else happens; none: nothing.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
 @click.option("--time-limit", "limit_s", type=click.FloatRange(1, 90_000), help="Exit with 124 if it takes longer.")
+@fault_option
 @record_option
 @flight_option(DEFAULT_S)
 @json_option
@@ -179,6 +181,7 @@ def stress(
     mix: str,
     junit: Path | None,
     limit_s: float | None,
+    fault_texts: tuple[str, ...],
     record_path: Path | None,
     flight_s: float,
     as_json: bool,
@@ -195,8 +198,9 @@ def stress(
     check_writable(junit, "--junit")
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
-    scenario = scenario.with_overrides(vcpus=vcpus, devices=devices)
+    scenario = scenario.with_overrides(vcpus=vcpus, devices=devices, faults=fault_texts)
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
+    again = _again(scenario_path, chosen, duration_s, channels, vcpus, mix, fault_texts)
     end = None if limit_s is None else time.monotonic() + limit_s
     check_versions(scenario)
     report: dict[str, Any] | None = None
@@ -212,6 +216,7 @@ def stress(
                 record_path=record_path,
                 flight_s=flight_s,
             )
+            report["again"] = again
             if record_path is not None:
                 report |= _checked(record_path)
     finally:
@@ -228,6 +233,25 @@ def stress(
     else:
         _show(report)
     return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
+
+
+def _again(
+    scenario_path: Path | None,
+    seed: int,
+    duration_s: float,
+    channels: int,
+    vcpus: int | None,
+    mix: str,
+    faults: tuple[str, ...],
+) -> str:
+    """The command line that does the same again: with its seed, and with its faults."""
+    words = ["vmbus-emu", "stress"]
+    words += [str(scenario_path)] if scenario_path is not None else ["--channels", str(channels)]
+    words += ["--seed", str(seed), "--duration", f"{duration_s:g}", "--mix", mix]
+    words += [] if vcpus is None else ["--vcpus", str(vcpus)]
+    for fault in faults:
+        words += ["--fault", fault]
+    return shlex.join(words)
 
 
 def run_stress(
@@ -266,6 +290,7 @@ def run_stress(
         counters = running.machine.control.counter_totals()
         refused = running.machine.control.refusals()[0]
         running.stop()
+        faults = running.faults.report()
         report = {
             "seed": seed,
             "seconds": duration_s,
@@ -291,6 +316,7 @@ def run_stress(
             "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
             "refused": _unexpected(refused),
             "leaked": leaked if in_time else leaked or 1,
+            "faults": faults,
         }
         if found := findings_of(report):
             flight = save_flight(running, flight_s, f"finding: {', '.join(found.values())}")
@@ -394,8 +420,12 @@ def _show(report: Mapping[str, Any]) -> None:
     click.echo(f"lost {report['lost']}, corrupt {report['corrupt']}, leaked {report['leaked']}, seed {report['seed']}")
     for text in report["complaints"]:
         click.echo(f"corrupt: {text}")
-    for text in findings_of(report).values():
+    tell_faults(report["faults"])
+    found = findings_of(report)
+    for text in found.values():
         click.echo(f"finding: {text}")
+    if found:
+        click.echo(f"the same again: {report['again']}")
     if one := report["recording"]:
         undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
         click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped{undecided}")

@@ -53,3 +53,14 @@ def _defaults() -> dict[tuple[MessageType, ChannelState], Answer]:
 
 
 DEFAULT_POLICY: Final[Policy] = MappingProxyType(_defaults())
+
+
+def policy_of(cells: Mapping[str, str]) -> Policy:
+    """The defaults with what a scenario says instead (`emu.host_policy` checked it): `KIND.STATE` to an answer."""
+    policy = dict(DEFAULT_POLICY)
+    for cell, answer in cells.items():
+        kind, _, state = cell.partition(".")
+        pair = MessageType[kind.upper()], ChannelState[state.upper()]
+        assert pair in policy, cell
+        policy[pair] = Answer(answer)
+    return MappingProxyType(policy)
