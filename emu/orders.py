@@ -148,6 +148,10 @@ class OrderDesk:
             raise
         return at
 
+    def state(self, at: int) -> OrderState:
+        """How far the letter that was posted at `at` is."""
+        return OrderState(_state(self._view.load_u64(at)))
+
     def wait(self, at: int, what: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
         """Wait for the answer to the letter that was posted at `at`, and free its slot. Raises as `ask`."""
         try:

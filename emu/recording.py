@@ -17,7 +17,7 @@ import heapq
 import mmap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -87,13 +87,23 @@ class RecordingWriter:
     """Drains a machine's recorders into a file; `poll` every 50 ms or so, `close` at the end.
 
     `flight` is why a flight recorder writes its rings out ("" for an ordinary recording); records before `since_ns`
-    (CLOCK_MONOTONIC) are left out. Raises UserError, in one line, when the file cannot be written.
+    (CLOCK_MONOTONIC) are left out. `tee` is given each actor's new records as well.
+    Raises UserError, in one line, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, machine: Machine, *, flight: str = "", since_ns: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        machine: Machine,
+        *,
+        flight: str = "",
+        since_ns: int = 0,
+        tee: Callable[[ActorRow, bytes], object] | None = None,
+    ) -> None:
         self.path = path
         self.records = 0
         self._since_ns = since_ns
+        self._tee = tee
         self._control = machine.control
         self._drain = Drain(machine.trace)
         self._known: set[int] = set()
@@ -147,6 +157,8 @@ class RecordingWriter:
             self._write_map(b"ACTR", actor, row.slot)
         self._write(_CHUNK.pack(b"RECS", row.slot, len(raw)) + raw)
         self.records += len(raw) // RECORD_BYTES
+        if self._tee is not None:
+            self._tee(row, raw)
 
     def _write_map(self, kind: bytes, content: dict[str, Any], slot: int = 0) -> None:
         payload = msgpack.packb(content)

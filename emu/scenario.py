@@ -78,7 +78,7 @@ SUPPORTED_FEATURES: Final = (
 """The features of 6.0 that the host carries out."""
 
 BACKENDS: Final = ("echo", "netlike")
-SCHEDULE_KEYS: Final = ("title", "step", "expect")
+SCHEDULE_KEYS: Final = ("title", "story", "step", "expect")
 """What a schedule has beside its scenario (`tools.schedule`)."""
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
 
@@ -221,6 +221,11 @@ class Scenario:
         Its own plugins, relative to it, are loaded first, then those of `plugins`.
         """
         return cls._read(read_toml(path), str(path), path.parent, plugins)
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any], source: str, directory: Path) -> Scenario:
+        """The scenario in a document that was read already, `source` of which lies in `directory`. Raises as `load`."""
+        return cls._read(document, source, directory)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Scenario:

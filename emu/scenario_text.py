@@ -102,13 +102,6 @@ class Table:
         except Nonsense as problem:
             raise self.complaint(key, problem) from None
 
-    def not_yet(self, *keys: str) -> None:
-        """Keys whose meaning is settled but which this version cannot carry out."""
-        self._known += keys
-        for key in keys:
-            if key in self._left:
-                raise self.complaint(key, Nonsense("not supported yet by this version", "leave it out"))
-
     def end(self) -> None:
         """Refuse whatever nobody asked for."""
         for key in self._left:

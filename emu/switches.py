@@ -21,6 +21,8 @@ class Fix:
     eom_after_clear: bool = True
     host_pending_first: bool = True
     atomic_flag_clear: bool = True
+    recheck_after_unmask: bool = True
+    read_side_order: bool = True
     variant: str = ""
 
     @classmethod
@@ -55,6 +57,8 @@ SWITCHES: Final[dict[str, Switch]] = {
     "eom_after_clear": Switch("the guest reads the pending bit before it empties the slot", ("B1",)),
     "host_pending_first": Switch("the host does not look at the slot again after it set the pending bit", ("B2",)),
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
+    "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
+    "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
 }
 """By name, as a scenario writes it; every one is a field of `Fix`."""
 

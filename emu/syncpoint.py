@@ -127,9 +127,12 @@ class Tickets:
         self._view = control.view
         self._base = control.tickets_offset
         self._bytes = control.armed_offset
-        self.armed = memoryview(control.memory)[self._bytes : self._bytes + POINT_BYTES]
-        """A byte a point: how many tickets are armed for it."""
+        self._memory = control.memory
         self.clock = control.clock
+
+    def armed(self) -> memoryview:
+        """A byte a point: how many tickets are armed for it; for actors, as it keeps the segment mapped."""
+        return memoryview(self._memory)[self._bytes : self._bytes + POINT_BYTES]
 
     # -- the director's half ------------------------------------------------------------------------
 
@@ -190,11 +193,12 @@ class Tickets:
             if self.state(number) is Ticket.ARRIVED:
                 self.clock.release()
             self._view.store_u32(self._at(number), Ticket.FREE)
-        self.armed[:] = bytes(POINT_BYTES)
+        self._memory[self._bytes : self._bytes + POINT_BYTES] = bytes(POINT_BYTES)
 
     def _count(self, point: Point) -> None:
         """The point's byte: only the director writes it, so it may count afresh."""
-        self.armed[point] = sum(self.state(n) is Ticket.ARMED and self.point(n) is point for n in range(TICKETS))
+        count = sum(self.state(n) is Ticket.ARMED and self.point(n) is point for n in range(TICKETS))
+        self._memory[self._bytes + point : self._bytes + point + 1] = bytes([count])
 
     # -- an actor's half ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
@@ -20,6 +21,7 @@ from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
 from guestproc.points import Points, unreachable
 from guestproc.protocol.era import Era
+from guestproc.ring_points import PointedConsumer, has_points
 
 if TYPE_CHECKING:
     from guestproc.kernel.tasklet import TaskletQueue
@@ -72,6 +74,8 @@ class Current:
         self.armed: Final[bytes | memoryview] = NOT_ARMED if points is None else points.armed
         """A byte for each sync point: `if current.armed[POINT]: current.reach(POINT, relid)`."""
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
+        if has_points(self):
+            rings.reader = lambda relid: partial(PointedConsumer, self, relid)
         if self.trace:
             record_pages(tables.pages, self.trace)
         self._report: Final = report

@@ -27,7 +27,7 @@ class Points:
         self._record: Final = record
         self._tickets: Final = Tickets(machine.control)
         self._director: Final = machine.wakeup(director_wakeup())
-        self.armed: Final = self._tickets.armed
+        self.armed: Final = self._tickets.armed()
 
     def reach(self, point: int, relid: int = 0) -> None:
         """Come to a point that is armed: pass, or be held until the director says go. MachineStopping ends that."""

@@ -117,7 +117,7 @@ class Tasks(Protocol):
 class _Device:
     """One offered channel and what is open of it."""
 
-    __slots__ = ("backend", "channel", "event", "gpadls", "parameters", "relid", "task")
+    __slots__ = ("backend", "beside", "channel", "event", "gpadls", "parameters", "relid", "task")
 
     def __init__(self, parameters: OfferParameters, backend: Backend) -> None:
         self.parameters = parameters
@@ -127,11 +127,14 @@ class _Device:
         self.event: BoundEvent | None = None
         self.channel: HostChannel | None = None
         self.task: DeviceTask | None = None
+        self.beside: DeviceTask | None = None
 
     def wake(self) -> None:
-        """Ring: resume the task, if there is one."""
+        """Ring: resume the task, if there is one, and what runs beside it."""
         if self.task is not None:
             self.task.wake()
+        if self.beside is not None:
+            self.beside.wake()
 
 
 class Bus:
@@ -237,6 +240,15 @@ class Bus:
     def channel(self, key: int) -> HostChannel | None:
         """Return a device's open channel."""
         return self._devices[key].channel
+
+    def run_beside(self, key: int, body: TaskBody) -> None:
+        """Run `body` beside a device's task, on its open channel, until that is closed; instead of one before it."""
+        device = self._devices[key]
+        assert device.channel is not None
+        if device.beside is not None:
+            device.beside.close()
+        name = f"{device.backend.name}.{device.channel.relid}.beside"
+        device.beside = self._tasks.task(name, self._run(name, device.channel, body))
 
     def close(self) -> None:
         """The machine stops: end every task and give the rings' memory back."""
@@ -494,6 +506,9 @@ class Bus:
         device.gpadls.clear()
 
     def _give_back(self, device: _Device) -> None:
+        if device.beside is not None:
+            device.beside.close()
+            device.beside = None
         if device.channel is not None:
             self._record(E_UNMAP, device.channel.relid)
             device.channel.close()

@@ -31,6 +31,7 @@ class HostOrders:
             "offer": self._offer,
             "rescind": self._rescind,
             "lives": self._lives,
+            "send": self._send,
         }
 
     def serve(self) -> bool:
@@ -98,6 +99,25 @@ class HostOrders:
         answer = {**self._name_of(key), "instance": str(parameters.if_instance)}
         self._bus.remove(key)
         return answer
+
+    def _send(self, asked: Values) -> Values:
+        """Let a device write `count` packets of `size` bytes of its own accord, sleeping whenever the ring is full.
+
+        As many as fit are written at once.
+        """
+        relid, count, payload = asked["relid"], asked["count"], bytes(asked["size"])
+        for key in self._bus.offered():
+            channel = self._bus.channel(key)
+            if channel is not None and channel.relid == relid:
+                break
+        else:
+            raise UserError(f"no open channel has relid {relid}; `vmbus-emu ls` lists them")
+        sent = 0
+        while sent < count and channel.send(payload):
+            sent += 1
+        if sent < count:
+            self._bus.run_beside(key, channel.send_all([payload] * (count - sent)))
+        return {"sent": sent}
 
     def _lives(self, _asked: Values) -> Values:
         """Relids offered, given back, held (while a guest is connected, the first is their sum), and rescinded."""

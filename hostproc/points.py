@@ -37,7 +37,7 @@ class HostPoints(NoPoints):
         self._trace: Final = trace
         self._director: Final = machine.wakeup(director_wakeup())
         self._bell: Final = machine.control.view.cell_u32(machine.control.points_bell_offset)
-        self.armed = self._tickets.armed
+        self.armed = self._tickets.armed()
         self.loads: Final = (self._bell.load,)
         self._held: Final[dict[int, tuple[int, int, Callable[[], object]]]] = {}
 

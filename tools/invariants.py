@@ -101,9 +101,18 @@ def is_host(record: TraceRecord) -> bool:
 
 
 def judge(
-    rules: Iterable[type[Rule]], records: Iterable[TraceRecord], machine: Machine, *, missing: str = ""
+    rules: Iterable[type[Rule]],
+    records: Iterable[TraceRecord],
+    machine: Machine,
+    *,
+    missing: str = "",
+    settled: bool = False,
 ) -> list[Verdict]:
-    """Send the records through all rules; `missing` says what of the recording is not there, if anything."""
+    """Send the records through all rules; `missing` says what of the recording is not there, if anything.
+
+    `settled`: the machine runs still, and nothing will happen in it unless somebody outside does something. What should
+    have happened has by now, as at an orderly end.
+    """
     made = [rule(machine) for rule in rules if not (missing and rule.NEEDS_ALL)]
     feeds: dict[str, list[Feed]] = {}
     for rule in made:
@@ -114,11 +123,12 @@ def judge(
         ending.take(record)
         for feed in feeds.get(record.event.name, ()):
             feed(record)
-    if ending.orderly and not missing:
+    orderly = ending.orderly or settled
+    if orderly and not missing:
         for rule in made:
             rule.end()
     by_class = {type(rule): rule for rule in made}
-    return [_verdict(one, by_class.get(one), missing, orderly=ending.orderly) for one in rules]
+    return [_verdict(one, by_class.get(one), missing, orderly=orderly) for one in rules]
 
 
 def _verdict(kind: type[Rule], rule: Rule | None, missing: str, *, orderly: bool) -> Verdict:

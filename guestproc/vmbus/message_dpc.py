@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.vmbus.percpu import PerCpuContext
 
+_BEFORE_ALLOC: Final = int(Point.MSG_BEFORE_ALLOC)
 _AFTER_PENDING_READ: Final = int(Point.MSG_AFTER_PENDING_READ)
 
 
@@ -61,6 +62,8 @@ def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
     if (message.is_offer or message.is_rescind) and connection.ignore_any_offer_msg.load():
         return True
     queues = current.tables.work_queues
+    if current.armed[_BEFORE_ALLOC]:
+        current.reach(_BEFORE_ALLOC)
     item = queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), copy, serial)
     if item is None:
         return False

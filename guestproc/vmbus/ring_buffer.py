@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FRESH_CONTROL_PAGE: Final = (
     bytes(FEATURE_BITS) + FEAT_PENDING_SEND_SZ.to_bytes(4, "little") + bytes(4096 - FEATURE_BITS - 4)
 )
+Reader = Callable[[RingMemory, RingWords], RingConsumer]
 OUTBOUND: Final = 0
 INBOUND: Final = 1
 
@@ -33,13 +34,22 @@ class ChannelRings:
 
     __slots__ = ("channel_generation", "generation", "inbound", "memories", "outbound")
 
-    def __init__(self, key: tuple[int, int], memories: tuple[RingMemory, RingMemory], words: list[RingWords]) -> None:
-        """`key`: the generations of the channel's record and of the rings' pages."""
+    def __init__(
+        self,
+        key: tuple[int, int],
+        memories: tuple[RingMemory, RingMemory],
+        words: list[RingWords],
+        reader: Reader | None = None,
+    ) -> None:
+        """`key`: the generations of the channel's record and of the rings' pages; `reader` makes another consumer."""
         self.channel_generation, self.generation = key
         self.memories = memories
         # Several processes may send and, after a retarget, receive: indices are read afresh each time.
         self.outbound = RingProducer(memories[OUTBOUND], sole=False, words=words[OUTBOUND])
-        self.inbound = RingConsumer(memories[INBOUND], sole=False, words=words[INBOUND])
+        if reader is None:
+            self.inbound = RingConsumer(memories[INBOUND], sole=False, words=words[INBOUND])
+        else:
+            self.inbound = reader(memories[INBOUND], words[INBOUND])
 
     def close(self) -> None:
         """Unmap both rings."""
@@ -55,6 +65,8 @@ class RingCache:
         self._budget = MapBudget.of_system()
         self._rings: dict[int, ChannelRings] = {}
         self._recorder = recorder
+        self.reader: Callable[[int], Reader] | None = None
+        """What makes the consumer of a channel, by its relid, where that is none of the usual ones."""
 
     def of(self, channel: Channel) -> ChannelRings:
         """The rings of an opened channel; maps them if this process has not yet (about 30 us).
@@ -98,7 +110,8 @@ class RingCache:
             words = [memory.words for memory in memories]
             if recorder is not None:
                 words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(memories)]
-            return ChannelRings(key, memories, words)
+            reader = None if self.reader is None else self.reader(channel.relid)
+            return ChannelRings(key, memories, words, reader)
         except ProtocolViolation:
             for memory in memories:
                 memory.close()

@@ -1,0 +1,218 @@
+"""A schedule: a machine, the mistakes it makes, the steps that show one, and what is to be seen of it; as a TOML file.
+
+    title       one line
+    story       plain words: what goes wrong, and the rule that prevents it
+    step        a list of lines, each one verb of the director's (see `VERBS`)
+    [expect]    invariant = "INV-nn" (or a list): broken with the switches off; nothing is with them on
+    [machine] [[device]] [switches]    as in a scenario
+
+What a step may say is checked before anything is launched: a UserError names the file, the step and the cure.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from emu import faults
+from emu.errors import UserError
+from emu.scenario import SCHEDULE_KEYS, Scenario
+from emu.scenario_text import Nonsense, Table, nearest, read_toml, shown, type_name
+from emu.switches import ALL_FIXED
+from emu.syncpoint import BY_TEXT, Point
+from emu.tracing import EVENTS
+
+_SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)(s|ms|us)")
+_SCALE: Final = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000}
+_NONE: Final[tuple[str, ...]] = ()
+_INVARIANT: Final = re.compile(r"INV-\d\d")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step: its verb, its words, its `key=value` pairs, the label behind `as`, and how it was written."""
+
+    verb: str
+    words: tuple[str, ...]
+    options: Mapping[str, str]
+    label: str
+    text: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """How a verb is written, how many words it takes (least, most), its options (None: any), whether it names (`as`).
+
+    `raw`: its one word is read by somebody else, whatever is in it.
+    """
+
+    usage: str
+    words: tuple[int, int]
+    options: tuple[str, ...] | None = ()
+    names: bool = False
+    raw: bool = False
+
+
+FILTERS: Final = ("actor", "cpu", "relid", "skip")
+VERBS: Final[dict[str, Verb]] = {
+    "arm": Verb("arm POINT [actor=NAME] [cpu=N] [relid=DEVICE] [skip=N] as LABEL", (1, 1), FILTERS, names=True),
+    "disarm": Verb("disarm LABEL", (1, 1)),
+    "resume": Verb("resume LABEL", (1, 1)),
+    "until arrived": Verb("until arrived LABEL", (1, 1)),
+    "until event": Verb("until event NAME [argument=value …]", (1, 1), None),
+    "until answered": Verb("until answered LABEL", (1, 1)),
+    "until settled": Verb("until settled", (0, 0)),
+    "advance": Verb("advance DURATION", (1, 1)),
+    "fault": Verb("fault NAME[=VALUE][@KEY=WORD,…] [as LABEL]", (1, 1), names=True, raw=True),
+    "end": Verb("end LABEL", (1, 1)),
+    "offer": Verb("offer CLASS [subchannels=N] as LABEL", (1, 1), ("subchannels",), names=True),
+    "rescind": Verb("rescind DEVICE", (1, 1)),
+    "send": Verb("send DEVICE [count=N] [size=BYTES]", (1, 1), ("count", "size")),
+    "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
+}
+"""The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
+_OF_TWO: Final = {name.split()[0] for name in VERBS if " " in name}
+_MAY_BE_UNNAMED: Final = {"call", "fault"}
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule that was read and checked; `scenario` has its switches off."""
+
+    name: str
+    title: str
+    story: str
+    scenario: Scenario
+    steps: tuple[Step, ...]
+    invariants: tuple[str, ...]
+    path: Path = field(compare=False)
+
+    @classmethod
+    def load(cls, path: Path) -> Schedule:
+        """Read a schedule file; UserError names the file, the key or step, and the cure."""
+        document = dict(read_toml(path))
+        top = Table({key: document.pop(key) for key in SCHEDULE_KEYS if key in document}, str(path), "")
+        expect = Table(top.take("expect", _anything, {}), str(path), "expect")
+        invariants = expect.take("invariant", _invariants, _NONE)
+        expect.end()
+        return cls(
+            path.stem,
+            top.take("title", _text, path.stem),
+            top.take("story", _text, "").strip(),
+            Scenario.of_document(document, str(path), path.parent),
+            read_steps(top.take("step", _lines, _NONE), str(path)),
+            invariants,
+            path,
+        )
+
+    def with_fix(self) -> Schedule:
+        """The same schedule for the machine that is right."""
+        return replace(self, scenario=replace(self.scenario, fix=ALL_FIXED))
+
+
+def read_steps(lines: tuple[str, ...], source: str) -> tuple[Step, ...]:
+    """The steps of these lines, each checked by itself and for the labels that it uses."""
+    steps: list[Step] = []
+    labels: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            step = _read_step(line, number)
+            _check_labels(step, labels)
+        except Nonsense as problem:
+            raise UserError(f"{source}: step {number} `{line}`: {problem.what}; {problem.cure}") from None
+        steps.append(step)
+        if step.label:
+            labels.add(step.label)
+    return tuple(steps)
+
+
+def duration_ns(text: str) -> int:
+    """`5s`, `20ms` or `7us` in nanoseconds; Nonsense otherwise."""
+    found = _SECONDS.fullmatch(text)
+    if found is None:
+        raise Nonsense(f"{text!r} is no duration", "write it as 5s, 20ms or 7us")
+    return int(float(found[1]) * _SCALE[found[2]])
+
+
+def point_of(text: str) -> Point:
+    """A point by its name; Nonsense otherwise."""
+    if text not in BY_TEXT:
+        raise Nonsense(f"{text!r} is no sync point", nearest(text, BY_TEXT))
+    return BY_TEXT[text]
+
+
+def _read_step(line: str, number: int) -> Step:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise Nonsense(str(error), "close the quote") from None
+    verb = " ".join(words[:2] if words and words[0] in _OF_TWO else words[:1])
+    if verb not in VERBS:
+        raise Nonsense(f"{verb!r} is no verb", nearest(verb, VERBS))
+    rest, spec, label = words[len(verb.split()) :], VERBS[verb], ""
+    if len(rest) >= 2 and rest[-2] == "as":
+        label = rest[-1]
+        rest = rest[:-2]
+    options = {} if spec.raw else dict(word.split("=", 1) for word in rest if "=" in word)
+    plain = tuple(word for word in rest if spec.raw or "=" not in word)
+    least, most = spec.words
+    named = bool(label) == spec.names or verb in _MAY_BE_UNNAMED
+    if not least <= len(plain) <= most or not named:
+        raise Nonsense("it has too few words or too many", f"write it as `{spec.usage}`")
+    if spec.options is not None and (unknown := options.keys() - set(spec.options)):
+        raise Nonsense(f"{min(unknown)}= is nothing of `{verb}`", f"write it as `{spec.usage}`")
+    step = Step(verb, plain, options, label, line, number)
+    _check_values(step)
+    return step
+
+
+def _check_values(step: Step) -> None:
+    """What a step's own words may be."""
+    if step.verb == "arm":
+        point_of(step.words[0])
+    elif step.verb == "fault":
+        faults.parse(step.words[0], source=f"step {step.number}")
+    elif step.verb == "advance":
+        duration_ns(step.words[0])
+    elif step.verb == "until event":
+        name = step.words[0]
+        if name not in EVENTS:
+            raise Nonsense(f"{name!r} is no event", nearest(name, EVENTS))
+        if unknown := step.options.keys() - set(EVENTS[name].arguments):
+            raise Nonsense(f"{min(unknown)} is no argument of {name}", nearest(min(unknown), EVENTS[name].arguments))
+
+
+def _check_labels(step: Step, labels: set[str]) -> None:
+    """A label is given once, before it is used."""
+    if step.label in labels:
+        raise Nonsense(f"there is a {step.label} already", "choose another label")
+    if step.verb in ("resume", "disarm", "until arrived", "until answered", "end") and step.words[0] not in labels:
+        raise Nonsense(f"no earlier step is called {step.words[0]}", nearest(step.words[0], labels))
+
+
+def _anything(value: object) -> Any:
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise Nonsense(f"{shown(value)} is {type_name(value)}, not a string", "write it in quotes")
+    return value
+
+
+def _lines(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+        raise Nonsense("it is no list of strings", 'write it as step = ["arm …", "until …"]')
+    return tuple(value)
+
+
+def _invariants(value: object) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(one, str) and _INVARIANT.fullmatch(one) for one in names):
+        raise Nonsense(f"{shown(value)} names no invariant", 'write it as "INV-03", or as a list of such')
+    return tuple(names)
