@@ -7,7 +7,8 @@ was read.
     +0      partition: GUEST_OS_ID, HYPERCALL, the port to the guest, the host's own message ports
     +512    how many GPADL rows were ever used, and how many GPADLs found none
     +768    when traffic was published last, in machine ns
-    +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT
+    +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT,
+            then of each synthetic timer CONFIG, COUNT and when it expires
     behind  GPADL rows, in no order; then a row of traffic for each relid, written while somebody looks
 """
 
@@ -31,8 +32,8 @@ _PORT: Final = Struct("<II")
 _GPADL_HEAD: Final = 512
 _TRAFFIC_AT: Final = 768
 _VPS: Final = 1_024
-_VP: Final = Struct("<3Q16Q16I")
-_VP_ROW: Final = 256
+_VP: Final = Struct("<3Q16Q16I12Q")
+_VP_ROW: Final = 512
 _GPADLS: Final = _VPS + MAX_VPS * _VP_ROW
 _GPADL: Final = Struct("<IIIII")
 _GPADL_ROW: Final = 32
@@ -40,6 +41,18 @@ _TRAFFIC: Final = _GPADLS + GPADL_ROWS * _GPADL_ROW
 _TRAFFIC_ROW: Final = Struct("<QQQ")
 _MOST_LOOKS: Final = 100
 assert _VP.size <= _VP_ROW and _TRAFFIC + MIRROR_CHANNELS * _TRAFFIC_ROW.size <= HOST_TABLES_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class HostTimer:
+    """Registers of a synthetic timer, and the reference time at which it expires next (0: it does not run)."""
+
+    config: int
+    count: int
+    expiration_time: int
+
+
+NO_TIMERS: Final = (HostTimer(0, 0, 0),) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,7 @@ class HostVp:
     siefp: int
     sint: tuple[int, ...]
     waiting: tuple[int, ...]
+    stimer: tuple[HostTimer, ...] = NO_TIMERS
 
 
 class HostGpadl(NamedTuple):
@@ -135,12 +149,14 @@ class HostTables:
     def write_vp(self, position: int, vp: HostVp) -> None:
         """Publish one VP's registers and queues."""
         at = self._base + _VPS + position * _VP_ROW
-        store_row(self._memory, at, _VP, vp.scontrol, vp.simp, vp.siefp, *vp.sint, *vp.waiting)
+        timers = [word for one in vp.stimer for word in (one.config, one.count, one.expiration_time)]
+        store_row(self._memory, at, _VP, vp.scontrol, vp.simp, vp.siefp, *vp.sint, *vp.waiting, *timers)
 
     def vp(self, position: int) -> HostVp:
         """One VP's registers and queues."""
         scontrol, simp, siefp, *rest = load_row(self._memory, self._base + _VPS + position * _VP_ROW, _VP)
-        return HostVp(scontrol, simp, siefp, tuple(rest[:SINTS]), tuple(rest[SINTS:]))
+        timers = tuple(HostTimer(*rest[at : at + 3]) for at in range(2 * SINTS, len(rest), 3))
+        return HostVp(scontrol, simp, siefp, tuple(rest[:SINTS]), tuple(rest[SINTS : 2 * SINTS]), timers)
 
     # -- GPADLs --------------------------------------------------------------------------------------
 

@@ -239,6 +239,14 @@ EVENTS: Final = _table(
     ("reset", "dropped:u32"),
     # A fault of the plan struck: `value` is its time or number, `hits` how often it struck so far.
     ("fault_hit", "kind:u32:FaultKind relid:u32 value:x64 hits:u64"),
+    # Synthetic timers; times are reference time (100 ns). A tick that is dropped, and a message that waited and is
+    # taken back because its timer was written, never come.
+    ("timer_armed", "position:u32 timer:u8 sint:u8 periodic:u8 count:u64 expiration_time:u64"),
+    ("timer_expired", "position:u32 timer:u8 sint:u8 expiration_time:u64 missed:u64"),
+    ("timer_delivered", "position:u32 timer:u8 sint:u8 expiration_time:u64 delivery_time:u64"),
+    ("timer_dropped", "position:u32 timer:u8 sint:u8 expiration_time:u64"),
+    ("timer_withdrawn", "position:u32 timer:u8 sint:u8 expiration_time:u64"),
+    ("clock_event", "timer:u8 expiration_time:u64 delivery_time:u64"),
 )
 """All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
 
@@ -350,6 +358,12 @@ E_POST_BEGIN: Final = EVENTS["post_begin"].number
 E_BYTES: Final = EVENTS["bytes"].number
 E_RESET: Final = EVENTS["reset"].number
 E_FAULT_HIT: Final = EVENTS["fault_hit"].number
+E_TIMER_ARMED: Final = EVENTS["timer_armed"].number
+E_TIMER_EXPIRED: Final = EVENTS["timer_expired"].number
+E_TIMER_DELIVERED: Final = EVENTS["timer_delivered"].number
+E_TIMER_DROPPED: Final = EVENTS["timer_dropped"].number
+E_TIMER_WITHDRAWN: Final = EVENTS["timer_withdrawn"].number
+E_CLOCK_EVENT: Final = EVENTS["clock_event"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:

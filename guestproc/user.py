@@ -19,12 +19,16 @@ from uuid import UUID
 from emu.errors import DeadlinePassed
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
 from guestproc.kernel.layout import Connection, ConnectionState, Device, Driver, KernelTables
+from guestproc.kernel.smp import ProcessorGone
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import devices, faults
 from guestproc.protocol.faults import Fault
+from guestproc.protocol.numbers import Ipis
 from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
 from guestproc.vmbus import uevents
+from guestproc.vmbus.chan_list import smp_call_function_single
+from guestproc.vmbus.hyperv_timer import HV_MAX_MAX_DELTA_TICKS, HV_MIN_DELTA_TICKS, TICK_NS
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -253,6 +257,29 @@ def fail(current: Current, asked: Values) -> Values:
         current.connection.state_wait.wake_all(current.actor)
     planned = faults.planned(current.tables)
     return {"faults": [{"where": one.name, "times": n, "relid": relid} for one, (n, relid) in planned.items()]}
+
+
+# -- time -----------------------------------------------------------------------------------------------
+
+
+@_call("timer")
+def timer(current: Current, asked: Values) -> Values:
+    """Have CPU `cpu` set its next clock event `after_ns` from now; how many it had had before (`clock_events`)."""
+    cpu, delta = asked["cpu"], asked["after_ns"] // TICK_NS
+    if not 0 <= cpu < current.tables.layout.ncpus:
+        raise CallFailed(errno.EINVAL, f"no CPU {cpu}; the guest has 0 to {current.tables.layout.ncpus - 1}")
+    if not HV_MIN_DELTA_TICKS <= delta <= HV_MAX_MAX_DELTA_TICKS:
+        most = HV_MAX_MAX_DELTA_TICKS * TICK_NS
+        raise CallFailed(errno.EINVAL, f"after_ns={asked['after_ns']}; give {HV_MIN_DELTA_TICKS * TICK_NS} to {most}")
+    record = current.cpu_record(cpu)
+    if not record.stimer0_message_sint:
+        raise CallFailed(errno.ENODEV, f"CPU {cpu} has no clock event device: it is offline, or the host has no timers")
+    before = record.clock_events
+    try:
+        smp_call_function_single(current, cpu, Ipis.HV_CE_SET_NEXT_EVENT, delta)
+    except ProcessorGone as gone:
+        raise CallFailed(errno.ENODEV, str(gone)) from None
+    return {"cpu": cpu, "clock_events": before}
 
 
 # -- what calls say, and how they read what they are given ----------------------------------------------

@@ -11,7 +11,7 @@ from typing import Final
 
 from emu.control import Control
 from emu.errors import ProtocolViolation
-from emu.host_tables import SINTS, HostPartition, HostTables, HostVp
+from emu.host_tables import SINTS, HostPartition, HostTables, HostTimer, HostVp
 from emu.mirror import Mirror
 from emu.tracing import E_MESSAGE_DONE, E_MESSAGE_TAKE, Recorder
 from emu.wire.hypercalls import HvStatus
@@ -22,6 +22,7 @@ from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
 from hostproc.partition import Partition
 from hostproc.ports import EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
 from hostproc.protocol.versions import message_connections
+from hostproc.synthetic_timers import NEVER, SyntheticTimer
 
 GUEST_PORT_ID: Final = 1
 MESSAGES_A_TURN: Final = 16
@@ -235,7 +236,8 @@ class ControlPlane:
             synic = partition.synics[position]
             waiting = tuple(queues.waiting(position, sint) for sint in range(SINTS))
             registers = synic.scontrol, synic.simp.register, synic.siefp.register
-            self._tables.write_vp(position, HostVp(*registers, tuple(synic.sint), waiting))
+            timers = tuple(map(_shown_timer, partition.timers.of_vp(position)))
+            self._tables.write_vp(position, HostVp(*registers, tuple(synic.sint), waiting, timers))
         self._waited = waits
         port = self._guest_ports.port
         words = partition.guest_os_id, partition.hypercall_register, port.position, port.sint, port.in_use
@@ -244,3 +246,9 @@ class ControlPlane:
             self._shown_partition = (*words, unread)
             ports = {one.connection_id: count for one, count in zip(self._ports, unread, strict=True)}
             self._tables.write_partition(HostPartition(*words, ports))
+
+
+def _shown_timer(timer: SyntheticTimer) -> HostTimer:
+    """A synthetic timer as the mirror has it."""
+    expiration_time = 0 if timer.expiration_time == NEVER else timer.expiration_time % (1 << 64)
+    return HostTimer(timer.config, timer.count, expiration_time)

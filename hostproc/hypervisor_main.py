@@ -46,6 +46,7 @@ from hostproc.protocol.policy import policy_of
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.state_trace import StateTrace
+from hostproc.synthetic_timers import NEVER
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
@@ -57,6 +58,8 @@ PUBLISH_BUSY_NS: Final = 5_000_000
 TRAFFIC_NS: Final = 200_000_000
 LOOKED_AT_NS: Final = 900_000_000
 """How often the host looks whether anybody wants to see its traffic."""
+HELD_HALT_NS: Final = 10_000_000
+"""How soon the host notices that machine time goes on again, for its timers."""
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
 
@@ -100,6 +103,7 @@ class Hypervisor:
             points=self.points,
             fix=self.fix,
         )
+        self._timers = self.partition.timers
         self.exits = ExitServer(
             self._vps,
             machine.vps_memory,
@@ -178,6 +182,9 @@ class Hypervisor:
                 self._serve_doorbells()
                 busy = True
                 break
+        # Behind the exits: a one-shot whose time is past when it is written expires at once.
+        if self._timers.next_expiration != NEVER and self._timers.run_due():
+            self._changed = busy = True
         if self._ordered() and self.orders.serve():
             self._changed = busy = True
         return busy
@@ -230,7 +237,7 @@ class Hypervisor:
         for load in self._looks:
             if load():
                 return True
-        return self.loop.has_work() or self._stopping()
+        return self.loop.has_work() or self._timers.due() or self._stopping()
 
     def _glance(self) -> int:
         """The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work."""
@@ -246,6 +253,14 @@ class Hypervisor:
         return self._expecting_until > 0
 
     def _halt_for(self, timeout_ns: int) -> None:
+        if self.machine.clock.held:
+            # No deadline comes nearer until whoever holds the clock lets it go, and that one wants to see the state.
+            timeout_ns = HELD_HALT_NS
+            if self._changed:
+                self._changed = False
+                self.control_plane.publish()
+        elif self._timers.next_expiration != NEVER:
+            timeout_ns = min(timeout_ns, max(0, self._timers.next_expiration * 100 - self.machine.clock.now()))
         if self._changed:
             # Not at each halt of a busy host: at most every millisecond, and never later than that; in the middle of
             # a conversation when it pauses, or every five.

@@ -35,6 +35,10 @@ class QueuedMessage:
         self.serial = serial
         self.released = released
 
+    def taken(self) -> bytes:
+        """What is written into the slot, asked for once, when that is found empty."""
+        return self.data
+
 
 class MessageQueues:
     """The queues of all VPs.
@@ -62,9 +66,10 @@ class MessageQueues:
 
     def post(self, position: int, sint: int, message: QueuedMessage) -> None:
         """Append to the queue of (VP, SINT) and deliver what can be delivered."""
-        if self._trace:
+        if self._trace and _is_channel_message(message.data):
             relid = relid_of(message.data[MESSAGE_PAYLOAD_OFFSET:])
-            self._trace.record(E_MESSAGE_POST, position, sint, _msgtype(message), message.serial, message.cause, relid)
+            msgtype = _msgtype(message.data)
+            self._trace.record(E_MESSAGE_POST, position, sint, msgtype, message.serial, message.cause, relid)
         self._queues[position * SINT_COUNT + sint].append(message)
         self.pump(position, sint)
 
@@ -109,10 +114,11 @@ class MessageQueues:
         synic = self._synics[position]
         # The serial before the type: whoever copies the message reads the serial with it.
         self._note_serial(position, sint, message.serial)
+        data = message.taken()
         if self._trace:
             # Before it can be read: a processor that is awake reads it at once, and no effect may precede its cause.
-            self._record_write(position, sint, message, queued)
-        synic.write_slot(sint, message.data)
+            self._record_write(position, sint, data, message.serial, queued)
+        synic.write_slot(sint, data)
         self.delivered += 1
         if vector := synic.vector_to_raise(sint):
             self._request_interrupt(position, vector)
@@ -122,6 +128,16 @@ class MessageQueues:
         """Scan all sixteen SINTs of a VP, as an EOM write does."""
         first = position * SINT_COUNT
         return sum(self.pump(position, sint) for sint in range(SINT_COUNT) if self._queues[first + sint])
+
+    def would_wait(self, position: int, sint: int) -> bool:
+        """Whether a message posted now could not go into its slot at once."""
+        synic = self._synics[position]
+        queue = self._queues[position * SINT_COUNT + sint]
+        return bool(queue) or not synic.messages_enabled() or synic.slot_type(sint) != 0
+
+    def withdraw(self, position: int, sint: int, message: QueuedMessage) -> None:
+        """Take back a message that waits; its buffer is the caller's again, without a call of `released`."""
+        self._queues[position * SINT_COUNT + sint].remove(message)
 
     def waiting(self, position: int, sint: int) -> int:
         """Messages that wait for this slot."""
@@ -143,15 +159,20 @@ class MessageQueues:
         for message in dropped:
             message.released()
 
-    def _record_write(self, position: int, sint: int, message: QueuedMessage, queued: int) -> None:
+    def _record_write(self, position: int, sint: int, data: bytes, serial: int, queued: int) -> None:
         assert self._trace is not None
-        message_type = int.from_bytes(message.data[:4], "little")
-        self._trace.record(E_SLOT_WRITE, position, sint, message_type, _msgtype(message), message.serial, queued)
+        message_type = int.from_bytes(data[:4], "little")
+        self._trace.record(E_SLOT_WRITE, position, sint, message_type, _msgtype(data), serial, queued)
         if self._trace.keeps_bytes:
-            payload_size: int = MESSAGE_HEADER.unpack_from(message.data)[1]
-            self._trace.keep(message.data[MESSAGE_PAYLOAD_OFFSET:][:payload_size])
+            payload_size: int = MESSAGE_HEADER.unpack_from(data)[1]
+            self._trace.keep(data[MESSAGE_PAYLOAD_OFFSET:][:payload_size])
 
 
-def _msgtype(message: QueuedMessage) -> int:
-    """The type of a channel message; nonsense for any other message."""
-    return int.from_bytes(message.data[MESSAGE_PAYLOAD_OFFSET:][:4], "little")
+def _is_channel_message(data: bytes) -> bool:
+    """Whether a message is VMBus's: nobody but the hypervisor sets bit 31 of the type."""
+    return not data[3] & 0x80
+
+
+def _msgtype(data: bytes) -> int:
+    """The type of a channel message; 0 for one of the hypervisor's."""
+    return int.from_bytes(data[MESSAGE_PAYLOAD_OFFSET:][:4], "little") if _is_channel_message(data) else 0

@@ -37,6 +37,8 @@ from emu.wire.synic import (
     HV_X64_MSR_SCONTROL,
     HV_X64_MSR_SINT0,
     HV_X64_MSR_SINT15,
+    HV_X64_MSR_STIMER0_CONFIG,
+    HV_X64_MSR_STIMER3_COUNT,
     HV_X64_MSR_TIME_REF_COUNT,
     HV_X64_MSR_VP_INDEX,
     page_register_enabled,
@@ -46,6 +48,7 @@ from hostproc.message_queues import MessageQueues
 from hostproc.points import NoPoints
 from hostproc.ports import Connections
 from hostproc.refusal_trace import RecordedCounter
+from hostproc.synthetic_timers import SyntheticTimers
 
 _POST_BYTES: Final = PostMessageInput.LAYOUT.size
 _SIGNAL: Final = Struct("<Q")
@@ -99,6 +102,9 @@ class Partition:
         self.vps = [VpState(position, index, Synic(memory, overlays)) for position, index in enumerate(vp_indices)]
         self.synics = [vp.synic for vp in self.vps]
         self.queues = MessageQueues(self.synics, request_interrupt, note_serial, trace, points or NoPoints(), fix)
+        self.timers = SyntheticTimers(
+            len(vp_indices), self.queues, reference_time, lambda position: self.changed_vps.add(position), trace
+        )
         self.connections = Connections()
         self.request_interrupt = request_interrupt
         self._cpuid = {leaf: (eax | ebx << 32, ecx | edx << 32) for leaf, eax, ebx, ecx, edx in cpuid}
@@ -168,6 +174,7 @@ class Partition:
             vp.synic.reset()
             self._reset_words(vp.position)
             self.changed_vps.add(vp.position)
+        self.timers.reset()
         self.queues.clear()
 
     # -- registers ----------------------------------------------------------------------------------
@@ -186,6 +193,8 @@ class Partition:
         """Value of a register; GeneralProtection for one that does not exist."""
         if HV_X64_MSR_SCONTROL <= msr <= HV_X64_MSR_EOM or HV_X64_MSR_SINT0 <= msr <= HV_X64_MSR_SINT15:
             return self.synics[position].read_msr(msr)
+        if HV_X64_MSR_STIMER0_CONFIG <= msr <= HV_X64_MSR_STIMER3_COUNT:
+            return self.timers.read_msr(position, msr)
         if msr == HV_X64_MSR_VP_INDEX:
             return self.vps[position].vp_index
         if msr == HV_X64_MSR_TIME_REF_COUNT:
@@ -210,6 +219,8 @@ class Partition:
                 self._set_auto_eoi(position, synic.auto_eoi_vectors())
             # Whatever waited for a page, for SCONTROL or for this slot may go now.
             self.queues.pump_vp(position)
+        elif HV_X64_MSR_STIMER0_CONFIG <= msr <= HV_X64_MSR_STIMER3_COUNT:
+            self.timers.write_msr(position, msr, value)
         elif msr == HV_X64_MSR_GUEST_OS_ID:
             self._guest_os_id = value
             if value == 0:

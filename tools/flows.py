@@ -23,7 +23,7 @@ from typing import Final
 from emu.control import slot_of
 from emu.recording import Recording, TraceRecord
 from emu.wire.messages import MessageType
-from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, HYPERVISOR_CALLBACK_VECTOR
 from guestproc.protocol.numbers import Tasklets
 
 
@@ -279,7 +279,12 @@ class _Reader:
             self._add(waiting[0], Role.SLOT_BUSY, record)
 
     def _slot_write(self, record: TraceRecord) -> None:
-        position, sint, _type, msgtype, serial, _queued = record.values
+        position, sint, message_type, msgtype, serial, _queued = record.values
+        if message_type != HVMSG_CHANNEL_MESSAGE:
+            # The hypervisor's own, a timer's, say: nobody's flow, and so is the interrupt behind it.
+            self._written[record.actor.slot] = None
+            self._resident.pop((position, sint), None)
+            return
         flow = self._to_guest(serial)
         if flow is None:
             # Posted before the recording began, or its record is gone.

@@ -396,7 +396,8 @@ class World:
         raise AssertionError("this does not settle")
 
     def _step(self) -> bool:
-        moved = self.host.step()
+        # Both have their turn in every round.
+        moved = self.partition.timers.run_due() | self.host.step()
         for lane in self.lanes:
             if not lane.finished and (lane.ready() or lane.deadline_ns <= self.clock.time_ns):
                 self._switch(lane)
@@ -424,6 +425,7 @@ class World:
         self.settle()
         while self.clock.time_ns < end:
             waits = [lane.deadline_ns for lane in self.lanes if not lane.finished]
+            waits.append(self.partition.timers.next_expiration * 100)
             self.clock.time_ns = max(self.clock.time_ns, min([end, *waits]))
             self.settle()
 

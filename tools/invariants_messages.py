@@ -39,7 +39,9 @@ class SlotsInOrder(Rule):
         return {"slot_write": self._slot_write, "slot_read": self._slot_read, "slot_free": self._slot_free}
 
     def _slot_write(self, record: TraceRecord) -> None:
-        self._written.setdefault((record.values[0], record.values[1]), deque()).append(record)
+        # The hypervisor's own (a timer's) have no serial: who frees them says which they were by their type alone.
+        if record.values[4]:
+            self._written.setdefault((record.values[0], record.values[1]), deque()).append(record)
 
     def _slot_read(self, record: TraceRecord) -> None:
         sint, serial = record.values[0], record.values[3]
@@ -111,13 +113,21 @@ class PendingIsServed(Rule):
 
     def feeds(self) -> Mapping[str, Feed]:
         """The bit, and the delivery that it is for."""
-        return {"pending_set": self._pending_set, "slot_write": self._slot_write, "reset": self._reset}
+        return {
+            "pending_set": self._pending_set,
+            "slot_write": self._slot_write,
+            "timer_withdrawn": self._timer_withdrawn,
+            "reset": self._reset,
+        }
 
     def _pending_set(self, record: TraceRecord) -> None:
         self._pending.setdefault((record.values[0], record.values[1]), record)
 
     def _slot_write(self, record: TraceRecord) -> None:
         self._pending.pop((record.values[0], record.values[1]), None)
+
+    def _timer_withdrawn(self, record: TraceRecord) -> None:
+        self._pending.pop((record.values[0], record.values[2]), None)
 
     def _reset(self, _record: TraceRecord) -> None:
         self._pending.clear()
@@ -145,7 +155,8 @@ class MessagesAreRead(Rule):
         return {"slot_write": self._slot_write, "slot_read": self._slot_read}
 
     def _slot_write(self, record: TraceRecord) -> None:
-        self._written[record.values[4]] = record
+        if record.values[4]:  # a timer's message is taken by the interrupt itself
+            self._written[record.values[4]] = record
 
     def _slot_read(self, record: TraceRecord) -> None:
         self._guest = True

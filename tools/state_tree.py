@@ -17,7 +17,7 @@ from struct import Struct
 from typing import Any, Final
 
 from emu import plugin
-from emu.host_tables import HostGpadl, HostTables
+from emu.host_tables import HostGpadl, HostTables, HostTimer
 from emu.ipc.atomics import ACQUIRE
 from emu.layout import (
     EXIT_SLOT,
@@ -49,6 +49,10 @@ from emu.wire.ring_layout import (
 )
 from emu.wire.synic import (
     HV_MESSAGE_FLAG_PENDING,
+    HV_STIMER_AUTOENABLE,
+    HV_STIMER_ENABLE,
+    HV_STIMER_LAZY,
+    HV_STIMER_PERIODIC,
     HV_SYNIC_SINT_AUTO_EOI,
     HV_SYNIC_SINT_COUNT,
     HV_SYNIC_SINT_MASKED,
@@ -60,6 +64,7 @@ from emu.wire.synic import (
     page_register_enabled,
     page_register_gpa,
     sint_vector,
+    stimer_sint,
 )
 from emu.wire.versions import version_text
 from guestproc.drivers import table as _drivers  # noqa: F401 (registers names of functions)
@@ -229,6 +234,7 @@ class StateTree:
             "simp": _page_register(registers.simp),
             "siefp": _page_register(registers.siefp),
             "sint": {str(n): _sint(registers.sint[n], registers.waiting[n]) for n in range(HV_SYNIC_SINT_COUNT)},
+            "stimer": {str(n): _stimer(timer) for n, timer in enumerate(registers.stimer)},
             "slot": lambda: self._slots(position, registers.simp),
             "flags": lambda: self._flags(registers.siefp),
             "exits": lambda: self._exits(page),
@@ -471,6 +477,19 @@ def _sint(value: int, waiting: int) -> Mapping[str, Node]:
         "polling": bool(value & HV_SYNIC_SINT_POLLING),
         "value": hex(value),
         "waiting": waiting,
+    }
+
+
+def _stimer(timer: HostTimer) -> Mapping[str, Node]:
+    return {
+        "enabled": bool(timer.config & HV_STIMER_ENABLE),
+        "periodic": bool(timer.config & HV_STIMER_PERIODIC),
+        "lazy": bool(timer.config & HV_STIMER_LAZY),
+        "auto_enable": bool(timer.config & HV_STIMER_AUTOENABLE),
+        "sint": stimer_sint(timer.config),
+        "config": hex(timer.config),
+        "count": timer.count,
+        "expiration_time": timer.expiration_time or None,
     }
 
 

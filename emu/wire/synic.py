@@ -104,6 +104,8 @@ HV_STIMER_AUTOENABLE: Final = 1 << 3
 HV_STIMER_DIRECT_MODE: Final = 1 << 12
 HV_STIMER_VECTOR_SHIFT: Final = 4
 HV_STIMER_SINT_SHIFT: Final = 16
+HV_STIMER_RESERVED: Final = 0xFFFF_FFFF_FFF0_E000
+"""Bits 63:20 and 15:13, which must be zero."""
 
 # CPUID leaves, and the bits of them that VMBus guests look at.
 CPUID_VENDOR_AND_MAX_FUNCTIONS: Final = 0x4000_0000
@@ -209,6 +211,24 @@ def sint_value(vector: int, masked: bool = False, auto_eoi: bool = False, pollin
 def sint_vector(value: int) -> int:
     """Bits 7:0 of a SINT register."""
     return value & HV_SYNIC_SINT_VECTOR_MASK
+
+
+def stimer_config(
+    sint: int, *, enable: bool = True, periodic: bool = False, lazy: bool = False, auto_enable: bool = False
+) -> int:
+    """Build the value of STIMERn_CONFIG for a timer in message mode."""
+    return (
+        sint << HV_STIMER_SINT_SHIFT
+        | (HV_STIMER_ENABLE if enable else 0)
+        | (HV_STIMER_PERIODIC if periodic else 0)
+        | (HV_STIMER_LAZY if lazy else 0)
+        | (HV_STIMER_AUTOENABLE if auto_enable else 0)
+    )
+
+
+def stimer_sint(value: int) -> int:
+    """Bits 19:16 of STIMERn_CONFIG, SINTx."""
+    return value >> HV_STIMER_SINT_SHIFT & 0xF
 
 
 def page_register(gpa: int, enable: bool = True) -> int:

@@ -143,6 +143,8 @@ class Cpu(Record, permanent=True):
     post_msg_mutex = mutex(Rank.DRIVER_STATE)
     msg_dpc = tasklet()
     call = CallRecord.field()
+    stimer0_message_sint = Word(4, "this processor's own: where its clock events come; 0: the host has no timers")
+    clock_events = Word(8, "this processor's own")
     chan_list = list_head("seed: this processor's own, changed in its interrupts only; through percpu_list")
 
 

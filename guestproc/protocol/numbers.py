@@ -26,6 +26,7 @@ class Ipis(IntEnum):
     HV_SYNIC_CLEANUP = 1
     PERCPU_CHANNEL_ENQ = 2
     PERCPU_CHANNEL_DEQ = 3
+    HV_CE_SET_NEXT_EVENT = 4
 
 
 class Handlers(IntEnum):

@@ -44,14 +44,13 @@ from emu.wire.synic import (
 from guestproc.kernel.functions import IPI_FUNCTIONS
 from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.protocol.numbers import Ipis, Tasklets
+from guestproc.vmbus.hyperv_timer import hv_stimer_legacy_cleanup, hv_stimer_legacy_init
+from guestproc.vmbus.registers import cpuid, rdmsr, wrmsr
 
 if TYPE_CHECKING:
     from guestproc.current import Current
 
 _HYPERCALL: Final = int(ExitOperation.HYPERCALL)
-_RDMSR: Final = int(ExitOperation.RDMSR)
-_WRMSR: Final = int(ExitOperation.WRMSR)
-_CPUID: Final = int(ExitOperation.CPUID)
 
 _SINT2: Final = HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT
 _PAGE_BASE: Final = ~0xFFF
@@ -61,22 +60,6 @@ _LEAST_LEAF: Final = 0x4000_0005
 _MOST_LEAF: Final = 0x4000_FFFF
 _POST_HEAD: Final = Struct("<IIII")
 MAX_MESSAGE_PAYLOAD: Final = 240
-
-
-def rdmsr(current: Current, msr: int) -> int:
-    """Read a register of the processor this thread carries."""
-    return current.exit(_RDMSR, msr)[0]
-
-
-def wrmsr(current: Current, msr: int, value: int) -> None:
-    """Write a register of the processor this thread carries."""
-    current.exit(_WRMSR, msr, value)
-
-
-def cpuid(current: Current, leaf: int) -> tuple[int, int, int, int]:
-    """EAX, EBX, ECX, EDX of a hypervisor leaf."""
-    low, high = current.exit(_CPUID, leaf)
-    return low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF, high >> 32
 
 
 def hyperv_init(current: Current) -> int:
@@ -149,6 +132,7 @@ def hv_synic_init(current: Current) -> None:
         sint |= HV_SYNIC_SINT_AUTO_EOI
     wrmsr(current, _SINT2, sint | HYPERVISOR_CALLBACK_VECTOR)
     wrmsr(current, HV_X64_MSR_SCONTROL, rdmsr(current, HV_X64_MSR_SCONTROL) | HV_SYNIC_CONTROL_ENABLE)
+    hv_stimer_legacy_init(current, VMBUS_MESSAGE_SINT)
     cpu.online.store(1)
     current.record(E_CPU_ONLINE, current.cpu, cpu.vp_index)
 
@@ -170,6 +154,7 @@ def hv_synic_cleanup(current: Current, _cpu: int = 0) -> None:
     cpu = current.cpu_record()
     # The ISR finds no page from here on (events and messages have none to lie in).
     current.percpu = None
+    hv_stimer_legacy_cleanup(current)
     hv_synic_disable_regs(current)
     cpu.online.store(0)
     current.record(E_CPU_OFFLINE, current.cpu, cpu.vp_index)

@@ -14,6 +14,7 @@ from emu.tracing import E_TASKLET_SCHED
 from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED
 from guestproc.protocol.numbers import Handlers, Tasklets
 from guestproc.vmbus.chan_sched import sync_test_and_clear_bit, vmbus_chan_sched
+from guestproc.vmbus.hyperv_timer import hv_stimer0_isr
 from guestproc.vmbus.message_dpc import vmbus_signal_eom
 from guestproc.vmbus.vector import VMBUS_HANDLERS
 
@@ -41,5 +42,5 @@ def vmbus_isr(current: Current) -> None:
 
 def hv_process_timer_expiration(current: Current, hv_cpu: PerCpuContext) -> None:
     """A timer message is handled right here: its clock event, then the end of the message."""
-    hv_cpu.clock_events += 1
+    hv_stimer0_isr(current, hv_cpu)
     vmbus_signal_eom(current, hv_cpu, HVMSG_TIMER_EXPIRED)

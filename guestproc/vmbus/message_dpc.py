@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from emu.syncpoint import Point
 from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_VMBUS_ON_MSG_DPC, E_WORK_QUEUE
 from emu.wire.messages import MessageType
-from emu.wire.synic import HVMSG_NONE, VMBUS_MESSAGE_SINT
+from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
 from guestproc.kernel.layout import ConnectionState
 from guestproc.kernel.workqueue import WorkItem
@@ -38,7 +38,8 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
     serial = hv_cpu.serial_gate()
     copy = bytes(current.tables.ram.octets[hv_cpu.slot_gpa : hv_cpu.slot_gpa + MESSAGE_BYTES])
     message = triage(current.era, copy)
-    if message.message_type == HVMSG_NONE:
+    # A timer's message is the interrupt's that it came with, which this tasklet got in front of.
+    if message.message_type in (HVMSG_NONE, HVMSG_TIMER_EXPIRED):
         return
     current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_MSG_DPC)
     current.record(E_SLOT_READ, VMBUS_MESSAGE_SINT, message.message_type, message.msgtype, serial)

@@ -110,7 +110,6 @@ class PerCpuContext:
         self.lanes: Final[dict[int, EventLane]] = {}
         """By handle: a record that is used anew has another one."""
         self.randomness = 0
-        self.clock_events = 0
 
     def lane_of(self, channel: Channel) -> EventLane:
         """The lane of a channel; made at its first interrupt on this processor."""

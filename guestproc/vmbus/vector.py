@@ -16,7 +16,7 @@ from emu.wire.synic import (
 )
 from guestproc.kernel.functions import FunctionTable
 from guestproc.kernel.rcu import isr_enter, isr_exit
-from guestproc.vmbus.hv import cpuid
+from guestproc.vmbus.registers import cpuid
 
 if TYPE_CHECKING:
     from guestproc.current import Current

@@ -168,9 +168,7 @@ def test_timer_message_is_handled_in_the_interrupt(booted: World) -> None:
     booted.partition.request_interrupt(booted.cpus[0].position, 0xF3)
     booted.settle()
 
-    hv_cpu = booted.currents[0].percpu
-    assert hv_cpu is not None
-    assert hv_cpu.clock_events == 1
+    assert booted.tables.cpus.at(0).clock_events == 1
     first = booted.event_names().index("slot_free")
     assert booted.events[first].arguments[1] == HVMSG_TIMER_EXPIRED
     assert "tasklet_run" not in booted.event_names()[:first]
