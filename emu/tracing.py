@@ -128,12 +128,12 @@ EVENTS: Final = _table(
     ("pending_set", "position:u32 sint:u8 resident:x32"),
     ("work_queue", "queue:u32:QueueNumber function:u32:Works serial:u64"),
     ("work_run", "queue:u32:QueueNumber function:u32:Works serial:u64"),
-    ("probe", "relid:u32 driver:u32 ret:s32"),
+    ("probe", "relid:u32 driver:u32 ret:s32 name:str24"),
     ("open", "relid:u32 openid:u32 gpadl:x32 ret:s32"),
     ("close", "relid:u32 ret:s32"),
     ("message_post", "position:u32 sint:u8 msgtype:u32:MessageType serial:u64 cause:u64 relid:u32"),
     ("task_take", "relid:u32 packets:u32"),
-    ("uevent", "action:u32:Action relid:u32 seqnum:u64"),
+    ("uevent", "action:u32:Action relid:u32 seqnum:u64 subject:u8:Subject"),
     # -- the kernel's trace system `hyperv`, in the order of drivers/hv/hv_trace.h -------------------------
     ("vmbus_on_msg_dpc", "msgtype:uint:MessageType", "msgtype=%u"),
     ("vmbus_on_message", "msgtype:uint:MessageType", "msgtype=%u"),
@@ -215,9 +215,9 @@ EVENTS: Final = _table(
     ("message_done", "msgtype:u32:MessageType serial:u64"),
     ("work_done", "queue:u32:QueueNumber function:u32:Works serial:u64"),
     ("tasklet_done", "tasklet:u32:Tasklets relid:u32"),
-    ("probe_start", "relid:u32 driver:u32"),
-    ("remove_start", "relid:u32 driver:u32"),
-    ("remove", "relid:u32 driver:u32"),
+    ("probe_start", "relid:u32 driver:u32 name:str24"),
+    ("remove_start", "relid:u32 driver:u32 name:str24"),
+    ("remove", "relid:u32 driver:u32 name:str24"),
     ("doorbell", "connection_id:x32"),
     ("vmexit", "operation:u32:ExitOperation argument0:x64 argument1:x64 result:x64 fault:u32:Fault waited_ns:u64"),
     ("process_start", "pid:u32 kind:u8:ActorKind cpu:u32 name:str16"),
@@ -248,7 +248,10 @@ EVENTS: Final = _table(
     ("timer_withdrawn", "position:u32 timer:u8 sint:u8 expiration_time:u64"),
     ("clock_event", "timer:u8 expiration_time:u64 delivery_time:u64"),
 )
-"""All events that a recording may hold; numbers never change, new ones go last. Types: `emu.event_fields`."""
+"""All events that a recording may hold; numbers never change, new ones go last, as do new arguments of one.
+
+Types: `emu.event_fields`.
+"""
 
 HYPERV_EVENTS: Final = tuple(spec for spec in EVENTS.values() if spec.format)
 """The kernel's tracepoints of the system `hyperv`; `ret` is what the kernel function posted with, 0 or below."""

@@ -22,7 +22,7 @@ from emu.wire.messages import MessageType
 from guestproc.kernel.layout import ChannelState, ConnectionState
 from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.numbers import Tasklets, Works
-from guestproc.protocol.uevents import Action
+from guestproc.protocol.uevents import Action, Subject
 from hostproc.protocol import states as host
 
 ENUMS: Final[Mapping[str, type[IntEnum]]] = {
@@ -43,6 +43,7 @@ ENUMS: Final[Mapping[str, type[IntEnum]]] = {
     "Program": Program,
     "QueueNumber": QueueNumber,
     "Side": Side,
+    "Subject": Subject,
     "TaskState": TaskState,
     "Tasklets": Tasklets,
     "WaitedFor": WaitedFor,

@@ -64,13 +64,13 @@ TELLING: Final[Mapping[str, tuple[str, str]]] = {
     "state": ("channel goes from {old} to {new}", ""),
     "host_state": ("channel goes from {old} to {new}", "control plane"),
     "gpadl_state": ("GPADL {gpadl} goes from {old} to {new}", "control plane"),
-    "probe_start": ("lets driver {driver} take the device", "vmbus_probe"),
-    "probe": ("driver {driver} has answered ({ret})", "vmbus_probe"),
-    "remove_start": ("takes the device from driver {driver}", "vmbus_remove"),
-    "remove": ("driver {driver} has let go", "vmbus_remove"),
+    "probe_start": ("lets driver {name} take the device", "vmbus_probe"),
+    "probe": ("driver {name} has answered ({ret})", "vmbus_probe"),
+    "remove_start": ("takes the device from driver {name}", "vmbus_remove"),
+    "remove": ("driver {name} has let go", "vmbus_remove"),
     "open": ("channel is open ({ret})", "vmbus_open"),
     "close": ("closes the channel ({ret})", "vmbus_close_internal"),
-    "uevent": ("tells user space: {action}", "kobject_uevent"),
+    "uevent": ("tells user space of the {subject}: {action}", "kobject_uevent"),
     "refused": ("refuses something: {rule}", ""),
     "ignored": ("ignores something legal: {rule}", ""),
     "eom": ("end of message", "vmbus_signal_eom"),
@@ -93,6 +93,7 @@ _WORDS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "old": {"255": "nothing"},
     "new": {"255": "nothing"},
+    "subject": {"DEVICE": "device", "CHANNEL": "channel's directory", "DRIVER": "driver", "BUS": "bus"},
     "ret": {"0": "it went well"},
 }
 TRAFFIC: Final = frozenset(
@@ -144,6 +145,7 @@ def tell(record: TraceRecord, role: str = "") -> Told:
     pairs = record.event.pairs(record.values)
     words = {field.name: name_of(field, value) or _number(field.name, field.show(value)) for field, value in pairs}
     words = {name: _WORDS.get(name, {}).get(word, word) for name, word in words.items()}
+    words.setdefault("name", words.get("driver", "?"))
     return Told(record, sentence.format_map(_Words(words)), function, role)
 
 

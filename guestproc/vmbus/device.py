@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from emu.tracing import E_PROBE, E_PROBE_START, E_REMOVE, E_REMOVE_START
+from emu.event_fields import text_value
+from emu.tracing import EVENTS
 from emu.wire.guids import guid_from_wire
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, ShutsDown, takes_sockets
 from guestproc.kernel.layout import Channel, Device, Driver
@@ -151,12 +152,12 @@ def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
     """Under device_lock: let the driver take the device; its negative errno is logged and returned."""
     channel = current.channel(device.channel)
     relid = channel.relid
-    current.record(E_PROBE_START, relid, driver.number)
+    _record_driver(current, "probe_start", relid, driver.number)
     # Not where a rescind waits for device_lock already: it is to wait for one that hangs, not for several in turn.
     if not channel.rescind.load() and faults.strikes(current.tables, Fault.PROBE_HANG, relid):
         _hang(current)
     result = -errno.EIO if faults.strikes(current.tables, Fault.PROBE, relid) else driver.probe(current, device)
-    current.record(E_PROBE, relid, driver.number, result)
+    _record_driver(current, "probe", relid, driver.number, result)
     if result:
         device.probe_error = -result
         current.log(f"probe failed for device {dev_name(device)} ({result})")
@@ -164,6 +165,13 @@ def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
         devices.bind(device, driver)
         device_uevent(current, device, Action.BIND, driver.name)
     return result
+
+
+def _record_driver(current: Current, event: str, relid: int, number: int, *result: int) -> None:
+    """A step of a driver's. Its number says nothing to who reads a recording elsewhere, so its name is there, too."""
+    if current.trace:
+        spec, name = EVENTS[event], text_value(DRIVER_OBJECTS[number].name, 24)
+        current.record(spec.number, *spec.pack(relid, number, *result, name))
 
 
 def _hang(current: Current) -> None:
@@ -178,9 +186,9 @@ def vmbus_remove(current: Current, device: Device) -> None:
     """Under device_lock: let the driver give the device back."""
     if device.driver:
         number, relid = device.driver, current.channel(device.channel).relid
-        current.record(E_REMOVE_START, relid, number)
+        _record_driver(current, "remove_start", relid, number)
         DRIVER_OBJECTS[number].remove(current, device)
-        current.record(E_REMOVE, relid, number)
+        _record_driver(current, "remove", relid, number)
         devices.unbind(device)
         device_uevent(current, device, Action.UNBIND)
 

@@ -31,7 +31,7 @@ def device_uevent(
             driver=driver,
             synthetic=synthetic,
         )
-    current.record(E_UEVENT, action, relid, seqnum)
+    current.record(E_UEVENT, action, relid, seqnum, Subject.DEVICE)
 
 
 def channel_uevent(current: Current, channel: Channel, action: Action) -> None:
@@ -39,7 +39,7 @@ def channel_uevent(current: Current, channel: Channel, action: Action) -> None:
     instance, relid, now_ns = channel.if_instance, channel.relid, current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(current.tables, action, Subject.CHANNEL, now_ns, relid=relid, instance=instance)
-    current.record(E_UEVENT, action, relid, seqnum)
+    current.record(E_UEVENT, action, relid, seqnum, Subject.CHANNEL)
 
 
 def driver_uevent(current: Current, driver: Driver, action: Action) -> None:
@@ -47,7 +47,7 @@ def driver_uevent(current: Current, driver: Driver, action: Action) -> None:
     name, now_ns = devices.name_of(driver), current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(current.tables, action, Subject.DRIVER, now_ns, driver=name)
-    current.record(E_UEVENT, action, 0, seqnum)
+    current.record(E_UEVENT, action, 0, seqnum, Subject.DRIVER)
 
 
 def bus_uevent(current: Current, action: Action) -> None:
@@ -55,4 +55,4 @@ def bus_uevent(current: Current, action: Action) -> None:
     now_ns = current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(current.tables, action, Subject.BUS, now_ns, synthetic=True)
-    current.record(E_UEVENT, action, 0, seqnum)
+    current.record(E_UEVENT, action, 0, seqnum, Subject.BUS)

@@ -138,7 +138,7 @@ def test_each_step_of_an_offer(booted: World) -> None:
         (QueueNumber.WORK, Works.VMBUS_ONMESSAGE_WORK, serial),
         (QueueNumber.PRI_CHAN, Works.VMBUS_ADD_CHANNEL_WORK, serial),
     ]
-    assert only(world, "probe").arguments == (9, EchoDriver.number, 0)
+    assert only(world, "probe").arguments[:3] == (9, EchoDriver.number, 0)
 
 
 def test_what_is_there_afterwards(booted: World) -> None:
