@@ -1,7 +1,7 @@
 """Events as tracers describe them: a system, typed fields in the order of a C struct, a printf format.
 
 Names that the kernel has are in its system `hyperv`, with its fields and its print format; ours are in `vmbus_emu`
-and are printed as `name=value`.
+and are printed as `name=value`, where a number of an enum has its symbolic name (`__print_symbolic`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from emu.event_fields import Argument, EventSpec
+from emu.recording import TraceRecord
+from tools.event_names import ENUMS, name_of
 
 KERNEL_SYSTEM: Final = "hyperv"
 OWN_SYSTEM: Final = "vmbus_emu"
@@ -66,11 +68,28 @@ def _declaration(argument: Argument) -> str:
 def print_line(spec: EventSpec) -> str:
     """What stands behind `print fmt:`: the printf format, then a member or a helper's call for each conversion."""
     form = spec.format or " ".join(f"{argument.name}={_conversion(argument)}" for argument in spec.fields)
-    return f'"{form}"' + "".join(f", {_printed(argument)}" for argument in spec.fields)
+    printed = _member if spec.format else _printed
+    return f'"{form}"' + "".join(f", {printed(argument)}" for argument in spec.fields)
+
+
+def printed_text(record: TraceRecord) -> str:
+    """What `print_line` makes of a record's values."""
+    if record.event.format:
+        return record.event.text(record.values)
+    return " ".join(f"{field.name}={_shown(field, value)}" for field, value in record.event.pairs(record.values))
+
+
+def _shown(argument: Argument, value: int) -> str:
+    """As a tracer shows it: of an enum the name, or in hex a number that has none."""
+    if argument.enum in ENUMS:
+        return name_of(argument, value) or hex(value)
+    return argument.show(value)
 
 
 def _conversion(argument: Argument) -> str:
-    """How an event of ours prints an argument; `Argument.show` writes the same."""
+    """How an event of ours prints an argument; `_shown` writes the same."""
+    if argument.enum in ENUMS:
+        return "%s"
     if argument.text:
         return "%pUl" if argument.type == "guid" else "%s"
     if argument.signed:
@@ -80,6 +99,13 @@ def _conversion(argument: Argument) -> str:
 
 
 def _printed(argument: Argument) -> str:
+    if (names := ENUMS.get(argument.enum)) is not None:
+        symbols = ", ".join(f'{{ {number.value}, "{number.name}" }}' for number in names)
+        return f"__print_symbolic(REC->{argument.name}, {symbols})"
+    return _member(argument)
+
+
+def _member(argument: Argument) -> str:
     if argument.type.startswith("hex"):
         return f"__print_hex(REC->{argument.name}, {argument.width // 8})"
     return f"REC->{argument.name}"

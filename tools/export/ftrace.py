@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from emu.recording import Recording, TraceRecord
+from tools.export.events import printed_text
 from tools.export.threads import Thread, Threads
 
 FLAGS: Final = {"ISR": "d.h..", "TASKLET": "..s.."}
@@ -44,4 +45,4 @@ def line(record: TraceRecord, thread: Thread) -> str:
     seconds, micros = divmod((record.t_ns + 500) // 1_000, 1_000_000)
     flags = FLAGS.get(record.context, ".....")
     head = f"{thread.comm:>16}-{thread.tid:<7} [{thread.cpu:03}] {flags} {seconds:5}.{micros:06}"
-    return f"{head}: {record.event.name}: {record.event.text(record.values)}\n"
+    return f"{head}: {record.event.name}: {printed_text(record)}\n"

@@ -13,6 +13,7 @@ from typing import Any
 
 import tools
 from emu.recording import Recording, TraceRecord
+from tools.event_names import name_of
 from tools.export.threads import Threads
 from tools.trace import FORMATS
 
@@ -54,7 +55,18 @@ def _expected(record: TraceRecord, threads: Threads, digits: int) -> Seen:
     unit = 10 ** (9 - digits)
     seconds, rest = divmod((record.t_ns + unit // 2) // unit, 10**digits)
     time = f"{seconds}.{rest:0{digits}}"
-    return Seen(time, thread.comm, thread.tid, thread.cpu, event.name, event.text(record.values))
+    return Seen(time, thread.comm, thread.tid, thread.cpu, event.name, _text(record))
+
+
+def _text(record: TraceRecord) -> str:
+    """The kernel's line for its events; ours with symbolic names, and in hex what has none."""
+    event = record.event
+    if event.format:
+        return event.text(record.values)
+    return " ".join(
+        f"{field.name}={name_of(field, value) or (hex(value) if field.enum else field.show(value))}"
+        for field, value in event.pairs(record.values)
+    )
 
 
 def seen_in(text: str) -> list[Seen]:

@@ -20,7 +20,19 @@ def shown(context: str, t_ns: int) -> str:
 
 def test_line_is_the_kernels() -> None:
     """Thread and number in columns, processor, flags, seconds, event, arguments."""
-    assert shown("TASK", 261_001_734_100) == "           vcpu1-4711    [001] .....   261.001734: mask: relid=7 side=1\n"
+    assert (
+        shown("TASK", 261_001_734_100)
+        == "           vcpu1-4711    [001] .....   261.001734: mask: relid=7 side=TO_GUEST\n"
+    )
+
+
+def test_number_without_a_name_is_shown_in_hex() -> None:
+    """As the kernel's `__print_symbolic` does, and so trace-cmd."""
+    record = TraceRecord(0, 9, VCPU, 0, "HOST", EVENTS["host_state"], (7, 1, 8, 255))
+
+    assert line(record, Threads([VCPU]).of(VCPU)).endswith(
+        ": host_state: relid=7 generation=1 old=CLOSING_CLIENT_RELEASE new=0xff\n"
+    )
 
 
 @pytest.mark.parametrize(

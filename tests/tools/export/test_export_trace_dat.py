@@ -8,7 +8,7 @@ import pytest
 
 from emu.event_fields import EventSpec
 from emu.recording import RecordedActor, TraceRecord
-from emu.tracing import EVENTS
+from emu.tracing import EVENTS, Side
 from tests.tools.export.readers import report, seen_in
 from tools.export.threads import Threads
 from tools.export.trace_dat import PAGE_BYTES, CpuBuffer, EntryWriter, assemble
@@ -31,6 +31,16 @@ def test_format_file_is_the_kernels() -> None:
     assert text.endswith('print fmt: "relid=%u generation=%u ret=%d", REC->relid, REC->generation, REC->ret\n')
 
 
+def test_numbers_of_our_enums_are_symbolic_and_the_kernels_are_not() -> None:
+    """As the kernel's formats name them; its own events are printed as it prints them."""
+    ours, kernels = (EntryWriter(EVENTS[name]).format_file().decode() for name in ("mask", "vmbus_on_message"))
+
+    assert ours.endswith(
+        'print fmt: "relid=%u side=%s", REC->relid, __print_symbolic(REC->side, { 0, "TO_HOST" }, { 1, "TO_GUEST" })\n'
+    )
+    assert kernels.endswith('print fmt: "msgtype=%u", REC->msgtype\n')
+
+
 def test_page_holds_what_fits() -> None:
     """An entry that does not fit whole begins the next page, with that page's time."""
     buffer = CpuBuffer()
@@ -51,7 +61,7 @@ def test_silence_of_any_length_is_kept(trace_cmd: str, tmp_path: Path, silence_n
     (tmp_path / "out").write_bytes(b"".join(assemble(records, Threads([ACTOR]))))
     seen = seen_in(report(trace_cmd, tmp_path / "out"))
 
-    assert [one.text for one in seen] == ["relid=1 side=0", "relid=2 side=1", "relid=3 side=0"]
+    assert [one.text for one in seen] == ["relid=1 side=TO_HOST", "relid=2 side=TO_GUEST", "relid=3 side=TO_HOST"]
     nanoseconds = [int(one.t.replace(".", "")) for one in seen]
     assert [later - nanoseconds[0] for later in nanoseconds] == [0, silence_ns, silence_ns + 1]
 
@@ -62,5 +72,5 @@ def test_many_pages_are_read_to_the_end(trace_cmd: str, tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"".join(assemble(records, Threads([ACTOR]))))
     seen = seen_in(report(trace_cmd, tmp_path / "out"))
 
-    assert [one.text for one in seen] == [f"relid={number} side={number & 1}" for number in range(500)]
+    assert [one.text for one in seen] == [f"relid={number} side={Side(number & 1).name}" for number in range(500)]
     assert {(one.comm, one.tid, one.cpu) for one in seen} == {("kworker/pri_cha", 77, 0)}
