@@ -208,7 +208,8 @@ def head_of(machine: Machine) -> dict[str, Any]:
 class Recording:
     """A recording opened for reading; a context manager.
 
-    `damage` is "" for a whole file, else a sentence that says from where on it cannot be read.
+    `damage` is "" for a whole file, else a sentence that says from where on it cannot be read. A file without a head,
+    which says what the numbers in it mean, is none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -222,6 +223,12 @@ class Recording:
         self._data = _mapped(path)
         self._read_file_head()
         self._read_chunks()
+        if not self.head:
+            self.close()
+            raise RecordingError(
+                f"{path} was cut short or spoilt before the end of its head, so nothing in it can be read; "
+                "`vmbus-emu run --record FILE` makes another"
+            )
         self.machine: str = str(self.head.get("machine", ""))
         self.events = _events(self.head)
         self._decoders: dict[int, Decoder] = {number: decoder_of(spec) for number, spec in self.events.items()}
@@ -383,7 +390,9 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
     try:
         with path.open("rb") as file:
             if not path.is_file():
-                raise RecordingError(f"{path} is not a regular file")
+                raise RecordingError(
+                    f"{path} is not a regular file; give one that `vmbus-emu run --record FILE` has written"
+                )
             if path.stat().st_size == 0:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -228,7 +228,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    """Missing, or a directory: one line."""
+    """Missing, a directory, a device: one line, with a way out where the name alone does not show it."""
+    with pytest.raises(RecordingError, match="/dev/null is not a regular file; give one that `vmbus-emu run --record"):
+        Recording(Path("/dev/null"))
     with pytest.raises(RecordingError, match="cannot read .*missing: No such file"):
         Recording(tmp_path / "missing")
     with pytest.raises(RecordingError, match="cannot read .*: Is a directory"):
@@ -277,10 +279,18 @@ def sample(machine: Machine, tmp_path: Path) -> bytes:
 
 
 def test_recording_cut_at_any_byte_is_read_as_far_as_it_goes(sample: bytes, tmp_path: Path) -> None:
-    """Whatever is cut off: whole records are read, in order, and the damage is said with its place."""
+    """Whatever is cut off: whole records are read, in order, and the damage is said with its place.
+
+    Where not even the head is whole it is refused in one line.
+    """
     path = tmp_path / "cut"
     before = 0
-    for length in range(16, len(sample)):
+    head_ends = 32 + int.from_bytes(sample[24:32], "little")
+    for length in range(16, head_ends):
+        path.write_bytes(sample[:length])
+        with pytest.raises(RecordingError, match=r"cut was cut short .*; `vmbus-emu run --record FILE` makes another"):
+            Recording(path)
+    for length in range(head_ends, len(sample)):
         path.write_bytes(sample[:length])
         with Recording(path) as recording:
             count = len(list(recording.records()))
@@ -364,7 +374,7 @@ def test_scribbled_recording_never_breaks_its_reader(sample: bytes, tmp_path: Pa
     )
 )
 def test_any_map_in_a_chunk_is_survived(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
-    """msgpack of the wrong shape is damage, not an exception."""
+    """msgpack of the wrong shape is damage, or no recording at all; no other exception."""
     path = tmp_path_factory.getbasetemp() / "shapes"
     payload = msgpack.packb(content)
     chunks = b""
@@ -372,6 +382,9 @@ def test_any_map_in_a_chunk_is_survived(tmp_path_factory: pytest.TempPathFactory
         chunks += kind + bytes(4) + len(payload).to_bytes(8, "little") + payload
     path.write_bytes(MAGIC + (1).to_bytes(4, "little") + bytes(4) + chunks)
 
-    with Recording(path) as recording:
-        assert recording.damage
-        assert list(recording.records()) == []
+    try:
+        with Recording(path) as recording:
+            assert recording.damage
+            assert list(recording.records()) == []
+    except RecordingError as refusal:
+        assert "before the end of its head" in str(refusal)

@@ -143,12 +143,14 @@ def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path) -
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("what", ["missing", "text", "directory", "empty"])
-def test_wrong_file_is_one_line(run_cli: RunCli, tmp_path: Path, what: str) -> None:
-    """A file that is no recording: exit 2 and one line that names it."""
+@pytest.mark.parametrize("what", ["missing", "text", "directory", "empty", "cut"])
+def test_wrong_file_is_one_line(run_cli: RunCli, recording_path: Path, tmp_path: Path, what: str) -> None:
+    """A file that is no recording, or only the beginning of its head: exit 2 and one line that names it."""
     path = tmp_path / what
     if what == "directory":
         path.mkdir()
+    elif what == "cut":
+        path.write_bytes(recording_path.read_bytes()[:100])
     elif what != "missing":
         path.write_text("hello" if what == "text" else "")
     done = run_cli("trace", path)
