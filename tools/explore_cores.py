@@ -2,8 +2,9 @@
 
 What a core does with an input depends on its state alone. So a step, once made by the real code, is an edge that
 every pair of states may use in which this one is met again with whatever the other core and the two queues hold:
-there are far more pairs than states of either. A state is reached again by the inputs that led to it first; the
-instances used last are kept where they are, for the step that follows is often theirs.
+there are far more pairs than states of either. The first step out of a state is made by whoever came there, if it
+still stands there; for others the nearest state before it that could be kept is put back, and what led from there
+to this one is done again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class Instance(Protocol):
     def digest(self) -> bytes:
         """Equal for equal states."""
 
+    def save(self) -> Any:
+        """What `restore` of any other instance needs to be in this state; None for a state that cannot be kept."""
+
+    def restore(self, saved: Any) -> None:
+        """Be in that state."""
+
     def close(self) -> None:
         """Let go of what it holds."""
 
@@ -45,11 +52,13 @@ class Step:
     problems: tuple[str, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _State:
-    path: tuple[Input, ...]
+    came: tuple[int, Input] | None
+    """From which state, by which input; None for the first."""
     actions: tuple[Input, ...]
     facts: Any
+    saved: Any
 
 
 class Messages:
@@ -80,10 +89,12 @@ class Core(Generic[I]):
         self._states: list[_State] = []
         self._steps: list[dict[Input, Step]] = []
         self._kept: OrderedDict[int, I] = OrderedDict()
+        self._spare: list[I] = []
         self.made = 0
         """Steps that the real code made, those on the way back to a state included."""
         root = make()
-        self._enter(root, ())
+        self._enter(root, None)
+        assert self._states[0].saved is not None, "a core begins in a state that can be kept"
         self._keep(0, root)
 
     def __len__(self) -> int:
@@ -113,6 +124,8 @@ class Core(Generic[I]):
         """Let go of every instance."""
         while self._kept:
             self._kept.popitem()[1].close()
+        while self._spare:
+            self._spare.pop().close()
 
     def _walk(self, state: int, what: Input) -> Step:
         instance = self._at(state)
@@ -120,35 +133,44 @@ class Core(Generic[I]):
         sent, problems = instance.do(*what)
         numbers = tuple(map(self._messages.number, sent))
         if problems:
-            instance.close()
+            instance.close()  # nobody knows what it is good for now
             return Step(state, numbers, tuple(problems))
-        following = self._enter(instance, (*self._states[state].path, what))
+        following = self._enter(instance, (state, what))
         self._keep(following, instance)
         return Step(following, numbers, ())
 
     def _at(self, state: int) -> I:
         """An instance in that state, which is the caller's from now on."""
         instance = self._kept.pop(state, None)
-        if instance is None:
-            instance = self._make()
-            for what in self._states[state].path:
-                instance.do(*what)
-                self.made += 1
+        if instance is not None:
+            return instance
+        inputs: list[Input] = []
+        known = self._states[state]
+        while known.saved is None:
+            assert known.came is not None
+            state, what = known.came
+            inputs.append(what)
+            known = self._states[state]
+        instance = self._spare.pop() if self._spare else self._make()
+        instance.restore(known.saved)
+        for what in reversed(inputs):
+            instance.do(*what)
+            self.made += 1
         return instance
 
-    def _enter(self, instance: I, path: tuple[Input, ...]) -> int:
+    def _enter(self, instance: I, came: tuple[int, Input] | None) -> int:
         digest = instance.digest()
         number = self._numbers.get(digest)
         if number is None:
             number = self._numbers[digest] = len(self._states)
-            self._states.append(_State(path, tuple(instance.actions()), instance.facts()))
+            self._states.append(_State(came, tuple(instance.actions()), instance.facts(), instance.save()))
             self._steps.append({})
         return number
 
     def _keep(self, state: int, instance: I) -> None:
         if state in self._kept:
-            instance.close()
+            self._spare.append(instance)
             return
         self._kept[state] = instance
         if len(self._kept) > self._most:
-            self._kept.popitem(last=False)[1].close()
+            self._spare.append(self._kept.popitem(last=False)[1])

@@ -1,8 +1,9 @@
 """The guest of the explorer: the whole guest kernel in one process, one input at a time, and what makes two states one.
 
 An input is a message of the host's, or something that the guest's administrator does. The guest runs until
-nobody in it can go on; what it posted meanwhile is the output. Its state cannot be copied, as part of it is where
-its threads wait: so a state is reached again by doing its inputs again (`explore_cores.Core`).
+nobody in it can go on; what it posted meanwhile is the output. A state in which a thread is in the middle of
+something cannot be copied, as part of it is where that thread waits (`explore_world`): it is reached again by doing
+again what led to it (`explore_cores.Core`).
 
     digest   every field of every live record, by name, but for those of `NAMES`; the orders of lists; and for
              every thread where it waits: functions, instructions, and the values of their variables
@@ -11,7 +12,6 @@ its threads wait: so a state is reached again by doing its inputs again (`explor
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -29,6 +29,7 @@ from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_
 from hostproc.partition import Partition
 from hostproc.ports import HostMessagePort, MessagePort
 from tools.explore_messages import GpadlNames
+from tools.explore_world import CopiedWorld, Saved
 from tools.guest_world import Task, World
 
 MESSAGE_CONNECTIONS: Final = (1, 4)
@@ -107,13 +108,23 @@ class GuestFacts:
     leaks: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A state that can be put back; `task` has ended."""
+
+    world: Saved
+    names: GpadlNames
+    task: Task[Any] | None
+    used: tuple[str, ...]
+
+
 class Guest:
     """One guest, booted by `boot`, then driven by `do`."""
 
     def __init__(self, devices: int, subchannels: int) -> None:
         spec = {"class": "echo", "ring_pages": RING_PAGES, "count": 1}
         specs = [{**spec, "subchannels": subchannels if n == 0 else 0} for n in range(devices)]
-        self.world = World(Wire, cpus=1, devices=specs)
+        self.world = CopiedWorld(Wire, cpus=1, devices=specs)
         wire = self.world.host
         assert isinstance(wire, Wire)
         self._wire = wire
@@ -146,6 +157,19 @@ class Guest:
             problems.append(f"INV-30: the guest refused the host's message ({', '.join(sorted(refused))})")
         problems += [f"INV-13: {line}" for line in self.world.tables.damage()]
         return posted, problems
+
+    def save(self) -> _Saved | None:
+        """The state, unless somebody in the guest is in the middle of something."""
+        world = self.world.save()
+        return None if world is None else _Saved(world, self._names.copy(), self._task, tuple(self._used))
+
+    def restore(self, saved: _Saved) -> None:
+        """Be in that state."""
+        self._wire.outbox.clear()
+        self._wire.posted.clear()
+        self._names, self._task, self._used = saved.names.copy(), saved.task, list(saved.used)
+        self._refusals = 0
+        self.world.restore(saved.world)
 
     def close(self) -> None:
         """End its threads."""
@@ -215,10 +239,7 @@ class Guest:
         parts += [sorted(repr(names.record(one)) for one in table.live()) for table in others]
         work = sorted(tables.work.live(), key=lambda one: (one.queue, one.sequence))
         parts.append([names.record(one) for one in work])
-        threads = sys._current_frames()
-        for lane in self.world.lanes:
-            frame = None if lane.thread.ident is None else threads.get(lane.thread.ident)
-            parts.append(names.stack(frame))
+        parts += [names.stack(lane.frame) for lane in self.world.lanes]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 

@@ -8,8 +8,10 @@ in how often something happened (`NAMES`), the two are one.
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -30,6 +32,7 @@ from hostproc.protocol.effects import (
     UnmapGpadl,
 )
 from hostproc.protocol.offers import OfferParameters
+from hostproc.protocol.policy import DEFAULT_POLICY, Policy
 from hostproc.protocol.server import Server
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import ChannelState, GpadlState
@@ -200,6 +203,18 @@ class Host:
         values = (self._lives, self._answers, _plain(self.server, {}))
         return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
+    def save(self) -> bytes:
+        """Everything that changes, with the policy by its name."""
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+        pickler.dispatch_table = {type(DEFAULT_POLICY): _reduced_policy}
+        pickler.dump((self.server, self._lives, self._answers))
+        return file.getvalue()
+
+    def restore(self, saved: bytes) -> None:
+        """Be in that state; the bytes are our own."""
+        self.server, self._lives, self._answers = pickle.loads(saved)
+
     def close(self) -> None:
         """Nothing to end."""
 
@@ -218,6 +233,16 @@ class Host:
         about = f" {gpadl:#x}" if gpadl else ""
         verb = ("accepts" if yes else "refuses") if what in ("map", "open") else "confirms"
         return f"{self._slots[key // 100]}: {verb} {names[what]}{about}"
+
+
+def _reduced_policy(policy: Policy) -> tuple[Callable[[], Policy], tuple[()]]:
+    """How the policy is pickled, which is a constant of the program."""
+    assert policy is DEFAULT_POLICY
+    return _default_policy, ()
+
+
+def _default_policy() -> Policy:
+    return DEFAULT_POLICY
 
 
 def _plain(value: Any, seen: dict[int, int]) -> Any:

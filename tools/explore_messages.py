@@ -36,6 +36,12 @@ class GpadlNames:
         self._guest: dict[int, int] = {}
         self._counts: Counter[int] = Counter()
 
+    def copy(self) -> GpadlNames:
+        """The same names, to go on from."""
+        other = GpadlNames()
+        other._wire, other._guest, other._counts = self._wire.copy(), self._guest.copy(), self._counts.copy()
+        return other
+
     def wire(self, gpadl: int) -> int:
         """The wire's number of a GPADL of the guest's; its own for one that was never on the wire."""
         return self._wire.get(gpadl, gpadl)

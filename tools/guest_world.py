@@ -1,9 +1,10 @@
 """A whole guest in one process, one step at a time: real processors and workers, and a host that a test scripts.
 
-Each actor (a vCPU, a worker thread) is a thread of this process, of which one at a time runs: it runs until it
+Each actor (a vCPU, a worker thread) is a greenlet: a stack of its own, of which one at a time runs, until it
 blocks, and then the next one that has something to do. So a test is the same each time, and what it looks at
-stands still. Semaphores, the clock and VM exits are fakes; an exit is carried out by the host's real partition
-on the spot. The protocol's other end is whatever `make_host` makes: a script of a test's, or the explorer's queues.
+stands still; a turn costs about a microsecond, where threads would need the kernel twice. Semaphores, the clock
+and VM exits are fakes; an exit is carried out by the host's real partition on the spot. The protocol's
+other end is whatever `make_host` makes: a script of a test's, or the explorer's queues.
 
     world.call(f)          run f(current) as a task of CPU 0, to its end
     world.start(f)         the same, but it may block; `settle` until nothing moves any more, then look
@@ -15,12 +16,13 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, SimpleNamespace
 from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
+
+from greenlet import getcurrent, greenlet
 
 from emu import cpuid
 from emu.control import CONTROL_BYTES, ActorKind, Control, Counters
@@ -149,7 +151,13 @@ class FakeMachine(Machine):
             wakeup = self._wakeups[part] = cast(Wakeup, FakeWakeup(self.world, part))
         return wakeup
 
+    def fakes(self) -> Iterator[FakeWakeup]:
+        """Every semaphore."""
+        return (cast(FakeWakeup, wakeup) for wakeup in self._wakeups.values())
+
     def recorder(self, row: Any, *, vp: int = 255, context: int = TraceContext.HOST) -> Recorder | None:
+        if not self.world.records:
+            return None
         return cast(Recorder, FakeRecorder(self.world, context))
 
 
@@ -171,22 +179,35 @@ class DirectExits:
 
 
 class Lane:
-    """One actor's thread; it has the turn from `switch` until it waits again, or is finished."""
+    """One actor's stack; it has the turn from `switch` until it waits again, or is finished."""
 
     def __init__(self, world: World, name: str, body: Callable[[], None]) -> None:
         self.world = world
         self.name = name
         self.body = body
-        self.go = threading.Semaphore(0)
-        self.ready: Callable[[], bool] = lambda: True
+        self.ready: Callable[[], bool] = _at_once
         self.deadline_ns = NEVER_NS
         self.finished = False
         self.error = ""
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+        self._stack = greenlet(self._run)
+
+    @property
+    def frame(self) -> FrameType | None:
+        """Where it waits; None before its first turn and after its last."""
+        frame: FrameType | None = self._stack.gr_frame
+        return frame
+
+    def switch(self) -> None:
+        """Give it the turn; returns when it waits, or is finished."""
+        self._stack.parent = getcurrent()
+        self._stack.switch()
+
+    def wait(self) -> None:
+        """Give the turn back; called by the lane itself."""
+        assert self._stack.parent is not None
+        self._stack.parent.switch()
 
     def _run(self) -> None:
-        self.go.acquire()
         try:
             self.body()
         except MachineStopping:
@@ -194,7 +215,6 @@ class Lane:
         except BaseException:
             self.error = traceback.format_exc()
         self.finished = True
-        self.world.back.release()
 
 
 class Task(Generic[T]):
@@ -220,6 +240,9 @@ class Task(Generic[T]):
 class World:
     """The machine, its guest and its host; see the module's docstring."""
 
+    records = True
+    """Whether what happens is kept in `events`."""
+
     def __init__(
         self,
         make_host: Callable[[Partition, Machine], OtherEnd],
@@ -242,7 +265,6 @@ class World:
         self.exit_errors: deque[BaseException] = deque()
         self.running = "test"
         self.stopping = False
-        self.back = threading.Semaphore(0)
         self.lanes: list[Lane] = []
         self._lane: Lane | None = None
         self._tasks: dict[int, deque[Task[Any]]] = {cpu: deque() for cpu in range(cpus)}
@@ -383,8 +405,10 @@ class World:
         if self.stopping:
             raise MachineStopping("the test is over")
         lane.ready, lane.deadline_ns = ready, deadline_ns
-        self.back.release()
-        lane.go.acquire()
+        lane.wait()
+        # Also for who was switched to for this alone: it ends here, and not at its next wait.
+        if self.stopping:
+            raise MachineStopping("the test is over")
 
     # -- for the test -------------------------------------------------------------------------------------
 
@@ -406,8 +430,7 @@ class World:
 
     def _switch(self, lane: Lane) -> None:
         self._lane, self.running = lane, lane.name
-        lane.go.release()
-        self.back.acquire()
+        lane.switch()
         self._lane, self.running = None, "test"
         if lane.error:
             error, lane.error = lane.error, ""
@@ -443,14 +466,13 @@ class World:
         return task.result
 
     def close(self) -> None:
-        """End every thread."""
+        """End every actor."""
         self.stopping = True
         self.machine.control.state_word.store(MachineState.STOPPING)
         for lane in self.lanes:
             while not lane.finished:
                 self._lane = lane
-                lane.go.release()
-                self.back.acquire()
+                lane.switch()
         signal.signal(KICK_SIGNAL, self._handler)
         while self._fds:
             os.close(self._fds.pop())
@@ -496,6 +518,10 @@ class World:
     def event_names(self) -> list[str]:
         """What happened, by name."""
         return [event.name for event in self.events]
+
+
+def _at_once() -> bool:
+    return True
 
 
 def _raise_again() -> NoReturn:

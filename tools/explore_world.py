@@ -1,0 +1,199 @@
+"""The world of the explorer's guest, whose state can be kept and put back while nobody is in the middle of something.
+
+A thread that waits keeps part of the guest's state on its stack, which nothing can copy. Here a processor or a
+worker that has nothing to do waits outside the guest: it holds no record, and its stack says nothing. So when all
+of them do, guest RAM is the whole state. Of that only the pages exist that were ever touched, some thirty.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from emu.ipc.segments import Segment
+from emu.memory import PAGE_SIZE
+from emu.wire.synic import (
+    HV_X64_MSR_GUEST_OS_ID,
+    HV_X64_MSR_HYPERCALL,
+    HV_X64_MSR_SCONTROL,
+    HV_X64_MSR_SIEFP,
+    HV_X64_MSR_SIMP,
+    HV_X64_MSR_SINT0,
+    VMBUS_MESSAGE_SINT,
+    page_register_gpa,
+)
+from guestproc import workqueue_main
+from guestproc.current import Current
+from guestproc.kernel.workqueue import QueueNumber
+from guestproc.vcpu import Vcpu
+from tools.guest_world import NEVER_NS, Lane, World
+
+# In the order in which they have to be written.
+REGISTERS: Final = (
+    HV_X64_MSR_GUEST_OS_ID,
+    HV_X64_MSR_HYPERCALL,
+    HV_X64_MSR_SIMP,
+    HV_X64_MSR_SIEFP,
+    HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT,
+    HV_X64_MSR_SCONTROL,
+)
+PAGE_REGISTERS: Final = (HV_X64_MSR_SIMP, HV_X64_MSR_SIEFP)
+ZEROS: Final = bytes(PAGE_SIZE)
+
+Pages = Mapping[int, bytes]
+"""Content of a segment by offset; what is not in it was never touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A state of a world, after its boot, in which nobody was in the middle of something."""
+
+    ram: Pages
+    vps: Pages
+    registers: tuple[tuple[int, ...], ...]
+    """Of each VP, as `REGISTERS`."""
+    time_ns: int
+
+
+class CopiedWorld(World):
+    """A world that can be saved and put back; nothing is recorded in it."""
+
+    records = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._idle: set[Lane] = set()
+        super().__init__(*arguments, **options)
+
+    def boot_bus(self) -> None:
+        """As any world; what an unload takes from a processor's process is kept."""
+        super().boot_bus()
+        self._booted = [
+            (dict(cpu.vectors), current.percpu, current.tasklets)
+            for cpu, current in zip(self.cpus, self.currents, strict=True)
+        ]
+
+    # -- what the actors run ------------------------------------------------------------------------------
+
+    def _serve(self, cpu: Vcpu, current: Current) -> None:
+        tasks = self._tasks[cpu.cpu]
+
+        def due() -> bool:
+            return bool(tasks or cpu.lapic.deliverable() or cpu.softirq_pending())
+
+        while not self.stopping:
+            cpu.safe_point()
+            if tasks:
+                tasks.popleft().run(current)
+            elif not due():
+                self._rest(due)
+
+    def _work(self, current: Current, queue: QueueNumber, worker: int) -> None:
+        queues, record = self.tables.work_queues, self.tables.queues.at(queue)
+        record.worker_actors[worker] = current.actor.number
+        while True:
+            item = queues.try_take(current.actor, queue, worker)
+            if item is None:
+                self._rest(lambda: record.head != 0)
+                continue
+            workqueue_main._run(current, queue, item)
+            queues.finish(current.actor, item, worker)
+
+    def _rest(self, due: Callable[[], bool]) -> None:
+        """Wait, without anything on the stack that matters, until there is something to do."""
+        lane = self._lane
+        assert lane is not None
+        self._idle.add(lane)
+        self.wait_turn(due, NEVER_NS)
+        self._idle.discard(lane)
+
+    def resting(self, lane: Lane) -> bool:
+        """Whether an actor is in the middle of nothing."""
+        return lane in self._idle
+
+    # -- keeping and putting back -------------------------------------------------------------------------
+
+    def save(self) -> Saved | None:
+        """The state, if nobody is in the middle of something."""
+        if len(self._idle) != len(self.lanes) or any(lane.ready() for lane in self.lanes):
+            return None
+        self._forget_tokens()
+        return Saved(
+            _pages(self.machine.ram),
+            _pages(self.machine.vps),
+            tuple(tuple(self.partition.read_msr(vp, msr) for msr in REGISTERS) for vp in range(len(self.cpus))),
+            self.clock.time_ns,
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Put a state of this or another such world back; whoever is in the middle of something ends first."""
+        self.stopping = True
+        for number, lane in enumerate(self.lanes):
+            if lane in self._idle:
+                continue
+            self._lane = lane
+            while not lane.finished:
+                lane.switch()
+            self.lanes[number] = Lane(self, lane.name, lane.body)
+        self._lane, self.stopping = None, False
+        for tasks in self._tasks.values():
+            tasks.clear()
+        for position, values in enumerate(saved.registers):
+            self._write_registers(position, values)
+        _put_back(self.machine.ram, saved.ram)
+        _put_back(self.machine.vps, saved.vps)
+        for cpu, current, own in zip(self.cpus, self.currents, self._booted, strict=True):
+            vectors, current.percpu, current.tasklets = own
+            cpu.vectors = dict(vectors)
+        for current in (*self.currents, *self.workers.values()):
+            # What a process has mapped or looked up belongs to the records that were.
+            current.rings.close()
+            current.bells.clear()
+            current.refused.clear()
+        self.clock.time_ns = saved.time_ns
+        self._forget_tokens()
+        self.settle()
+
+    def _write_registers(self, position: int, values: tuple[int, ...]) -> None:
+        """Make a VP's registers what they were (they differ after an unload); RAM comes afterwards."""
+        partition = self.partition
+        if values == tuple(partition.read_msr(position, msr) for msr in REGISTERS):
+            return
+        partition.synics[position].reset()
+        for msr, value in zip(REGISTERS, values, strict=True):
+            if msr in PAGE_REGISTERS:
+                gpa = page_register_gpa(value)
+                self.machine.ram.memory[gpa : gpa + PAGE_SIZE] = ZEROS
+            partition.write_msr(position, msr, value)
+
+    def _forget_tokens(self) -> None:
+        """A token that nobody waits for would wake somebody later for nothing."""
+        for wakeup in self.machine.fakes():
+            wakeup.tokens = 0
+
+
+def _extents(segment: Segment) -> Iterator[int]:
+    """Offsets of the pages of a segment that exist."""
+    at = 0
+    while at < segment.size:
+        try:
+            begin = os.lseek(segment.fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only holes from here on
+            return
+        at = os.lseek(segment.fd, begin, os.SEEK_HOLE)
+        yield from range(begin, at, PAGE_SIZE)
+
+
+def _pages(segment: Segment) -> Pages:
+    memory = segment.memory
+    return {gpa: memory[gpa : gpa + PAGE_SIZE] for gpa in _extents(segment)}
+
+
+def _put_back(segment: Segment, pages: Pages) -> None:
+    memory = segment.memory
+    for gpa in _extents(segment):
+        if gpa not in pages:
+            memory[gpa : gpa + PAGE_SIZE] = ZEROS
+    for gpa, content in pages.items():
+        memory[gpa : gpa + PAGE_SIZE] = content
