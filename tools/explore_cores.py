@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+from emu.wire.messages import RelidReleased, parse
+
 Input = tuple[str, Any]
 I = TypeVar("I", bound="Instance")  # noqa: E741
 
@@ -67,6 +69,12 @@ class Messages:
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
         self.payloads: Final[list[bytes]] = []
+        self.delivered: Final[list[Input]] = []
+        """Of each message: the guest takes it."""
+        self.received: Final[list[Input]] = []
+        """Of each message: the host takes it."""
+        self.releases: Final[list[int]] = []
+        """Of each message: the relid that it gives back, 0 for none."""
 
     def number(self, payload: bytes) -> int:
         """The number of a message."""
@@ -74,6 +82,10 @@ class Messages:
         if found is None:
             found = self._numbers[payload] = len(self.payloads)
             self.payloads.append(payload)
+            self.delivered.append(("deliver", payload))
+            self.received.append(("receive", payload))
+            message = parse(payload)
+            self.releases.append(message.child_relid if isinstance(message, RelidReleased) else 0)
         return found
 
 

@@ -36,7 +36,7 @@ from hostproc.protocol.policy import DEFAULT_POLICY, Policy
 from hostproc.protocol.server import Server
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import ChannelState, GpadlState
-from hostproc.protocol.versions import Limits
+from hostproc.protocol.versions import Limits, Version
 
 CONNECTION: Final = 4
 LIVES: Final = 2
@@ -245,14 +245,31 @@ def _default_policy() -> Policy:
     return DEFAULT_POLICY
 
 
+_WORDS: Final[dict[Any, str]] = {}
+"""What was once said of a value that does not change: enum members, GUIDs, versions."""
+_SLOTS: Final[dict[type, tuple[str, ...]]] = {}
+"""Slots of a class that are state, once an object of it was met."""
+_ATOMS: Final = frozenset({type(None), bool, int, str, bytes})
+
+
 def _plain(value: Any, seen: dict[int, int]) -> Any:
     """An object as nested lists of plain values; one that was met before is its number."""
-    if value is None or isinstance(value, (bool, int, str, bytes, UUID, type)):
-        return str(value) if isinstance(value, (UUID, type, Enum)) else value
-    if isinstance(value, (Enum, bytearray)):
-        return str(value)
-    if id(value) in seen:
-        return f"#{seen[id(value)]}"
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is bytearray:
+        return bytes(value)
+    if isinstance(value, (Enum, UUID, type, Version, OfferParameters)):
+        key = kind, value  # an IntEnum equals the number, and the member of another one
+        words = _WORDS.get(key)
+        if words is None:
+            words = _WORDS[key] = str(value)
+        return words
+    if isinstance(value, Message):
+        return value.pack()
+    known = seen.get(id(value))
+    if known is not None:
+        return known, "met"
     seen[id(value)] = len(seen)
     if isinstance(value, dict):
         return [(_plain(key, seen), _plain(one, seen)) for key, one in value.items()]
@@ -260,8 +277,9 @@ def _plain(value: Any, seen: dict[int, int]) -> Any:
         return [_plain(one, seen) for one in value]
     if isinstance(value, (set, frozenset)):
         return sorted(repr(_plain(one, seen)) for one in value)
-    if isinstance(value, Message):
-        return value.pack()
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    names = [*slots, *getattr(value, "__dict__", {})]
-    return [(name, _plain(getattr(value, name), seen)) for name in sorted(names) if name not in NAMES]
+    names = _SLOTS.get(kind)
+    if names is None:
+        slots = {name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())}
+        names = _SLOTS[kind] = tuple(sorted(slots - NAMES))
+    others = sorted(vars(value).keys() - NAMES) if hasattr(value, "__dict__") else ()
+    return [_plain(getattr(value, name), seen) for name in (*names, *others)]

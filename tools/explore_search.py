@@ -147,11 +147,11 @@ class Explorer:
         who, what = transition
         if who in (TO_GUEST, GUEST):
             if what is None:
-                what, to_guest = ("deliver", self.messages.payloads[to_guest[0]]), to_guest[1:]
+                what, to_guest = self.messages.delivered[to_guest[0]], to_guest[1:]
             step: Step = self.guest.step(guest, what)
             return (host, step.state, to_guest, to_host + step.sent), step.problems
         if what is None:
-            what, to_host = ("receive", self.messages.payloads[to_host[0]]), to_host[1:]
+            what, to_host = self.messages.received[to_host[0]], to_host[1:]
         step = self.host.step(host, what)
         return (step.state, guest, to_guest + step.sent, to_host), step.problems
 
@@ -226,7 +226,7 @@ class Explorer:
         guest: GuestFacts = self.guest.facts(pair[1])
         if len(pair[2]) > LONGEST_QUEUE or len(pair[3]) > LONGEST_QUEUE:
             return ["INV-29: a queue grows without end"]
-        wrong = _always(host, guest, [text_of(self.messages.payloads[one]) for one in pair[3]])
+        wrong = _always(host, guest, [self.messages.releases[one] for one in pair[3]])
         if not pair[2] and not pair[3] and not host.open_answers:
             wrong += _when_quiet(host, guest)
         return wrong
@@ -254,8 +254,8 @@ class Explorer:
         return f"guest: {what[0]}" + (f" relid {what[1]}" if what[1] else "")
 
 
-def _always(host: HostFacts, guest: GuestFacts, to_host: list[str]) -> list[str]:
-    """What holds in every state."""
+def _always(host: HostFacts, guest: GuestFacts, released: list[int]) -> list[str]:
+    """What holds in every state; `released`: relids whose RELID_RELEASED is under way."""
     wrong: list[str] = []
     if host.link is not Link.CONNECTED:
         return wrong
@@ -266,7 +266,7 @@ def _always(host: HostFacts, guest: GuestFacts, to_host: list[str]) -> list[str]
     known = {gpadl for _type, _relid, gpadl in guest.requests}
     known |= {channel.gpadl for channel in guest.channels.values() if channel.pages}
     for relid, theirs in host.channels.items():
-        if theirs.state in REVOKED_STATES or f"RELID_RELEASED child_relid={relid}" in to_host:
+        if theirs.state in REVOKED_STATES or relid in released:
             continue
         for gpadl, state in theirs.gpadls.items():
             if state is GpadlState.ACCEPTED and gpadl not in known:
