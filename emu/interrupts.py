@@ -7,6 +7,7 @@ full barriers, so one of the two always sees the other. Owner of request, in-ser
     AWAKE, IN_ISR, INTERRUPTS_OFF   will look by itself: no kick
     HALTED                          exchanged away; the winner posts exactly one token
     COMPUTING                       a real-time signal: the ISR runs between two bytecodes
+    OFFLINE                         takes nothing until somebody starts it: no kick
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ HALTED: Final = int(RunState.HALTED)
 COMPUTING: Final = int(RunState.COMPUTING)
 IN_ISR: Final = int(RunState.IN_ISR)
 INTERRUPTS_OFF: Final = int(RunState.INTERRUPTS_OFF)
+OFFLINE: Final = int(RunState.OFFLINE)
 _NOT_LOOKING: Final = (HALTED, COMPUTING)
 
 LOOKS_BEFORE_YIELD: Final = 20

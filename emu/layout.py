@@ -140,6 +140,7 @@ class RunState(IntEnum):
     COMPUTING = 2
     IN_ISR = 3
     INTERRUPTS_OFF = 4
+    OFFLINE = 5
 
 
 class ExitState(IntEnum):

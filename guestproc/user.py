@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from emu.errors import DeadlinePassed
+from emu.wire.versions import VERSION_WIN10_V4_1, version_text
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
-from guestproc.kernel.layout import Connection, ConnectionState, Device, Driver, KernelTables
+from guestproc.kernel.layout import Channel, Connection, ConnectionState, Device, Driver, KernelTables
 from guestproc.kernel.smp import ProcessorGone
 from guestproc.kernel.wait import SECOND_NS
-from guestproc.protocol import devices, faults
+from guestproc.protocol import devices, faults, placement
 from guestproc.protocol.faults import Fault
 from guestproc.protocol.numbers import Ipis
 from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
 from guestproc.vmbus import uevents
 from guestproc.vmbus.chan_list import smp_call_function_single
+from guestproc.vmbus.connection import VMBUS_CONNECT_CPU
+from guestproc.vmbus.cpu_hotplug import cpu_down, cpu_up
 from guestproc.vmbus.hyperv_timer import HV_MAX_MAX_DELTA_TICKS, HV_MIN_DELTA_TICKS, TICK_NS
+from guestproc.vmbus.retarget import scan_unsigned, target_cpu_store
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -38,6 +42,8 @@ Values = dict[str, Any]
 CLOSED: Final = 1 << 31
 """Bit of `Connection.user_calls`: there may be no call any more."""
 CALLS_END_TIMEOUT_NS: Final = 60 * SECOND_NS
+MOST_RELIDS: Final = 8
+"""Of a CPU, in an answer, which has room for 64 CPUs."""
 
 
 class CallFailed(Exception):
@@ -242,6 +248,92 @@ def uevent(current: Current, asked: Values) -> Values:
         told = _there(device, asked["device"])
         bus.synth_uevent(current, told, action)
         return _device(current, told)
+
+
+# -- where interrupts go --------------------------------------------------------------------------------
+
+
+@_call("move")
+def move(current: Current, asked: Values) -> Values:
+    """`echo CPU >devices/DEVICE/channels/RELID/cpu`: named by its relid, or by its device and its index."""
+    channel = _channel(current, asked)
+    handle, relid = channel.handle, channel.relid
+    before = channel.target_cpu.load()
+    result = target_cpu_store(current, handle, str(asked["cpu"]))
+    if result:
+        raise CallFailed(-result, _why_not_moved(current, relid, -result, str(asked["cpu"])))
+    return {"relid": relid, "from": before, "cpu": scan_unsigned(str(asked["cpu"]))}
+
+
+def _channel(current: Current, asked: Values) -> Channel:
+    """The channel that is meant: `device`, and the `index` of one of its channels (0: its primary, or itself)."""
+    named, index = str(asked["device"]), int(asked.get("index", 0))
+    relid, instance = _named(named)
+    with current.connection.channel_mutex.hold(current.actor):
+        tables = current.tables
+        found = tables.relids.lookup(relid) if relid else next(iter(tables.instances.find(instance)), None)
+        if found is not None and index:
+            found = next((one for one in tables.sc_list(found) if one.sub_channel_index == index), None)
+    if found is None:
+        which = f"sub-channel {index} of {named}" if index else f"channel {named}"
+        raise CallFailed(errno.ENODEV, f"no {which} on the guest's bus; `vmbus-emu ls` lists them")
+    return found
+
+
+def _why_not_moved(current: Current, relid: int, number: int, cpu: str) -> str:
+    version = current.connection.vmbus_proto_version
+    if version < VERSION_WIN10_V4_1:
+        return (
+            f"channels move from VMBus 4.1 on, this is {version_text(version)}; start a machine whose host speaks more"
+        )
+    return {
+        errno.EINVAL: f"there is no CPU {cpu} that is online; `vmbus-emu ctl cpus` lists them",
+        errno.EBUSY: f"relid {relid} is being moved already; wait for its end",
+        errno.ENODEV: f"the host has taken relid {relid} back; `vmbus-emu ls` lists what is left",
+        errno.ETIMEDOUT: f"the host does not answer for relid {relid}; look at the machine's log",
+    }.get(number, f"relid {relid} is not open, or the host refused; open it first (`vmbus-emu ctl bind`)")
+
+
+@_call("cpu_online")
+def cpu_online(current: Current, asked: Values) -> Values:
+    """`echo 0|1 >/sys/devices/system/cpu/cpuN/online`."""
+    cpu, online = int(asked["cpu"]), bool(asked["online"])
+    result = (cpu_up if online else cpu_down)(current, cpu)
+    if result == -errno.EINVAL:
+        raise CallFailed(errno.EINVAL, f"there is no CPU {cpu}; `vmbus-emu ctl cpus` lists them")
+    if result:
+        raise CallFailed(-result, _why_not_offline(current, cpu))
+    return _cpu(current, cpu)
+
+
+def _why_not_offline(current: Current, cpu: int) -> str:
+    """What holds a CPU, as far as it can be seen from here."""
+    if cpu == VMBUS_CONNECT_CPU:
+        return f"CPU {cpu} takes the host's messages; choose another"
+    relids = _cpu(current, cpu)["relids"]
+    if relids:
+        return f"the interrupts of relid {relids[0]} go to CPU {cpu}; `vmbus-emu ctl move {relids[0]} 0` first"
+    return f"CPU {cpu} runs a program, or an interrupt of it has not been taken; try again"
+
+
+@_call("cpus")
+def cpus(current: Current, _asked: Values) -> Values:
+    """Every CPU, whether it is online, and whose interrupts it takes."""
+    return {"cpus": [_cpu(current, number) for number in range(current.tables.layout.ncpus)]}
+
+
+def _cpu(current: Current, number: int) -> Values:
+    """A CPU as an answer says it."""
+    record = current.cpu_record(number)
+    with current.connection.channel_mutex.hold(current.actor):
+        relids = sorted(channel.relid for channel in placement.targets_of(current.tables, number))
+    return {
+        "cpu": number,
+        "vp_index": record.vp_index,
+        "online": record.online.load() != 0,
+        "channels": len(relids),
+        "relids": relids[:MOST_RELIDS],
+    }
 
 
 # -- faults ---------------------------------------------------------------------------------------------

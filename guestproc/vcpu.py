@@ -23,6 +23,7 @@ from emu.interrupts import (
     COMPUTING,
     IN_ISR,
     INTERRUPTS_OFF,
+    OFFLINE,
     InterruptRequester,
     Lapic,
     PollPolicy,
@@ -117,11 +118,12 @@ class Vcpu:
         self._softirq = False
         self._computing = False
         self._stopping = machine.control.state_word.load
+        self._wakeup = machine.wakeup(f"vp.{self.position}")
         self._halt = halt_of(
             self.trace,
             vps,
             vp_page_offset(self.position) + VP_RUN_STATE,
-            machine.wakeup(f"vp.{self.position}"),
+            self._wakeup,
             self._look,
             PollPolicy(machine.config["machine"]["poll"], lambda: self.expecting()),
             self.counters,
@@ -305,6 +307,18 @@ class Vcpu:
             halt.halt(HELD_NS)
             if self._deliverable():
                 self.take_interrupts()
+
+    def play_dead(self, start: Callable[[], bool]) -> None:
+        """Offline: take no interrupt until `start()`, which a token to this VP's semaphore is the hint for.
+
+        What is requested meanwhile stays in the request words, and is taken at the next safe point. MachineStopping.
+        """
+        self._set_state(OFFLINE)
+        self.counters.flush()
+        while not start():
+            raise_if_stopping(self)
+            self._wakeup.block(LONG_WATCHDOG_S)
+        self._set_state(AWAKE)
 
     def _look(self) -> bool:
         return self._deliverable() or self.softirq_pending() or self._stopping() == STOPPING

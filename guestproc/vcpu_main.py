@@ -30,9 +30,8 @@ from guestproc.user import end_user_space
 from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
+from guestproc.vmbus.cpu_hotplug import cpuhp_thread_fun, hv_synic_online
 from guestproc.vmbus.device import vmbus_shutdown
-from guestproc.vmbus.hv import hv_synic_init
-from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
 from guestproc.vmbus.vector import Gate
 
@@ -79,6 +78,7 @@ def _serve(current: Current, vcpu: Vcpu) -> None:
         elif vcpu.cpu == BOOT_CPU and control.shutdown_requested and not control.shutdown_done:
             _shut_down(current)
         else:
+            cpuhp_thread_fun(current, vcpu.play_dead)
             vcpu.idle(IDLE_NS)
 
 
@@ -197,12 +197,9 @@ def _come_online(vcpu: Vcpu, report: Report) -> Current:
 
 
 def _synic_online(current: Current, vcpu: Vcpu) -> None:
-    """`hv_synic_init` on this CPU, with its gate and its pages at hand before the first interrupt."""
-    assert current.tasklets is not None
+    """The gate first, which stays; then this CPU's SynIC."""
     Gate(current, vcpu).install()
-    current.percpu = PerCpuContext(current, current.tasklets)
-    hv_synic_init(current)
-    current.connection.state_wait.wake_all(current.actor)
+    hv_synic_online(current)
 
 
 # -- going down -------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ enum vmbus_emu_run_state {
 	VMBUS_EMU_RUN_STATE_COMPUTING = 2,
 	VMBUS_EMU_RUN_STATE_IN_ISR = 3,
 	VMBUS_EMU_RUN_STATE_INTERRUPTS_OFF = 4,
+	VMBUS_EMU_RUN_STATE_OFFLINE = 5,
 };
 
 /* State word of an exit slot. */

@@ -44,7 +44,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "ps": Entry("Machines", "List the machines that run, and those that died and left something."),
     "stop": Entry("Machines", "Stop a running machine and wait until nothing of it is left."),
     "clean": Entry("Machines", "Remove what killed machines left behind; running machines are not touched."),
-    "ctl": Entry("Machines", "Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail."),
+    "ctl": Entry("Machines", "Offer and rescind devices, bind drivers, move interrupts, let steps of the guest fail."),
     "ls": Entry("Look", "List a machine's devices as the kernel's lsvmbus does."),
     "inspect": Entry("Look", "Show a machine's whole state as a tree, live or as it died."),
     "matrix": Entry("Look", "Boot every era of the guest on every version of the host."),

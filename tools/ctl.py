@@ -17,6 +17,7 @@ from emu.scenario import parse_device
 from emu.scenario_text import Nonsense, guid
 from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
+from tools.ctl_cpus import CPU_COMMANDS
 from tools.ctl_guest import GUEST_COMMANDS
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option, relid_of
@@ -29,7 +30,7 @@ _LOOK_S: Final = 0.001
 @click.group(invoke_without_command=True)
 @click.pass_context
 def ctl(ctx: click.Context) -> None:
-    """Offer and rescind a machine's devices, bind its drivers, let its guest's steps fail.
+    """Offer and rescind devices, bind drivers, move interrupts, let steps of the guest fail.
 
     \b
     Example:
@@ -41,7 +42,7 @@ def ctl(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in GUEST_COMMANDS:
+for command in (*GUEST_COMMANDS, *CPU_COMMANDS):
     ctl.add_command(command)
 
 

@@ -53,7 +53,7 @@ def ask_guest(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     return OrderDesk(machine.control).ask(Recipient.GUEST, what, wake, **arguments)
 
 
-def _ask(name: str | None, what: str, **arguments: Any) -> dict[str, Any]:
+def ask(name: str | None, what: str, **arguments: Any) -> dict[str, Any]:
     """Ask it of the chosen machine; the answer, with the machine's name in front."""
     with machine_with_guest(name) as machine:
         return {"machine": machine.name, **ask_guest(machine, what, **arguments)}
@@ -107,7 +107,7 @@ def bind(driver: str, device: str, machine_name: str | None, as_json: bool) -> N
       vmbus-emu ctl bind hv_echo 3
     """
     _in_order(f"bind {device} {driver}", driver, device)
-    _show_device("bind", _ask(machine_name, "bind", driver=driver, device=device), as_json)
+    _show_device("bind", ask(machine_name, "bind", driver=driver, device=device), as_json)
 
 
 @click.command()
@@ -123,7 +123,7 @@ def unbind(device: str, machine_name: str | None, as_json: bool) -> None:
     Example:
       vmbus-emu ctl unbind 3
     """
-    _show_device("unbind", _ask(machine_name, "unbind", device=device), as_json)
+    _show_device("unbind", ask(machine_name, "unbind", device=device), as_json)
 
 
 @click.command()
@@ -144,7 +144,7 @@ def override(device: str, driver: str, machine_name: str | None, as_json: bool) 
     """
     _in_order(f"override {driver} {device}", driver, device)
     name = "" if driver == NO_OVERRIDE else driver
-    _show_device("override", _ask(machine_name, "override", device=device, driver=name), as_json)
+    _show_device("override", ask(machine_name, "override", device=device, driver=name), as_json)
 
 
 def _show_device(command: str, answer: dict[str, Any], as_json: bool) -> None:
@@ -206,7 +206,7 @@ def register(driver: str, machine_name: str | None, as_json: bool) -> None:
     Example:
       vmbus-emu ctl register hv_echo
     """
-    _show_drivers("register", _ask(machine_name, "register", driver=driver), as_json)
+    _show_drivers("register", ask(machine_name, "register", driver=driver), as_json)
 
 
 @click.command()
@@ -222,7 +222,7 @@ def unregister(driver: str, machine_name: str | None, as_json: bool) -> None:
     Example:
       vmbus-emu ctl unregister hv_echo
     """
-    _show_drivers("unregister", _ask(machine_name, "unregister", driver=driver), as_json)
+    _show_drivers("unregister", ask(machine_name, "unregister", driver=driver), as_json)
 
 
 @click.command()
@@ -237,7 +237,7 @@ def drivers(machine_name: str | None, as_json: bool) -> None:
     Example:
       vmbus-emu ctl drivers
     """
-    answer = _ask(machine_name, "drivers")
+    answer = ask(machine_name, "drivers")
     if as_json:
         print_json("ctl-drivers", 1, answer)
         return
@@ -293,7 +293,7 @@ def fail(where: str, times: int, relid: int | None, machine_name: str | None, as
       vmbus-emu ctl fail probe_hang --relid 9
       vmbus-emu ctl fail probe_hang --times 0
     """
-    answer = _ask(machine_name, "fail", where=where.upper(), times=times, relid=relid or 0)
+    answer = ask(machine_name, "fail", where=where.upper(), times=times, relid=relid or 0)
     planned = [{**one, "where": one["where"].lower()} for one in answer["faults"]]
     if as_json:
         print_json("ctl-fail", 1, {**answer, "faults": planned})

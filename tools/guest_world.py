@@ -43,6 +43,7 @@ from guestproc.kernel.workqueue import WORKERS, QueueNumber
 from guestproc.protocol.era import ERAS
 from guestproc.vcpu import Vcpu, WorkerThread
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start
+from guestproc.vmbus.cpu_hotplug import cpuhp_thread_fun
 from guestproc.vmbus.ring_buffer import RingCache
 from hostproc.partition import Partition
 
@@ -389,6 +390,7 @@ class World:
             if self._tasks[cpu.cpu]:
                 self._tasks[cpu.cpu].popleft().run(current)
             else:
+                cpuhp_thread_fun(current, cpu.play_dead)
                 cpu.idle(SECOND_NS)
 
     def _work(self, current: Current, queue: QueueNumber, worker: int) -> None:

@@ -174,7 +174,7 @@ CHANNEL_ATTRIBUTES: Final = (
     Spec("in_mask", ring(INBOUND, lambda words: words.interrupt_mask, str)),
     Spec("read_avail", ring(INBOUND, lambda words: words.bytes_to_read, str)),
     Spec("write_avail", ring(OUTBOUND, lambda words: words.bytes_to_write, str)),
-    Spec("cpu", word(lambda shown: shown.channel.target_cpu.load()), mode=0o644, seed_mode=0o444),
+    Spec("cpu", word(lambda shown: shown.channel.target_cpu.load()), mode=0o644, seed_mode=0o444, call=("move", "cpu")),
     Spec("pending", monitor(CLIENT, lambda words: words.pending), monitor=True),
     Spec("latency", monitor(CLIENT, lambda words: words.latency), monitor=True),
     Spec("interrupts", word(lambda shown: shown.channel.interrupts)),

@@ -202,10 +202,11 @@ class DeviceDirectory(Directory):
         store = None
 
         if call:
-            instance = instance_of(shown.device)
+            # A channel's file is its relid's, a device's its instance's.
+            named = str(channel.relid) if specs is CHANNEL_ATTRIBUTES else instance_of(shown.device)
 
             def store(text: str) -> None:
-                self._call(call, {"device": instance, argument: text.rstrip("\n")})
+                self._call(call, {"device": named, argument: text.rstrip("\n")})
 
         return Attribute(lambda: settled(look), spec.mode_in(self._view.tables.era), store)
 

@@ -87,6 +87,16 @@ class CallbackMode(IntEnum):
     ISR = 2
 
 
+class Hotplug(IntEnum):
+    """What a processor is asked to do, and how far it is with it."""
+
+    NOTHING = 0
+    DOWN = 1
+    UP = 2
+    TAKEN = 3
+    DONE = 4
+
+
 class Connection(Record, permanent=True):
     """`vmbus_connection`, and the kernel's other globals; the one record of its table."""
 
@@ -109,12 +119,14 @@ class Connection(Record, permanent=True):
     chn_msg_list = list_head("channelmsg_lock: requests that await a reply, through msglistentry")
     channel_mutex = mutex(Rank.CHANNEL)
     cpus_mutex = mutex(Rank.CPUS)
+    cpus_readers = Atomic32("atomic: counted up under cpus_mutex (`kernel.cpus`)")
     driver_mutex = mutex(Rank.DRIVER_LIST)
     channelmsg_lock = spinlock(Rank.CHANNELMSG)
     bind_channel_to_cpu_lock = spinlock(Rank.LEAF)
     unload_event = completion()
     ready_for_suspend_event = completion()
     ready_for_resume_event = completion()
+    cpus_wait = wait_queue("atomic: woken when cpus_readers falls to 0")
     offer_wait = wait_queue("atomic: woken when offer_in_progress falls to 0")
     state_wait = wait_queue("atomic: woken after any change that a task may wait for (a channel's state, a device)")
     tasklet_idle = wait_queue("atomic: woken when a tasklet that somebody waits for is idle")
@@ -133,6 +145,8 @@ class Cpu(Record, permanent=True):
 
     isr_sequence = Atomic32("atomic: odd while this processor is in an ISR")
     online = Atomic32("atomic: 1 from hv_synic_init until hv_synic_cleanup")
+    hotplug = Atomic32("atomic: a Hotplug; who asks owns cpus_mutex")
+    hotplug_error = Word(4, "this processor's own, written before hotplug is DONE: errno, 0: it has gone, or come")
     actor = Atomic32("atomic: number of the actor that is this processor, 0 if none runs")
     vp_index = Word(4, "once: written at boot")
     interrupts = Word(8, "this processor's own: entries of vector 0xF3")

@@ -43,10 +43,11 @@ class Place(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """What became of a new channel; `refusal` says why it was not entered."""
+    """Where a new channel belongs; `refusal` says why nowhere, `primary` is that of a sub-channel."""
 
     place: Place
     refusal: ProtocolViolation | None = None
+    primary: Channel | None = None
 
 
 def checked_offer(payload: bytes) -> OfferChannel:
@@ -110,10 +111,15 @@ def primary_of(tables: KernelTables, channel: Channel) -> Channel | None:
 
 
 def enter_channel(tables: KernelTables, channel: Channel) -> Entered:
-    """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`).
+    """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`)."""
+    entered = choose_place(tables, channel)
+    if entered.refusal is None:
+        publish(tables, channel, entered)
+    return entered
 
-    Era `seed` places it later, in the work item.
-    """
+
+def choose_place(tables: KernelTables, channel: Channel) -> Entered:
+    """Find its device, and who takes its interrupts; era `seed` chooses that later, in the work item."""
     relid = channel.relid
     places = not era_of(tables).percpu_lists
     if tables.relids.load(relid):
@@ -123,23 +129,28 @@ def enter_channel(tables: KernelTables, channel: Channel) -> Entered:
         # Also a sub-channel whose primary nobody knows: the kernel does not look at the index of a new GUID.
         if places:
             init_vp_index(tables, channel, others=())
-        tables.chn_list.append(channel)
-        tables.instances.add(channel)
-        place = Place.PRIMARY
-    elif channel.sub_channel_index:
+        return Entered(Place.PRIMARY)
+    if channel.sub_channel_index:
         if places:
             init_vp_index(tables, channel, others=_target_cpus(tables, primary))
+        return Entered(Place.SUB_CHANNEL, primary=primary)
+    text = f"offer of relid {relid} for a device that relid {primary.relid} is already"
+    return _refuse(Place.DUPLICATE, "offer-duplicate", text, relid)
+
+
+def publish(tables: KernelTables, channel: Channel, entered: Entered) -> None:
+    """Link it where it belongs, then its relid: from here on rescinds and interrupts find it."""
+    primary = entered.primary
+    if primary is None:
+        tables.chn_list.append(channel)
+        tables.instances.add(channel)
+    else:
         channel.affinity_policy = primary.affinity_policy
         channel.primary_channel = primary.handle
         tables.sc_list(primary).append(channel)
-        place = Place.SUB_CHANNEL
-    else:
-        text = f"offer of relid {relid} for a device that relid {primary.relid} is already"
-        return _refuse(Place.DUPLICATE, "offer-duplicate", text, relid)
     if closes_before_suspend(channel):
         tables.connection.nr_chan_close_on_suspend.fetch_add(1)
     tables.relids.publish(channel)
-    return Entered(place)
 
 
 def leave_lists(tables: KernelTables, channel: Channel) -> None:

@@ -87,6 +87,11 @@ def first_waiting_on(tables: KernelTables, channel: Channel) -> Request | None:
     return next(_first(tables, lambda request: request.waiting_channel == handle), None)
 
 
+def is_moving(tables: KernelTables, relid: int) -> bool:
+    """Whether a MODIFYCHANNEL of this relid waits for its answer."""
+    return any(request.msgtype == _MODIFYCHANNEL and request.child_relid == relid for request in tables.chn_msg_list)
+
+
 def answer(request: Request, payload: bytes) -> None:
     """Keep the reply with its request; the size is what says that one came."""
     request.response = payload
@@ -129,6 +134,14 @@ def open_result(request: Request, *, rescinded: bool) -> int:
     """0, -ENODEV when the channel was taken back meanwhile, -EAGAIN when the host refused to open it."""
     reply = _reply(request, OpenChannelResult)
     if rescinded or reply is None:
+        return -errno.ENODEV
+    return -errno.EAGAIN if reply.status else 0
+
+
+def modify_result(request: Request) -> int:
+    """0, -EAGAIN when the host refused, -ENODEV when the channel was taken back before it answered."""
+    reply = _reply(request, ModifyChannelResponse)
+    if reply is None:
         return -errno.ENODEV
     return -errno.EAGAIN if reply.status else 0
 

@@ -121,6 +121,23 @@ def _cpu_of_vp_0(tables: KernelTables) -> int:
     return next((cpu.index for cpu in tables.cpus.live() if cpu.vp_index == 0), 0)
 
 
+def retarget(tables: KernelTables, channel: Channel, cpu: int) -> None:
+    """Under channel_mutex: a channel's interrupts go to another CPU, and the count of who has which follows."""
+    origin = channel.target_cpu.load()
+    _place(tables, channel, cpu)
+    if hv_is_perf_channel(channel):
+        hv_update_allocated_cpus(tables, origin, cpu)
+
+
+def hv_update_allocated_cpus(tables: KernelTables, old_cpu: int, new_cpu: int) -> None:
+    """One channel more on a CPU, one less on another, which stays allocated while others have it."""
+    connection = tables.connection
+    for node in range(connection.nr_numa_nodes):
+        if connection.numa_cpus[node] >> new_cpu & 1:
+            connection.hv_numa_map[node] |= 1 << new_cpu
+    _clear_allocated_cpu(tables, old_cpu)
+
+
 def give_cpu_back(tables: KernelTables, channel: Channel) -> None:
     """For a channel that is on no list any more: its CPU may be chosen first again.
 
@@ -134,14 +151,28 @@ def give_cpu_back(tables: KernelTables, channel: Channel) -> None:
             if primary is not None:
                 primary.alloced_cpus_in_node &= ~(1 << cpu)
         return
-    if not hv_is_perf_channel(channel):
-        return
+    if hv_is_perf_channel(channel):
+        _clear_allocated_cpu(tables, cpu)
+
+
+def _clear_allocated_cpu(tables: KernelTables, cpu: int) -> None:
+    """`hv_clear_allocated_cpu`: unless another channel of a fast device has it."""
     if any(other.target_cpu.load() == cpu and hv_is_perf_channel(other) for other in _all_channels(tables)):
         return
     connection = tables.connection
     for node in range(connection.nr_numa_nodes):
         if connection.numa_cpus[node] >> cpu & 1:
             connection.hv_numa_map[node] &= ~(1 << cpu)
+
+
+def is_target(tables: KernelTables, cpu: int) -> bool:
+    """Under channel_mutex: whether the interrupts of any channel or sub-channel come to this CPU."""
+    return next(targets_of(tables, cpu), None) is not None
+
+
+def targets_of(tables: KernelTables, cpu: int) -> Iterator[Channel]:
+    """Under channel_mutex: the channels whose interrupts come to this CPU."""
+    return (channel for channel in _all_channels(tables) if channel.target_cpu.load() == cpu)
 
 
 def _all_channels(tables: KernelTables) -> Iterator[Channel]:

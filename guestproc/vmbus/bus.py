@@ -15,8 +15,9 @@ from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.numbers import Handlers, Ipis
 from guestproc.vmbus.channel_mgmt import vmbus_free_channels
 from guestproc.vmbus.connection import vmbus_connect, vmbus_disconnect, vmbus_request_offers
+from guestproc.vmbus.cpu_hotplug import hv_synic_cleanup
 from guestproc.vmbus.device import vmbus_driver_register, vmbus_driver_unregister
-from guestproc.vmbus.hv import hv_synic_alloc, hv_synic_cleanup, hv_synic_free, hyperv_cleanup, hyperv_init
+from guestproc.vmbus.hv import hv_synic_alloc, hv_synic_free, hyperv_cleanup, hyperv_init
 from guestproc.vmbus.vector import hv_remove_vmbus_irq, hv_setup_vmbus_irq
 
 if TYPE_CHECKING:

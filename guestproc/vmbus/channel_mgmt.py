@@ -30,6 +30,7 @@ from emu.tracing import (
 )
 from emu.wire.guids import guid_from_wire
 from emu.wire.messages import HEADER, OfferChannel, RescindChannelOffer, parse
+from guestproc.kernel.cpus import cpus_read_lock
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
@@ -217,11 +218,14 @@ def _allocate_channel(current: Current, offer: OfferChannel, payload: bytes) -> 
 def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work: WorkItem) -> None:
     """Primary or sub-channel? Link it, publish its relid, and queue the half that may wait for the host."""
     connection, actor, queues = current.connection, current.actor, current.tables.work_queues
-    with connection.cpus_mutex.hold(actor), connection.channel_mutex.hold(actor):
+    # No processor goes between its choice and the moment when who takes one down finds the channel (races.md F3).
+    with cpus_read_lock(connection, actor), connection.channel_mutex.hold(actor):
         # Under the mutex, which a rescind takes when it saw the count fall: it finds the channel.
         if current.era.early_offer_done:
             offer_done(current)
-        entered = offers.enter_channel(current.tables, newchannel)
+        entered = offers.choose_place(current.tables, newchannel)
+        if entered.refusal is None:
+            offers.publish(current.tables, newchannel, entered)
         if not current.era.early_offer_done:
             offer_done(current)
     if entered.refusal is not None:
@@ -240,9 +244,11 @@ def vmbus_add_channel_work(current: Current, item: WorkItem) -> None:
     """The second half of an offer: device and driver for a primary, the driver's callback for a sub-channel."""
     newchannel = current.channel(item.arguments[0])
     if current.era.percpu_lists:
-        with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
-            init_vp_index_seed(current.tables, newchannel)
-        run_on_target_cpu(current, newchannel, Ipis.PERCPU_CHANNEL_ENQ)
+        # As in `vmbus_process_offer`; the article's kernel chooses without the lock.
+        with cpus_read_lock(current.connection, current.actor):
+            with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
+                init_vp_index_seed(current.tables, newchannel)
+            run_on_target_cpu(current, newchannel, Ipis.PERCPU_CHANNEL_ENQ)
     newchannel.state.store(ChannelState.OPEN_STATE)
     done = _add_sub_channel if newchannel.primary_channel else _add_primary
     if done(current, newchannel):

@@ -20,7 +20,6 @@ from emu.tracing import (
     E_VMBUS_NEGOTIATE_VERSION,
     E_VMBUS_RELEASE_RELID,
     E_VMBUS_REQUEST_OFFERS,
-    E_VMBUS_SEND_MODIFYCHANNEL,
     E_VMBUS_SETEVENT,
 )
 from emu.wire.hypercalls import VMBUS_MESSAGE_CONNECTION_ID, VMBUS_MESSAGE_CONNECTION_ID_4
@@ -29,7 +28,6 @@ from emu.wire.messages import (
     InitiateContact,
     Message,
     MessageType,
-    ModifyChannel,
     RelidReleased,
     RequestOffers,
     Unload,
@@ -217,13 +215,6 @@ def vmbus_release_relid(current: Current, relid: int, generation: int = 0) -> in
     result = vmbus_post_msg(current, RelidReleased(relid))
     current.record(E_VMBUS_RELEASE_RELID, relid, result)
     current.record(E_RELEASE, relid, generation, result)
-    return result
-
-
-def vmbus_send_modifychannel(current: Current, channel: Channel, target_vp: int) -> int:
-    """Ask the host to interrupt another VP for this channel (4.1 and later)."""
-    result = vmbus_post_msg(current, ModifyChannel(channel.relid, target_vp))
-    current.record(E_VMBUS_SEND_MODIFYCHANNEL, channel.relid, target_vp, result)
     return result
 
 

@@ -1,7 +1,7 @@
 """The guest's hypervisor layer: hypercalls and registers, SynIC pages, bring-up and shut-down of a CPU's SynIC.
 
 Stands for drivers/hv/hv.c and the register order of reference 3.1: SIMP, SIEFP, SINT2, SCONTROL on the way
-up; SINT2 masked, SIMP, SIEFP, SCONTROL on the way down.
+up; SINT2 masked, SIMP, SIEFP, SCONTROL on the way down. Who asks whether a CPU may go is `cpu_hotplug`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory
 from emu.layout import ExitOperation
-from emu.tracing import E_CPU_OFFLINE, E_CPU_ONLINE
+from emu.tracing import E_CPU_ONLINE
 from emu.wire.hypercalls import HV_HYPERCALL_FAST, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT
 from emu.wire.synic import (
     CPUID_ENLIGHTENMENT_INFO,
@@ -41,10 +41,9 @@ from emu.wire.synic import (
     HYPERVISOR_CALLBACK_VECTOR,
     VMBUS_MESSAGE_SINT,
 )
-from guestproc.kernel.functions import IPI_FUNCTIONS
 from guestproc.kernel.pages import PageOwner, owned_by
-from guestproc.protocol.numbers import Ipis, Tasklets
-from guestproc.vmbus.hyperv_timer import hv_stimer_legacy_cleanup, hv_stimer_legacy_init
+from guestproc.protocol.numbers import Tasklets
+from guestproc.vmbus.hyperv_timer import hv_stimer_legacy_init
 from guestproc.vmbus.registers import cpuid, rdmsr, wrmsr
 
 if TYPE_CHECKING:
@@ -138,26 +137,11 @@ def hv_synic_init(current: Current) -> None:
 
 
 def hv_synic_disable_regs(current: Current) -> None:
-    """This CPU's SynIC down again, in the order of reference 3.1."""
+    """This CPU's SynIC down again, in the order of reference 3.1; what its pages hold is gone with them."""
     wrmsr(current, _SINT2, rdmsr(current, _SINT2) | HV_SYNIC_SINT_MASKED)
     wrmsr(current, HV_X64_MSR_SIMP, rdmsr(current, HV_X64_MSR_SIMP) & ~_PAGE_BASE & ~HV_SYNIC_SIMP_ENABLE)
     wrmsr(current, HV_X64_MSR_SIEFP, rdmsr(current, HV_X64_MSR_SIEFP) & ~_PAGE_BASE & ~HV_SYNIC_SIEFP_ENABLE)
     wrmsr(current, HV_X64_MSR_SCONTROL, rdmsr(current, HV_X64_MSR_SCONTROL) & ~HV_SYNIC_CONTROL_ENABLE)
-
-
-@IPI_FUNCTIONS.register(Ipis.HV_SYNIC_CLEANUP)
-def hv_synic_cleanup(current: Current, _cpu: int = 0) -> None:
-    """Take this CPU's SynIC down when nothing is connected any more; runs on that CPU, also as an IPI.
-
-    A CPU that goes offline while the bus is connected has more to ask first (reference 3.1).
-    """
-    cpu = current.cpu_record()
-    # The ISR finds no page from here on (events and messages have none to lie in).
-    current.percpu = None
-    hv_stimer_legacy_cleanup(current)
-    hv_synic_disable_regs(current)
-    cpu.online.store(0)
-    current.record(E_CPU_OFFLINE, current.cpu, cpu.vp_index)
 
 
 def hv_post_message(current: Current, connection_id: int, payload: bytes) -> int:
