@@ -228,11 +228,18 @@ class Faults:
                 return Hit(fault, row.word, row.word_on)
         return None
 
-    def has(self, kind: FaultKind) -> bool:
-        """Whether one of this kind is on."""
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing at all is on: one cheap look instead of many."""
         if self._generation() != self._known:
             self._read()
-        return kind in self._rows
+        return not self._rows
+
+    def on(self, kind: FaultKind) -> list[Fault]:
+        """Those of this kind that are on."""
+        if self._generation() != self._known:
+            self._read()
+        return [row.fault for row in self._rows.get(kind, ())]
 
     def take_new(self, since: int) -> tuple[list[FaultKind], int]:
         """Kinds of what was turned on since serial `since`, and the newest serial now."""

@@ -29,6 +29,8 @@ MAX_TEXT: Final = 200
 MAX_TIME_NS: Final = 3_600_000_000_000
 MOST_TIMES: Final = (1 << 32) - 1
 LAST_RELID: Final = 2_047
+MAX_SLOT_OFFSET: Final = 239
+"""The last byte of a message's payload."""
 STATUS_UNSUCCESSFUL: Final = 0xC000_0001
 _UNITS: Final = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 _TIME: Final = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,9}))?(ns|us|ms|s)")
@@ -378,7 +380,8 @@ def _with_value(fault: Fault, value: str | None) -> Fault:
             offset, colon, byte = value.partition(":")
             if not colon:
                 raise Nonsense(f"{shown(value)} is no OFFSET:BYTE", f"write {name}={_value_example(form)}")
-            number = _number(offset, "the offset", 0, 0xFFFF_FFFF) << 8 | _number(byte, "the byte", 0, 0xFF)
+            most = MAX_SLOT_OFFSET if fault.spec.kind is FaultKind.HOST_MUTATE_SLOT else 0xFFFF_FFFF
+            number = _number(offset, "the offset", 0, most) << 8 | _number(byte, "the byte", 0, 0xFF)
             return replace(fault, number=number, has_value=True)
         case _:
             most = 0xFFFF_FFFF if form is Form.NUMBER else (1 << 64) - 1

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
+from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED
@@ -76,6 +77,8 @@ class Current:
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
         if has_points(self):
             rings.reader = lambda relid: partial(PointedConsumer, self, relid)
+        self.faults: Final = Faults(self.machine.control, self.trace.record if self.trace else None)
+        """What is to go wrong in this thread; looked at where a step may fail, never for a packet."""
         if self.trace:
             record_pages(tables.pages, self.trace)
         self._report: Final = report

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from emu.errors import DeadlinePassed
+from emu.errors import DeadlinePassed, UserError
 from emu.wire.versions import VERSION_WIN10_V4_1, version_text
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
 from guestproc.kernel.layout import Channel, Connection, ConnectionState, Device, Driver, KernelTables
 from guestproc.kernel.smp import ProcessorGone
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import devices, faults, placement
-from guestproc.protocol.faults import Fault
 from guestproc.protocol.numbers import Ipis
 from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
@@ -114,7 +113,7 @@ def end_user_space(current: Current) -> None:
     """Let no call begin, let those that hang go, and wait until all have ended."""
     connection = current.connection
     connection.user_calls.fetch_or(CLOSED)
-    faults.forget_all(current.tables)
+    faults.forget_all(current.faults.plan)
     connection.state_wait.wake_all(current.actor)
     if not connection.state_wait.wait_until_timeout(
         current.actor, lambda: connection.user_calls.load() == CLOSED, CALLS_END_TIMEOUT_NS
@@ -342,13 +341,14 @@ def _cpu(current: Current, number: int) -> Values:
 @_call("fail", sleeps=False)
 def fail(current: Current, asked: Values) -> Values:
     """Let a step fail the next `times` times, of one relid or of any; what is planned then."""
-    fault = Fault[asked["where"]]
-    faults.plan(current.tables, fault, asked["times"], asked["relid"])
-    if fault is Fault.PROBE_HANG and not asked["times"]:
-        faults.end_hangs(current.tables)
+    plan = current.faults.plan
+    try:
+        faults.plan(plan, asked["where"], asked["times"], asked["relid"])
+    except UserError as error:
+        raise CallFailed(errno.EBUSY, str(error)) from None
+    if not asked["times"]:
         current.connection.state_wait.wake_all(current.actor)
-    planned = faults.planned(current.tables)
-    return {"faults": [{"where": one.name, "times": n, "relid": relid} for one, (n, relid) in planned.items()]}
+    return {"faults": [{"where": at, "times": n, "relid": relid} for at, n, relid in faults.planned(plan)]}
 
 
 # -- time -----------------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ class Bus:
         self._outgoing: deque[tuple[SendMessage, int]] = deque()
         self.cause = 0
         """Serial of the guest's message that is being handled (0: none), for the trace."""
+        self._channel_class: type[HostChannel] = HostChannel
         # Below 2.4: the guest's page of bits, and (0.13) whose doorbell connection 2 is, by relid.
         self._interrupt_page: InterruptPage | None = None
         self._sharing: dict[int, int] = {}
@@ -424,7 +425,7 @@ class Bus:
             self._budget,
             None if instrument is None else lambda side, memory: instrument(relid, side, memory),
         )
-        channel = HostChannel(
+        channel = self._channel_class(
             key=key,
             relid=relid,
             sub_channel_index=effect.sub_channel_index,

@@ -60,6 +60,8 @@ class GuestPorts:
         self.port = MessagePort(partition.queues, GUEST_PORT_ID, 0, VMBUS_MESSAGE_SINT)
         self.port.on_buffer_free = on_buffer_free
         self._serial = 0
+        self.event_interrupt: Callable[[int, int], Callable[[int, int], None]] | None = None
+        """Gives what requests the interrupts of an event (its SINT and flag), where that may be late."""
         self.cause: Callable[[], int] = _no_cause
         """Serial of the guest's message that what is posted now answers; for the trace."""
 
@@ -76,10 +78,10 @@ class GuestPorts:
 
     def bind_event(self, vp_index: int, sint: int, flag: int) -> GuestEvent:
         """Make an event port for this flag."""
-        partition = self._partition
-        port = EventPort(
-            partition.synics, partition.request_interrupt, self._positions[vp_index], sint, flag, trace=partition.trace
-        )
+        partition, request = self._partition, self._partition.request_interrupt
+        if self.event_interrupt is not None:
+            request = self.event_interrupt(sint, flag)
+        port = EventPort(partition.synics, request, self._positions[vp_index], sint, flag, trace=partition.trace)
         return GuestEvent(self, port)
 
     def open_doorbell(self, connection_id: int, wake: Callable[[], None]) -> None:

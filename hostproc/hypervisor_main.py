@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from emu import cpuid, plugin
 from emu.control import ActorKind, Ready
 from emu.doorbells import DoorbellServer
 from emu.errors import UserError
+from emu.fault_plan import Faults
 from emu.gpadl import MapBudget
 from emu.interrupt_trace import halt_of, requester_of
 from emu.interrupts import InterruptRequester, PollPolicy
@@ -34,10 +36,13 @@ from emu.scenario import Scenario
 from emu.switches import Fix
 from emu.tracing import E_DOORBELL, E_FAULT, Context
 from emu.vmexit import ExitServer
-from hostproc.bus import Bus
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import add_plugins, new_backend, offer_of
+from hostproc.fault_bus import FaultyBus
+from hostproc.fault_interrupts import FaultyInterrupts, FaultyQueues
+from hostproc.live_faults import LiveFaults
 from hostproc.loop import LOOK_AGAIN_S, OWED_TOKEN_S, Loop
+from hostproc.message_queues import MessageQueues
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.points import HostPoints, NoPoints
@@ -88,6 +93,14 @@ class Hypervisor:
         self._published_ns = 0
         self._expecting_until = 0
         self._state_word = machine.control.state_word.load
+        self.faults = Faults(machine.control, self.trace.record if self.trace else None)
+        vp_indices: list[int] = machine.config["vp_indices"]
+        # Whether faults of packets and interrupts may be is decided here, once.
+        packets = bool(machine.config.get("faults"))
+        interrupts = FaultyInterrupts(self.faults, vp_indices, self.request_interrupt, self._call_later)
+        make_queues: Callable[..., MessageQueues] = MessageQueues
+        if packets:
+            make_queues = partial(FaultyQueues, self.faults, interrupts, self.memory, vp_indices)
         self.partition = Partition(
             self.memory,
             machine.config["vp_indices"],
@@ -102,6 +115,7 @@ class Hypervisor:
             trace=self.trace,
             points=self.points,
             fix=self.fix,
+            queues=make_queues,
         )
         self._timers = self.partition.timers
         self.exits = ExitServer(
@@ -113,8 +127,13 @@ class Hypervisor:
         )
         self.doorbells = DoorbellServer(machine.doorbells.view)
         self.upkeep = Upkeep(machine, leaves)
-        serve = self._serve_held if machine.races else self.serve
-        self.loop = Loop(serve=serve, halt=self._halt_for, stopping=self._stopping, now=machine.clock.now)
+        self._serve_inner = self._serve_with_faults if packets else self.serve
+        self.loop = Loop(
+            serve=self._serve_held if machine.races else self._serve_inner,
+            halt=self._halt_for,
+            stopping=self._stopping,
+            now=machine.clock.now,
+        )
         self._halt = halt_of(
             self.trace,
             machine.doorbells.view,
@@ -134,12 +153,13 @@ class Hypervisor:
             max_version=self.scenario.machine.host_version,
             features=self.scenario.machine.features,
         )
-        vp_indices: list[int] = machine.config["vp_indices"]
         guest_ports = GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake())
         server = Server(limits, policy_of(self.scenario.policy))
         if self.trace:
             server.watch(StateTrace(self.trace))
-        self.bus = Bus(
+        if packets:
+            guest_ports.event_interrupt = interrupts.of_event
+        self.bus = FaultyBus(
             server,
             guest_ports,
             self.loop,
@@ -148,15 +168,22 @@ class Hypervisor:
             trace=self.trace,
             instrument=self._recorded if self.trace else None,
             log=lambda text: report("log", "hypervisor", text),
+            faults=self.faults,
+            call_later=self._call_later,
+            now=machine.clock.now,
+            packets=packets,
         )
         guest_ports.cause = lambda: self.bus.cause
         self.control_plane = ControlPlane(
             self.partition, guest_ports, self.bus, self.loop, machine.control, self.scenario.machine.host_version
         )
         self.orders = HostOrders(machine.control, self.bus)
-        self._looks = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)
+        self._looks: tuple[Callable[[], int], ...] = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)
         if isinstance(self.points, HostPoints):
-            self._looks += self.points.loads
+            self._looks = (*self._looks, *self.points.loads)
+        if packets:
+            self.live_faults = LiveFaults(self.faults, self.bus, interrupts, self.partition)
+            self._looks = (*self._looks, self.live_faults.changed)
         self._ordered = self.orders.loads[0]
         self._first_exits = self.exits.loads[0]
         self._channel_bells = self.doorbells.loads[event_connection_id(0) >> 12]
@@ -194,7 +221,17 @@ class Hypervisor:
         assert isinstance(self.points, HostPoints)
         resumed = self.points.serve()
         self._changed |= resumed
-        return self.serve() or resumed
+        return self._serve_inner() or resumed
+
+    def _serve_with_faults(self) -> bool:
+        """The same, and what follows from a fault that was turned on or off."""
+        changed = self.live_faults.changed()
+        if changed:
+            self.live_faults.take_in()
+        return self.serve() or changed
+
+    def _call_later(self, delay_ns: int, action: Callable[[], None]) -> None:
+        self.loop.call_at(self.machine.clock.now() + delay_ns, action)
 
     def _serve_exits(self) -> None:
         requests = self.exits.take()

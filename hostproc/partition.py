@@ -77,7 +77,8 @@ class Partition:
     """Registers and hypercalls of a partition; see `execute`.
 
     `set_auto_eoi(position, vectors)` publishes a VP's auto-EOI words, `reset_words(position)` clears its
-    interrupt words, `attached(pid)` and `detached()` tell the hypervisor process about the guest.
+    interrupt words, `attached(pid)` and `detached()` tell the hypervisor process about the guest. `queues` makes the
+    message queues: plain ones, or some that are told what is to go wrong.
     """
 
     def __init__(
@@ -96,12 +97,13 @@ class Partition:
         trace: Recorder | None = None,
         points: NoPoints | None = None,
         fix: Fix = ALL_FIXED,
+        queues: Callable[..., MessageQueues] = MessageQueues,
     ) -> None:
         self.memory = memory
         overlays: Overlays = {}
         self.vps = [VpState(position, index, Synic(memory, overlays)) for position, index in enumerate(vp_indices)]
         self.synics = [vp.synic for vp in self.vps]
-        self.queues = MessageQueues(self.synics, request_interrupt, note_serial, trace, points or NoPoints(), fix)
+        self.queues = queues(self.synics, request_interrupt, note_serial, trace, points or NoPoints(), fix)
         self.timers = SyntheticTimers(
             len(vp_indices), self.queues, reference_time, lambda position: self.changed_vps.add(position), trace
         )

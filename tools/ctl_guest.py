@@ -19,13 +19,13 @@ import click
 from emu import plugin
 from emu.control import ActorKind, Control
 from emu.errors import UserError
+from emu.faults import MOST_TIMES, PLACES
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import USER_WAKEUP, Machine
 from emu.orders import OrderDesk, Recipient
 from emu.wire.device_classes import BY_NAME
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
 from guestproc.protocol import uevents as ring
-from guestproc.protocol.faults import MOST_TIMES, Fault
 from guestproc.protocol.uevents import Uevent
 from tools.machines import chosen_machine, runs
 from tools.options import json_option, machine_option, relid_of
@@ -272,7 +272,7 @@ def _print_drivers(rows: list[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.argument("where", type=click.Choice([fault.name.lower() for fault in Fault]), metavar="WHERE")
+@click.argument("where", type=click.Choice(PLACES), metavar="WHERE")
 @click.option(
     "--times", type=click.IntRange(0, MOST_TIMES), default=1, show_default=True, help="How often; 0 takes it back."
 )
@@ -283,8 +283,9 @@ def fail(where: str, times: int, relid: int | None, machine_name: str | None, as
     """Let a step of the guest fail, the next times.
 
     Prints what is planned. WHERE is alloc_channel or work_alloc (no memory for the channel, or for its second half),
-    device_create, device_register, add_kobj (of a channel's directory), probe (-EIO), or probe_hang: that one waits
-    until `--times 0`, the machine's shutdown, or 30 s.
+    device_create, device_register, add_kobj (of a channel's directory), message_work (for a message that a worker
+    takes), request (for one that is to be answered), probe (-EIO), or probe_hang: that one waits until `--times 0`,
+    the machine's shutdown, or 30 s.
 
     \b
     Example:
@@ -293,13 +294,13 @@ def fail(where: str, times: int, relid: int | None, machine_name: str | None, as
       vmbus-emu ctl fail probe_hang --relid 9
       vmbus-emu ctl fail probe_hang --times 0
     """
-    answer = ask(machine_name, "fail", where=where.upper(), times=times, relid=relid or 0)
-    planned = [{**one, "where": one["where"].lower()} for one in answer["faults"]]
+    answer = ask(machine_name, "fail", where=where, times=times, relid=relid or 0)
     if as_json:
-        print_json("ctl-fail", 1, {**answer, "faults": planned})
+        print_json("ctl-fail", 1, answer)
         return
-    for one in planned:
-        click.echo(f"{one['where']}: {one['times']} more" + (f", relid {one['relid']}" if one["relid"] else ""))
+    for one in answer["faults"]:
+        left = "every time" if one["times"] is None else f"{one['times']} more"
+        click.echo(f"{one['where']}: {left}" + (f", relid {one['relid']}" if one["relid"] else ""))
 
 
 # -- uevents --------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tools.state_node import Value
 NameOf = Callable[[int], str]
 """Name of an actor number."""
 
-SKIPPED: Final = frozenset({"offermsg", "driver_state", "hash_next", "response", "numa_cpus", "hv_numa_map", "faults"})
+SKIPPED: Final = frozenset({"offermsg", "driver_state", "hash_next", "response", "numa_cpus", "hv_numa_map"})
 
 
 def record_values(record: Record, name_of: NameOf, waiters: Table[Waiter]) -> dict[str, Value | dict[str, Value]]:

@@ -28,7 +28,7 @@ from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
 from guestproc.kernel.napi import napi
 from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, Zone
-from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64, field_of
+from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import tasklet
 from guestproc.kernel.wait import completion, wait_queue
@@ -49,7 +49,6 @@ INVALID_RELID: Final = 0xFFFFFFFF
 INSTANCE_BUCKETS: Final = 4096
 DRIVER_STATE_WORDS: Final = 32
 MAX_DYNAMIC_IDS: Final = 16
-MAX_FAULTS: Final = 16
 UEVENT_SLOTS: Final = 64
 UEVENT_BYTES: Final = 128
 
@@ -133,7 +132,6 @@ class Connection(Record, permanent=True):
     grace_wait = wait_queue("atomic: woken by ISRs that end while somebody waits for a grace period")
     numa_cpus = Words64(MAX_NUMA_NODES, "once: mask of the CPUs of each node, written at boot")
     hv_numa_map = Words64(MAX_NUMA_NODES, "channel_mutex (seed: bind_channel_to_cpu_lock): CPUs allocated, by node")
-    faults = Words64(MAX_FAULTS, "atomic: the faults to be injected (`protocol.faults`)")
     no_autoprobe = Atomic32("atomic: 1 while the bus's drivers_autoprobe is off: nobody is probed unasked")
     user_calls = Atomic32("atomic: calls of user space that run, and the bit that there may be no more")
     uevent_lock = spinlock(Rank.LEAF)
@@ -449,8 +447,6 @@ class KernelTables:
         self.pages: Final = PageAllocator(ram, self.zones.at(0), layout.tables["pages"].gpa)
         self.chn_list: Final = RecordList(self.connection.chn_list, self.channels, "listentry")
         self.chn_msg_list: Final = RecordList(self.connection.chn_msg_list, self.requests, "msglistentry")
-        faults = self.connection.gpa + field_of(Connection, "faults").offset
-        self.faults: Final = tuple(ram.u64(faults + 8 * number) for number in range(MAX_FAULTS))
 
     @classmethod
     def format(cls, buffer: Any, ncpus: int, era: Era, vp_indices: Sequence[int] | None = None) -> KernelTables:

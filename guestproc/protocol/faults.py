@@ -1,75 +1,52 @@
-"""Faults that a user asked for: which step shall fail, how often, for which relid.
+"""The guest's share of the fault plan: which allocation or step shall fail, how often, for which relid.
 
 The real kernel has its error exits for allocations and registrations that hardly ever fail; here they fail when
-they are told to. A word for each fault: how often it is still to happen, and for which relid (0: any). Nothing
-is drawn by lot, so a test that says "the next one" means it.
+they are told to, by `--fault alloc.fail=PLACE`, a scenario, a director, or `ctl fail`. All of them are rows of the
+one plan (`emu.fault_plan`); here is what `ctl fail` means in its terms, where a new wish for a place replaces the
+one before.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Final
 
-from emu.ipc.atomics import AtomicU64
-from guestproc.kernel.layout import MAX_FAULTS, KernelTables
+from emu.fault_plan import FaultPlan, Faults, Hit, PlannedFault
+from emu.faults import MOST_TIMES, PLACES, Fault, FaultKind, spec_of
 
-MOST_TIMES: Final = (1 << 32) - 1
-_HANGS_ENDED: Final = MAX_FAULTS - 1
-"""Word that counts how often hanging probes were let go."""
+__all__ = ["MOST_TIMES", "PLACES", "forget_all", "plan", "planned", "strikes"]
 
-
-class Fault(IntEnum):
-    """Where; the value is its word."""
-
-    ALLOC_CHANNEL = 0
-    WORK_ALLOC = 1
-    DEVICE_CREATE = 2
-    DEVICE_REGISTER = 3
-    ADD_KOBJ = 4
-    PROBE = 5
-    PROBE_HANG = 6
+_ALLOC_FAIL: Final = FaultKind.ALLOC_FAIL
 
 
-def plan(tables: KernelTables, fault: Fault, times: int, relid: int = 0) -> None:
-    """Let it happen the next `times` times, for this relid only unless that is 0; replaces what was planned."""
-    assert 0 <= times <= MOST_TIMES, f"{times} times"
-    _word(tables, fault).store(relid << 32 | times if times else 0)
+def strikes(faults: Faults, place: str, relid: int) -> Hit | None:
+    """Whether it happens here and now; counted if it does. What hangs goes on when the `Hit` is over."""
+    return faults.hit(_ALLOC_FAIL, place, relid=relid)
 
 
-def planned(tables: KernelTables) -> dict[Fault, tuple[int, int]]:
-    """What is still to happen: how often, and for which relid."""
-    words = {fault: _word(tables, fault).load() for fault in Fault}
-    return {fault: (word & MOST_TIMES, word >> 32) for fault, word in words.items() if word}
+def plan(plan_: FaultPlan, place: str, times: int, relid: int = 0) -> None:
+    """Let it happen the next `times` times, for this relid only unless that is 0; replaces what was planned there.
+
+    0 times take it back, and let go of what hangs there.
+    """
+    assert place in PLACES and 0 <= times <= MOST_TIMES, (place, times)
+    for row in _rows(plan_):
+        if row.fault.word == place and (not times or not row.spent):
+            plan_.off(row)
+    if times:
+        wanted = Fault(spec_of(_ALLOC_FAIL), word=place, has_value=True, relid=relid or None, times=times)
+        plan_.add(wanted)
 
 
-def strikes(tables: KernelTables, fault: Fault, relid: int) -> bool:
-    """Whether it happens here and now: then it is one time less."""
-    word = tables.faults[fault]
-    while seen := word.load():
-        if seen >> 32 not in (0, relid):
-            return False
-        left = seen - 1 if (seen - 1) & MOST_TIMES else 0
-        if word.cas(seen, left) == seen:
-            return True
-    return False
+def planned(plan_: FaultPlan) -> list[tuple[str, int | None, int]]:
+    """What is still to happen: where, how often (None: every time), and for which relid (0: any)."""
+    return [(row.fault.word, row.left, row.fault.relid or 0) for row in _rows(plan_) if not row.spent]
 
 
-def hangs_ended(tables: KernelTables) -> int:
-    """How often hanging probes were let go; one that hangs waits for the next time."""
-    return _word(tables, _HANGS_ENDED).load()
+def forget_all(plan_: FaultPlan) -> None:
+    """Nothing fails any more, and what hangs goes on; the caller wakes state_wait."""
+    for row in _rows(plan_):
+        plan_.off(row)
 
 
-def end_hangs(tables: KernelTables) -> None:
-    """Let every probe that hangs go on; the caller wakes state_wait."""
-    _word(tables, _HANGS_ENDED).fetch_add(1)
-
-
-def forget_all(tables: KernelTables) -> None:
-    """Nothing fails any more."""
-    for fault in Fault:
-        plan(tables, fault, 0)
-    end_hangs(tables)
-
-
-def _word(tables: KernelTables, number: int) -> AtomicU64:
-    return tables.faults[number]
+def _rows(plan_: FaultPlan) -> list[PlannedFault]:
+    return [row for row in plan_.rows() if row.on and row.fault.spec.kind is _ALLOC_FAIL]

@@ -36,7 +36,6 @@ from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import faults, offers, opening, pending, rescinds
-from guestproc.protocol.faults import Fault
 from guestproc.protocol.numbers import Ipis, Works
 from guestproc.protocol.offers import Place
 from guestproc.protocol.placement import hv_get_dev_type, init_vp_index_seed
@@ -207,10 +206,10 @@ def vmbus_onoffer(current: Current, payload: bytes) -> None:
 def _allocate_channel(current: Current, offer: OfferChannel, payload: bytes) -> tuple[WorkItem | None, Channel | None]:
     """The two records of an offer, as far as there are any."""
     tables, relid = current.tables, offer.child_relid
-    if faults.strikes(tables, Fault.WORK_ALLOC, relid):
+    if faults.strikes(current.faults, "work_alloc", relid):
         return None, None
     item = tables.work_queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, serial=current.serial)
-    if item is None or faults.strikes(tables, Fault.ALLOC_CHANNEL, relid):
+    if item is None or faults.strikes(current.faults, "alloc_channel", relid):
         return item, None
     return item, offers.new_channel(tables, offer, payload, current.serial)
 

@@ -22,12 +22,12 @@ from guestproc.kernel.layout import Channel, Device, Driver
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import devices, faults
 from guestproc.protocol.devices import DeviceState, DriverFlags
-from guestproc.protocol.faults import Fault
 from guestproc.protocol.uevents import Action
 from guestproc.vmbus.removal import hv_process_channel_removal
 from guestproc.vmbus.uevents import channel_uevent, device_uevent, driver_uevent
 
 if TYPE_CHECKING:
+    from emu.fault_plan import Hit
     from guestproc.current import Current
 
 HANG_TIMEOUT_NS: Final = 30 * SECOND_NS
@@ -44,7 +44,7 @@ def dev_name(device: Device) -> str:
 
 def vmbus_device_create(current: Current, channel: Channel) -> Device | None:
     """The device object of a primary channel; None when there is no record for it."""
-    if faults.strikes(current.tables, Fault.DEVICE_CREATE, channel.relid):
+    if faults.strikes(current.faults, "device_create", channel.relid):
         return None
     device = devices.create(current.tables, channel)
     if device is not None:
@@ -59,7 +59,7 @@ def vmbus_device_register(current: Current, device: Device) -> int:
     -EEXIST: its name is taken; -ENOMEM: told to fail; -ENODEV: no directory. Then it is known no more.
     """
     channel = current.channel(device.channel)
-    if faults.strikes(current.tables, Fault.DEVICE_REGISTER, channel.relid):
+    if faults.strikes(current.faults, "device_register", channel.relid):
         return -errno.ENOMEM
     with current.connection.channel_mutex.hold(current.actor):
         result = devices.register(current.tables, device)
@@ -108,7 +108,7 @@ def vmbus_add_channel_kobj(current: Current, channel: Channel) -> int:
 
     The tree itself is made from the records by whoever shows it.
     """
-    if faults.strikes(current.tables, Fault.ADD_KOBJ, channel.relid):
+    if faults.strikes(current.faults, "add_kobj", channel.relid):
         return -errno.ENOMEM
     primary = current.tables.channels.find(channel.primary_channel) if channel.primary_channel else channel
     if primary is None or not primary.device_obj:
@@ -154,9 +154,9 @@ def vmbus_probe(current: Current, device: Device, driver: HvDriver) -> int:
     relid = channel.relid
     _record_driver(current, "probe_start", relid, driver.number)
     # Not where a rescind waits for device_lock already: it is to wait for one that hangs, not for several in turn.
-    if not channel.rescind.load() and faults.strikes(current.tables, Fault.PROBE_HANG, relid):
-        _hang(current)
-    result = -errno.EIO if faults.strikes(current.tables, Fault.PROBE, relid) else driver.probe(current, device)
+    if not channel.rescind.load() and (hang := faults.strikes(current.faults, "probe_hang", relid)):
+        _hang(current, hang)
+    result = -errno.EIO if faults.strikes(current.faults, "probe", relid) else driver.probe(current, device)
     _record_driver(current, "probe", relid, driver.number, result)
     if result:
         device.probe_error = -result
@@ -174,12 +174,9 @@ def _record_driver(current: Current, event: str, relid: int, number: int, *resul
         current.record(spec.number, *spec.pack(relid, number, *result, name))
 
 
-def _hang(current: Current) -> None:
+def _hang(current: Current, hang: Hit) -> None:
     """A driver that waits for what does not come, until somebody lets it go; not for ever."""
-    ended = faults.hangs_ended(current.tables)
-    current.connection.state_wait.wait_until_timeout(
-        current.actor, lambda: faults.hangs_ended(current.tables) != ended, HANG_TIMEOUT_NS
-    )
+    current.connection.state_wait.wait_until_timeout(current.actor, lambda: hang.over, HANG_TIMEOUT_NS)
 
 
 def vmbus_remove(current: Current, device: Device) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 from emu.syncpoint import Point
 from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_VMBUS_ON_MSG_DPC, E_WORK_QUEUE
+from emu.wire.message_relid import relid_of
 from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
 from guestproc.kernel.layout import ConnectionState
 from guestproc.kernel.workqueue import WorkItem
+from guestproc.protocol import faults
 from guestproc.protocol.numbers import Tasklets, Works
 from guestproc.protocol.triage import MESSAGE_BYTES, Triage, payload_of, triage
 from guestproc.vmbus.channel_mgmt import MESSAGE_HANDLERS, offer_done, vmbus_onmessage
@@ -65,6 +67,8 @@ def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
     queues = current.tables.work_queues
     if current.armed[_BEFORE_ALLOC]:
         current.reach(_BEFORE_ALLOC)
+    if faults.strikes(current.faults, "message_work", relid_of(message.payload)):
+        return False
     item = queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), copy, serial)
     if item is None:
         return False

@@ -15,7 +15,7 @@ from emu.tracing import E_REQ_ALLOC, E_REQ_FREE
 from emu.wire.messages import MessageType
 from guestproc.kernel.layout import Request
 from guestproc.kernel.wait import SECOND_NS
-from guestproc.protocol import pending
+from guestproc.protocol import faults, pending
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -28,6 +28,8 @@ def enter_request(
     current: Current, msgtype: MessageType, *, child_relid: int = 0, openid: int = 0, gpadl: int = 0, channel: int = 0
 ) -> Request | None:
     """A request on chn_msg_list, before its message is posted; None when there is no record for it (-ENOMEM)."""
+    if faults.strikes(current.faults, "request", child_relid):
+        return None
     request = pending.new_request(
         current.tables,
         msgtype,

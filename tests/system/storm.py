@@ -29,7 +29,7 @@ from tools.launch import RunningMachine
 
 CLASSES: Final = ("echo", "nic", "kvp", "scsi")
 DRIVERS: Final = ("hv_echo", "uio_hv_generic")
-FAULTS: Final = ("ALLOC_CHANNEL", "WORK_ALLOC", "DEVICE_CREATE", "DEVICE_REGISTER", "ADD_KOBJ", "PROBE")
+FAULTS: Final = ("alloc_channel", "work_alloc", "device_create", "device_register", "add_kobj", "probe")
 MOST_DEVICES: Final = 24
 MOST_TASKS: Final = 40
 """The board of programs has 64 rows, and they are not given back."""

@@ -7,25 +7,25 @@ from itertools import product
 
 import pytest
 
+from emu.fault_plan import FaultPlan, Faults
 from emu.wire.messages import MessageType
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
-from guestproc.kernel.layout import Channel, ChannelState, KernelTables
+from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import faults, uevents
-from guestproc.protocol.faults import Fault
 from tests.guestproc.world import World
 
 T = MessageType
 SUB_CREATED = 920
 LINES = {
-    Fault.ALLOC_CHANNEL: "Unable to allocate channel object",
-    Fault.WORK_ALLOC: "Unable to allocate channel object",
-    Fault.DEVICE_REGISTER: "unable to add child device object (relid 9)",
-    Fault.ADD_KOBJ: "unable to add child device object (relid 9)",
+    "alloc_channel": "Unable to allocate channel object",
+    "work_alloc": "Unable to allocate channel object",
+    "device_register": "unable to add child device object (relid 9)",
+    "add_kobj": "unable to add child device object (relid 9)",
 }
 """What the kernel's log says; device_create and a sub-channel's directory fail without a word."""
-OF_PRIMARY = (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC, Fault.DEVICE_CREATE, Fault.DEVICE_REGISTER, Fault.ADD_KOBJ)
-OF_SUB = (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC, Fault.ADD_KOBJ)
-IN_THE_WORK = (Fault.DEVICE_CREATE, Fault.DEVICE_REGISTER, Fault.ADD_KOBJ)
+OF_PRIMARY = ("alloc_channel", "work_alloc", "device_create", "device_register", "add_kobj")
+OF_SUB = ("alloc_channel", "work_alloc", "add_kobj")
+IN_THE_WORK = ("device_create", "device_register", "add_kobj")
 
 
 @CHANNEL_CALLBACKS.register(SUB_CREATED)
@@ -34,9 +34,9 @@ def must_not_be_told(current: object, channel: object) -> None:
     raise AssertionError("called for a sub-channel that could not be added")
 
 
-def plan(world: World, fault: Fault, times: int = 1, relid: int = 0) -> None:
+def plan(world: World, fault: str, times: int = 1, relid: int = 0) -> None:
     """Let it fail."""
-    faults.plan(world.tables, fault, times, relid)
+    faults.plan(FaultPlan(world.machine.control), fault, times, relid)
 
 
 def nothing_left_of(world: World, *relids: int) -> None:
@@ -62,36 +62,41 @@ def primary(booted: World) -> Channel:
 # -- the plan -------------------------------------------------------------------------------------------
 
 
-def test_fault_strikes_as_often_as_planned(tables: KernelTables) -> None:
+def test_fault_strikes_as_often_as_planned(world: World) -> None:
     """Of any relid, or of one; then no more, and no other fault."""
-    faults.plan(tables, Fault.PROBE, 2)
-    faults.plan(tables, Fault.ADD_KOBJ, 1, 7)
-    assert faults.planned(tables) == {Fault.PROBE: (2, 0), Fault.ADD_KOBJ: (1, 7)}
+    looked_up = Faults(world.machine.control)
+    faults.plan(looked_up.plan, "probe", 2)
+    faults.plan(looked_up.plan, "add_kobj", 1, 7)
+    assert faults.planned(looked_up.plan) == [("probe", 2, 0), ("add_kobj", 1, 7)]
 
-    assert [faults.strikes(tables, Fault.PROBE, relid) for relid in (1, 2, 3)] == [True, True, False]
-    assert [faults.strikes(tables, Fault.ADD_KOBJ, relid) for relid in (6, 7, 7)] == [False, True, False]
-    assert not faults.strikes(tables, Fault.DEVICE_CREATE, 7)
-    assert faults.planned(tables) == {}
+    assert [bool(faults.strikes(looked_up, "probe", relid)) for relid in (1, 2, 3)] == [True, True, False]
+    assert [bool(faults.strikes(looked_up, "add_kobj", relid)) for relid in (6, 7, 7)] == [False, True, False]
+    assert not faults.strikes(looked_up, "device_create", 7)
+    assert faults.planned(looked_up.plan) == []
 
 
-def test_plan_is_taken_back(tables: KernelTables) -> None:
+def test_plan_is_taken_back(world: World) -> None:
     """No times are none; `forget_all` forgets every fault and lets what hangs go."""
-    faults.plan(tables, Fault.PROBE, 3, 9)
-    faults.plan(tables, Fault.PROBE, 0, 9)
-    assert faults.planned(tables) == {}
-    faults.plan(tables, Fault.PROBE_HANG, 3)
-    before = faults.hangs_ended(tables)
-    faults.forget_all(tables)
+    looked_up = Faults(world.machine.control)
+    faults.plan(looked_up.plan, "probe", 3, 9)
+    faults.plan(looked_up.plan, "probe", 0, 9)
+    assert faults.planned(looked_up.plan) == []
+    faults.plan(looked_up.plan, "probe_hang", 1)
+    hang = faults.strikes(looked_up, "probe_hang", 9)
+    assert hang is not None and not hang.over
+    faults.plan(looked_up.plan, "probe_hang", 3)
+    assert not hang.over
+    faults.forget_all(looked_up.plan)
 
-    assert faults.planned(tables) == {}
-    assert faults.hangs_ended(tables) == before + 1
+    assert faults.planned(looked_up.plan) == []
+    assert hang.over
 
 
 # -- primaries ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", OF_PRIMARY, ids=lambda fault: fault.name)
-def test_offer_that_fails_is_given_back_once(booted: World, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", OF_PRIMARY, ids=str)
+def test_offer_that_fails_is_given_back_once(booted: World, fault: str) -> None:
     """RELID_RELEASED once, the kernel's line, nothing leaked; the same id is good for the next offer."""
     plan(booted, fault)
     booted.host.device(9)
@@ -111,7 +116,7 @@ def test_offer_that_fails_is_given_back_once(booted: World, fault: Fault) -> Non
 
 def test_directory_that_fails_closes_what_probe_opened(booted: World) -> None:
     """The driver had the device already: it is removed, its channel closed and torn down, then the id given back."""
-    plan(booted, Fault.ADD_KOBJ)
+    plan(booted, "add_kobj")
     booted.host.posted.clear()
     booted.host.device(9)
     booted.settle()
@@ -130,7 +135,7 @@ def test_directory_that_fails_closes_what_probe_opened(booted: World) -> None:
 
 def test_probe_that_fails_is_no_error_of_the_offer(booted: World) -> None:
     """The device stays, unbound; nothing is released before its rescind."""
-    plan(booted, Fault.PROBE)
+    plan(booted, "probe")
     booted.host.device(9)
     booted.settle()
     assert booted.host.released == []
@@ -143,7 +148,7 @@ def test_probe_that_fails_is_no_error_of_the_offer(booted: World) -> None:
 
 
 @pytest.mark.parametrize(("fault", "late"), list(product(IN_THE_WORK, (False, True))))
-def test_rescind_meets_an_offer_that_fails(booted: World, fault: Fault, late: bool) -> None:
+def test_rescind_meets_an_offer_that_fails(booted: World, fault: str, late: bool) -> None:
     """Claimed before the failure, or handled after it: one release, by one of the two; the id is good again."""
     plan(booted, fault)
     booted.host.device(9)
@@ -164,8 +169,8 @@ def test_rescind_meets_an_offer_that_fails(booted: World, fault: Fault, late: bo
     assert booted.shut_down() == {}
 
 
-@pytest.mark.parametrize("fault", (Fault.ALLOC_CHANNEL, Fault.WORK_ALLOC))
-def test_rescind_of_an_offer_that_was_never_a_channel(booted: World, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", ("alloc_channel", "work_alloc"))
+def test_rescind_of_an_offer_that_was_never_a_channel(booted: World, fault: str) -> None:
     """Its id was given back by the offer: the rescind finds nothing, and releases nothing."""
     plan(booted, fault)
     booted.host.device(9)
@@ -178,7 +183,7 @@ def test_rescind_of_an_offer_that_was_never_a_channel(booted: World, fault: Faul
 
 def test_fault_of_one_relid_leaves_the_others_alone(booted: World) -> None:
     """Three offers at once, the second fails: the others are opened."""
-    plan(booted, Fault.DEVICE_REGISTER, 1, 8)
+    plan(booted, "device_register", 1, 8)
     for relid in (7, 8, 9):
         booted.host.device(relid)
     booted.settle()
@@ -206,8 +211,8 @@ def test_many_offers_that_fail_everywhere(booted: World) -> None:
 # -- sub-channels ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", OF_SUB, ids=lambda fault: fault.name)
-def test_sub_channel_that_fails_is_given_back_once(booted: World, primary: Channel, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", OF_SUB, ids=str)
+def test_sub_channel_that_fails_is_given_back_once(booted: World, primary: Channel, fault: str) -> None:
     """Off its primary's list, released once, the driver does not hear of it; the primary goes on."""
     plan(booted, fault, 1, 9)
     booted.host.device(9, instance=5, index=1)
@@ -228,7 +233,7 @@ def test_sub_channel_that_fails_is_given_back_once(booted: World, primary: Chann
 @pytest.mark.parametrize("late", [False, True])
 def test_rescind_meets_a_sub_channel_that_fails(booted: World, primary: Channel, late: bool) -> None:
     """One release, by one of the two."""
-    plan(booted, Fault.ADD_KOBJ, 1, 9)
+    plan(booted, "add_kobj", 1, 9)
     booted.host.device(9, instance=5, index=1)
     booted.host.step()
     booted.turn("vcpu0")
