@@ -105,7 +105,13 @@ class Partition:
         self.synics = [vp.synic for vp in self.vps]
         self.queues = queues(self.synics, request_interrupt, note_serial, trace, points or NoPoints(), fix)
         self.timers = SyntheticTimers(
-            len(vp_indices), self.queues, reference_time, lambda position: self.changed_vps.add(position), trace
+            len(vp_indices),
+            self.queues,
+            reference_time,
+            lambda position: self.changed_vps.add(position),
+            trace,
+            points,
+            fix,
         )
         self.connections = Connections()
         self.request_interrupt = request_interrupt

@@ -14,9 +14,12 @@ Direct mode (an interrupt in place of the message) is not announced in CPUID, so
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from emu.errors import GeneralProtection
+from emu.switches import ALL_FIXED, Fix
+from emu.syncpoint import Point
 from emu.tracing import (
     E_TIMER_ARMED,
     E_TIMER_DELIVERED,
@@ -40,6 +43,9 @@ from emu.wire.synic import (
     stimer_sint,
 )
 from hostproc.message_queues import MessageQueues, QueuedMessage
+from hostproc.points import NoPoints
+
+_TIMER_RETRY: Final = int(Point.HOST_TIMER_RETRY)
 
 NEVER: Final = 1 << 80
 """Later than any expiry: a count has 64 bits."""
@@ -104,7 +110,11 @@ class SyntheticTimers:
         reference_time: Callable[[], int],
         changed: Callable[[int], None],
         trace: Recorder | None = None,
+        points: NoPoints | None = None,
+        fix: Fix = ALL_FIXED,
     ) -> None:
+        self._points: Final = points or NoPoints()
+        self._fix: Final = fix
         self._timers: Final = [
             [SyntheticTimer(position, index) for index in range(HV_SYNIC_STIMER_COUNT)] for position in range(vp_count)
         ]
@@ -231,10 +241,23 @@ class SyntheticTimers:
         ):
             self._record(E_TIMER_DROPPED, timer, expiration_time)
             return
+        if not self._fix.timer_waits_for_slot and self._queues.would_wait(timer.position, timer.sint):
+            if not self._points.armed[_TIMER_RETRY] or not self._points.hold(
+                _TIMER_RETRY, 0, partial(self._retry, timer)
+            ):
+                self._retry(timer)
+            return
         timer.message = TimerMessage(
             timer.index, expiration_time, lambda: self._delivered(timer, expiration_time), lambda: self._gone(timer)
         )
         self._queues.post(timer.position, timer.sint, timer.message)
+
+    def _retry(self, timer: SyntheticTimer) -> None:
+        """Wrong on purpose (races.md B5): armed again for now, and asked again before the guest may empty the slot."""
+        timer.config |= HV_STIMER_ENABLE
+        timer.expiration_time = self._reference_time()
+        self._armed[timer] = None
+        self._look_ahead()
 
     @staticmethod
     def _too_late(timer: SyntheticTimer, expiration_time: int, now: int) -> bool:
