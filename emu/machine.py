@@ -7,6 +7,7 @@ anything: it opens and maps.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 from collections.abc import Callable
@@ -56,6 +57,10 @@ USER_WAKEUP: Final = 16
 """The semaphore of the guest's user space (its first thread; the others' are behind it)."""
 
 
+MachinePage = tuple[int, list[int], list[tuple[int, int, int, int, int]]]
+"""Bytes of RAM, VP index of each page, rows of CPUID leaves: what the machine page says."""
+
+
 def wakeup_names(vp_count: int, *, races: bool = False) -> list[str]:
     """The part names of all semaphores of a machine; `races`: with those of sync points."""
     names = ["host"]
@@ -84,6 +89,7 @@ class Machine:
         self.races: bool = self.config.get("races", False)
         """Whether a director may hold its actors: processes then attach with sync points."""
         self._wakeups: dict[str, Wakeup] = {}
+        self._page: MachinePage | None = None
 
     # -- making and attaching -----------------------------------------------------------------------
 
@@ -128,7 +134,25 @@ class Machine:
         except BaseException:
             _unmake(made)
             raise
-        return cls(name, segments, control)
+        machine = cls(name, segments, control)
+        machine._page = ram_bytes, vp_indices, cpuid
+        return machine
+
+    def wipe(self) -> None:
+        """Power off: no RAM, no interrupt, no doorbell, no token, no record is left; names and configuration are.
+
+        For whoever made it, once every process of the machine is gone; they may then be started again.
+        """
+        assert self._page is not None, "a machine is reset by its maker"
+        self.ram.memory.madvise(mmap.MADV_REMOVE)
+        for segment in (self.vps, self.doorbells):
+            segment.memory[:] = bytes(segment.size)
+        self.trace.memory[:TRACE_HEAD_BYTES] = bytes(TRACE_HEAD_BYTES)
+        self.control.wipe()
+        for part in wakeup_names(self.vp_count, races=self.races):
+            while self.wakeup(part).try_take():
+                pass
+        write_machine_page(self.vps.view, *self._page)
 
     @classmethod
     def attach(cls, name: str) -> Machine:

@@ -304,6 +304,24 @@ class RunningMachine:
         while self._alive() and not self._zygote_gone and time.monotonic() < end + STOP_TIMEOUT_S:
             self.pump(0.2)
 
+    def power_cycle(self) -> None:
+        """Kill what runs in the machine, forget everything it held, and boot it again (see `wait_ready`).
+
+        For machines whose processes may all be killed: nothing is saved, nobody is asked. A death before that is over.
+        """
+        self._stopping = True
+        for name in self._alive():
+            self.link.send("kill", name)
+        self.wait_until(lambda: not self._alive(), STOP_TIMEOUT_S, "the machine's processes to end")
+        self._stopping = False
+        self.deaths.clear()
+        self.log.clear()
+        self.peers = None
+        self.inner = {name: inner for name, inner in self.inner.items() if name == "sweeper"}
+        self.machine.wipe()
+        self.machine.set_state(MachineState.RUNNING)
+        _fork_all(self, no_guest=self.machine.config["no_guest"])
+
     def _alive(self) -> list[str]:
         return [inner.name for inner in self.inner.values() if not inner.exited and inner.name != "sweeper"]
 
@@ -434,6 +452,10 @@ def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
         raise MissingPrerequisite("the zygote did not start within 60 s; is this computer overloaded?")
     running.machine.set_state(MachineState.RUNNING)
     running.link.send("attach", running.name)
+    _fork_all(running, no_guest=no_guest)
+
+
+def _fork_all(running: RunningMachine, *, no_guest: bool) -> None:
     names = process_names(running.machine.vp_count, no_guest=no_guest)
     expected = {"sweeper"}
     for name, (kind, number) in names.items():

@@ -95,8 +95,9 @@ def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, ser
     pending = _pending(current, hv_cpu) if current.fix.eom_after_clear else early
     current.record(E_SLOT_FREE, VMBUS_MESSAGE_SINT, old_type, serial, pending)
     if pending:
-        write_eom(current)
+        # Recorded before it is written: what it brings may interrupt us on the way back from that exit.
         current.record(E_EOM, current.hooks.position, VMBUS_MESSAGE_SINT)
+        write_eom(current)
 
 
 def _pending(current: Current, hv_cpu: PerCpuContext) -> int:
