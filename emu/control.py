@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgpack
 
-from emu.ipc.atomics import AtomicU64, AtomicView
+from emu.ipc.atomics import AtomicU32, AtomicU64, AtomicView
 from emu.ipc.clock import MachineClock
 from emu.ipc.rows import load_row, store_row
 from emu.ipc.segments import Segment
@@ -79,6 +79,11 @@ _STAGE_NS: Final = 64
 """Machine time of each stage of `Ready`, a u64 each."""
 _STATE: Final = 44
 _WATCHED_UNTIL: Final = 112
+_HOST_WAKES_NS: Final = 232
+"""When the host's halt ends by itself (u64 machine ns); written where somebody has to know."""
+
+_BLOCKED: Final = 120
+"""In an actor's row, behind what is copied as one: an `emu.blocked.Blocked` (u32), the actor's own."""
 
 
 class ActorState(IntEnum):
@@ -445,6 +450,15 @@ class Control:
             self.view.store_u32(at, ActorState.ALIVE)
             return self.row(slot)
         raise AssertionError(f"process table full: no row for {name}")
+
+    def blocked_word(self, slot: int) -> AtomicU32:
+        """Whether the actor in `slot` is inside a wait; 0 for those who do not say (see `emu.blocked`)."""
+        return self.view.cell_u32(self._row_offset(slot) + _BLOCKED)
+
+    @property
+    def host_wakes_ns(self) -> AtomicU64:
+        """Machine time at which the host's present halt ends by itself."""
+        return self.view.cell_u64(_HOST_WAKES_NS)
 
     def set_dead(self, slot: int, status: int) -> None:
         """The launcher's word that an actor is gone; `status` is its wait status."""

@@ -146,5 +146,7 @@ class Mirror:
         """The channel of this id, None while the host knows none."""
         at = self._control.mirror_channel_offset(relid)
         state, *words, if_type, if_instance = load_row(self._control.memory, at, _ROW)
+        if not state:
+            return None
         values: list[Any] = [state - 1, *words, UUID(bytes_le=if_type), UUID(bytes_le=if_instance)]
-        return MirrorChannel(relid, *values) if state else None
+        return MirrorChannel(relid, *values)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
+from emu.blocked import idle
+from emu.control import slot_of
 from emu.errors import MachineStopping
 from emu.machine import USER_WAKEUP, Machine
 from emu.orders import Order, OrderDesk, Recipient
@@ -84,5 +86,9 @@ def _take_letters(current: Current, desk: OrderDesk, orders: Orders) -> None:
 
 def _run_calls(current: Current, desk: OrderDesk, orders: Orders) -> None:
     """Calls that may sleep, one after the other."""
-    while (letter := orders.get()) is not None:
+    machine = current.machine
+    next_call: Callable[[], Order | None] = orders.get
+    if machine.races:
+        next_call = idle(machine.control, slot_of(current.actor.number), orders.get)
+    while (letter := next_call()) is not None:
         desk.answer(letter, run_call(current, letter.what, letter.arguments))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final, NoReturn
 
+from emu.blocked import told
 from emu.control import ActorKind
 from emu.errors import MachineStopping
 from emu.interrupt_trace import halt_of, requester_of
@@ -422,7 +423,8 @@ class WorkerThread:
         if self.trace:
             self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.peers = Peers(machine, self.counters, self.trace)
-        self._wakeup = machine.wakeup(f"actor.{semaphore}")
+        sleep = machine.wakeup(f"actor.{semaphore}").block
+        self._sleep = told(machine.control, self.row.slot, sleep) if machine.races else sleep
         self.now = machine.clock.now
         self.wake = self.peers.wake
         self.exits = ExitClient(
@@ -444,7 +446,7 @@ class WorkerThread:
             return False
         self.counters.blocks += 1
         self.counters.flush()
-        self._wakeup.block(min(left / 1e9, LONG_WATCHDOG_S))
+        self._sleep(min(left / 1e9, LONG_WATCHDOG_S))
         return True
 
     def yield_processor(self) -> None:

@@ -92,6 +92,7 @@ class Hypervisor:
         self._delivered = 0
         self._published_ns = 0
         self._expecting_until = 0
+        self._wakes_ns = machine.control.host_wakes_ns
         self._state_word = machine.control.state_word.load
         self.faults = Faults(machine.control, self.trace.record if self.trace else None)
         vp_indices: list[int] = machine.config["vp_indices"]
@@ -298,19 +299,22 @@ class Hypervisor:
                 self.control_plane.publish()
         elif self._timers.next_expiration != NEVER:
             timeout_ns = min(timeout_ns, max(0, self._timers.next_expiration * 100 - self.machine.clock.now()))
-        if self._changed:
+        if self._changed or self.machine.races:
             # Not at each halt of a busy host: at most every millisecond, and never later than that; in the middle of
             # a conversation when it pauses, or every five.
             now = self.machine.clock.now()
             due = self._published_ns + PUBLISH_NS - now
             if now < self._expecting_until:
                 due = max(due, min(self._published_ns + PUBLISH_BUSY_NS, self._expecting_until) - now)
-            if due <= 0:
+            if due <= 0 or self.machine.races:
                 self._changed = False
                 self._published_ns = now
                 self.control_plane.publish()
             else:
                 timeout_ns = min(timeout_ns, due)
+        if self.machine.races:
+            # Whoever asks whether the machine is settled reads the mirror while the host is halted.
+            self._wakes_ns.store(self.machine.clock.now() + timeout_ns)
         self._halt.halt(timeout_ns)
 
     def _recorded(self, relid: int, side: str, memory: RingMemory) -> RingWords:

@@ -18,7 +18,7 @@ from tools.event_names import shown_text
 from tools.exit_status import ExitStatus
 from tools.histograms import check_writable, write_text
 from tools.invariant_table import RULES
-from tools.invariants import Machine, Verdict, Violation, judge, missing_of
+from tools.invariants import Finding, Machine, Verdict, judge, missing_of
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.trace import as_json
@@ -35,7 +35,7 @@ def check_recording(path: Path) -> tuple[list[Verdict], Recording]:
         return verdicts, recording
 
 
-def violations_of(verdicts: Sequence[Verdict]) -> list[Violation]:
+def violations_of(verdicts: Sequence[Verdict]) -> list[Finding]:
     """All violations that were kept, by number."""
     return [violation for verdict in verdicts for violation in verdict.violations]
 
@@ -83,7 +83,7 @@ def junit_of(verdicts: Sequence[Verdict], path: Path) -> str:
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def lines_of(violation: Violation) -> list[str]:
+def lines_of(violation: Finding) -> list[str]:
     """A violation for people: what, then each record that shows it."""
     return [f"{violation.name}: {violation.text}", *(f"    {_line(record)}" for record in violation.records)]
 

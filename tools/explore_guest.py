@@ -39,8 +39,8 @@ RING_PAGES: Final = 2
 NAMES: Final = frozenset(
     {
         # times, serials, places in a sequence
-        "since_ns", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished", "running",
-        "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle", "response",
+        "since_ns", "subject", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished",
+        "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle", "response",
         # counters
         "interrupts", "irq_hv_callback_count", "sig_events", "intr_in_full", "intr_out_empty",
         # links of lists, whose order is in the digest by itself

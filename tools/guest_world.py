@@ -255,7 +255,9 @@ class World:
         deprecate_auto_eoi: bool = True,
         devices: Sequence[Mapping[str, Any]] = (),
         first_vp: int = 10,
+        races: bool = False,
     ) -> None:
+        self._races = races
         self._first_vp = first_vp
         self.era = ERAS[era]
         self._deprecate_auto_eoi = deprecate_auto_eoi
@@ -312,6 +314,7 @@ class World:
             "device": [dict(one) for one in devices],
             "cpu_positions": positions,
             "seed": 1,
+            "races": self._races,
         }
         control.config = lambda: config  # type: ignore[method-assign]
         segments = {

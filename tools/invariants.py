@@ -25,12 +25,17 @@ Feed = Callable[[TraceRecord], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Violation:
-    """A rule that does not hold: which, in what way, and the records that show it."""
+class Finding:
+    """A rule that does not hold: which, in what way, and what shows it.
+
+    Of a recording that are records; of a settled machine the channel (0: none) and the actors, by name.
+    """
 
     number: int
     text: str
-    records: tuple[TraceRecord, ...]
+    records: tuple[TraceRecord, ...] = ()
+    relid: int = 0
+    actors: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,7 +68,7 @@ class Rule:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.violations: list[Violation] = []
+        self.violations: list[Finding] = []
         self.count = 0
 
     def feeds(self) -> Mapping[str, Feed]:
@@ -77,7 +82,7 @@ class Rule:
         """Note a violation."""
         self.count += 1
         if self.count <= MOST_SHOWN:
-            self.violations.append(Violation(self.NUMBER, text, records))
+            self.violations.append(Finding(self.NUMBER, text, records))
 
 
 @dataclass(slots=True)
@@ -85,7 +90,7 @@ class Verdict:
     """What came of one rule: held, broken (with its violations), or undecided and why."""
 
     rule: type[Rule]
-    violations: list[Violation] = field(default_factory=list)
+    violations: list[Finding] = field(default_factory=list)
     count: int = 0
     undecided: str = ""
 

@@ -94,7 +94,7 @@ def begin_removal(current: Current, device: Device, name: str) -> None:
     claims = state_word(current, device, CLAIMS)
     claims.fetch_or(REMOVING)
     if not current.connection.state_wait.wait_until_timeout(
-        current.actor, lambda: claims.load() == REMOVING, CLAIMS_TIMEOUT_NS
+        current.actor, lambda: claims.load() == REMOVING, CLAIMS_TIMEOUT_NS, device.gpa
     ):
         # It is closed all the same: who sends then is told so, and gets nothing any more.
         current.log(f"{name}: {claims.load() & ~REMOVING} claimants do not leave")

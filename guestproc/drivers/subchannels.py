@@ -176,7 +176,7 @@ def wait_for_callbacks(current: Current, device: Device, channel: Channel, name:
     """
     running = state_word(current, device, RUNNING)
     if channel.rescind.load() or current.connection.state_wait.wait_until_timeout(
-        current.actor, lambda: not running.load() or channel.rescind.load() != 0, WIND_UP_TIMEOUT_NS
+        current.actor, lambda: not running.load() or channel.rescind.load() != 0, WIND_UP_TIMEOUT_NS, device.gpa
     ):
         return
     current.log(f"{name}: {running.load()} sub-channels are still being opened")

@@ -43,6 +43,7 @@ class Waiter(Record):
     actor = Word(4, "written before the record is announced")
     next = Word(4, "written before the record is announced (index + 1 of the waiter before it)")
     since_ns = Word(8, "written before the record is announced")
+    subject = Word(8, "written before the record is announced: GPA of the record that must change, 0: not said")
 
     def sleeper(self) -> int:
         """Whose it is, for a report: reads without the check, for it may be given back meanwhile."""

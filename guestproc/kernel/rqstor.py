@@ -92,6 +92,17 @@ class Requestor:
         slots = [64 * number + bit for number, word in words if word for bit in range(64) if word >> bit & 1]
         return {slot + 1: self._slots[slot] for slot in slots if slot < self.size}
 
+    def free_ids(self) -> int:
+        """How many ids the free list leads through; -1 for a list that leads out of the slots, or in a circle."""
+        slot: int = self._next[0]
+        for count in range(self.size + 1):
+            if slot == _LAST:
+                return count
+            if slot >= self.size:
+                break
+            slot = self._slots[slot]
+        return -1
+
     def outstanding(self) -> int:
         """How many ids are out (a hint without the lock)."""
         return sum(word.bit_count() for word in self._bitmap.tolist())

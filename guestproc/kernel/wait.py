@@ -237,13 +237,19 @@ class WaitQueue(WaitWord):
         condition: Callable[[], bool],
         timeout_ns: int = DEFAULT_TIMEOUT_NS,
         what: str = "",
+        subject: int = 0,
     ) -> None:
         """`wait_event`: return once `condition()`; raises DeadlinePassed, or MachineStopping."""
-        if not self.wait_until_timeout(actor, condition, timeout_ns):
+        if not self.wait_until_timeout(actor, condition, timeout_ns, subject):
             raise DeadlinePassed(what or self.name, timeout_ns)
 
-    def wait_until_timeout(self, actor: Actor, condition: Callable[[], bool], timeout_ns: int) -> bool:
-        """`wait_event_timeout`: False when the condition was not true in time; raises MachineStopping."""
+    def wait_until_timeout(
+        self, actor: Actor, condition: Callable[[], bool], timeout_ns: int, subject: int = 0
+    ) -> bool:
+        """`wait_event_timeout`: False when the condition was not true in time; raises MachineStopping.
+
+        `subject` is for reports, where many conditions share a queue: GPA of the record that this one is about.
+        """
         assert_may_wait(actor, self.name)
         if condition():
             return True
@@ -251,6 +257,8 @@ class WaitQueue(WaitWord):
         deadline_ns = now_ns + timeout_ns
         while True:
             waiter = new_waiter(actor, self.name, now_ns)
+            if subject:
+                waiter.subject = subject
             self._announce(waiter)
             done = condition()
             woken = done or sleep(actor, waiter, deadline_ns)

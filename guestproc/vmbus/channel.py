@@ -37,6 +37,7 @@ from emu.wire.messages import (
 )
 from guestproc.kernel.layout import CallbackMode, Channel, ChannelState
 from guestproc.kernel.pages import PageOwner, owned_by
+from guestproc.kernel.records import INDEX_MASK
 from guestproc.kernel.tasklet import tasklet_disable, tasklet_enable
 from guestproc.protocol import opening, pending
 from guestproc.protocol.opening import RingPages
@@ -373,7 +374,8 @@ def _wait_for_rescind(current: Current, handle: int) -> bool:
             sub = current.tables.channels.find(handle)
             return sub is None or closing(sub) is not Closing.AWAIT_RESCIND
 
-    if connection.state_wait.wait_until_timeout(actor, decided, REPLY_TIMEOUT_NS):
+    subject = current.tables.channels.record_gpa((handle & INDEX_MASK) - 1)
+    if connection.state_wait.wait_until_timeout(actor, decided, REPLY_TIMEOUT_NS, subject):
         return True
     current.log(f"the rescind of sub-channel record {handle:#x} does not end")
     return False

@@ -1,0 +1,380 @@
+"""Each invariant over the state of a settled machine, broken on purpose; and a machine that breaks none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from struct import pack_into
+
+import pytest
+
+from emu.doorbells import make_bell
+from emu.layout import D_CONNECTION_SUMMARY
+from emu.wire.messages import MessageType, RescindChannelOffer
+from emu.wire.ring_layout import FEATURE_BITS, INTERRUPT_MASK, PENDING_SEND_SZ
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, MESSAGE_FLAGS_OFFSET, MESSAGE_PAYLOAD_OFFSET, message_slot
+from guestproc.kernel.layout import Channel
+from guestproc.kernel.pages import PageRun
+from guestproc.kernel.rqstor import Requestor
+from guestproc.kernel.tasklet import CPU_SHIFT, SCHED, tasklet_disable_nosync
+from guestproc.kernel.workqueue import QueueNumber
+from guestproc.protocol.numbers import Works
+from guestproc.view import INBOUND, OUTBOUND, GuestView
+from tests.guestproc.conftest import HOST_VERSIONS
+from tests.guestproc.world import World, new_world
+from tests.tools.settled_world import findings, seen
+from tools.invariant_table import RULES, STATE_RULES
+from tools.invariants_settled import judge
+
+RELID = 9
+
+
+@contextmanager
+def opened(era: str = "current") -> Iterator[World]:
+    """A guest with an open channel, of which nothing is wrong."""
+    with new_world(era=era, versions=HOST_VERSIONS[era], races=True) as world:
+        world.boot()
+        world.host.device(RELID)
+        world.settle()
+        yield world
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """One of the current era."""
+    with opened() as world:
+        yield world
+
+
+@pytest.mark.parametrize("era", ["current", "seed"])
+def test_world_at_rest_breaks_none(era: str) -> None:
+    """Devices that came, carried packets and went leave nothing behind, in either era."""
+    with opened(era) as world:
+        world.host.device(10)
+        world.settle()
+        world.host.write(10, b"hello")
+        world.host.rescind(RELID)
+        world.settle()
+
+        assert judge(seen(world)) == []
+
+
+def texts(world: World, number: int) -> list[str]:
+    """What breaks one invariant, in words."""
+    return [one.text for one in findings(world, number)]
+
+
+def overlay(world: World, channel: Channel, register: str) -> int:
+    """GPA of the page of the processor that takes a channel's interrupts."""
+    synic = world.partition.synics[world.cpus[channel.target_cpu.load()].position]
+    gpa: int | None = getattr(synic, register).gpa
+    assert gpa is not None
+    return gpa
+
+
+def set_ring_word(world: World, side: int, offset: int, value: int) -> None:
+    """Write a word of the control page of the channel's ring."""
+    gpa = GuestView(world.tables).ring_gpa(world.channel(RELID), side)
+    assert gpa is not None
+    pack_into("<I", world.machine.ram.memory, gpa + offset, value)
+
+
+def test_rules_are_in_the_order_of_their_numbers() -> None:
+    """One table, and each number once on either side."""
+    for numbers in ([rule.NUMBER for rule in RULES], [rule.number for rule in STATE_RULES]):
+        assert numbers == sorted(set(numbers))
+
+
+# -- channels -------------------------------------------------------------------------------------------
+
+
+def test_rescinded_relid_that_is_never_released(world: World) -> None:
+    """INV-01 and INV-28: the host took it back, nobody handles that, and the guest keeps it."""
+    world.host.channels[RELID].revoked = True
+
+    assert texts(world, 1) == ["relid 9 was rescinded and is never released"]
+    assert "relid 9 was rescinded and is never released" in texts(world, 28)
+
+
+def test_relid_that_one_end_has(world: World) -> None:
+    """INV-01: an offer that the guest lost, and a channel that the host forgot."""
+    channel = world.host.channels[RELID]
+    channel.offer = replace(channel.offer, child_relid=10)
+
+    assert texts(world, 1) == [
+        "the guest has relid 9, which the host has not",
+        "the host has relid 10 (OPEN), which the guest has not",
+    ]
+
+
+@pytest.mark.parametrize(("change", "said"), [(1, "offer_in_progress is 1,"), (0xFFFFFFFF, "offer_in_progress is -1,")])
+def test_offer_count_that_nothing_stands_behind(world: World, change: int, said: str) -> None:
+    """INV-04: a count that an offer left behind, and one that fell twice."""
+    world.tables.connection.offer_in_progress.fetch_add(change)
+
+    assert [said in text for text in texts(world, 4)] == [True]
+
+
+def test_suspend_counts_its_channels(world: World) -> None:
+    """INV-04: a channel that closes on suspend is not there."""
+    world.tables.connection.nr_chan_close_on_suspend.fetch_add(1)
+
+    assert texts(world, 4) == ["nr_chan_close_on_suspend is 1, and 0 channels are to be closed then"]
+
+
+def test_waiter_of_a_rescinded_channel(world: World) -> None:
+    """INV-06: the flag is up, the opener sleeps, and nothing will come that would wake it."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+    assert findings(world, 6) == []
+
+    world.channel(10).rescind.store(1)
+
+    found = findings(world, 6)
+    assert [(one.relid, one.actors) for one in found] == [(10, ("PRI_CHAN",))]
+    assert "OPENCHANNEL of relid 10" in found[0].text
+
+
+def test_stale_name_and_write_into_a_free_record(world: World) -> None:
+    """INV-13: the relid table names a generation that is gone; somebody wrote into a freed record."""
+    tables = world.tables
+    channel = world.channel(RELID)
+    at = tables.layout.tables["relids"].gpa + 8 * 77
+    pack_into("<Q", world.machine.ram.memory, at, channel.handle + (2 << 32))
+    assert texts(world, 13) == ["the relid table has a channel for 77 that is gone"]
+    pack_into("<Q", world.machine.ram.memory, at, 0)
+    request = tables.requests.alloc()
+    assert request is not None
+    tables.requests.free(request)
+    world.machine.ram.memory[request.gpa + 40] ^= 1
+
+    assert [text.startswith("requests[") for text in texts(world, 13)] == [True]
+
+
+def test_channel_off_its_list() -> None:
+    """INV-25: era seed finds the channels of a CPU by its list alone."""
+    with opened("seed") as world:
+        channel = world.channel(RELID)
+        listed = world.tables.chan_list(world.tables.cpus.at(channel.target_cpu.load()))
+        listed.remove(channel)
+
+        assert len(texts(world, 25)) == 1
+
+        listed.append(channel)
+        listed._links(channel)[listed._word] = channel.index + 1
+        assert any("does not end" in text for text in texts(world, 25))
+        listed._links(channel)[listed._word] = 0
+
+
+def test_target_that_is_offline(world: World) -> None:
+    """INV-26: nobody takes the interrupts of an open channel."""
+    channel = world.channel(RELID)
+    cpu = world.tables.cpus.at(channel.target_cpu.load())
+    cpu.online.store(0)
+    assert texts(world, 26) == [f"relid 9: its target CPU {cpu.index} is not online"]
+    cpu.online.store(1)
+    before = world.host.channels[RELID].opened
+    assert before is not None
+    other = next(world.machine.vp_index(one.position) for one in world.cpus if one.cpu != cpu.index)
+    world.host.channels[RELID].opened = type(before)(
+        before.child_relid,
+        before.openid,
+        before.ringbuffer_gpadlhandle,
+        other,
+        before.downstream_ringbuffer_pageoffset,
+        before.userdata,
+    )
+
+    assert len(texts(world, 26)) == 1
+
+
+# -- slots, flags, tasklets -----------------------------------------------------------------------------
+
+
+def test_pending_bit_of_an_empty_slot(world: World) -> None:
+    """INV-09: the host waits for an EOM that the guest does not know it owes."""
+    at = overlay(world, world.channel(RELID), "simp") + message_slot(2) + MESSAGE_FLAGS_OFFSET
+    world.machine.ram.memory[at] = 1
+
+    assert len(texts(world, 9)) == 1
+
+
+def test_message_that_nobody_reads(world: World) -> None:
+    """INV-10 and INV-28: it lies in its slot, and neither tasklet nor interrupt will see it."""
+    at = overlay(world, world.channel(RELID), "simp") + message_slot(2)
+    ram = world.machine.ram.memory
+    payload = RescindChannelOffer(RELID).pack()
+    ram[at + MESSAGE_PAYLOAD_OFFSET : at + MESSAGE_PAYLOAD_OFFSET + len(payload)] = payload
+    pack_into("<I", ram, at, HVMSG_CHANNEL_MESSAGE)
+    found = findings(world, 10)
+    assert [one.text.split(" lies ")[0] for one in found] == ["RESCIND_CHANNELOFFER of relid 9"]
+    assert any("RESCIND_CHANNELOFFER of relid 9 is in slot 2" in text for text in texts(world, 28))
+
+    cpu = world.tables.cpus.at(world.channel(RELID).target_cpu.load())
+    cpu.msg_dpc.word.fetch_or(SCHED)
+
+    assert findings(world, 10) == []
+
+
+def test_flag_that_nobody_takes(world: World) -> None:
+    """INV-16 and INV-28: the flag is up, and its interrupt came before it."""
+    channel = world.channel(RELID)
+    at = overlay(world, channel, "siefp") + 2 * 256
+    world.machine.ram.memory[at + 1] |= 1 << (RELID - 8)
+
+    assert [one.relid for one in findings(world, 16)] == [RELID]
+    assert any("event flag 9" in text for text in texts(world, 28))
+    assert findings(world, 16, parked=(world.cpus[channel.target_cpu.load()].row.slot,)) == []
+
+
+def test_masked_ring_without_its_consumer(world: World) -> None:
+    """INV-17: it asked for no interrupts, and nothing of it is due."""
+    set_ring_word(world, INBOUND, INTERRUPT_MASK, 1)
+
+    assert [one.relid for one in findings(world, 17)] == [RELID]
+
+
+def test_tasklet_left_disabled_or_scheduled(world: World) -> None:
+    """INV-18: a disable that nobody takes back, and a tasklet that its processor has forgotten."""
+    channel = world.channel(RELID)
+    tasklet_disable_nosync(channel.callback_event)
+    assert texts(world, 18) == ["the tasklet of relid 9 is left disabled 1 times"]
+
+    channel.callback_event.word.store(SCHED | 1 << CPU_SHIFT)
+
+    assert texts(world, 18) == ["the tasklet of relid 9 is scheduled on CPU 1, enabled, and does not run"]
+    channel.callback_event.word.store(0)
+
+
+# -- rings, pages, pools --------------------------------------------------------------------------------
+
+
+def test_bytes_that_nobody_is_told_of(world: World) -> None:
+    """INV-19 and INV-28: the host wrote, and did not signal a reader that asked for it."""
+    world.host.write(RELID, b"hello", signal=False)
+
+    found = findings(world, 19)
+    assert [(one.relid, one.text.endswith("unmasked and unread")) for one in found] == [(RELID, True)]
+    assert any("that the guest has not read" in text for text in texts(world, 28))
+
+
+def test_bytes_that_the_host_does_not_see(world: World) -> None:
+    """INV-19 and INV-28: a doorbell whose summary was lost; until then it is a signal under way."""
+    from guestproc.vmbus.packets import vmbus_sendpacket
+
+    world.host.channels[RELID].echo = False
+    world.call(lambda current: vmbus_sendpacket(current, current.channel(world.channel(RELID).handle), b"x"))
+    assert [one.actors for one in findings(world, 19)] == [("hypervisor",)]
+
+    make_bell(world.machine.doorbells.view, world.channel(RELID).sig_event, lambda: None)()
+    world.machine.doorbells.view.store_u64(D_CONNECTION_SUMMARY, 0)
+
+    assert findings(world, 19) == []
+    assert any(text.startswith("the doorbell of connection") for text in texts(world, 28))
+
+
+@pytest.mark.parametrize(("side", "who"), [(OUTBOUND, "the guest"), (INBOUND, "the host")])
+def test_room_that_nobody_is_told_of(world: World, side: int, who: str) -> None:
+    """INV-20: a writer that waits for less than is free, and no signal under way."""
+    set_ring_word(world, side, FEATURE_BITS, 1)
+    set_ring_word(world, side, PENDING_SEND_SZ, 1 << 30)
+    assert findings(world, 20) == []
+
+    set_ring_word(world, side, PENDING_SEND_SZ, 64)
+
+    assert texts(world, 20) == [f"relid 9: {who} waits for 64 bytes of its ring, which are free"]
+
+
+def test_ring_pages_that_went_to_the_free_list(world: World) -> None:
+    """INV-12: freed while the host has them; and a GPADL whose pages the guest forgot."""
+    channel = world.channel(RELID)
+    count = channel.ring_send_pages + channel.ring_recv_pages
+    run = PageRun(channel.ring_gpa >> 12, count, channel.ring_generation)
+    world.call(lambda current: current.tables.pages.free(current.actor, run))
+    assert [text.endswith("is free") for text in texts(world, 12)] == [True]
+
+    channel.ring_gpa = 0
+
+    assert ["has taken back" in text for text in texts(world, 12)] == [True]
+
+
+def test_overlay_that_went_to_the_free_list(world: World) -> None:
+    """INV-12: a message page that is the allocator's again, and the host writes there."""
+    cpu = world.tables.cpus.at(1)
+    run = world.tables.pages.run_at(cpu.synic_message_page_gpa >> 12)
+    world.call(lambda current: current.tables.pages.free(current.actor, run))
+
+    vp = world.machine.vp_index(world.cpus[1].position)
+    assert [f"SIMP of VP {vp}, is free" in text for text in texts(world, 12)] == [True]
+
+
+def test_pools_whose_parts_are_not_the_whole(world: World) -> None:
+    """INV-22: a request id that is neither free nor out, a page and a record that were lost."""
+    tables, channel = world.tables, world.channel(RELID)
+    ram = world.machine.ram.memory
+    gpa = (tables.layout.end_page - 1) << 12
+    Requestor(tables.ram, gpa, 4).init()
+    channel.rqstor_gpa, channel.rqstor_size = gpa, 4
+    assert texts(world, 22) == []
+    pack_into("<Q", ram, gpa + 16, (1 << 64) - 1)  # the first slot ends the list
+    assert texts(world, 22) == ["relid 9: of 4 request ids 0 are out and 1 are free"]
+    pack_into("<Q", ram, gpa + 16, 0)  # and now it leads to itself
+    assert texts(world, 22) == ["relid 9: of 4 request ids 0 are out and 0 are free"]
+    channel.rqstor_gpa = 0
+    tables.zones.at(0).free_pages += 1
+    assert len(texts(world, 22)) == 1
+    tables.zones.at(0).free_pages -= 1
+
+    tables.work._in_use.fetch_add(1)
+
+    assert texts(world, 22) == ["1 records of work are counted as taken, 0 are"]
+    tables.work._in_use.fetch_sub(1)
+
+
+# -- the rule of everything -----------------------------------------------------------------------------
+
+
+def test_work_that_nobody_was_woken_for(world: World) -> None:
+    """INV-28: it is on its queue, and the queue's worker sleeps."""
+    queues, queue = world.tables.work_queues, world.tables.queues.at(QueueNumber.SUB_CHAN)
+    item = queues.allocate(Works.VMBUS_ADD_CHANNEL_WORK, (world.channel(RELID).handle,))
+    assert item is not None
+    item.queue, item.sequence = QueueNumber.SUB_CHAN, queue.queued + 1
+    queue.queued += 1
+    queue.head = queue.tail = item.index + 1
+
+    assert texts(world, 28) == ["vmbus_add_channel_work waits on queue SUB_CHAN"]
+
+
+def test_work_that_is_counted_and_is_nowhere(world: World) -> None:
+    """INV-28: one piece more was queued than was done, and there is none."""
+    world.tables.queues.at(QueueNumber.RESCIND).queued += 1
+
+    assert ["on queue RESCIND" in text for text in texts(world, 28)] == [True]
+
+
+def test_request_that_is_never_answered(world: World) -> None:
+    """INV-28: the opener sleeps for good, in its work, and is named."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+
+    found = {one.text: one.actors for one in findings(world, 28)}
+
+    assert found["OPENCHANNEL of relid 10 is not answered"] == ("PRI_CHAN",)
+    assert found["vmbus_add_channel_work is not done: PRI_CHAN sleeps in it"] == ("PRI_CHAN",)
+
+
+def test_messages_that_nobody_takes(world: World) -> None:
+    """INV-28: posts that the host does not read, and messages that wait for a slot."""
+    world.host.inbox.append((1, b""))
+    world.host.outbox.append((0, b""))
+
+    assert texts(world, 28)[:2] == [
+        "1 messages of the guest's wait to be read by the host",
+        "1 messages of the host's wait for a buffer",
+    ]
+    world.host.inbox.clear()
+    world.host.outbox.clear()
