@@ -25,7 +25,7 @@ from emu.wire.netlike_protocol import (
     parse_reply,
 )
 from emu.wire.packets import COMPLETION_REQUESTED, ring_bytes
-from guestproc.drivers.claims import being_removed, claim_channels, release_claim
+from guestproc.drivers.claims import being_removed, claim_channels, open_relids, release_claim
 from guestproc.drivers.netlike import NetlikeDriver, net_channel
 from guestproc.kernel.layout import Channel
 from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled, Tally
@@ -106,15 +106,17 @@ def net_check(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """`wanted` frames each way on every netlike channel of this CPU; `errors` are what does not add up."""
     rng = random.Random(current.machine.config["seed"] * 1_000 + row.cpu)
     tally = Tally()
-    for channel in claim_channels(current, NetlikeDriver.number, row.cpu, row.relid):
-        try:
-            _check_one(NetSession(current, vcpu, channel), rng, row.wanted, tally)
-        except (Stalled, ProtocolViolation):
-            tally.errors += 1
-        except ChannelGone:
-            pass  # taken away, which is nothing wrong
-        finally:
-            release_claim(current, channel)
+    # One claim at a time (see `claims`): the wait on one channel does not look whether another is wanted back.
+    for relid in [row.relid] if row.relid else open_relids(current, row.cpu):
+        for channel in claim_channels(current, NetlikeDriver.number, row.cpu, relid):
+            try:
+                _check_one(NetSession(current, vcpu, channel), rng, row.wanted, tally)
+            except (Stalled, ProtocolViolation):
+                tally.errors += 1
+            except ChannelGone:
+                pass  # taken away, which is nothing wrong
+            finally:
+                release_claim(current, channel)
     return tally
 
 

@@ -23,14 +23,15 @@ from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.tracing import E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN, E_TASK_TAKE
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
-from guestproc.drivers.echo import claim_channels, open_relids, release_channel
+from guestproc.drivers.claims import open_relids
+from guestproc.drivers.echo import claim_channels, release_channel
 from guestproc.echo_session import EchoSession
 from guestproc.exchange import exchange
 from guestproc.kernel.layout import Channel
 from guestproc.listen import listen
 from guestproc.net_check import net_check
 from guestproc.stress import stress
-from guestproc.tally import ChannelGone, Stalled, Tally
+from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -51,9 +52,13 @@ def claimed(current: Current, vcpu: Vcpu, row: TaskRow, tally: Tally) -> Iterato
         yield sessions
     finally:
         for session in sessions:
-            release_channel(current, session.channel)
-            tally.packets += session.received
-            tally.nbytes += session.nbytes
+            _give_back(current, session, tally)
+
+
+def _give_back(current: Current, session: EchoSession, tally: Tally) -> None:
+    release_channel(current, session.channel)
+    tally.packets += session.received
+    tally.nbytes += session.nbytes
 
 
 # -- ECHO_CHECK -------------------------------------------------------------------------------------------
@@ -63,8 +68,7 @@ def echo_check(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """Send `wanted` random packets on each channel, half of them with a completion; each must come back."""
     rng = random.Random(current.machine.config["seed"] * 1_000 + row.cpu)
     tally = Tally()
-    # One claim at a time: a removal that waits for a claim of ours may hold up the rescind that would tell us that
-    # the channel we wait on is gone.
+    # One claim at a time (see `claims`): the wait on one channel does not look whether another is wanted back.
     for relid in [row.relid] if row.relid else open_relids(current, row.cpu):
         with claimed(current, vcpu, replace(row, relid=relid), tally) as sessions:
             for session in sessions:
@@ -124,13 +128,31 @@ def crunch(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
         # Computed a second time without interruptions: an ISR must leave the task it interrupts alone.
         tally.errors = int(result != [_collatz(row.wanted)])
         for session in sessions:
-            try:
-                session.until(lambda s=session: s.received >= s.sent, lambda packet: None)  # type: ignore[misc]
-            except Stalled:
-                tally.errors += 1
-            except ChannelGone:
-                continue
+            session.begin()
+        while sessions:
+            for session in list(sessions):
+                if _is_over(session, tally):
+                    sessions.remove(session)
+                    _give_back(current, session, tally)
+            if sessions and not any(session.inbox for session in sessions):
+                vcpu.idle(IDLE_NS)
     return tally
+
+
+def _is_over(session: EchoSession, tally: Tally) -> bool:
+    """Whether all answers have come, or none will come any more."""
+    session.take()
+    if session.received >= session.sent:
+        return True
+    try:
+        session.check()
+    except Stalled:
+        tally.errors += 1
+    except ChannelGone:
+        pass
+    else:
+        return False
+    return True
 
 
 def _collatz(limit: int) -> int:

@@ -3,6 +3,9 @@
 A claim is counted in a word of the device's driver state (`CLAIMS`: how many, and the bit REMOVING), so that whoever
 claims, in whatever process, and the remover that waits see one truth. Every driver of ours keeps that word at the
 same place, zeroes its state when it is probed, and calls `begin_removal` first in its `remove`.
+
+Who claims several channels and waits on one must be ready to let go of each: a rescind is worked off when the one
+before it is done, so a removal that waits for one claim may hold up the rescind that would end the wait on another.
 """
 
 from __future__ import annotations
@@ -59,6 +62,13 @@ def claim_channels(
                 ):
                     claimed.append(channel)
     return claimed
+
+
+def open_relids(current: Current, cpu: int) -> list[int]:
+    """Relids of the open channels whose interrupts a CPU takes."""
+    with current.connection.channel_mutex.hold(current.actor):
+        channels = (one for primary in current.tables.chn_list for one in (primary, *current.tables.sc_list(primary)))
+        return [one.relid for one in channels if opening.is_open(one) and one.target_cpu.load() == cpu]
 
 
 def _claim(current: Current, driver: int, primary: Channel) -> bool:

@@ -31,7 +31,6 @@ from guestproc.drivers.subchannels import (
 )
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, Device
-from guestproc.protocol import opening
 from guestproc.protocol.numbers import Callbacks
 from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
 from guestproc.vmbus.packets import vmbus_drain
@@ -107,13 +106,6 @@ class _Opening:
 
 
 # -- for who sends ----------------------------------------------------------------------------------------
-
-
-def open_relids(current: Current, cpu: int) -> list[int]:
-    """Relids of the open channels whose interrupts a CPU takes."""
-    with current.connection.channel_mutex.hold(current.actor):
-        channels = (one for primary in current.tables.chn_list for one in (primary, *current.tables.sc_list(primary)))
-        return [one.relid for one in channels if opening.is_open(one) and one.target_cpu.load() == cpu]
 
 
 def claim_channels(current: Current, cpu: int, relid: int = 0, but_not: Container[int] = ()) -> list[Channel]:
