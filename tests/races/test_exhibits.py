@@ -1,0 +1,105 @@
+"""Claims about the exhibits: with its fix off each breaks its invariant every time, with it on never."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunCli
+from tools.race_run import HELD, VIOLATED, RaceMachine
+from tools.races import exhibits
+from tools.schedule import Schedule
+
+EXHIBITS = sorted(exhibits())
+FIXES = [False, True]
+FIX_IDS = ["fix_off", "fix_on"]
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """So many processes that want a core each."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
+        yield
+
+
+def runs_as_told(name: str, *, fix: bool, times: int, home: Path) -> None:
+    """Run an exhibit so often on one machine; every run must be what its file says."""
+    schedule = Schedule.load(exhibits()[name])
+    assert schedule.invariants and schedule.scenario.fix.off(), "an exhibit names its switch and its invariant"
+    with RaceMachine(schedule, fix=fix) as machine:
+        for number in range(times):
+            run = machine.run(home / f"{number}.rec")
+            assert run.expected, f"run {number}: {run.report()}"
+            assert run.verdict == (HELD if fix else VIOLATED)
+
+
+@pytest.mark.parametrize("fix", FIXES, ids=FIX_IDS)
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_an_exhibit_is_the_same_twice(name: str, fix: bool, tmp_path: Path) -> None:
+    """Over real processes, twice on one machine that is reset in between."""
+    runs_as_told(name, fix=fix, times=2, home=tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loops", [0, 2], ids=["idle", "loaded"])
+@pytest.mark.parametrize("fix", FIXES, ids=FIX_IDS)
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_an_exhibit_is_the_same_twenty_times(name: str, fix: bool, loops: int, tmp_path: Path) -> None:
+    """Over real processes, twenty times, idle and beside two busy loops."""
+    with busy_loops(loops):
+        runs_as_told(name, fix=fix, times=20, home=tmp_path)
+
+
+def test_the_command_says_what_it_saw(run_cli: RunCli) -> None:
+    """Exit status 1 and a folder with everything that repeats it; JSON with the fields that scripts read."""
+    done = run_cli("races", "run", "A1", "--fix", "off", "--json")
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout)
+    assert {key: told[key] for key in ("name", "fix", "verdict", "invariant", "expected")} == {
+        "name": "a1-offer-rescind-overtake",
+        "fix": "off",
+        "verdict": "violated",
+        "invariant": "INV-03",
+        "expected": True,
+    }
+    folder = Path(told["recording"]).parent
+    assert {path.name for path in folder.iterdir()} == {"1.rec", "schedule.toml", "repeat"}
+    again = (folder / "repeat").read_text().split()
+    assert run_cli(*again[1:]).returncode == 1
+
+
+def test_a_run_that_finds_nothing_leaves_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    """Exit status 0, and no folder."""
+    done = run_cli("races", "run", "offer-rescind-overtake", "--fix", "on")
+    assert done.returncode == 0, done.stdout
+    assert not list((tmp_path / "state" / "vmbus-emu" / "findings").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "nothing"], "no exhibit is called nothing; `vmbus-emu races list` lists them"),
+        (
+            ["run", "bad.toml"],
+            "bad.toml: step 1 `arm g.isr.entre as X`: 'g.isr.entre' is no sync point; did you mean ",
+        ),
+    ],
+)
+def test_nonsense_is_one_line(run_cli: RunCli, tmp_path: Path, arguments: list[str], line: str) -> None:
+    """A name that nobody has, a step that cannot be meant: exit 2, one line with the cure."""
+    (tmp_path / "bad.toml").write_text('step = ["arm g.isr.entre as X"]\n')
+    done = run_cli("races", *arguments)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1

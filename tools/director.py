@@ -1,0 +1,289 @@
+"""The director: runs the steps of a schedule on a launched machine, holds its actors and lets them go.
+
+It never sleeps in place of a condition: it waits on its own semaphore, which whoever arrives at a point posts, looks
+again every millisecond, and gives up by name after a few seconds. What it cannot decide is inconclusive, not a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from emu import faults
+from emu.control import ActorKind, ActorRow, slot_of
+from emu.errors import UserError, VmbusError
+from emu.event_fields import decoder_of
+from emu.fault_plan import FaultPlan, PlannedFault
+from emu.machine import USER_WAKEUP
+from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
+from emu.recording import RecordedActor, TraceRecord
+from emu.scenario import derived_instance
+from emu.syncpoint import Ticket, Tickets, director_wakeup, ticket_wakeup
+from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context
+from emu.vmexit import HostBell
+from tools.device_list import list_devices
+from tools.event_names import name_of
+from tools.launch import RunningMachine
+from tools.schedule import Step, duration_ns, point_of
+from tools.settled import SettleTest
+
+STEP_S: Final = 3.0
+"""How long a step may take: everything in a machine that is not held takes milliseconds."""
+LOOK_S: Final = 0.001
+
+_DECODERS: Final = {number: decoder_of(spec) for number, spec in BY_NUMBER.items()}
+
+
+class Inconclusive(VmbusError):
+    """A step did not come to its end: the schedule says nothing about the machine."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """The records of a run, decoded as they come."""
+
+    records: list[TraceRecord] = field(default_factory=list)
+
+    def take(self, row: ActorRow, raw: bytes) -> None:
+        """Another piece of one actor's records (`RecordingWriter.tee`)."""
+        actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
+        for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(raw):
+            vp_index, where = None if vp == NO_VP else vp, Context(context).name
+            spec = BY_NUMBER[number]
+            self.records.append(TraceRecord(t_ns, seq, actor, vp_index, where, spec, _DECODERS[number](words)))
+
+
+class Director:
+    """The steps of one schedule, on one machine."""
+
+    def __init__(self, running: RunningMachine, seen: Seen) -> None:
+        self.running: Final = running
+        self.machine: Final = running.machine
+        self.seen: Final = seen
+        self.tickets: Final = Tickets(self.machine.control)
+        self.settling: Final = SettleTest(self.machine, parked=self._standing_still)
+        self._wakeup: Final = self.machine.wakeup(director_wakeup())
+        self._labels: Final[dict[str, int]] = {}
+        self._relids: Final[dict[str, int]] = {}
+        self._letters: Final[dict[str, int]] = {}
+        self.answers: Final[dict[str, dict[str, Any]]] = {}
+        self._faults: Final = FaultPlan(self.machine.control)
+        self._planned: Final[dict[str, PlannedFault]] = {}
+        self._since_ns = 0
+        self._host_bell: Final = HostBell(self.machine.doorbells.view, self.machine.wakeup("host"))
+        self._verbs: Final[Mapping[str, Callable[[Step], None]]] = {
+            "arm": self._arm,
+            "disarm": self._disarm,
+            "resume": self._resume,
+            "until arrived": self._until_arrived,
+            "until event": self._until_event,
+            "until answered": self._until_answered,
+            "until settled": self._until_settled,
+            "advance": self._advance,
+            "offer": self._offer,
+            "rescind": self._rescind,
+            "send": self._send,
+            "fault": self._fault,
+            "end": self._end,
+            "call": self._call,
+        }
+
+    def do(self, step: Step) -> None:
+        """One step. UserError: it cannot be meant; Inconclusive: it did not come about; MachineDied."""
+        try:
+            self._verbs[step.verb](step)
+        except OrderRefused as refused:
+            raise UserError(f"step {step.number} `{step.text}`: {refused}") from None
+
+    def release_all(self) -> None:
+        """Let everybody go who is still held: a run is judged with nobody at a point."""
+        for number in range(len(self._labels)):
+            if self.tickets.state(number) is Ticket.ARMED:
+                self.tickets.disarm(number)
+        for number in self.tickets.parked():
+            self._let_go(number)
+
+    # -- points -------------------------------------------------------------------------------------
+
+    def _arm(self, step: Step) -> None:
+        options = step.options
+        self._labels[step.label] = self.tickets.arm(
+            point_of(step.words[0]),
+            actor=self._slot(options["actor"]) if "actor" in options else -1,
+            cpu=int(options.get("cpu", -1)),
+            relid=self.relid(options["relid"]) if "relid" in options else 0,
+            skip=int(options.get("skip", 0)),
+        )
+
+    def _disarm(self, step: Step) -> None:
+        number = self._labels[step.words[0]]
+        if not self.tickets.disarm(number):
+            raise Inconclusive(f"step {step.number}: {self._who(number)} came to {self.tickets.point(number).text}")
+
+    def _until_arrived(self, step: Step) -> None:
+        number = self._labels[step.words[0]]
+        point = self.tickets.point(number)
+        self._wait(f"somebody to come to {point.text}", lambda: self.tickets.arrived(number)[0] != 0)
+
+    def _resume(self, step: Step) -> None:
+        number = self._labels[step.words[0]]
+        if self.tickets.state(number) is not Ticket.ARRIVED:
+            point = self.tickets.point(number).text
+            raise Inconclusive(f"step {step.number}: nobody is held at {point}; wait with `until arrived` first")
+        self._act()
+        self._let_go(number)
+
+    def _let_go(self, number: int) -> None:
+        row = self.machine.control.row(slot_of(self.tickets.arrived(number)[0]))
+        self.tickets.go(number)
+        if row.kind == ActorKind.HYPERVISOR:
+            self.machine.control.view.store_u32(self.machine.control.points_bell_offset, 1)
+            self._host_bell.wake()
+            return
+        # It waits for the ticket, or (a processor with interrupts on) halted.
+        self.machine.wakeup(ticket_wakeup(number)).post()
+        if row.kind == ActorKind.VCPU:
+            self.running.nudge(row.cpu)
+
+    def _who(self, number: int) -> str:
+        return self.machine.control.name_of(self.tickets.arrived(number)[0])
+
+    # -- waiting ------------------------------------------------------------------------------------
+
+    def _until_event(self, step: Step) -> None:
+        name, wanted = step.words[0], step.options
+
+        def fits(record: TraceRecord) -> bool:
+            return record.t_ns >= self._since_ns and record.event.name == name and self._fits(record, wanted)
+
+        self._wait(f"an event `{step.text.removeprefix('until event ')}`", lambda: any(map(fits, self.seen.records)))
+
+    def _fits(self, record: TraceRecord, wanted: Mapping[str, str]) -> bool:
+        for one, value in record.event.pairs(record.values):
+            text = wanted.get(one.name)
+            if text is None or text in (name_of(one, value), one.show(value)):
+                continue
+            if not (one.name.endswith("relid") and self._relids.get(text) == value):
+                return False
+        return True
+
+    def _until_answered(self, step: Step) -> None:
+        label = step.words[0]
+        at, desk = self._letters.pop(label), OrderDesk(self.machine.control)
+        self._wait(f"an answer to {label}", lambda: desk.state(at) is OrderState.DONE)
+        self.answers[label] = desk.wait(at, label)
+
+    def _until_settled(self, _step: Step) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until nothing more will happen by itself. Inconclusive: something still does."""
+        found = self.settling.take()
+
+        def settled() -> bool:
+            nonlocal found
+            found = self.settling.take()
+            return bool(found.settled)
+
+        self._wait("the machine to settle", settled, who=lambda: found.text())
+
+    def _standing_still(self) -> set[int]:
+        """Slots of who is held at a point; the host is not among them, as only one task of its is."""
+        rows = (self.machine.control.row(slot_of(actor)) for actor in self.tickets.parked().values())
+        return {row.slot for row in rows if row.kind != ActorKind.HYPERVISOR}
+
+    def _wait(self, what: str, condition: Callable[[], bool], who: Callable[[], str] | None = None) -> None:
+        """Look until it is so; Inconclusive after `STEP_S`, with who is held or still at work."""
+        end = time.monotonic() + STEP_S
+        while True:
+            self.running.pump(0)
+            if condition():
+                return
+            if time.monotonic() > end:
+                held = ", ".join(
+                    f"{self._who(number)} is held at {self.tickets.point(number).text}"
+                    for number in self.tickets.parked()
+                )
+                rest = who() if who is not None else ""
+                raise Inconclusive("; ".join(filter(None, (f"waited {STEP_S:g} s for {what}", held, rest))))
+            # Posted by who arrives at a point; what else it waits for it looks at.
+            self._wakeup.block(LOOK_S)
+
+    def _advance(self, step: Step) -> None:
+        self._act()
+        self.machine.clock.advance(duration_ns(step.words[0]))
+        # Whoever sleeps until a time that is over now shall look.
+        self.machine.wake_everybody()
+
+    # -- what host and guest are told to do ---------------------------------------------------------
+
+    def _act(self) -> None:
+        self._since_ns = time.monotonic_ns()
+
+    def host(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Order something of the host, which answers at once."""
+        self._act()
+        return OrderDesk(self.machine.control).ask(Recipient.HOST, what, self._host_bell.wake, **arguments)
+
+    def _offer(self, step: Step) -> None:
+        arguments = {"class": step.words[0], "backend": None, "count": 1, "instance": None}
+        if "subchannels" in step.options:
+            arguments["subchannels"] = int(step.options["subchannels"])
+        answer = self.host("offer", **arguments)
+        self._relids[step.label] = answer["offered"][0]["relid"]
+
+    def _rescind(self, step: Step) -> None:
+        self.host("rescind", relid=self.relid(step.words[0]), instance="")
+
+    def _send(self, step: Step) -> None:
+        """A device writes packets that nobody asked for."""
+        count, size = int(step.options.get("count", 1)), int(step.options.get("size", 8))
+        self.host("send", relid=self.relid(step.words[0]), count=count, size=size)
+
+    def _call(self, step: Step) -> None:
+        """A call of the guest's user space, which may wait for somebody who is held: nobody waits for it here."""
+        self._act()
+        wake = self.machine.wakeup(f"actor.{USER_WAKEUP}").post
+        desk = OrderDesk(self.machine.control)
+        arguments: dict[str, Any] = {name: self._value(value) for name, value in step.options.items()}
+        at = desk.post(Recipient.GUEST, step.words[0], wake, **arguments)
+        self._letters[step.label or f"step {step.number}"] = at
+
+    def _fault(self, step: Step) -> None:
+        """From here on; in the words of `--fault`."""
+        self._act()
+        planned = self._faults.add(faults.parse(step.words[0], source=f"step {step.number}"))
+        self._planned[step.label or f"step {step.number}"] = planned
+
+    def _end(self, step: Step) -> None:
+        self._act()
+        self._faults.off(self._planned[step.words[0]])
+
+    def _value(self, text: str) -> int | str:
+        if text in self._relids or "#" in text:
+            return str(self.relid(text))
+        return int(text) if text.isdecimal() else text
+
+    def relid(self, device: str) -> int:
+        """The relid of a label, of `CLASS#N`, or itself; UserError."""
+        if device.isdecimal():
+            return int(device)
+        if device in self._relids:
+            return self._relids[device]
+        name, hashed, index = device.partition("#")
+        if hashed and index.isdecimal():
+            instance = str(derived_instance(name, int(index) - 1))
+            for one in list_devices(self.machine):
+                if str(one.device_id) == instance:
+                    self._relids[device] = one.relid
+                    return one.relid
+        raise UserError(f"{device} is no device of this schedule; name a label, CLASS#N or a relid")
+
+    def _slot(self, name: str) -> int:
+        for row in self.machine.control.rows():
+            if row.name == name:
+                return row.slot
+        names = ", ".join(row.name for row in self.machine.control.rows())
+        raise UserError(f"no actor is called {name}; there are {names}")

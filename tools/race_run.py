@@ -1,0 +1,163 @@
+"""One run of a schedule: launch its machine, do its steps, let it settle, judge it; what came of that as plain values.
+
+violated       an invariant is broken, or a process died of it
+held           all steps were done, the machine settled, nothing is broken
+inconclusive   a step or the settling did not come to its end: that says nothing about the machine
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from emu.errors import DeadlinePassed
+from emu.recording import RecordingWriter
+from tools.director import Director, Inconclusive, Seen
+from tools.exit_status import ExitStatus
+from tools.invariant_table import RULES
+from tools.invariants import Machine, judge
+from tools.invariants_settled import judge as judge_state
+from tools.launch import Death, MachineDied, RunningMachine, launch
+from tools.schedule import Schedule
+
+VIOLATED: Final = "violated"
+HELD: Final = "held"
+INCONCLUSIVE: Final = "inconclusive"
+
+STATUS: Final = {VIOLATED: ExitStatus.FINDING, HELD: ExitStatus.FINE, INCONCLUSIVE: ExitStatus.TIME_LIMIT}
+
+_DEATHS: Final = {": stale, generation": "INV-13"}
+"""What the last line of a process that died says, and the invariant that its assertion guards."""
+_NAMED: Final = re.compile(r"INV-\d\d")
+_ANY_DEATH: Final = "INV-30"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An invariant that is broken: `INV-nn`, and in what way."""
+
+    invariant: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RaceRun:
+    """What one run came to. `expected`: it is what the schedule says of this machine."""
+
+    name: str
+    fix: bool
+    verdict: str
+    broken: tuple[Broken, ...]
+    expected: bool
+    reason: str
+    seconds: float
+    recording: Path
+
+    @property
+    def invariant(self) -> str:
+        """The invariant to name: the expected one if it is broken, else the first; "" if none is."""
+        return self.broken[0].invariant if self.broken else ""
+
+    def report(self) -> dict[str, Any]:
+        """The object that `--json` prints of it."""
+        return {
+            "name": self.name,
+            "fix": "on" if self.fix else "off",
+            "verdict": self.verdict,
+            "invariant": self.invariant,
+            "expected": self.expected,
+            "violations": [{"invariant": one.invariant, "text": one.text} for one in self.broken],
+            "reason": self.reason,
+            "seconds": round(self.seconds, 3),
+            "recording": str(self.recording),
+        }
+
+
+class RaceMachine:
+    """A machine on which one schedule is run, as often as you like; a context manager. Reset between two runs."""
+
+    def __init__(self, schedule: Schedule, *, fix: bool, seed: int = 0) -> None:
+        self._schedule: Final = schedule.with_fix() if fix else schedule
+        self._fix: Final = fix
+        self._seed: Final = seed
+        self._stack: Final = ExitStack()
+        self._running: RunningMachine | None = None
+
+    def __enter__(self) -> RaceMachine:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def run(self, recording: Path) -> RaceRun:
+        """Once, recorded into a file. UserError: a step that cannot be meant."""
+        began = time.monotonic()
+        schedule = self._schedule
+        broken, reason = self._run(recording)
+        broken.sort(key=lambda one: (one.invariant not in schedule.invariants, one.invariant))
+        verdict = VIOLATED if broken else INCONCLUSIVE if reason else HELD
+        expected = verdict == HELD if self._fix else bool(broken) and broken[0].invariant in schedule.invariants
+        seconds = time.monotonic() - began
+        return RaceRun(schedule.name, self._fix, verdict, tuple(broken), expected, reason, seconds, recording)
+
+    def _booting(self) -> RunningMachine:
+        """The machine, launched or reset."""
+        if self._running is None:
+            scenario, seed = self._schedule.scenario, self._seed
+            launched = launch(scenario, record=True, races=True, faults=True, seed=seed)
+            self._running = self._stack.enter_context(launched)
+        else:
+            self._running.power_cycle()
+        return self._running
+
+    def _run(self, recording: Path) -> tuple[list[Broken], str]:
+        """What is broken, and why the run says nothing ("" if it does)."""
+        seen, running = Seen(), self._booting()
+        with _recorded(running, recording, seen):
+            try:
+                running.wait_ready()
+                director = Director(running, seen)
+                for step in self._schedule.steps:
+                    director.do(step)
+                director.release_all()
+                director.settle()
+            except MachineDied as died:
+                return [_of_death(death) for death in died.deaths], ""
+            except (Inconclusive, DeadlinePassed) as why:
+                return [], str(why)
+            return judged(director), ""
+
+
+def judged(director: Director) -> list[Broken]:
+    """What is broken in a machine that is settled: by its records so far, and by its state."""
+    director.running.pump(0)
+    records = sorted(director.seen.records, key=lambda record: record.t_ns)
+    machine = director.machine
+    vp_indices = tuple(machine.vp_index(position) for position in range(machine.vp_count))
+    verdicts = judge(RULES, records, Machine(vp_indices), settled=True)
+    found = [finding for verdict in verdicts for finding in verdict.violations[:1]]
+    return [Broken(one.name, one.text) for one in (*found, *judge_state(director.settling.view))]
+
+
+def _of_death(death: Death) -> Broken:
+    last = death.traceback.rstrip().rsplit("\n", 1)[-1]
+    named = _NAMED.search(last)
+    invariant = named[0] if named else next((name for text, name in _DEATHS.items() if text in last), _ANY_DEATH)
+    return Broken(invariant, f"{death.name} died: {last or death.how}")
+
+
+@contextmanager
+def _recorded(running: RunningMachine, path: Path, seen: Seen) -> Iterator[None]:
+    """Drain what the processes record into a file, and decode it as it comes."""
+    writer = RecordingWriter(path, running.machine, tee=seen.take)
+    running.on_pump = writer.poll
+    try:
+        yield
+    finally:
+        running.on_pump = None
+        writer.close()
