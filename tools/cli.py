@@ -53,7 +53,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
     "trace": Entry("Look", "Write a recording in a format that other tools read."),
     "explain": Entry("Look", "Tell what happened to a device or a message, step by step."),
     "check": Entry("Look", "Check a recording against the invariants of VMBus."),
-    "races": Entry("Look", "Show the field's old races, each one the same way every time."),
+    "races": Entry("Look", "Show the races that cost this field years, each the same way every time."),
     "explore": Entry("Look", "Try every order in which host and guest may act, and check each state."),
     "wireshark": Entry("Look", "Give Wireshark and tshark the dissector of our captures."),
     "latency": Entry("Measure", "Measure round trips and the stages in which their time goes."),
