@@ -1,7 +1,8 @@
 """`vmbus-emu explore`: the host's server and the whole guest joined in one process, in every order of events.
 
 No machine is made: both run here, one step at a time, and what is tried is every order in which messages are taken
-and devices come, go and answer. What is found is told as a schedule of numbered steps that can be done again.
+and devices come, go and answer, and with `--threads` also which of the guest's threads goes on. What is found is told
+as a schedule: numbered steps for people, plain events in JSON, which can be done again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emu.errors import UserError
+from emu.scenario_text import nearest
+from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus
 from tools.options import json_option
 from tools.output import print_json
@@ -22,11 +25,28 @@ if TYPE_CHECKING:
     from tools.explore_search import Explorer, Found
 
 
+def _switches(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of switches, repeated or with commas between; UserError for what is none."""
+    names = [name.strip() for one in given for name in one.split(",") if name.strip()]
+    for name in names:
+        if name not in SWITCHES:
+            raise UserError(f"--without: there is no switch {name}; {nearest(name, list(SWITCHES))}")
+    return tuple(dict.fromkeys(names))
+
+
 @click.command()
 @click.option("--depth", type=click.IntRange(1, 1000), default=12, show_default=True, help="Transitions from the boot.")
 @click.option("--devices", type=click.IntRange(1, 4), default=2, show_default=True, help="Devices that come and go.")
 @click.option(
     "--subchannels", type=click.IntRange(0, 2), default=1, show_default=True, help="Sub-channels of the first device."
+)
+@click.option("--threads", is_flag=True, help="Also every order among the guest's own threads, at its sync points.")
+@click.option(
+    "--without",
+    metavar="SWITCH[,SWITCH]",
+    multiple=True,
+    callback=_switches,
+    help="Make a historical mistake again, as a scenario's [switches] does; may be repeated.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="In which order the states of a level are tried.")
 @click.option("--states", type=click.IntRange(1), default=2_000_000, show_default=True, help="States to keep, at most.")
@@ -39,6 +59,8 @@ def explore(
     depth: int,
     devices: int,
     subchannels: int,
+    threads: bool,
+    without: tuple[str, ...],
     seed: int,
     states: int,
     time_limit: float,
@@ -53,14 +75,15 @@ def explore(
     Example:
       vmbus-emu explore --depth 12
       vmbus-emu explore --depth 14 --json > found.json || vmbus-emu explore --replay found.json
+      vmbus-emu explore --threads --devices 1 --subchannels 0 --depth 16 --without offer_gate
     """
     schedule = None
     if replay is not None:
-        devices, subchannels, schedule = _schedule_of(replay)
+        devices, subchannels, threads, without, schedule = _schedule_of(replay)
     from tools.explore_search import Explorer
 
     begin = time.monotonic()
-    explorer = Explorer(devices=devices, subchannels=subchannels)
+    explorer = Explorer(devices=devices, subchannels=subchannels, threads=threads, without=without)
     if schedule is not None:
         found = explorer.replay(schedule)
     else:
@@ -72,12 +95,14 @@ def explore(
     report = {
         "devices": devices,
         "subchannels": subchannels,
+        "threads": threads,
+        "without": list(without),
         "seed": seed,
         "asked_depth": len(schedule) if schedule is not None else depth,
         **report_of(explorer, found, seconds),
     }
     if as_json:
-        print_json("explore", 1, report)
+        print_json("explore", 2, report)
     else:
         show(report)
     if found.violation is not None:
@@ -85,19 +110,22 @@ def explore(
     return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
 
 
-def _schedule_of(path: Path) -> tuple[int, int, list[str]]:
-    """Devices, sub-channels and steps of a counterexample; UserError for a file without one."""
+def _schedule_of(path: Path) -> tuple[int, int, bool, tuple[str, ...], list[dict[str, Any]]]:
+    """Devices, sub-channels, threads, switches and steps of a counterexample; UserError for a file without one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         devices, subchannels, schedule = found["devices"], found["subchannels"], found["violation"]["schedule"]
+        threads, without = found["threads"], found["without"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--replay: {path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--replay: {path} holds no counterexample; write one with `explore --json`") from None
-    plain = isinstance(schedule, list) and all(isinstance(line, str) for line in schedule)
-    if not plain or devices not in range(1, 5) or subchannels not in range(3):
+    plain = isinstance(schedule, list) and all(isinstance(event, dict) for event in schedule)
+    if not plain or devices not in range(1, 5) or subchannels not in range(3) or not isinstance(threads, bool):
         raise UserError(f"--replay: {path} holds no schedule; write one with `explore --json`")
-    return devices, subchannels, schedule
+    if not isinstance(without, list) or not all(name in SWITCHES for name in without):
+        raise UserError(f"--replay: {path} names a switch that is none; there are {', '.join(SWITCHES)}")
+    return devices, subchannels, threads, tuple(without), schedule
 
 
 def report_of(explorer: Explorer, found: Found, seconds: float) -> dict[str, Any]:
@@ -121,8 +149,8 @@ def show(report: dict[str, Any]) -> None:
     """A counterexample, if there is one, and the figures."""
     violation = report["violation"]
     if violation is not None:
-        for number, line in enumerate(violation["schedule"], 1):
-            click.echo(f"{number:4}  {line}")
+        for number, event in enumerate(violation["schedule"], 1):
+            click.echo(f"{number:4}  {event['text']}")
         for problem in violation["problems"]:
             click.echo(f"      {problem}")
     depth = f"depth {report['depth']} completed" + (", and there are no others" if report["exhausted"] else "")

@@ -20,6 +20,22 @@ Input = tuple[str, Any]
 I = TypeVar("I", bound="Instance")  # noqa: E741
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The small world that is explored; `without`: switches that are off (`emu.switches`)."""
+
+    devices: int = 2
+    subchannels: int = 1
+    threads: bool = False
+    """Whether it is a transition which of the guest's threads goes on; else the guest runs until it stands still."""
+    without: tuple[str, ...] = ()
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """As a scenario's `[switches]` has them."""
+        return dict.fromkeys(self.without, False)
+
+
 class Instance(Protocol):
     """A core that runs: the guest, or the host."""
 

@@ -24,23 +24,27 @@ from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
 from guestproc.current import Current
 from guestproc.kernel.layout import ChannelState
 from guestproc.kernel.records import Blob, Part, Record, Table, Word
+from guestproc.kernel.workqueue import WorkQueues
 from guestproc.vmbus.bus import vmbus_exit, vmbus_start
 from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_store
 from hostproc.partition import Partition
 from hostproc.ports import HostMessagePort, MessagePort
+from tools.explore_cores import Setting
+from tools.explore_events import CLASS
 from tools.explore_messages import GpadlNames
 from tools.explore_world import CopiedWorld, Saved
 from tools.guest_world import Task, World
 
 MESSAGE_CONNECTIONS: Final = (1, 4)
 RING_PAGES: Final = 2
+PROCESSOR: Final = "vcpu0"
 
 # Fields that are names, or that only count: no decision of the bus driver's depends on them.
 NAMES: Final = frozenset(
     {
         # times, serials, places in a sequence
         "since_ns", "subject", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished",
-        "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle", "response",
+        "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle",
         # counters
         "interrupts", "irq_hv_callback_count", "sig_events", "intr_in_full", "intr_out_empty",
         # links of lists, whose order is in the digest by itself
@@ -55,6 +59,7 @@ _GPADLS: Final = frozenset({"gpadl", "ringbuffer_gpadlhandle"})
 _WAITS: Final = frozenset({"Mutex", "Completion", "WaitQueue"})
 _NOT_STATE: Final = frozenset({"self", "current", "actor", "sequence", "index", "position", "word", "newest", "last"})
 """Variables that name an object of the program, or a record's place."""
+_FLUSH: Final = WorkQueues.flush.__code__
 
 
 class Wire:
@@ -106,6 +111,10 @@ class GuestFacts:
     busy: tuple[str, ...]
     unloaded: bool
     leaks: tuple[str, ...]
+    runnable: bool
+    """Whether a thread can go on."""
+    held: Mapping[str, str]
+    """Which thread is at which sync point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +130,11 @@ class _Saved:
 class Guest:
     """One guest, booted by `boot`, then driven by `do`."""
 
-    def __init__(self, devices: int, subchannels: int) -> None:
-        spec = {"class": "echo", "ring_pages": RING_PAGES, "count": 1}
-        specs = [{**spec, "subchannels": subchannels if n == 0 else 0} for n in range(devices)]
-        self.world = CopiedWorld(Wire, cpus=1, devices=specs)
+    def __init__(self, setting: Setting) -> None:
+        spec = {"class": CLASS, "ring_pages": RING_PAGES, "count": 1}
+        specs = [{**spec, "subchannels": 0 if n else setting.subchannels} for n in range(setting.devices)]
+        self._threads = setting.threads
+        self.world = CopiedWorld(Wire, cpus=1, devices=specs, switches=setting.switches)
         wire = self.world.host
         assert isinstance(wire, Wire)
         self._wire = wire
@@ -139,15 +149,15 @@ class Guest:
         self._task = self.world.start(vmbus_start)
         return self._settle()
 
+    def begin(self) -> None:
+        """The boot is over: from now on its threads take turns, if that is explored."""
+        self.world.stepping = self._threads
+
     def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
         """Do one input; what was posted, and what was wrong in the guest."""
         problems: list[str] = []
         try:
-            if kind == "deliver":
-                self._wire.outbox.append(self._names.to_guest(argument))
-            else:
-                self._used.append(f"{kind} {argument}")
-                self._task = self.world.start(_ACTIONS[kind](argument))
+            self._order(kind, argument)
             posted = self._settle()
         except AssertionError as error:
             return [], [f"the guest broke down: {str(error).strip().splitlines()[-1]}"]
@@ -157,6 +167,22 @@ class Guest:
             problems.append(f"INV-30: the guest refused the host's message ({', '.join(sorted(refused))})")
         problems += [f"INV-13: {line}" for line in self.world.tables.damage()]
         return posted, problems
+
+    def _order(self, kind: str, argument: Any) -> None:
+        """Bring an input in: a message into its slot, a task to its processor, a turn to whoever has it."""
+        world = self.world
+        if kind == "run":
+            world.go_on(argument)
+            return
+        if kind == "deliver":
+            self._wire.outbox.append(self._names.to_guest(argument))
+            moved = self._wire.step()
+            assert moved, "the slot of the last message was not emptied"
+        else:
+            self._used.append(f"{kind} {argument}")
+            self._task = world.start(_ACTIONS[kind](argument))
+        if world.stepping:
+            world.interrupt(PROCESSOR)
 
     def save(self) -> _Saved | None:
         """The state, unless somebody in the guest is in the middle of something."""
@@ -176,7 +202,8 @@ class Guest:
         self.world.close()
 
     def _settle(self) -> list[bytes]:
-        self.world.settle()
+        if not self.world.stepping:
+            self.world.settle()
         posted, self._wire.posted = self._wire.posted, []
         return [self._names.to_wire(payload) for payload in posted]
 
@@ -184,9 +211,12 @@ class Guest:
 
     def actions(self) -> list[tuple[str, Any]]:
         """What its administrator may do now: each of it once, and one thing at a time."""
+        found: list[tuple[str, Any]] = []
+        if self.world.stepping:
+            found += [("run", name) for name in self.world.runnable()]
         if self._task is None or not self._task.ended() or "unload 0" in self._used:
-            return []
-        found: list[tuple[str, Any]] = [("unload", 0)]
+            return found
+        found.append(("unload", 0))
         for device in self.world.tables.devices.live():
             channel = self.world.tables.channels.find(device.channel)
             if channel is None:
@@ -219,7 +249,8 @@ class Guest:
             busy.append("a task")
         unloaded = "unload 0" in self._used and not busy
         leaks = tuple(f"{count} {name}" for name, count in tables.leaks().items()) if unloaded else ()
-        return GuestFacts(channels, requests, tuple(busy), unloaded, leaks)
+        world = self.world
+        return GuestFacts(channels, requests, tuple(busy), unloaded, leaks, bool(world.runnable()), world.held())
 
     def digest(self) -> bytes:
         """What this state has in common with those that are equal to it."""
@@ -240,6 +271,7 @@ class Guest:
         work = sorted(tables.work.live(), key=lambda one: (one.queue, one.sequence))
         parts.append([names.record(one) for one in work])
         parts += [names.stack(lane.frame) for lane in self.world.lanes]
+        parts.append(self.world.runnable())
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
@@ -277,7 +309,7 @@ class _Names:
     def _field(self, record: Record, name: str, field: Any) -> Any:
         value: Any = getattr(record, name)
         if isinstance(field, Blob):
-            return bytes(value)
+            return self._gpadls.renamed(value) if name == "response" else bytes(value)
         if isinstance(field, Word):
             if name in _GPADLS:
                 return self._gpadls.wire(value)
@@ -321,6 +353,9 @@ class _Names:
                     for name, value in frame.f_locals.items()
                     if name not in _NOT_STATE and not name.endswith("_ns")
                 ]
+                if code is _FLUSH and "last" in frame.f_locals:
+                    # How much of what is queued it waits for; the numbers themselves only count.
+                    variables.append(("behind", frame.f_locals["queue"].queued - frame.f_locals["last"]))
                 found.append((code.co_qualname, frame.f_lasti, variables))
             frame = frame.f_back
         return found

@@ -37,6 +37,8 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import ChannelState, GpadlState
 from hostproc.protocol.versions import Limits, Version
+from tools.explore_cores import Setting
+from tools.explore_events import CLASS
 
 CONNECTION: Final = 4
 LIVES: Final = 2
@@ -82,18 +84,16 @@ class Slot:
     device: int
     index: int
 
-    def __str__(self) -> str:
-        return f"device {self.device}" + (f" sub-channel {self.index}" if self.index else "")
-
 
 class Host:
     """One server, driven by `do`."""
 
     server_class: type[Server] = Server
 
-    def __init__(self, devices: int, subchannels: int) -> None:
+    def __init__(self, setting: Setting) -> None:
         self.server = self.server_class(Limits(vp_count=64, ram_bytes=1 << 24))
-        self._slots = [Slot(n, 0) for n in range(devices)] + [Slot(0, n + 1) for n in range(subchannels)]
+        self._slots = [Slot(n, 0) for n in range(setting.devices)]
+        self._slots += [Slot(0, n + 1) for n in range(setting.subchannels)]
         self._lives = [0] * len(self._slots)
         self._answers: list[tuple[str, int, int]] = []
 
@@ -132,7 +132,7 @@ class Host:
         if kind == "offer":
             slot = self._slots[argument]
             self._lives[argument] += 1
-            instance = derived_instance("echo", slot.device)
+            instance = derived_instance(CLASS, slot.device)
             return server.offer(self._key(argument), OfferParameters(ECHO.guid, instance, slot.index))
         if kind == "revoke":
             return server.revoke(self._key(argument))
@@ -178,7 +178,7 @@ class Host:
         """A sub-channel comes only while its primary is open, as a device grants it over the primary's ring."""
         if not slot.index:
             return True
-        parameters = (ECHO.guid, derived_instance("echo", slot.device), 0)
+        parameters = (ECHO.guid, derived_instance(CLASS, slot.device), 0)
         return any(
             (one.if_type, one.if_instance, one.sub_channel_index) == parameters and one.state == ChannelState.OPEN
             for one in self.server.channels()
@@ -218,21 +218,9 @@ class Host:
     def close(self) -> None:
         """Nothing to end."""
 
-    def text_of(self, kind: str, argument: Any) -> str:
-        """An input for people."""
-        if kind in ("offer", "revoke"):
-            return f"host: {kind} {self._slots[argument]}"
-        (what, key, gpadl), yes = argument
-        names = {
-            "map": "GPADL",
-            "unmap": "unmapping of GPADL",
-            "open": "open",
-            "close": "close",
-            "retarget": "retarget",
-        }
-        about = f" {gpadl:#x}" if gpadl else ""
-        verb = ("accepts" if yes else "refuses") if what in ("map", "open") else "confirms"
-        return f"{self._slots[key // 100]}: {verb} {names[what]}{about}"
+    def slots(self) -> list[tuple[int, int]]:
+        """Device and sub-channel of each number that inputs have."""
+        return [(slot.device, slot.index) for slot in self._slots]
 
 
 def _reduced_policy(policy: Policy) -> tuple[Callable[[], Policy], tuple[()]]:

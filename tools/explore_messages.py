@@ -20,6 +20,7 @@ from emu.wire.messages import (
     GpadlTeardown,
     GpadlTorndown,
     Message,
+    MessageType,
     OpenChannel,
     parse,
 )
@@ -74,6 +75,15 @@ class GpadlNames:
                 return replace(message, ringbuffer_gpadlhandle=handle).pack()
         return payload
 
+    def renamed(self, reply: bytes) -> bytes:
+        """A reply that the guest keeps, as it was on the wire; zeros behind it, or alone, stay."""
+        kind = int.from_bytes(reply[:4], "little")
+        if kind not in (MessageType.GPADL_CREATED, MessageType.GPADL_TORNDOWN):
+            return bytes(reply)
+        message = parse(bytes(reply))
+        assert isinstance(message, GpadlCreated | GpadlTorndown)
+        return replace(message, gpadl=self.wire(message.gpadl)).pack()
+
     def to_guest(self, payload: bytes) -> bytes:
         """A message of the host's as the guest gets it."""
         message = parse(payload)
@@ -97,3 +107,10 @@ def text_of(payload: bytes) -> str:
         if value is not None and (value or name in ("child_relid", "gpadl", "status")):
             words.append(f"{name}={value:#x}" if name in ("gpadl", "creation_status") else f"{name}={value}")
     return " ".join(words)
+
+
+def relid_of(payload: bytes) -> int:
+    """The relid that a message is about, 0 for none: on this wire a GPADL's number says it, too."""
+    message: Message = parse(payload)
+    relid: int = getattr(message, "child_relid", 0) or getattr(message, "gpadl", 0) >> 8
+    return relid

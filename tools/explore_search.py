@@ -7,15 +7,18 @@ is found by the shortest way; the invariants are looked at in each new state. On
     the host takes the oldest of the guest's
     a device comes, goes, or answers the server with yes or no
     the guest's administrator binds or unbinds a driver, or unloads the bus
+
+With `threads` the guest does not run until it stands still: whoever takes a message or begins something runs until it
+waits, and it is a transition of its own which of those that can go on does so, until it waits or comes to a sync point.
 """
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from emu.errors import UserError
 from emu.machine import KICK_SIGNAL
@@ -23,10 +26,10 @@ from guestproc.kernel.layout import ChannelState as GuestState
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import REVOKED_STATES, GpadlState
 from hostproc.protocol.states import ChannelState as HostState
-from tools.explore_cores import Core, Input, Messages, Step
+from tools.explore_cores import Core, Input, Messages, Setting, Step
+from tools.explore_events import Event, Names, of_guest, of_host, of_message, same
 from tools.explore_guest import Guest, GuestFacts
 from tools.explore_host import Host, HostFacts
-from tools.explore_messages import text_of
 
 LONGEST_QUEUE: Final = 64
 """Messages under way in one direction; more are a violation, for nobody in this small world owes so many."""
@@ -47,10 +50,10 @@ Transition = tuple[str, Input | None]
 
 @dataclass(slots=True)
 class Violation:
-    """What was broken, after which transitions (in words)."""
+    """What was broken, after which transitions."""
 
     problems: list[str]
-    schedule: list[str]
+    schedule: list[Event]
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Explorer:
         *,
         devices: int = 2,
         subchannels: int = 1,
+        threads: bool = False,
+        without: Sequence[str] = (),
         guest: type[Guest] = Guest,
         host: type[Host] = Host,
     ) -> None:
@@ -81,11 +86,11 @@ class Explorer:
         self._handler = signal.getsignal(KICK_SIGNAL)
         self.messages = Messages()
         self._host_class, self._guest_class = host, guest
-        self._sizes = devices, subchannels
+        self.setting = Setting(devices, subchannels, threads, tuple(without))
         self._boot = self._record_boot()
         self.host = Core(self._new_host, self.messages, kept=HOSTS_KEPT)
         self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT)
-        self._words = host(*self._sizes)
+        self._slots = host(self.setting).slots()
 
     def close(self) -> None:
         """Let go of every guest."""
@@ -97,7 +102,7 @@ class Explorer:
 
     def _record_boot(self) -> list[tuple[str, bytes]]:
         """What the two say until the guest has connected and asked for offers."""
-        guest, host = self._guest_class(*self._sizes), self._host_class(*self._sizes)
+        guest, host = self._guest_class(self.setting), self._host_class(self.setting)
         said: list[tuple[str, bytes]] = []
         posts = guest.boot()
         while posts:
@@ -113,18 +118,19 @@ class Explorer:
         return said
 
     def _new_host(self) -> Host:
-        host = self._host_class(*self._sizes)
+        host = self._host_class(self.setting)
         for way, payload in self._boot:
             if way == TO_HOST:
                 host.do("receive", payload)
         return host
 
     def _new_guest(self) -> Guest:
-        guest = self._guest_class(*self._sizes)
+        guest = self._guest_class(self.setting)
         guest.boot()
         for way, payload in self._boot:
             if way == TO_GUEST:
                 guest.do("deliver", payload)
+        guest.begin()
         return guest
 
     # -- walking ----------------------------------------------------------------------------------------------
@@ -195,22 +201,24 @@ class Explorer:
                 break
         return self._counted(found)
 
-    def replay(self, schedule: Sequence[str]) -> Found:
+    def replay(self, schedule: Sequence[Mapping[str, Any]]) -> Found:
         """Do the transitions that a schedule names, one after the other, to the first violation or the end."""
         found = Found()
         pair: Pair = (0, 0, (), ())
-        for number, line in enumerate(schedule, 1):
-            transition = next((one for one in self.transitions(pair) if self.text_of(pair, one) == line), None)
+        names = Names()
+        for number, wanted in enumerate(schedule, 1):
+            possible = [(one, self.event_of(pair, one, names)) for one in self.transitions(pair)]
+            transition = next((one for one, event in possible if same(event, wanted)), None)
             if transition is None:
-                possible = "; ".join(self.text_of(pair, one) for one in self.transitions(pair))
-                raise UserError(f"schedule, step {number}: {line!r} is not possible here; possible: {possible}")
-            after, problems = self.follow(pair, transition)
+                others = "; ".join(event["text"] for _, event in possible)
+                what = wanted.get("text", dict(wanted))
+                raise UserError(f"schedule, step {number}: {what!r} is not possible here; possible: {others}")
+            pair, problems = self._told(pair, transition, names)
             found.transitions = found.depth = number
-            wrong = list(problems) or self.judge(after)
+            wrong = list(problems) or self.judge(pair)
             if wrong:
-                found.violation = Violation(wrong, list(schedule[:number]))
+                found.violation = Violation(wrong, [dict(one) for one in schedule[:number]])
                 break
-            pair = after
         found.states = found.transitions + 1
         return found
 
@@ -227,7 +235,7 @@ class Explorer:
         if len(pair[2]) > LONGEST_QUEUE or len(pair[3]) > LONGEST_QUEUE:
             return ["INV-29: a queue grows without end"]
         wrong = _always(host, guest, [self.messages.releases[one] for one in pair[3]])
-        if not pair[2] and not pair[3] and not host.open_answers:
+        if not (pair[2] or pair[3] or host.open_answers or guest.runnable):
             wrong += _when_quiet(host, guest)
         return wrong
 
@@ -239,19 +247,32 @@ class Explorer:
         while pair in found.parents:
             pair, transition = found.parents[pair]
             steps.append((pair, transition))
-        return Violation(problems, [self.text_of(*step) for step in reversed(steps)])
+        names = Names()
+        schedule = []
+        for pair, transition in reversed(steps):
+            schedule.append(self.event_of(pair, transition, names))
+            self._told(pair, transition, names)
+        return Violation(problems, schedule)
 
-    def text_of(self, pair: Pair, transition: Transition) -> str:
-        """A transition for people."""
+    def _told(self, pair: Pair, transition: Transition, names: Names) -> tuple[Pair, tuple[str, ...]]:
+        """As `follow`; `names` learns what was offered."""
+        after, problems = self.follow(pair, transition)
+        for number in after[2][len(pair[2]) - (transition[0] == TO_GUEST) :]:
+            names.sent(self.messages.payloads[number])
+        return after, problems
+
+    def event_of(self, pair: Pair, transition: Transition, names: Names) -> Event:
+        """A transition as plain values."""
         who, what = transition
         if who == TO_GUEST:
-            return f"guest takes {text_of(self.messages.payloads[pair[2][0]])}"
+            return of_message("deliver", self.messages.payloads[pair[2][0]], names)
         if who == TO_HOST:
-            return f"host takes {text_of(self.messages.payloads[pair[3][0]])}"
+            return of_message("receive", self.messages.payloads[pair[3][0]], names)
         assert what is not None
         if who == HOST:
-            return self._words.text_of(*what)
-        return f"guest: {what[0]}" + (f" relid {what[1]}" if what[1] else "")
+            return of_host(what, self._slots)
+        held: GuestFacts = self.guest.facts(self.guest.step(pair[1], what).state)
+        return of_guest(what, names, held.held)
 
 
 def _always(host: HostFacts, guest: GuestFacts, released: list[int]) -> list[str]:

@@ -3,6 +3,8 @@
 A thread that waits keeps part of the guest's state on its stack, which nothing can copy. Here a processor or a
 worker that has nothing to do waits outside the guest: it holds no record, and its stack says nothing. So when all
 of them do, guest RAM is the whole state. Of that only the pages exist that were ever touched, some thirty.
+
+Where threads take turns (`stepping`), each stops at every sync point it comes to, and goes on in a turn of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, Final
 
 from emu.ipc.segments import Segment
 from emu.memory import PAGE_SIZE
+from emu.syncpoint import BY_TEXT, Point
 from emu.wire.synic import (
     HV_X64_MSR_GUEST_OS_ID,
     HV_X64_MSR_HYPERCALL,
@@ -26,6 +29,7 @@ from emu.wire.synic import (
 )
 from guestproc import workqueue_main
 from guestproc.current import Current
+from guestproc.kernel.actors import Context
 from guestproc.kernel.workqueue import QueueNumber
 from guestproc.vcpu import Vcpu
 from tools.guest_world import NEVER_NS, Lane, World
@@ -41,6 +45,8 @@ REGISTERS: Final = (
 )
 PAGE_REGISTERS: Final = (HV_X64_MSR_SIMP, HV_X64_MSR_SIEFP)
 ZEROS: Final = bytes(PAGE_SIZE)
+POINT_NAMES: Final = {int(point): name for name, point in BY_TEXT.items()}
+EVERY_POINT: Final = b"\1" * (max(Point) + 1)
 
 Pages = Mapping[int, bytes]
 """Content of a segment by offset; what is not in it was never touched."""
@@ -64,7 +70,14 @@ class CopiedWorld(World):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._idle: set[Lane] = set()
+        self._held: dict[Lane, int] = {}
+        self._may_go: set[Lane] = set()
+        self.stepping = False
         super().__init__(*arguments, **options)
+        for current in (*self.currents, *self.workers.values()):
+            one: Any = current
+            one.armed = EVERY_POINT
+            one.reach = lambda point, _relid=0, current=current: self._reach(current, point)
 
     def boot_bus(self) -> None:
         """As any world; what an unload takes from a processor's process is kept."""
@@ -108,15 +121,57 @@ class CopiedWorld(World):
         self.wait_turn(due, NEVER_NS)
         self._idle.discard(lane)
 
-    def resting(self, lane: Lane) -> bool:
-        """Whether an actor is in the middle of nothing."""
-        return lane in self._idle
+    def wait_turn(self, ready: Callable[[], bool], deadline_ns: int) -> None:
+        """As any world; who does not want to wait at all keeps its turn."""
+        if deadline_ns > self.clock.time_ns or self.stopping:
+            super().wait_turn(ready, deadline_ns)
+
+    # -- turns --------------------------------------------------------------------------------------------
+
+    def runnable(self) -> list[str]:
+        """Names of the actors that can go on: they are at a sync point, or what they waited for has come."""
+        return [lane.name for lane in self.lanes if lane in self._held or lane.ready()]
+
+    def held(self) -> dict[str, str]:
+        """Who is at a sync point, and at which."""
+        return {lane.name: POINT_NAMES[point] for lane, point in self._held.items()}
+
+    def go_on(self, name: str) -> None:
+        """Let one actor run until it waits, or comes to the next sync point."""
+        lane = self.lane(name)
+        if lane in self._held:
+            self._may_go.add(lane)
+        self._switch(lane)
+
+    def interrupt(self, name: str) -> None:
+        """Let a processor take its interrupts, and then do what it has to, if it is not at a sync point."""
+        lane = self.lane(name)
+        while lane.ready():
+            self._switch(lane)
+            if lane in self._held:
+                return
+
+    def _reach(self, current: Current, point: int) -> None:
+        """An actor comes to a sync point. One that holds a spinlock, or has interrupts off, goes on."""
+        actor, lane = current.actor, self._lane
+        assert lane is not None
+        if not self.stepping or actor.spinning or actor.context() != Context.TASK or actor.irqs_disabled():
+            return
+        self._held[lane] = point
+        hooks = current.hooks
+        due = hooks.lapic.deliverable if isinstance(hooks, Vcpu) else _never
+        while lane not in self._may_go:
+            self.wait_turn(due, NEVER_NS)
+            if isinstance(hooks, Vcpu):
+                hooks.safe_point()
+        self._may_go.discard(lane)
+        del self._held[lane]
 
     # -- keeping and putting back -------------------------------------------------------------------------
 
     def save(self) -> Saved | None:
         """The state, if nobody is in the middle of something."""
-        if len(self._idle) != len(self.lanes) or any(lane.ready() for lane in self.lanes):
+        if len(self._idle) != len(self.lanes) or self.runnable():
             return None
         self._forget_tokens()
         return Saved(
@@ -137,6 +192,8 @@ class CopiedWorld(World):
                 lane.switch()
             self.lanes[number] = Lane(self, lane.name, lane.body)
         self._lane, self.stopping = None, False
+        self._held.clear()
+        self._may_go.clear()
         for tasks in self._tasks.values():
             tasks.clear()
         for position, values in enumerate(saved.registers):
@@ -171,6 +228,10 @@ class CopiedWorld(World):
         """A token that nobody waits for would wake somebody later for nothing."""
         for wakeup in self.machine.fakes():
             wakeup.tokens = 0
+
+
+def _never() -> bool:
+    return False
 
 
 def _extents(segment: Segment) -> Iterator[int]:

@@ -256,9 +256,11 @@ class World:
         devices: Sequence[Mapping[str, Any]] = (),
         first_vp: int = 10,
         races: bool = False,
+        switches: Mapping[str, Any] | None = None,
     ) -> None:
         self._races = races
         self._first_vp = first_vp
+        self._switches = dict(switches or {})
         self.era = ERAS[era]
         self._deprecate_auto_eoi = deprecate_auto_eoi
         self.clock = FakeClock()
@@ -315,6 +317,7 @@ class World:
             "cpu_positions": positions,
             "seed": 1,
             "races": self._races,
+            "switches": self._switches,
         }
         control.config = lambda: config  # type: ignore[method-assign]
         segments = {
@@ -441,9 +444,13 @@ class World:
             error, lane.error = lane.error, ""
             raise AssertionError(f"{lane.name} died:\n{error}")
 
+    def lane(self, name: str) -> Lane:
+        """An actor by its name."""
+        return next(lane for lane in self.lanes if lane.name == name)
+
     def turn(self, name: str) -> None:
         """Let one actor run until it waits; an assertion when it has nothing to do."""
-        lane = next(lane for lane in self.lanes if lane.name == name)
+        lane = self.lane(name)
         assert lane.ready(), f"{name} has nothing to do"
         self._switch(lane)
 
