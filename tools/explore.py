@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -22,7 +22,12 @@ from tools.options import json_option
 from tools.output import print_json
 
 if TYPE_CHECKING:
+    from tools.explore_cores import Setting
     from tools.explore_search import Explorer, Found
+
+
+ERAS: Final = ("current", "seed")
+TWICE: Final = "host.dup_rescind"
 
 
 def _switches(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -48,6 +53,14 @@ def _switches(_context: click.Context, _option: click.Parameter, given: tuple[st
     callback=_switches,
     help="Make a historical mistake again, as a scenario's [switches] does; may be repeated.",
 )
+@click.option("--era", type=click.Choice(list(ERAS)), default="current", show_default=True, help="Which guest kernel.")
+@click.option(
+    "--fault",
+    "faults",
+    type=click.Choice([TWICE]),
+    multiple=True,
+    help="What the host may do besides: send each RESCIND a second time.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="In which order the states of a level are tried.")
 @click.option("--states", type=click.IntRange(1), default=2_000_000, show_default=True, help="States to keep, at most.")
 @click.option("--time-limit", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds.")
@@ -61,6 +74,8 @@ def explore(
     subchannels: int,
     threads: bool,
     without: tuple[str, ...],
+    era: str,
+    faults: tuple[str, ...],
     seed: int,
     states: int,
     time_limit: float,
@@ -77,13 +92,16 @@ def explore(
       vmbus-emu explore --depth 14 --json > found.json || vmbus-emu explore --replay found.json
       vmbus-emu explore --threads --devices 1 --subchannels 0 --depth 16 --without offer_gate
     """
-    schedule = None
-    if replay is not None:
-        devices, subchannels, threads, without, schedule = _schedule_of(replay)
+    from tools.explore_cores import Setting
     from tools.explore_search import Explorer
 
+    schedule = None
+    setting = Setting(devices, subchannels, threads, without, era, TWICE in faults)
+    if replay is not None:
+        setting, schedule = _schedule_of(replay)
+
     begin = time.monotonic()
-    explorer = Explorer(devices=devices, subchannels=subchannels, threads=threads, without=without)
+    explorer = Explorer(setting)
     if schedule is not None:
         found = explorer.replay(schedule)
     else:
@@ -93,10 +111,12 @@ def explore(
     seconds = time.monotonic() - begin
     explorer.close()
     report = {
-        "devices": devices,
-        "subchannels": subchannels,
-        "threads": threads,
-        "without": list(without),
+        "devices": setting.devices,
+        "subchannels": setting.subchannels,
+        "threads": setting.threads,
+        "without": list(setting.without),
+        "era": setting.era,
+        "faults": [TWICE] if setting.twice else [],
         "seed": seed,
         "asked_depth": len(schedule) if schedule is not None else depth,
         **report_of(explorer, found, seconds),
@@ -110,22 +130,26 @@ def explore(
     return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
 
 
-def _schedule_of(path: Path) -> tuple[int, int, bool, tuple[str, ...], list[dict[str, Any]]]:
-    """Devices, sub-channels, threads, switches and steps of a counterexample; UserError for a file without one."""
+def _schedule_of(path: Path) -> tuple[Setting, list[dict[str, Any]]]:
+    """The small world and the steps of a counterexample; UserError for a file without one."""
+    from tools.explore_cores import Setting
+
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         devices, subchannels, schedule = found["devices"], found["subchannels"], found["violation"]["schedule"]
-        threads, without = found["threads"], found["without"]
+        threads, without, era, faults = found["threads"], found["without"], found["era"], found["faults"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--replay: {path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--replay: {path} holds no counterexample; write one with `explore --json`") from None
     plain = isinstance(schedule, list) and all(isinstance(event, dict) for event in schedule)
-    if not plain or devices not in range(1, 5) or subchannels not in range(3) or not isinstance(threads, bool):
+    known = devices in range(1, 5) and subchannels in range(3) and isinstance(threads, bool) and era in ERAS
+    if not (plain and known and isinstance(without, list) and faults in ([], [TWICE])):
         raise UserError(f"--replay: {path} holds no schedule; write one with `explore --json`")
-    if not isinstance(without, list) or not all(name in SWITCHES for name in without):
-        raise UserError(f"--replay: {path} names a switch that is none; there are {', '.join(SWITCHES)}")
-    return devices, subchannels, threads, tuple(without), schedule
+    for name in without:
+        if name not in SWITCHES:
+            raise UserError(f"--replay: {path} names the switch {name!r}; known: {', '.join(SWITCHES)}")
+    return Setting(devices, subchannels, threads, tuple(without), era, TWICE in faults), schedule
 
 
 def report_of(explorer: Explorer, found: Found, seconds: float) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class Setting:
     threads: bool = False
     """Whether it is a transition which of the guest's threads goes on; else the guest runs until it stands still."""
     without: tuple[str, ...] = ()
+    era: str = "current"
+    twice: bool = False
+    """Whether the host may send each RESCIND a second time (the fault `host.dup_rescind`)."""
 
     @property
     def switches(self) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """A transition of the explorer as plain JSON, so that a schedule can be done again, here or on real processes.
 
-    {"do": "offer", "device": "echo/0"}                      also: revoke, bind, unbind; unload, which has no device
+    {"do": "offer", "device": "echo/0"}                      also: revoke, rescind-again, bind, unbind; unload
     {"do": "deliver", "message": "OFFERCHANNEL", "device": "echo/0", "subchannel": 1}       the guest takes it
     {"do": "receive", "message": "OPENCHANNEL", "device": "echo/0"}                         the host takes it
     {"do": "answer", "device": "echo/0", "to": "open", "yes": false}                        to: map, unmap, close, ...
@@ -65,9 +65,12 @@ def of_message(verb: str, payload: bytes, names: Names) -> Event:
     return {**event, "text": f"{who} takes {text_of(payload)}"}
 
 
-def of_host(what: Input, slots: list[tuple[int, int]]) -> Event:
+def of_host(what: Input, names: Names, slots: list[tuple[int, int]]) -> Event:
     """Something that devices and their owner do; `slots`: device and sub-channel by number."""
     kind, argument = what
+    if kind == "rescind-again":
+        where = names.of(argument)
+        return {"do": kind, **where, "text": f"host: sends the RESCIND of {_words(where)} again"}
     if kind != "answer":
         where = place(*slots[argument])
         return {"do": kind, **where, "text": f"host: {kind} {_words(where)}"}

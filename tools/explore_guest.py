@@ -134,7 +134,7 @@ class Guest:
         spec = {"class": CLASS, "ring_pages": RING_PAGES, "count": 1}
         specs = [{**spec, "subchannels": 0 if n else setting.subchannels} for n in range(setting.devices)]
         self._threads = setting.threads
-        self.world = CopiedWorld(Wire, cpus=1, devices=specs, switches=setting.switches)
+        self.world = CopiedWorld(Wire, cpus=1, era=setting.era, devices=specs, switches=setting.switches)
         wire = self.world.host
         assert isinstance(wire, Wire)
         self._wire = wire

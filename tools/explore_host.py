@@ -19,7 +19,7 @@ from uuid import UUID
 
 from emu.scenario import derived_instance
 from emu.wire.device_classes import ECHO
-from emu.wire.messages import Message
+from emu.wire.messages import Message, RescindChannelOffer
 from hostproc.protocol.effects import (
     CloseDevice,
     DropDevice,
@@ -96,9 +96,15 @@ class Host:
         self._slots += [Slot(0, n + 1) for n in range(setting.subchannels)]
         self._lives = [0] * len(self._slots)
         self._answers: list[tuple[str, int, int]] = []
+        self._twice = setting.twice
+        self._once: set[int] = set()
+        """Relids whose RESCIND was sent once, if it may be sent twice."""
 
     def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
         """Do one input; what goes to the guest, and which rule was broken."""
+        if kind == "rescind-again":
+            self._once.discard(argument)
+            return [RescindChannelOffer(argument).pack()], []
         try:
             effects = self._effects(kind, argument)
         except AssertionError as error:
@@ -109,6 +115,8 @@ class Host:
             match effect:
                 case SendMessage(message):
                     sent.append(message.pack())
+                    if self._twice and isinstance(message, RescindChannelOffer):
+                        self._once.add(message.child_relid)
                 case MapGpadl(key, _relid, gpadl):
                     self._answers.append(("map", key, gpadl))
                 case UnmapGpadl(key, gpadl):
@@ -167,6 +175,8 @@ class Host:
             found.append(("answer", (answer, True)))
             if answer[0] in ("map", "open"):
                 found.append(("answer", (answer, False)))
+        # A host that says it again does so before the relid is given back.
+        found += [("rescind-again", one.relid) for one in self.server.channels() if one.relid in self._once]
         for number, slot in enumerate(self._slots):
             if self._lives[number] and self.server.has_device(self._key(number)):
                 found.append(("revoke", number))
@@ -200,7 +210,7 @@ class Host:
 
     def digest(self) -> bytes:
         """What this state has in common with those that are equal to it."""
-        values = (self._lives, self._answers, _plain(self.server, {}))
+        values = (self._lives, self._answers, sorted(self._once), _plain(self.server, {}))
         return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
     def save(self) -> bytes:
@@ -208,12 +218,12 @@ class Host:
         file = io.BytesIO()
         pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
         pickler.dispatch_table = {type(DEFAULT_POLICY): _reduced_policy}
-        pickler.dump((self.server, self._lives, self._answers))
+        pickler.dump((self.server, self._lives, self._answers, self._once))
         return file.getvalue()
 
     def restore(self, saved: bytes) -> None:
         """Be in that state; the bytes are our own."""
-        self.server, self._lives, self._answers = pickle.loads(saved)
+        self.server, self._lives, self._answers, self._once = pickle.loads(saved)
 
     def close(self) -> None:
         """Nothing to end."""

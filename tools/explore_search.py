@@ -5,7 +5,7 @@ is found by the shortest way; the invariants are looked at in each new state. On
 
     the guest takes the oldest message of the host's, and runs until nobody in it can go on
     the host takes the oldest of the guest's
-    a device comes, goes, or answers the server with yes or no
+    a device comes, goes, or answers the server with yes or no (and its RESCIND is sent twice, if that is asked for)
     the guest's administrator binds or unbinds a driver, or unloads the bus
 
 With `threads` the guest does not run until it stands still: whoever takes a message or begins something runs until it
@@ -74,11 +74,8 @@ class Explorer:
 
     def __init__(
         self,
+        setting: Setting | None = None,
         *,
-        devices: int = 2,
-        subchannels: int = 1,
-        threads: bool = False,
-        without: Sequence[str] = (),
         guest: type[Guest] = Guest,
         host: type[Host] = Host,
     ) -> None:
@@ -86,7 +83,7 @@ class Explorer:
         self._handler = signal.getsignal(KICK_SIGNAL)
         self.messages = Messages()
         self._host_class, self._guest_class = host, guest
-        self.setting = Setting(devices, subchannels, threads, tuple(without))
+        self.setting = setting or Setting()
         self._boot = self._record_boot()
         self.host = Core(self._new_host, self.messages, kept=HOSTS_KEPT)
         self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT)
@@ -270,7 +267,7 @@ class Explorer:
             return of_message("receive", self.messages.payloads[pair[3][0]], names)
         assert what is not None
         if who == HOST:
-            return of_host(what, self._slots)
+            return of_host(what, names, self._slots)
         held: GuestFacts = self.guest.facts(self.guest.step(pair[1], what).state)
         return of_guest(what, names, held.held)
 

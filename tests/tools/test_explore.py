@@ -16,6 +16,7 @@ from emu.errors import UserError
 from emu.wire.messages import RelidReleased, RescindChannelOffer, parse
 from guestproc.protocol import rescinds
 from tools.explore import explore
+from tools.explore_cores import Setting
 from tools.explore_guest import Guest
 from tools.explore_host import Host
 from tools.explore_search import GUEST, TO_GUEST, Explorer, Pair
@@ -24,7 +25,8 @@ from tools.explore_search import GUEST, TO_GUEST, Explorer, Pair
 @contextmanager
 def exploring(**options: Any) -> Iterator[Explorer]:
     """An explorer that ends with the block."""
-    explorer = Explorer(**options)
+    guest, host = options.pop("guest", Guest), options.pop("host", Host)
+    explorer = Explorer(Setting(**options), guest=guest, host=host)
     try:
         yield explorer
     finally:
