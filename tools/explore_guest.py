@@ -20,11 +20,12 @@ from typing import Any, Final
 from emu.machine import Machine
 from emu.wire.hypercalls import HvStatus
 from emu.wire.messages import MessageType
-from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, HVMSG_NONE, VMBUS_MESSAGE_SINT, message_slot
 from guestproc.current import Current
 from guestproc.kernel.layout import ChannelState
 from guestproc.kernel.records import Blob, Part, Record, Table, Word
 from guestproc.kernel.workqueue import WorkQueues
+from guestproc.protocol.triage import MESSAGE_BYTES
 from guestproc.vmbus.bus import vmbus_exit, vmbus_start
 from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_store
 from hostproc.partition import Partition
@@ -65,7 +66,9 @@ _FLUSH: Final = WorkQueues.flush.__code__
 class Wire:
     """The other end of the guest: what comes goes into its slot, what it posts is kept."""
 
-    def __init__(self, partition: Partition, _machine: Machine) -> None:
+    def __init__(self, partition: Partition, machine: Machine) -> None:
+        self._synic = partition.synics[0]
+        self._ram = machine.ram.memory
         self.outbox: list[bytes] = []
         self.posted: list[bytes] = []
         self._port = MessagePort(partition.queues, 1, 0, VMBUS_MESSAGE_SINT)
@@ -73,8 +76,16 @@ class Wire:
             partition.connections.messages[connection_id] = _Post(connection_id, self)
 
     def step(self) -> bool:
-        """Put the next message into the slot."""
-        if not self.outbox or self._port.post(HVMSG_CHANNEL_MESSAGE, self.outbox[0]):
+        """Put the next message into the slot, once that is empty.
+
+        What an earlier message left behind a shorter one is cleared: it decides nothing, and tells states apart.
+        """
+        if not self.outbox:
+            return False
+        slot = (self._synic.simp.gpa or 0) + message_slot(VMBUS_MESSAGE_SINT)
+        if self._synic.slot_type(VMBUS_MESSAGE_SINT) == HVMSG_NONE:
+            self._ram[slot : slot + MESSAGE_BYTES] = bytes(MESSAGE_BYTES)
+        if self._port.post(HVMSG_CHANNEL_MESSAGE, self.outbox[0]):
             return False
         self.outbox.pop(0)
         return True

@@ -35,7 +35,7 @@ LONGEST_QUEUE: Final = 64
 """Messages under way in one direction; more are a violation, for nobody in this small world owes so many."""
 
 HOSTS_KEPT: Final = 1024
-GUESTS_KEPT: Final = 24
+GUESTS_KEPT: Final = 128
 """A guest has a dozen threads, and RAM."""
 
 TO_GUEST: Final = "to guest"
