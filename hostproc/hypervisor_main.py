@@ -51,7 +51,6 @@ from hostproc.protocol.policy import policy_of
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.state_trace import StateTrace
-from hostproc.synthetic_timers import NEVER
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
@@ -211,7 +210,7 @@ class Hypervisor:
                 busy = True
                 break
         # Behind the exits: a one-shot whose time is past when it is written expires at once.
-        if self._timers.next_expiration != NEVER and self._timers.run_due():
+        if self._timers.armed and self._timers.run_due():
             self._changed = busy = True
         if self._ordered() and self.orders.serve():
             self._changed = busy = True
@@ -275,7 +274,9 @@ class Hypervisor:
         for load in self._looks:
             if load():
                 return True
-        return self.loop.has_work() or self._timers.due() or self._stopping()
+        if self._timers.armed and self._timers.due():
+            return True
+        return self.loop.has_work() or self._stopping()
 
     def _glance(self) -> int:
         """The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work."""
@@ -297,7 +298,7 @@ class Hypervisor:
             if self._changed:
                 self._changed = False
                 self.control_plane.publish()
-        elif self._timers.next_expiration != NEVER:
+        elif self._timers.armed:
             timeout_ns = min(timeout_ns, max(0, self._timers.next_expiration * 100 - self.machine.clock.now()))
         if self._changed or self.machine.races:
             # Not at each halt of a busy host: at most every millisecond, and never later than that; in the middle of

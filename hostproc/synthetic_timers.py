@@ -118,7 +118,8 @@ class SyntheticTimers:
         self._timers: Final = [
             [SyntheticTimer(position, index) for index in range(HV_SYNIC_STIMER_COUNT)] for position in range(vp_count)
         ]
-        self._armed: Final[dict[SyntheticTimer, None]] = {}
+        self.armed: Final[dict[SyntheticTimer, None]] = {}
+        """Those that run; nearly always there are none, and then nobody need look at the clock."""
         self._queues: Final = queues
         self._reference_time: Final = reference_time
         self._changed: Final = changed
@@ -172,7 +173,7 @@ class SyntheticTimers:
         if not timer.config & HV_STIMER_ENABLE or timer.count == 0:
             return
         timer.expiration_time = self._reference_time() + timer.period if timer.periodic else timer.count
-        self._armed[timer] = None
+        self.armed[timer] = None
         self._look_ahead()
         if self._trace:
             self._trace.record(
@@ -195,24 +196,24 @@ class SyntheticTimers:
 
     def _disarm(self, timer: SyntheticTimer) -> None:
         timer.expiration_time = NEVER
-        self._armed.pop(timer, None)
+        self.armed.pop(timer, None)
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        self.next_expiration = min((timer.expiration_time for timer in self._armed), default=NEVER)
+        self.next_expiration = min((timer.expiration_time for timer in self.armed), default=NEVER)
 
     # -- expiry -------------------------------------------------------------------------------------
 
     def due(self) -> bool:
-        """Whether a timer expires now; costs a look at the clock only while one is armed."""
-        return self.next_expiration != NEVER and self.next_expiration <= self._reference_time()
+        """Whether a timer expires now."""
+        return self.next_expiration <= self._reference_time()
 
     def run_due(self) -> bool:
         """Let every timer expire whose time has come, the earliest first; whether there was any."""
         now = self._reference_time()
         steps = 0
         while self.next_expiration <= now:
-            self._expire(min(self._armed, key=lambda timer: timer.expiration_time), now)
+            self._expire(min(self.armed, key=lambda timer: timer.expiration_time), now)
             steps += 1
             # Each expiry either ends a timer or moves it behind `now`: no guest can run meanwhile, so one that did
             # neither would come back for ever.

@@ -283,7 +283,7 @@ class _Reader:
         if message_type != HVMSG_CHANNEL_MESSAGE:
             # The hypervisor's own, a timer's, say: nobody's flow, and so is the interrupt behind it.
             self._written[record.actor.slot] = None
-            self._resident.pop((position, sint), None)
+            self._was_taken(record, self._resident.pop((position, sint), None))
             return
         flow = self._to_guest(serial)
         if flow is None:
@@ -293,11 +293,14 @@ class _Reader:
         if waiting and flow in waiting:
             waiting.remove(flow)
         self._add(flow, Role.SLOT_WRITE, record)
-        before = self._resident.get((position, sint))
-        if before is not None and before.step(Role.DPC) is None:
-            self._add(before, Role.TAKEN, record)
+        self._was_taken(record, self._resident.get((position, sint)))
         self._resident[position, sint] = flow
         self._written[record.actor.slot] = flow
+
+    def _was_taken(self, record: TraceRecord, before: Flow | None) -> None:
+        """The host found the slot empty: whoever took out what was in it need not have said so."""
+        if before is not None and before.step(Role.DPC) is None:
+            self._add(before, Role.TAKEN, record)
 
     def _flag_set(self, record: TraceRecord) -> None:
         # The interrupt behind it is that flag's.

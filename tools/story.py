@@ -74,6 +74,12 @@ TELLING: Final[Mapping[str, tuple[str, str]]] = {
     "refused": ("refuses something: {rule}", ""),
     "ignored": ("ignores something legal: {rule}", ""),
     "eom": ("end of message", "vmbus_signal_eom"),
+    "timer_armed": ("sets timer {timer} of VP page {position} to expire at {expiration_time}", "SynIC"),
+    "timer_expired": ("sees timer {timer} of VP page {position} expire, which was due at {expiration_time}", "SynIC"),
+    "timer_delivered": ("has the message of timer {timer} for the slot of VP page {position}, SINT {sint}", "SynIC"),
+    "timer_dropped": ("drops a tick of timer {timer} of VP page {position}", "SynIC"),
+    "timer_withdrawn": ("takes back what timer {timer} of VP page {position} had to say", "SynIC"),
+    "clock_event": ("has the clock event of timer {timer}, due at {expiration_time}", "hv_stimer0_isr"),
     "target_change": ("interrupts VP {target_vp} for it from now on", "control plane"),
 }
 TELLING_OF_GUEST: Final[Mapping[str, tuple[str, str]]] = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
-from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostVp, Traffic
+from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostTimer, HostVp, Traffic
 from emu.ipc.segments import object_name, unlink_objects
 from emu.layout import MAX_VPS
 
@@ -36,7 +36,8 @@ def shared() -> Iterator[Control]:
 
 def vp(number: int) -> HostVp:
     """Registers in which every one is another."""
-    return HostVp(number, number + 1, number + 2, tuple(range(10, 10 + SINTS)), tuple(range(SINTS)))
+    timers = tuple(HostTimer(100 + n, 200 + n, number + 300 + n) for n in range(4))
+    return HostVp(number, number + 1, number + 2, tuple(range(10, 10 + SINTS)), tuple(range(SINTS)), timers)
 
 
 def test_registers_of_every_vp_are_read_back(control: Control) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -248,6 +249,18 @@ def test_edit_breaks_its_rule_alone(records: list[TraceRecord], number: int) -> 
     for violation in violations_of(verdicts(edited.records)):
         assert violation.text
         assert violation.records
+
+
+def test_timer_message_that_is_taken_back_need_not_come(records: list[TraceRecord]) -> None:
+    """It waited behind a pending bit, and then the guest wrote its timer's register."""
+    edited = Edited(records)
+    pending_bit_of_nobody(edited)
+    at = edited.where("pending_set", last=True)
+    position, sint, _resident = edited.records[at].values
+    withdrawn = replace(edited.records[at], event=EVENTS["timer_withdrawn"], values=(position, 0, sint, 77))
+    edited.records.insert(at + 1, withdrawn)
+
+    assert broken(edited.records) == set()
 
 
 def test_tasklet_between_publish_and_signal_signals_for_itself(records: list[TraceRecord]) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from emu.recording import TraceRecord
 from emu.wire.messages import MessageType
+from emu.wire.synic import HVMSG_TIMER_EXPIRED
+from tests.tools.recorded import Edited
 from tools.flows import Flow, Flows, Role, flows_of
 
 VPS = (0, 1)
@@ -119,3 +121,18 @@ def test_message_that_is_not_read_has_not_ended(records: list[TraceRecord]) -> N
     flow = flows_of(records[: last + 1], VPS).get(f"h{records[last].values[4]}")
 
     assert flow is not None and not flow.ended
+
+
+@pytest.mark.parametrize("whose", ["both", "the host's"])
+def test_timer_message_is_nobodys_flow(records: list[TraceRecord], whose: str) -> None:
+    """One between two others in a slot: no flow more, no step in theirs, and every one has ended as before."""
+    if whose == "the host's":
+        records = [record for record in records if record.actor.kind == "HYPERVISOR"]
+    edited = Edited(records)
+    last = edited.where("slot_write", last=True)
+    edited.insert(last, last, message_type=HVMSG_TIMER_EXPIRED, msgtype=0, serial=0)
+    flows, before = flows_of(edited.records, VPS), flows_of(records, VPS)
+
+    assert {flow.id: [step.role for step in flow.steps] for flow in flows} == {
+        flow.id: [step.role for step in flow.steps] for flow in before
+    }

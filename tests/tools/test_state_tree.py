@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -12,12 +13,12 @@ import pytest
 
 from emu.control import ActorKind
 from emu.errors import UserError
-from emu.host_tables import SINTS, HostGpadl, HostTables, HostVp
+from emu.host_tables import NO_TIMERS, SINTS, HostGpadl, HostTables, HostTimer, HostVp
 from emu.layout import VP_REQUEST, vp_page_offset
 from emu.machine import Machine
 from emu.mirror import Mirror, MirrorChannel
 from emu.wire.device_classes import BY_NAME
-from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, message_slot
+from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, message_slot, stimer_config
 from guestproc.protocol.numbers import Works
 from hostproc.protocol.states import ChannelState, GpadlState
 from tests.tools.sysfs_records import Guest, guest_of, idle_machine
@@ -88,6 +89,7 @@ def test_channel_that_one_end_knows_alone_is_shown(machine: Machine, guest: Gues
 def test_vp_has_its_words_registers_and_slots(machine: Machine, guest: Guest) -> None:
     """Requested vectors, SINT 2 and what waits for it, and the message in its slot with the pending bit."""
     registers = HostVp(1, SIMP_GPA | 1, 0, (0x10000,) * 2 + (0xF3,) + (0x10000,) * 13, (0, 0, 5) + (0,) * 13)
+    registers = replace(registers, stimer=(HostTimer(stimer_config(2, auto_enable=True), 900, 900), *NO_TIMERS[1:]))
     HostTables(machine.control).write_vp(0, registers)
     machine.vps.view.store_u64(vp_page_offset(0) + VP_REQUEST + 24, 1 << (0xF3 - 192))
     slot = SIMP_GPA + message_slot(2)
@@ -107,6 +109,17 @@ def test_vp_has_its_words_registers_and_slots(machine: Machine, guest: Guest) ->
         "waiting": 5,
     }
     assert len(found["sint"]) == SINTS
+    assert found["stimer"]["0"] == {
+        "enabled": True,
+        "periodic": False,
+        "lazy": False,
+        "auto_enable": True,
+        "sint": 2,
+        "config": "0x20009",
+        "count": 900,
+        "expiration_time": 900,
+    }
+    assert found["stimer"]["3"]["expiration_time"] is None
     assert found["slot"]["2"]["msgtype"] == "OFFERCHANNEL" and found["slot"]["2"]["msg_pending"] is True
 
 
