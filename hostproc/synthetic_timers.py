@@ -257,7 +257,7 @@ class SyntheticTimers:
         """Wrong on purpose (races.md B5): armed again for now, and asked again before the guest may empty the slot."""
         timer.config |= HV_STIMER_ENABLE
         timer.expiration_time = self._reference_time()
-        self._armed[timer] = None
+        self.armed[timer] = None
         self._look_ahead()
 
     @staticmethod
