@@ -4,9 +4,7 @@ An input is a message of the host's, or something that the guest's administrator
 nobody in it can go on; what it posted meanwhile is the output. A state in which a thread is in the middle of
 something cannot be copied, as part of it is where that thread waits (`explore_world`): it is reached again by doing
 again what led to it (`explore_cores.Core`).
-
-    digest   every field of every live record, by name, but for those of `NAMES`; the orders of lists; and for
-             every thread where it waits: functions, instructions, and the values of their variables
+What makes two states one is `explore_digest`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Final
 
 from emu.machine import Machine
@@ -23,44 +20,22 @@ from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, HVMSG_NONE, VMBUS_MESSAGE_SINT, message_slot
 from guestproc.current import Current
 from guestproc.kernel.layout import ChannelState
-from guestproc.kernel.records import Blob, Part, Record, Table, Word
-from guestproc.kernel.workqueue import WorkQueues
+from guestproc.kernel.records import Table
 from guestproc.protocol.triage import MESSAGE_BYTES
 from guestproc.vmbus.bus import vmbus_exit, vmbus_start
 from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_store
 from hostproc.partition import Partition
 from hostproc.ports import HostMessagePort, MessagePort
 from tools.explore_cores import Setting
+from tools.explore_digest import Names
 from tools.explore_events import CLASS
 from tools.explore_messages import GpadlNames
 from tools.explore_world import CopiedWorld, Saved
-from tools.guest_world import Task, World
+from tools.guest_world import Task
 
 MESSAGE_CONNECTIONS: Final = (1, 4)
 RING_PAGES: Final = 2
 PROCESSOR: Final = "vcpu0"
-
-# Fields that are names, or that only count: no decision of the bus driver's depends on them.
-NAMES: Final = frozenset(
-    {
-        # times, serials, places in a sequence
-        "since_ns", "subject", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished",
-        "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle",
-        # counters
-        "interrupts", "irq_hv_callback_count", "sig_events", "intr_in_full", "intr_out_empty",
-        # links of lists, whose order is in the digest by itself
-        "next", "head", "tail", "chn_list", "chn_msg_list", "listentry", "sc_list", "sc_link", "hash_next",
-        "msglistentry", "percpu_list",
-        # pages, of which there are always enough
-        "ring_gpa", "ring_pfns_gpa", "ring_generation", "rqstor_gpa",
-    }
-)  # fmt: skip
-_HANDLES: Final = frozenset({"primary_channel", "device_obj", "channel", "channel_callback_context", "waiting_channel"})
-_GPADLS: Final = frozenset({"gpadl", "ringbuffer_gpadlhandle"})
-_WAITS: Final = frozenset({"Mutex", "Completion", "WaitQueue"})
-_NOT_STATE: Final = frozenset({"self", "current", "actor", "sequence", "index", "position", "word", "newest", "last"})
-"""Variables that name an object of the program, or a record's place."""
-_FLUSH: Final = WorkQueues.flush.__code__
 
 
 class Wire:
@@ -152,7 +127,6 @@ class Guest:
         self._names = GpadlNames()
         self._task: Task[Any] | None = None
         self._used: list[str] = []
-        self._refusals = 0
 
     def boot(self) -> list[bytes]:
         """Up to the first message to the host."""
@@ -172,9 +146,8 @@ class Guest:
             posted = self._settle()
         except AssertionError as error:
             return [], [f"the guest broke down: {str(error).strip().splitlines()[-1]}"]
-        refused = self.world.refused()
-        if refused.total() != self._refusals:
-            self._refusals = refused.total()
+        if any(current.refused for current in self.world.everybody()):
+            refused = self.world.refused()
             problems.append(f"INV-30: the guest refused the host's message ({', '.join(sorted(refused))})")
         problems += [f"INV-13: {line}" for line in self.world.tables.damage()]
         return posted, problems
@@ -205,7 +178,6 @@ class Guest:
         self._wire.outbox.clear()
         self._wire.posted.clear()
         self._names, self._task, self._used = saved.names.copy(), saved.task, list(saved.used)
-        self._refusals = 0
         self.world.restore(saved.world)
 
     def close(self) -> None:
@@ -266,7 +238,7 @@ class Guest:
     def digest(self) -> bytes:
         """What this state has in common with those that are equal to it."""
         tables = self.world.tables
-        names = _Names(self.world, self._names)
+        names = Names(self.world, self._names)
         parts: list[Any] = [
             tuple(sorted(self._used)),
             self._names.counts(),
@@ -284,106 +256,6 @@ class Guest:
         parts += [names.stack(lane.frame) for lane in self.world.lanes]
         parts.append(self.world.runnable())
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-
-
-class _Names:
-    """Values of one state, with records and GPADLs by what they are instead of where they lie."""
-
-    def __init__(self, world: World, gpadls: GpadlNames) -> None:
-        self._world = world
-        self._gpadls = gpadls
-        tables = world.tables
-        self._channels = {one.handle: f"channel {one.relid}" for one in tables.channels.live()}
-        self._devices = {
-            one.handle: f"device {self._channels.get(one.channel, one.dev_instance)}" for one in tables.devices.live()
-        }
-
-    def of(self, record: Record) -> str:
-        """A record's name."""
-        match record.table.name:
-            case "channels":
-                return self._channels.get(record.handle, "gone")
-            case "devices":
-                return self._devices.get(record.handle, "gone")
-            case "requests" if record.alive():
-                one: Any = record
-                return f"request {one.msgtype} {one.child_relid} {self._gpadls.wire(one.gpadl)}"
-            case "work" | "waiters" | "requests":
-                return record.table.name
-            case name:
-                return f"{name} {record.index}"
-
-    def record(self, record: Record) -> list[Any]:
-        """Every field that is state."""
-        return [self._field(record, field.name, field) for field in record.FIELDS if field.name not in NAMES]
-
-    def _field(self, record: Record, name: str, field: Any) -> Any:
-        value: Any = getattr(record, name)
-        if isinstance(field, Blob):
-            return self._gpadls.renamed(value) if name == "response" else bytes(value)
-        if isinstance(field, Word):
-            if name in _GPADLS:
-                return self._gpadls.wire(value)
-            if name in _HANDLES:
-                return self._handle(value)
-            return value
-        assert isinstance(field, Part)
-        kind = type(value).__name__
-        if kind in _WAITS:
-            waiters = value._chain.waiters(self._waiters) if kind == "Mutex" else value.waiters(self._waiters)
-            return (value.owner if kind == "Mutex" else value.done if kind == "Completion" else 0, waiters)
-        if kind == "Tasklet":
-            return value.word.load(), value.function, self._handle(value.argument)
-        if isinstance(value, memoryview):
-            return [self._handle(word) for word in value]
-        if hasattr(value, "load"):
-            return value.load()
-        return bytes(record._octets[field.offset : field.offset + field.size])
-
-    @property
-    def _waiters(self) -> Table[Any]:
-        return self._world.tables.waiters
-
-    def _handle(self, value: int) -> Any:
-        """Handles are at least 2^32; which table one is of says the field, so both names are said."""
-        if value < 1 << 32:
-            return value
-        found = (self._channels.get(value), self._devices.get(value))
-        return found if any(found) else value if value >> 56 else "gone"
-
-    # -- threads ----------------------------------------------------------------------------------------------
-
-    def stack(self, frame: FrameType | None) -> list[Any]:
-        """Where a thread waits, innermost first."""
-        found: list[Any] = []
-        while frame is not None:
-            code = frame.f_code
-            if "guestproc" in code.co_filename:
-                variables = [
-                    (name, self._value(name, value, 2))
-                    for name, value in frame.f_locals.items()
-                    if name not in _NOT_STATE and not name.endswith("_ns")
-                ]
-                if code is _FLUSH and "last" in frame.f_locals:
-                    # How much of what is queued it waits for; the numbers themselves only count.
-                    variables.append(("behind", frame.f_locals["queue"].queued - frame.f_locals["last"]))
-                found.append((code.co_qualname, frame.f_lasti, variables))
-            frame = frame.f_back
-        return found
-
-    def _value(self, name: str, value: Any, depth: int) -> Any:
-        if value is None or isinstance(value, (bool, str, bytes)):
-            return value
-        if isinstance(value, int):
-            return self._gpadls.wire(value) if self._gpadls.known(value) else self._handle(value)
-        if isinstance(value, Record):
-            return self.of(value)
-        if isinstance(value, (list, tuple)):
-            return [self._value(name, one, depth) for one in value]
-        cells = getattr(value, "__closure__", None)
-        if cells and depth:
-            return [self._value(name, cell.cell_contents, depth - 1) for cell in cells]
-        return type(value).__name__
 
 
 def _unload(_argument: int) -> Any:

@@ -7,11 +7,12 @@ in how often something happened (`NAMES`), the two are one.
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import io
 import pickle
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -20,6 +21,7 @@ from uuid import UUID
 from emu.scenario import derived_instance
 from emu.wire.device_classes import ECHO
 from emu.wire.messages import Message, RescindChannelOffer
+from hostproc.protocol.channel_table import ChannelTable
 from hostproc.protocol.effects import (
     CloseDevice,
     DropDevice,
@@ -32,7 +34,7 @@ from hostproc.protocol.effects import (
     UnmapGpadl,
 )
 from hostproc.protocol.offers import OfferParameters
-from hostproc.protocol.policy import DEFAULT_POLICY, Policy
+from hostproc.protocol.policy import DEFAULT_POLICY
 from hostproc.protocol.server import Server
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import ChannelState, GpadlState
@@ -214,16 +216,14 @@ class Host:
         return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
     def save(self) -> bytes:
-        """Everything that changes, with the policy by its name."""
+        """Everything that changes; what does not is said by a number."""
         file = io.BytesIO()
-        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
-        pickler.dispatch_table = {type(DEFAULT_POLICY): _reduced_policy}
-        pickler.dump((self.server, self._lives, self._answers, self._once))
+        _Pickler(file, pickle.HIGHEST_PROTOCOL).dump((self.server, self._lives, self._answers, self._once))
         return file.getvalue()
 
     def restore(self, saved: bytes) -> None:
         """Be in that state; the bytes are our own."""
-        self.server, self._lives, self._answers, self._once = pickle.loads(saved)
+        self.server, self._lives, self._answers, self._once = _Unpickler(io.BytesIO(saved)).load()
 
     def close(self) -> None:
         """Nothing to end."""
@@ -233,14 +233,55 @@ class Host:
         return [(slot.device, slot.index) for slot in self._slots]
 
 
-def _reduced_policy(policy: Policy) -> tuple[Callable[[], Policy], tuple[()]]:
-    """How the policy is pickled, which is a constant of the program."""
-    assert policy is DEFAULT_POLICY
-    return _default_policy, ()
+_CONSTANTS: Final[list[Any]] = []
+"""Values that do not change, by the number that stands for them in what is saved."""
+_NUMBERS: Final[dict[tuple[type, Any], int]] = {}
+LIVES_OF_RELIDS: Final = "_generations"
+_CONSTANT: Final = (UUID, Enum, Version, OfferParameters, Limits)
 
 
-def _default_policy() -> Policy:
-    return DEFAULT_POLICY
+class _Pickler(pickle.Pickler):
+    """Says what does not change by a number."""
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """The number of a constant, None for what is to be written."""
+        if obj is DEFAULT_POLICY:
+            return -1
+        if not isinstance(obj, _CONSTANT):
+            return None
+        key = type(obj), obj  # an IntEnum equals the number, and the member of another one
+        number = _NUMBERS.get(key)
+        if number is None:
+            number = _NUMBERS[key] = len(_CONSTANTS)
+            _CONSTANTS.append(obj)
+        return number
+
+    def reducer_override(self, obj: Any) -> Any:
+        """The table of channels counts the lives of 2,048 relids, of which a few have had any."""
+        if type(obj) is not ChannelTable:
+            return NotImplemented
+        values = {name: getattr(obj, name) for name in ChannelTable.__slots__}
+        lives = values.pop(LIVES_OF_RELIDS)
+        values[LIVES_OF_RELIDS] = len(lives), [(relid, count) for relid, count in enumerate(lives) if count]
+        return copyreg.__newobj__, (ChannelTable,), values, None, None, _fill_table  # type: ignore[attr-defined]
+
+
+def _fill_table(table: ChannelTable, values: dict[str, Any]) -> None:
+    """What `reducer_override` took apart."""
+    size, some = values[LIVES_OF_RELIDS]
+    lives = [0] * size
+    for relid, count in some:
+        lives[relid] = count
+    for name, value in {**values, LIVES_OF_RELIDS: lives}.items():
+        setattr(table, name, value)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what `_Pickler` wrote in this process."""
+
+    def persistent_load(self, pid: int) -> Any:
+        """A constant by its number."""
+        return DEFAULT_POLICY if pid < 0 else _CONSTANTS[pid]
 
 
 _WORDS: Final[dict[Any, str]] = {}

@@ -520,10 +520,15 @@ class World:
         name = self.era.rescind_queue.name
         return name if name in self.workers else f"{name}/0"
 
+    def everybody(self) -> Iterator[Current]:
+        """Every processor and worker."""
+        yield from self.currents
+        yield from self.workers.values()
+
     def refused(self) -> Counter[str]:
         """What the guest refused of the host's, by rule."""
         total: Counter[str] = Counter()
-        for current in (*self.currents, *self.workers.values()):
+        for current in self.everybody():
             total.update(current.refused)
         return total
 
