@@ -15,13 +15,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol, assert_never
+from functools import partial
+from typing import Final, Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import Gpadl, MapBudget
 from emu.host_tables import Traffic
 from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
 from emu.ring_memory import RingMemory, RingWords
+from emu.switches import ALL_FIXED, Fix
+from emu.syncpoint import Point
 from emu.tracing import (
     E_GPADL_ADD,
     E_GPADL_DROP,
@@ -39,6 +42,7 @@ from hostproc.devices.channel import HostChannel
 from hostproc.devices.unmapped import UnmappedRings
 from hostproc.interrupt_page import InterruptPage, SharedEvent
 from hostproc.loop import TaskBody
+from hostproc.points import NoPoints
 from hostproc.protocol.effects import (
     BindEvent,
     CloseDevice,
@@ -64,6 +68,7 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
 
+_BEFORE_OPEN_RESULT: Final = int(Point.HOST_BEFORE_OPEN_RESULT)
 Instrument = Callable[[int, str, RingMemory], RingWords]
 """Gives the words of a ring (relid, "incoming" or "outgoing", memory) that record what they do."""
 
@@ -151,7 +156,11 @@ class Bus:
         trace: Recorder | None = None,
         instrument: Instrument | None = None,
         log: Callable[[str], object] | None = None,
+        points: NoPoints | None = None,
+        fix: Fix = ALL_FIXED,
     ) -> None:
+        self._points = points or NoPoints()
+        self._fix = fix
         self.server = server
         self.refusals = RecordedRefusals(trace) if trace is not None else Refusals()
         self.connects = 0
@@ -413,7 +422,16 @@ class Bus:
         # It runs once without being rung for: what the guest wrote before is found then.
         name = device.backend.name
         device.task = self._tasks.task(f"{name}.{effect.relid}", self._run(name, channel, body))
-        self._take(self.server.device_opened(effect.key))
+        opened = partial(self._opened, effect.key)
+        if not self._points.armed[_BEFORE_OPEN_RESULT] or not self._points.hold(
+            _BEFORE_OPEN_RESULT, effect.relid, opened
+        ):
+            opened()
+
+    def _opened(self, key: int) -> None:
+        """The device is open: say so to the guest."""
+        if key in self._devices:
+            self._take(self.server.device_opened(key))
 
     def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
         """Check what the guest left in the rings' control pages; they are mapped when the first packet comes."""

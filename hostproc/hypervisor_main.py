@@ -168,6 +168,8 @@ class Hypervisor:
             trace=self.trace,
             instrument=self._recorded if self.trace else None,
             log=lambda text: report("log", "hypervisor", text),
+            points=self.points,
+            fix=self.fix,
             faults=self.faults,
             call_later=self._call_later,
             now=machine.clock.now,

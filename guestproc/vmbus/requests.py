@@ -47,12 +47,12 @@ def enter_request(
     return request
 
 
-def wait_for_reply(current: Current, request: Request) -> int:
+def wait_for_reply(current: Current, request: Request, timeout_ns: int = REPLY_TIMEOUT_NS) -> int:
     """Wait until the request is completed, by a reply or by a rescind: 0, or -ETIMEDOUT."""
-    if request.waitevent.wait_timeout(current.actor, REPLY_TIMEOUT_NS):
+    if request.waitevent.wait_timeout(current.actor, timeout_ns):
         return 0
     name = MessageType(request.msgtype).name
-    seconds = REPLY_TIMEOUT_NS // SECOND_NS
+    seconds = timeout_ns // SECOND_NS
     current.log(f"{name}: no answer within {seconds} s (relid {request.child_relid}, gpadl {request.gpadl:#x})")
     return -errno.ETIMEDOUT
 
