@@ -108,6 +108,8 @@ class Vcpu:
         }
         self.softirqs: Callable[[], object] = _no_softirqs
         self.softirq_pending: Callable[[], bool] = _never
+        self.rescheduled: Callable[[], object] = _no_softirqs
+        """Run in each reschedule interrupt (`scheduler_ipi`)."""
         self.expecting: Callable[[], bool] = _never
         """Whether an answer of the host's is due on this processor: then polling for it pays."""
         self.peers = Peers(machine, self.counters, self.trace)
@@ -210,8 +212,9 @@ class Vcpu:
                 trace.context = before
 
     def _reschedule(self) -> None:
-        """The reschedule interrupt has done its work by arriving."""
+        """The reschedule interrupt has done its work by arriving, but for what others left to this processor."""
         self.counters.reschedules += 1
+        self.rescheduled()
         self.lapic.eoi()
 
     def _on_kick(self, _number: int, _frame: FrameType | None) -> None:

@@ -18,6 +18,8 @@ from emu.memory import GuestMemory
 from emu.task_board import TaskBoard
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
+from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.steering import take_what_was_left
 from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.layout import KernelTables
@@ -110,6 +112,7 @@ def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
 
     vcpu.vectors[CALL_FUNCTION_VECTOR] = call_function
     current.tasklets = tasklets
+    vcpu.rescheduled = lambda: take_what_was_left(current, INBOXES)
     return current
 
 

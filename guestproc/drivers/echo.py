@@ -21,6 +21,7 @@ from emu.wire.packets import VM_PKT_COMP
 from emu.wire.subchannel_request import ECHO_USERDATA
 from guestproc.drivers import claims
 from guestproc.drivers.settings import Settings
+from guestproc.drivers.steering import LEFT, begin_reading, end_reading, leave_to_reader
 from guestproc.drivers.subchannels import (
     ANSWER,
     PENDING,
@@ -32,6 +33,7 @@ from guestproc.drivers.subchannels import (
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, Device
 from guestproc.protocol.numbers import Callbacks
+from guestproc.vmbus.chan_sched import LEFT_TO_ANOTHER
 from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
 from guestproc.vmbus.packets import vmbus_drain
 
@@ -109,8 +111,16 @@ class _Opening:
 
 
 def claim_channels(current: Current, cpu: int, relid: int = 0, but_not: Container[int] = ()) -> list[Channel]:
-    """Claim open echo channels (`claims.claim_channels`); each has an inbox until it is released."""
+    """Claim open echo channels (`claims.claim_channels`); each has an inbox until it is released.
+
+    What comes back lands in the inboxes of those of the calling CPU, even after the channel was moved; one that
+    is still read by another CPU is passed over.
+    """
     claimed = claims.claim_channels(current, EchoDriver.number, cpu, relid, but_not)
+    if cpu == current.cpu:
+        for channel in [one for one in claimed if not begin_reading(current, one)]:
+            claims.release_claim(current, channel)
+            claimed.remove(channel)
     for channel in claimed:
         INBOXES[channel.handle] = deque()
     return claimed
@@ -118,6 +128,8 @@ def claim_channels(current: Current, cpu: int, relid: int = 0, but_not: Containe
 
 def release_channel(current: Current, channel: Channel) -> None:
     """Give a claim back; its inbox is gone with it."""
+    if channel.reader.load() & ~LEFT == current.cpu + 1:
+        end_reading(current, channel)
     INBOXES.pop(channel.handle, None)
     claims.release_claim(current, channel)
 
@@ -126,11 +138,13 @@ def release_channel(current: Current, channel: Channel) -> None:
 
 
 @CHANNEL_CALLBACKS.register(Callbacks.ECHO_ONCHANNELCALLBACK)
-def echo_onchannelcallback(current: Current, channel: Channel) -> None:
-    """Take what the device sent back."""
+def echo_onchannelcallback(current: Current, channel: Channel) -> object:
+    """Take what the device sent back, on the processor that reads the channel."""
+    if leave_to_reader(current, channel):
+        return LEFT_TO_ANOTHER
     packets = vmbus_drain(current, channel, DRAIN_LIMIT)
     if not packets:
-        return
+        return None
     device: Device = current.tables.devices.from_handle(channel.channel_callback_context)
     if not channel.primary_channel and device.driver_state[ANSWER] & PENDING:
         take_answer(current, device, packets)
@@ -141,3 +155,4 @@ def echo_onchannelcallback(current: Current, channel: Channel) -> None:
     inbox = INBOXES.get(channel.handle)
     if inbox is not None:
         inbox.extend(packets)
+    return None

@@ -60,7 +60,7 @@ class FunctionTable(Generic[F]):
         return dict(sorted(self._names.items()))
 
 
-CHANNEL_CALLBACKS: Final[FunctionTable[Callable[..., None]]] = FunctionTable("channel callbacks")
+CHANNEL_CALLBACKS: Final[FunctionTable[Callable[..., object]]] = FunctionTable("channel callbacks")
 """`onchannel_callback` and `sc_creation_callback` of channels; the arguments are their callers' affair."""
 WORK_FUNCTIONS: Final[FunctionTable[Callable[..., None]]] = FunctionTable("work functions")
 TASKLET_FUNCTIONS: Final[FunctionTable[Callable[..., None]]] = FunctionTable("tasklet functions")

@@ -157,6 +157,7 @@ class Cpu(Record, permanent=True):
     call = CallRecord.field()
     stimer0_message_sint = Word(4, "this processor's own: where its clock events come; 0: the host has no timers")
     clock_events = Word(8, "this processor's own")
+    left = Atomic32("atomic: 1 while channels may be left to this processor (`drivers.steering`)")
     chan_list = list_head("seed: this processor's own, changed in its interrupts only; through percpu_list")
 
 
@@ -187,6 +188,7 @@ class Channel(Record):
     numa_node = Word(4, "channel_mutex")
     affinity_policy = Word(4, "the driver's, before the channel is placed")
     alloced_cpus_in_node = Word(8, "bind_channel_to_cpu_lock")
+    reader = Atomic32("atomic: CPU + 1 of the program that reads it, and the bit LEFT (`drivers.steering`)")
     # Life.
     rescind_ref = Atomic32("atomic; changed under channel_mutex")
     probe_done = Atomic32("atomic; state_wait is woken behind it")

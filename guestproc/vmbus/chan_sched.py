@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
+LEFT_TO_ANOTHER: Final = object()
+"""What a callback returns that has left the ring to another processor, which schedules the tasklet there."""
 INBOUND: Final = 1
 """The `side` of a trace record for the host-to-guest ring."""
 _ALL: Final = (1 << 64) - 1
@@ -126,7 +128,8 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
     while callback := channel.onchannel_callback:
-        CHANNEL_CALLBACKS.lookup(callback)(current, channel)
+        if CHANNEL_CALLBACKS.lookup(callback)(current, channel) is LEFT_TO_ANOTHER:
+            return  # masked: another processor runs this tasklet next, for which this one has to end
         if channel.callback_mode != _BATCHED or not channel.onchannel_callback or not _bytes_left(current, channel):
             return
         if not end or current.actor.now() >= end:

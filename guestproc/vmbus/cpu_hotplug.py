@@ -15,7 +15,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from emu.errors import DeadlinePassed
+from emu.errors import DeadlinePassed, MachineStopping
 from emu.tracing import E_CPU_OFFLINE
 from emu.wire.versions import VERSION_WIN10_V4_1
 from guestproc.kernel.cpus import cpus_write_lock
@@ -122,6 +122,8 @@ def _end_softirqs(current: Current) -> None:
     assert tasklets is not None
     deadline_ns = actor.now() + SOFTIRQ_TIMEOUT_NS
     while tasklets.pending():
+        if actor.stopping():
+            raise MachineStopping(f"{actor} waited for its tasklets")
         # What ends a hindrance (it is disabled, or runs elsewhere) kicks this processor.
         if not actor.block(deadline_ns):
             raise DeadlinePassed(f"{tasklets.pending()} tasklets of CPU {current.cpu} to run", SOFTIRQ_TIMEOUT_NS)

@@ -31,6 +31,8 @@ from emu.wire.messages import (
     InitiateContact,
     Message,
     MessageType,
+    ModifyChannel,
+    ModifyChannelResponse,
     OfferChannel,
     OpenChannel,
     OpenChannelResult,
@@ -280,6 +282,8 @@ class ScriptedHost:
                 return self._open(message)
             case CloseChannel():
                 self._close(self.channels[message.child_relid])
+            case ModifyChannel():
+                return self._modify(message)
             case RelidReleased():
                 self._released(message.child_relid)
             case Unload():
@@ -325,6 +329,15 @@ class ScriptedHost:
             0 if shared else message.child_relid,
         )
         return [OpenChannelResult(message.child_relid, message.openid, 0)]
+
+    def _modify(self, message: ModifyChannel) -> list[Message]:
+        channel = self.channels[message.child_relid]
+        if channel.revoked or channel.event is None or channel.opened is None:
+            return []  # silently ignored, as of any channel that is not open
+        channel.event.position = self.machine.position_of_vp(message.target_vp)
+        assert self.contact is not None
+        acknowledges = self.contact.vmbus_version_requested >= VERSION_WIN10_V5_3
+        return [ModifyChannelResponse(message.child_relid, 0)] if acknowledges else []
 
     def _close(self, channel: HostChannel) -> None:
         if channel.opened is not None:
