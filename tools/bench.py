@@ -103,11 +103,13 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     if unknown:
         raise UserError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)} and all")
     anchors: list[Anchor] = []
+    left = list(chosen)
     with noting_interruption() as interruption:
         for name in chosen:
             if not as_json and narrates():
                 say(f"measuring {name} …")
             anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
+            left.remove(name)
     if as_json:
         told = {"machine": machine_description(), "results": [one.as_json() for one in anchors]}
         print_json("bench", 1, {**told, "interrupted": interruption.status is not None})
@@ -116,6 +118,8 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
         )
     if interruption.status is not None:
+        if not as_json:
+            say(f"vmbus-emu: interrupted; not measured: {', '.join(left)}")
         return interruption.status
     return ExitStatus.FINDING if strict and any(one.met is False for one in anchors) else ExitStatus.FINE
 

@@ -42,7 +42,7 @@ from tools.histograms import (
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
 from tools.options import check_record_path, fault_option, json_option, record_option, scenario_argument
-from tools.output import print_json, print_table
+from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults
 
 ROUND_TRIP: Final = "round_trip"
@@ -127,6 +127,8 @@ def latency(
     if interruption.status is not None:
         if as_json:
             print_json("latency", 1, {"interrupted": True})
+        else:
+            say("vmbus-emu: interrupted before both measurements were done; --duration makes them shorter")
         return interruption.status
     samples = {ROUND_TRIP: plain.round_trips, RECORDED: recorded.round_trips, **recorded.stages}
     histograms = {name: histogram_of(values, name) for name, values in samples.items()}

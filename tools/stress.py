@@ -42,8 +42,13 @@ from tools.output import narrates, print_json, say
 from tools.run_machine import recording
 from tools.run_outcome import recording_report, tell_faults
 
-INGREDIENTS: Final = ("move", "hot")
-"""What `--mix` may name beside the traffic: vCPUs moved between cores, devices that come and go."""
+INGREDIENTS: Final = {"move": "vCPUs are moved between cores", "hot": "devices come and go"}
+"""What `--mix` may name beside the traffic, and what that is."""
+MIX_HELP: Final = (
+    "What else happens, separated by commas: "
+    + ", ".join(f"{word} ({what})" for word, what in INGREDIENTS.items())
+    + "; or none."
+)
 FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "violations")
 """What must be nothing; `violations` only where it was recorded."""
 TURN_S: Final = 0.02
@@ -165,7 +170,7 @@ def _mix(text: str) -> frozenset[str]:
 )
 @click.option("--channels", type=click.IntRange(1, MAX_OFFERS), default=8, show_default=True, help="Echo devices.")
 @click.option("--vcpus", type=int, help="Virtual CPUs.")
-@click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help="What else happens; none: nothing.")
+@click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help=MIX_HELP)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
 @click.option("--time-limit", "limit_s", type=click.FloatRange(1, 90_000), help="Exit with 124 if it takes longer.")
 @fault_option

@@ -12,7 +12,7 @@ import pytest
 
 from emu.recording import Recording
 from tests.conftest import RunCli
-from tools.stress import add_up, findings_of, junit_of
+from tools.stress import INGREDIENTS, add_up, findings_of, junit_of
 
 
 def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False, corrupt: int = 0) -> dict[str, Any]:
@@ -33,6 +33,15 @@ def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False
 def report(cpu: int, *lanes: dict[str, Any]) -> dict[str, Any]:
     """One CPU's report."""
     return {"cpu": cpu, "computed": 1, "complaints": [], "lanes": list(lanes)}
+
+
+def test_help_says_what_the_mix_may_hold(run_cli: RunCli) -> None:
+    """Each ingredient with what it does, and how to have none."""
+    shown = " ".join(run_cli("stress", "--help").stdout.split())
+
+    for word, what in INGREDIENTS.items():
+        assert f"{word} ({what})" in shown
+    assert "or none." in shown
 
 
 def test_what_two_cpus_sent_is_compared_with_what_the_owner_got() -> None:
