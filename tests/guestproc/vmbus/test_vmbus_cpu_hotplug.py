@@ -20,7 +20,7 @@ from guestproc.protocol.numbers import Ipis
 from guestproc.vmbus.chan_list import smp_call_function_single
 from guestproc.vmbus.connection import delay
 from guestproc.vmbus.cpu_hotplug import HV_MAX_TRIES, TRY_NS, cpu_down, cpu_up
-from guestproc.vmbus.hv import rdmsr
+from guestproc.vmbus.registers import rdmsr
 from guestproc.vmbus.retarget import target_cpu_store
 from tests.guestproc.conftest import HOST_VERSIONS
 from tests.guestproc.world import SECOND_NS, Task, World, new_world

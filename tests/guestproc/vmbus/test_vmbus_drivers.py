@@ -312,13 +312,13 @@ def test_generic_driver_unregisters_its_device_itself(booted: World) -> None:
 
 def test_rescind_waits_for_a_probe_that_hangs(booted: World) -> None:
     """The handler waits for probe_done; when the probe ends, the device goes, released once."""
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=9)
+    call(booted, "fail", where="probe_hang", times=1, relid=9)
     offered(booted, 9)
     booted.host.rescind(9)
     booted.settle()
     assert booted.channel(9).rescind.load() and not booted.channel(9).probe_done.load() & 1
     assert booted.host.released == []
-    call(booted, "fail", where="PROBE_HANG", times=0, relid=0)
+    call(booted, "fail", where="probe_hang", times=0, relid=0)
 
     assert booted.host.released == [9]
     assert probe_failures(booted) == [f"probe failed for device {UUID(int=9)} ({-errno.ENODEV})"]
@@ -327,7 +327,7 @@ def test_rescind_waits_for_a_probe_that_hangs(booted: World) -> None:
 
 def test_probe_that_hangs_ends_by_itself(booted: World) -> None:
     """Nobody lets it go: behind 30 s it goes on, and what waited for it does."""
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=0)
+    call(booted, "fail", where="probe_hang", times=1, relid=0)
     offered(booted, 9)
     task = begin(booted, "unbind", device="9")
     booted.settle()
@@ -340,11 +340,11 @@ def test_probe_that_hangs_ends_by_itself(booted: World) -> None:
 
 def test_offers_of_other_devices_wait_behind_a_probe_that_hangs(booted: World) -> None:
     """One queue for primaries: the next device's probe comes when the first has ended, as in the kernel."""
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=9)
+    call(booted, "fail", where="probe_hang", times=1, relid=9)
     offered(booted, 9)
     offered(booted, 10)
     assert booted.channel(10).state.load() == ChannelState.OFFER_STATE
-    call(booted, "fail", where="PROBE_HANG", times=0, relid=0)
+    call(booted, "fail", where="probe_hang", times=0, relid=0)
 
     assert [booted.channel(relid).state.load() for relid in (9, 10)] == [ChannelState.OPENED_STATE] * 2
 
@@ -353,7 +353,7 @@ def test_shutdown_lets_a_hanging_probe_go_and_ends_user_space(booted: World) -> 
     """Calls that run end first, none begins afterwards, and everything is given back."""
     offered(booted, 9)
     call(booted, "unbind", device="9")
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=0)
+    call(booted, "fail", where="probe_hang", times=1, relid=0)
     hangs = begin(booted, "bind", cpu=1, driver="hv_echo", device="9")
     booted.settle()
     assert not hangs.ended()
@@ -442,7 +442,7 @@ def test_bind_of_a_device_that_goes(booted: World) -> None:
     """It waits for the device's lock while the device is unregistered: -ENODEV, and the record goes with the last."""
     offered(booted, 9)
     call(booted, "unbind", device="9")
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=0)
+    call(booted, "fail", where="probe_hang", times=1, relid=0)
     first = begin(booted, "bind", cpu=1, driver="hv_echo", device="9")
     booted.settle()
     second = begin(booted, "bind", driver="hv_echo", device="9")
@@ -462,7 +462,7 @@ def test_driver_that_goes_while_it_probes(booted: World, spies: list[Spy]) -> No
     """rmmod waits for the device's lock, then takes the device from the driver that just got it."""
     call(booted, "unregister", driver="hv_echo")
     call(booted, "register", driver="hv_spy")
-    call(booted, "fail", where="PROBE_HANG", times=1, relid=9)
+    call(booted, "fail", where="probe_hang", times=1, relid=9)
     offered(booted, 9, NIC)
     task = begin(booted, "unregister", driver="hv_spy")
     booted.settle()
