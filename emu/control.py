@@ -110,7 +110,7 @@ class ActorKind(IntEnum):
 
 
 class Ready(IntEnum):
-    """How far the machine has come; each stage is reached once and never left."""
+    """How far the machine has come; each stage is reached once and never left by a guest."""
 
     MADE = 0
     HOST_RUNS = 1
@@ -417,6 +417,12 @@ class Control:
     def leaked(self) -> int:
         """What the guest could not give back; 0 before it has unloaded."""
         return self.view.load_u32(_LEAKED)
+
+    def forget_guest(self) -> None:
+        """The guest is gone and another one will boot: nothing of its progress holds (the launcher)."""
+        for word in (_SHUTDOWN, _SHUTDOWN_DONE, _LEAKED, _FORMATTED):
+            self.view.store_u32(word, 0)
+        self._ready.store(Ready.HOST_RUNS)
 
     # -- process table ----------------------------------------------------------------------------
 

@@ -203,8 +203,12 @@ class Faults:
         vp: int | None = None,
         sint: int | None = None,
         identity: Identity | None = None,
+        most: int | None = None,
     ) -> Hit | None:
-        """Whether a fault of this kind strikes now, of this place, channel, message, VP; the first that does."""
+        """Whether a fault of this kind strikes now, of this place, channel, message, VP; the first that does.
+
+        `most`: one whose number (a time) is larger is left alone.
+        """
         if self._generation() != self._known:
             self._read()
         rows = self._rows.get(kind)
@@ -218,6 +222,7 @@ class Faults:
                 or (fault.kind is not None and fault.kind != message)
                 or (fault.vp is not None and fault.vp != vp)
                 or (fault.sint is not None and fault.sint != sint)
+                or (most is not None and fault.number > most)
                 or not _is_of(fault, identity)
             ):
                 continue
@@ -236,10 +241,11 @@ class Faults:
         return not self._rows
 
     def on(self, kind: FaultKind) -> list[Fault]:
-        """Those of this kind that are on."""
+        """Those of this kind that are on and may still strike."""
         if self._generation() != self._known:
             self._read()
-        return [row.fault for row in self._rows.get(kind, ())]
+        rows = self._rows.get(kind, ())
+        return [row.fault for row in rows if row.fault.last is None or row.seen.load() < row.fault.last]
 
     def take_new(self, since: int) -> tuple[list[FaultKind], int]:
         """Kinds of what was turned on since serial `since`, and the newest serial now."""

@@ -298,6 +298,9 @@ class VpKick:
         try:
             signal.pidfd_send_signal(self._pidfd, KICK_SIGNAL)
         except OSError:
+            # It is dead; the processor may get another process.
+            os.close(self._pidfd)
+            self._pidfd = -1
             return False
         return True
 

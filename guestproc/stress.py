@@ -49,6 +49,8 @@ _SEQUENCE_BITS: Final = 40
 MOST_BURST: Final = 64
 REFRESH_NS: Final = 50_000_000
 SETTLE_NS: Final = 20_000_000_000
+STUCK_NS: Final = 8_000_000_000
+"""When nothing at all has moved for so long, what is missing was lost."""
 LOOK_NS: Final = 5_000_000
 COMPUTE_STARTS: Final = 300
 MOST_COMPLAINTS: Final = 8
@@ -288,9 +290,12 @@ class Stresser:
 
     def settle(self) -> None:
         """Go on taking until nobody sends any more, and all that was sent has come back."""
-        deadline = time.monotonic_ns() + SETTLE_NS
-        while time.monotonic_ns() < deadline:
+        now = time.monotonic_ns()
+        deadline, stuck, moved = now + SETTLE_NS, now + STUCK_NS, self.moved()
+        while time.monotonic_ns() < min(deadline, stuck):
             self.take_all()
+            if self.moved() != moved:
+                stuck, moved = time.monotonic_ns() + STUCK_NS, self.moved()
             self.let_go()
             if self.complete():
                 self.give_up_owning()
@@ -300,6 +305,14 @@ class Stresser:
                     return
                 self.own_again()
             self.vcpu.idle(LOOK_NS)
+
+    def moved(self) -> tuple[int, ...]:
+        """What changes as long as anything is sent, comes back, or ends."""
+        return tuple(
+            word.load()
+            for lane in self.lanes.values()
+            for word in (lane.sent_word, lane.received_word, lane.senders_word)
+        )
 
     def complete(self) -> bool:
         """Whether all that was sent on our devices is back, and nobody will send more."""

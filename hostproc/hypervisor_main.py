@@ -353,6 +353,9 @@ class Hypervisor:
         if self._guest_died():
             # Its successor was faster than our timer: the end is the same.
             self._bury_guest()
+        if self.control_plane.attached_pid not in (0, pid):
+            # The one before is gone without a word: its threads do not free their exit slots any more.
+            self.exits.reclaim()
         # What the one before had posted, and what waits to be sent to it, is nobody's.
         self.control_plane.forget_messages()
         self.bus.forget_outgoing()

@@ -37,9 +37,9 @@ def inspect(path: str, machine_name: str | None, saved: Path | None, as_json: bo
     """Show a machine's whole state as a tree, live or as it died.
 
     PATH names a branch of it, or a leaf, which is printed alone: channels, connection, counters, devices, drivers,
-    gpadls, ignored, machine, ports, processes, queues, refused, requests, tasks, vps. Both ends are joined: what the
-    host knows of a channel stands beside what the guest does. The machine is not disturbed: shared memory is read,
-    nothing else.
+    faults, gpadls, ignored, machine, ports, processes, queues, refused, requests, tasks, vps. Both ends are joined:
+    what the host knows of a channel stands beside what the guest does. The machine is not disturbed: shared memory is
+    read, nothing else.
 
     \b
     Example:

@@ -26,6 +26,7 @@ from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus, noting_interruption
+from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.histograms import (
     US,
@@ -164,6 +165,7 @@ def _scenario(path: Path | None, vcpus: int | None, poll: str | None, faults: tu
     scenario = Scenario.default() if path is None else Scenario.load(path)
     devices = [parse_device("echo:1")] if path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, poll=poll, devices=devices, faults=faults)
+    refuse_guest_deaths(scenario, "latency")
     check_versions(scenario)
     return scenario
 

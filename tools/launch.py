@@ -24,10 +24,11 @@ import msgpack
 from emu import cpuid
 from emu.control import ActorKind, ActorState, Ready, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
-from emu.fault_plan import FaultPlan
+from emu.fault_plan import FaultPlan, PlannedFault
+from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
-from emu.machine import Machine
+from emu.machine import Machine, wakeup_names
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from guestproc.kernel.report import held_locks
@@ -110,6 +111,8 @@ class RunningMachine:
     on_pump: Callable[[], object] | None = None
     """Called at each look at the zygote (a recording drains there)."""
     closed: bool = False
+    expected_deaths: set[int] = field(default_factory=set)
+    """Pids of processes that are being killed on purpose: no deaths to report."""
     by_hand: frozenset[str] = frozenset()
     """Processes that somebody starts by hand (`python -m guestproc …`), or has started."""
     _stopping: bool = False
@@ -120,6 +123,29 @@ class RunningMachine:
     def faults(self) -> FaultPlan:
         """The machine's fault plan: what is to go wrong, changed while it runs, and what did."""
         return FaultPlan(self.machine.control)
+
+    def turn_on(self, text: str) -> PlannedFault:
+        """Turn a fault on while the machine runs; UserError for one that cannot be meant, or that it was not made for.
+
+        Host and guest see it at their next look. Faults of packets want a machine launched with `faults=True`.
+        """
+        fault = parse_fault(text, source="fault", classes=self.scenario.plugins.classes)
+        if fault.spec.packets and not self.machine.config["faults"]:
+            raise UserError(f"{text}: this machine was not made for faults of packets; launch it with faults=True")
+        planned = self.faults.add(fault)
+        self._let_look()
+        return planned
+
+    def turn_off(self, planned: PlannedFault) -> None:
+        """Turn a fault off: what it held back goes on, what hangs is let go. One that is off already stays so."""
+        self.faults.off(planned)
+        self._let_look()
+
+    def _let_look(self) -> None:
+        """A token to whoever may be asleep over something that the plan decides; one for nothing is legal."""
+        for part in wakeup_names(self.machine.vp_count):
+            if not part.startswith("exit."):
+                self.machine.wakeup(part).post()
 
     # -- watching -----------------------------------------------------------------------------------
 
@@ -172,7 +198,7 @@ class RunningMachine:
             return
         inner.exited = True
         held = self._mark_dead(pid, status)
-        if not self._stopping:
+        if not self._stopping and pid not in self.expected_deaths:
             self.deaths.append(Death(name, pid, status, inner.traceback, held))
 
     def _mark_dead(self, pid: int, status: int) -> tuple[str, ...]:
@@ -319,6 +345,7 @@ class RunningMachine:
         self.peers = None
         self.inner = {name: inner for name, inner in self.inner.items() if name == "sweeper"}
         self.machine.wipe()
+        _plan_faults(self.machine, self.scenario)
         self.machine.set_state(MachineState.RUNNING)
         _fork_all(self, no_guest=self.machine.config["no_guest"])
 
@@ -433,9 +460,7 @@ def launch(
         )
         if record:
             machine.control.set_recording(with_bytes=record_bytes)
-        plan = FaultPlan(machine.control)
-        for fault in scenario.faults:
-            plan.add(fault)
+        _plan_faults(machine, scenario)
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
         running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without)
@@ -445,6 +470,13 @@ def launch(
             running.close()
             raise
     return running
+
+
+def _plan_faults(machine: Machine, scenario: Scenario) -> None:
+    """What a scenario wants to go wrong, before any process looks."""
+    plan = FaultPlan(machine.control)
+    for fault in scenario.faults:
+        plan.add(fault)
 
 
 def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:

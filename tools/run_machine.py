@@ -25,6 +25,7 @@ from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
 from tools.flight import save_flight, saved_if_it_hangs
+from tools.guest_death import GuestDeaths
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
 from tools.options import check_record_path
 from tools.output import narrates, say
@@ -149,6 +150,9 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
     # Whoever starts a process by hand, under a debugger, takes his time.
     timeout_s = BY_HAND_TIMEOUT_S if options.without else BOOT_TIMEOUT_S
     show_discovery(running, options.as_json, timeout_s)
+    deaths = GuestDeaths(running)
+    while deaths.look():
+        pass
     control = running.machine.control
     outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
     outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
@@ -165,7 +169,7 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
             return
     if options.duration_s is None and not options.as_json and narrates():
         say("Ctrl-C ends it")
-    running.watch(options.duration_s)
+    deaths.watch(options.duration_s)
 
 
 def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:

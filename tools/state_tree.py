@@ -1,7 +1,8 @@
 """The whole state of a machine as one tree, both ends joined: what `inspect` shows and a crash record keeps.
 
     machine  connection  channels/RELID/{host,guest,ring,gpadls}  vps/INDEX/{irr,isr,sint,slot,…}  queues/NAME
-    gpadls/RELID  ports  requests  devices/INSTANCE  drivers/NAME  processes/NAME  tasks  counters  refused  ignored
+    gpadls/RELID  ports  requests  devices/INSTANCE  drivers/NAME  processes/NAME  tasks  counters
+    faults  refused  ignored
 
 All of it is read from shared memory, without a lock and without a word to anybody: the host's half from its
 mirror, the guest's from its records in RAM. So each word is as it was when it was read, and the machine goes on
@@ -17,6 +18,7 @@ from struct import Struct
 from typing import Any, Final
 
 from emu import plugin
+from emu.fault_plan import FaultPlan
 from emu.host_tables import HostGpadl, HostTables, HostTimer
 from emu.ipc.atomics import ACQUIRE
 from emu.layout import (
@@ -118,9 +120,14 @@ class StateTree:
             "processes": self._processes,
             "tasks": self._tasks,
             "counters": self._control.counter_totals,
+            "faults": self._faults,
             "refused": lambda: dict(self._control.refusals()[0]),
             "ignored": self._control.ignored,
         }
+
+    def _faults(self) -> dict[str, Node]:
+        """The fault plan, by the row of each fault."""
+        return {str(row.index): dict(row.report()) for row in FaultPlan(self._control).rows()}
 
     # -- the machine ---------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
+from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.histograms import check_writable, write_text
 from tools.launch import RunningMachine, launch
@@ -204,6 +205,7 @@ def stress(
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices, faults=fault_texts)
+    refuse_guest_deaths(scenario, "stress")
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
     again = _again(scenario_path, chosen, duration_s, channels, vcpus, mix, fault_texts)
     end = None if limit_s is None else time.monotonic() + limit_s

@@ -133,11 +133,15 @@ class Guest:
         self.memory = memory or GuestMemory.on(bytearray(RAM_PAGES * PAGE_SIZE))
         limits = Limits(vp_count=2, ram_bytes=RAM_PAGES * PAGE_SIZE, max_version=VERSION_COPPER)
         self.partition = FakePartition()
-        self.bus = Bus(Server(limits), self.partition, self.partition, self.memory, budget=budget)
+        self.bus = self.make_bus(Server(limits), budget)
         self.keys = [
             self.bus.add(offer_of("echo", UUID(int=number)), backend)
             for number, backend in enumerate(backends or (Echo(),), 1)
         ]
+
+    def make_bus(self, server: Server, budget: MapBudget | None) -> Bus:
+        """Make the bus."""
+        return Bus(server, self.partition, self.partition, self.memory, budget=budget)
 
     def post(self, *messages: Message) -> list[Message]:
         """Post messages; return what the host has sent since the last call."""

@@ -9,6 +9,7 @@ import pytest
 
 from emu.fault_plan import FaultPlan, Faults
 from emu.wire.messages import MessageType
+from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import faults, uevents
@@ -90,6 +91,34 @@ def test_plan_is_taken_back(world: World) -> None:
 
     assert faults.planned(looked_up.plan) == []
     assert hang.over
+
+
+# -- messages -------------------------------------------------------------------------------------------
+
+
+def test_message_without_memory_stays_in_its_slot(booted: World) -> None:
+    """No work record, no EOM; whatever brings the next interrupt takes it, and what waited behind it."""
+    plan(booted, "message_work")
+    booted.host.device(9)
+    booted.host.device(10)
+    booted.settle()
+    assert not booted.tables.relids.published()
+    booted.partition.request_interrupt(booted.cpus[0].position, HYPERVISOR_CALLBACK_VECTOR)
+    booted.settle()
+
+    assert sorted(booted.tables.relids.published()) == [9, 10]
+
+
+def test_request_without_memory_fails_its_caller(booted: World) -> None:
+    """No record for the GPADL's answer: probe fails, nothing was posted, the next device is opened."""
+    plan(booted, "request", 1, 9)
+    booted.host.device(9)
+    booted.host.device(10)
+    booted.settle()
+
+    assert booted.tables.devices.from_handle(booted.channel(9).device_obj).probe_error == errno.ENOMEM
+    assert booted.channel(10).state.load() == ChannelState.OPENED_STATE
+    assert booted.shut_down() == {}
 
 
 # -- primaries ------------------------------------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""Faults on real machines: from the command line, in a running machine, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from emu.mirror import Mirror
+from emu.recording import Recording
+from emu.scenario import DeviceSpec, Scenario
+from tests.conftest import RunCli
+from tools.ctl import ask_host, wait_until_open
+from tools.launch import RunningMachine, launch
+from tools.state_node import find, whole
+from tools.state_tree import StateTree
+
+
+def hits(running: RunningMachine) -> list[int]:
+    """How often each fault struck."""
+    return [row.hits for row in running.faults.rows()]
+
+
+def test_run_tells_its_faults(run_cli: RunCli, tmp_path: Path) -> None:
+    """Late interrupts and a doubled answer lose nothing; a guest that died is followed by another; each hit is told."""
+    faults = ("delay_irq=1ms@relid=2", "reply.dup@kind=openchannel_result,relid=1,times=1", "guest.die")
+    flags = [word for fault in faults for word in ("--fault", fault)]
+    done = run_cli("run", "--duration", "0", "--device", "echo:2", "--json", "--record", "a.rec", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+
+    assert report["channels_open"] == 2 and report["task_errors"] == 0 and report["leaked"] == 0
+    delay, dup, die = report["faults"]
+    assert (dup["hits"], die["hits"]) == (1, 1) and delay["hits"] >= 1
+    assert [one["fault"] for one in report["faults"]] == [
+        "delay_irq=1ms@relid=2",
+        "reply.dup@relid=1,kind=openchannel_result,times=1",
+        "guest.die",
+    ]
+    with Recording(tmp_path / "a.rec") as records:
+        struck = [record for record in records.records() if record.event.name == "fault_hit"]
+    assert len(struck) == delay["hits"] + dup["hits"]  # the launcher, who lets a guest die, records nothing
+
+
+def test_stress_finds_what_a_fault_spoilt_and_says_how_to_repeat_it(run_cli: RunCli) -> None:
+    """Packets that change in the ring are corrupt: a finding, with the line that has seed and fault."""
+    fault = "host.mutate_pkt=40:0xaa"
+    flags = ("--duration", "0.3", "--channels", "2", "--mix", "none", "--flight", "0", "--seed", "7")
+    done = run_cli("stress", "--json", *flags, "--fault", fault)
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+
+    assert report["corrupt"] > 0 and report["faults"][0]["hits"] >= report["corrupt"]
+    again = shlex.split(report["again"])
+    assert again[:2] == ["vmbus-emu", "stress"] and again[-2:] == ["--fault", fault]
+    assert again[again.index("--seed") + 1] == "7"
+
+
+def test_faults_are_turned_on_and_off_in_a_running_machine() -> None:
+    """An answer is held for as long as its fault is on; a guest's probe fails; inspect shows both."""
+    scenario = Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])
+    with launch(scenario, faults=True) as running:
+        running.wait_ready()
+        machine = running.machine
+        hold = running.turn_on("reply.hold@kind=openchannel_result")
+        offered = ask_host(machine, "offer", **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
+        name = offered["offered"][0]
+        running.wait_until(lambda: hits(running) == [1], 20, "the answer to be held")
+        assert Mirror(machine.control).head().open == 2
+        running.turn_off(hold)
+        wait_until_open(machine, name["relid"], name["generation"])
+        running.turn_on("alloc.fail=probe@times=1")
+        ask_host(machine, "offer", **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
+        running.wait_until(lambda: hits(running) == [1, 1], 20, "the probe to fail")
+
+        branch = whole(find(StateTree(machine).root(), "faults"))
+        assert [one["fault"] for one in branch.values()] == [
+            "reply.hold@kind=openchannel_result",
+            "alloc.fail=probe@times=1",
+        ]
+        assert running.shut_down_guest()
+
+
+def test_fault_that_a_command_cannot_have_is_one_line(run_cli: RunCli) -> None:
+    """Exit status 2, and nothing on stdout."""
+    done = run_cli("stress", "--fault", "guest.die")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "stress: guest.die would end what is measured" in done.stderr
