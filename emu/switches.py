@@ -20,6 +20,7 @@ class Fix:
     offer_gate: bool = True
     eom_after_clear: bool = True
     host_pending_first: bool = True
+    post_atomic: bool = True
     timer_waits_for_slot: bool = True
     atomic_flag_clear: bool = True
     recheck_after_unmask: bool = True
@@ -60,6 +61,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     "offer_gate": Switch("a rescind does not wait for the offers that are on their way", ("A1",)),
     "eom_after_clear": Switch("the guest reads the pending bit before it empties the slot", ("B1",)),
     "host_pending_first": Switch("the host does not look at the slot again after it set the pending bit", ("B2",)),
+    "post_atomic": Switch("a processor's hypercall page is filled and called without a lock", ("B4",)),
     "timer_waits_for_slot": Switch("a one-shot timer that finds its slot full is armed again for now", ("B5",)),
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),

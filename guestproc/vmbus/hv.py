@@ -7,11 +7,13 @@ up; SINT2 masked, SIMP, SIEFP, SCONTROL on the way down. Who asks whether a CPU 
 from __future__ import annotations
 
 import errno
+from contextlib import nullcontext
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory
 from emu.layout import ExitOperation
+from emu.syncpoint import Point
 from emu.tracing import E_CPU_ONLINE
 from emu.wire.hypercalls import HV_HYPERCALL_FAST, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT
 from emu.wire.synic import (
@@ -57,6 +59,7 @@ _LINUX_GUEST_OS_ID: Final = 0x8100 << 48
 """Open source, Linux; its version code in bits 47 to 16 (reference 1.1)."""
 _LEAST_LEAF: Final = 0x4000_0005
 _MOST_LEAF: Final = 0x4000_FFFF
+_AFTER_FILL: Final = int(Point.POST_AFTER_FILL)
 _POST_HEAD: Final = Struct("<IIII")
 MAX_MESSAGE_PAYLOAD: Final = 240
 
@@ -153,9 +156,12 @@ def hv_post_message(current: Current, connection_id: int, payload: bytes) -> int
     if len(payload) > MAX_MESSAGE_PAYLOAD:
         return -errno.EMSGSIZE
     cpu = current.cpu_record()
-    with cpu.post_msg_mutex.hold(current.actor):
+    # Filled and called as one; without that (races.md B4) it is wrong, and another poster may fill it in between.
+    with cpu.post_msg_mutex.hold(current.actor) if current.fix.post_atomic else nullcontext():
         page = cpu.post_msg_page_gpa
         current.memory.write(page, _POST_HEAD.pack(connection_id, 0, HVMSG_CHANNEL_MESSAGE, len(payload)) + payload)
+        if current.armed[_AFTER_FILL]:
+            current.reach(_AFTER_FILL)
         status = current.exit(_HYPERCALL, HVCALL_POST_MESSAGE, page)[0] & 0xFFFF
     current.counters.messages_posted += 1
     return status
