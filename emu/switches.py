@@ -22,6 +22,7 @@ class Fix:
     host_pending_first: bool = True
     post_atomic: bool = True
     timer_waits_for_slot: bool = True
+    kick_after_enqueue: bool = True
     atomic_flag_clear: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
@@ -63,6 +64,9 @@ SWITCHES: Final[dict[str, Switch]] = {
     "host_pending_first": Switch("the host does not look at the slot again after it set the pending bit", ("B2",)),
     "post_atomic": Switch("a processor's hypercall page is filled and called without a lock", ("B4",)),
     "timer_waits_for_slot": Switch("a one-shot timer that finds its slot full is armed again for now", ("B5",)),
+    "kick_after_enqueue": Switch(
+        "a processor's loop looks for messages and then sleeps, without another look", ("B6",)
+    ),
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),

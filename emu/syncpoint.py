@@ -87,7 +87,12 @@ class Point(IntEnum):
     HOST_STREAM_CLOSED = 30, "h.ctl.stream_closed", Scope.HOST, "host: a device's stream closed, not handled"
     HOST_SLOT_BUSY_SEEN = 31, "h.syn.slot_busy_seen", Scope.HOST, "host: slot read as busy, pending bit not set"
     HOST_TIMER_RETRY = 32, "h.syn.timer_retry", Scope.HOST, "host: timer message refused, the slot is full"
-    HOST_AFTER_QUEUE_CHECK = 33, "h.vp.after_queue_check", Scope.HOST, "host: no message for a VP, it runs next"
+    HOST_AFTER_QUEUE_CHECK = (
+        33,
+        "h.vp.after_queue_check",
+        Scope.INTERRUPTS_OFF,
+        "loop that runs a VP: nothing for it, so it sleeps next",
+    )
     HOST_OPEN_DONE = 34, "h.vsp.open_done", Scope.HOST, "host: device told that it is open"
     HOST_THROTTLE = 35, "h.vsp.throttle", Scope.HOST, "host: signals without cause over the limit"
 
@@ -109,7 +114,8 @@ class Ticket(IntEnum):
     GO = 3
 
 
-# A ticket, in u32: state, point, actor slot + 1, CPU + 1, relid, hits to let pass; who arrived, with which relid.
+# A ticket, in u32: state, point, actor slot + 1, CPU + 1, relid, hits to let pass; who arrived, with which relid,
+# and whether it halts there.
 _STATE: Final = 0
 _POINT: Final = 4
 _ACTOR: Final = 8
@@ -118,6 +124,12 @@ _RELID: Final = 16
 _PASS: Final = 20
 _ARRIVED: Final = 24
 _ARRIVED_RELID: Final = 28
+_HALTED: Final = 32
+
+
+def unreachable(_point: int, _relid: int = 0, *, still: bool = False) -> None:
+    """`reach` of a machine without schedules: nothing is ever armed there."""
+    raise AssertionError("a sync point of a machine that runs no schedule")
 
 
 class Tickets:
@@ -183,6 +195,10 @@ class Tickets:
         at = self._at(number)
         return self._view.load_u32(at + _ARRIVED), self._view.load_u32(at + _ARRIVED_RELID)
 
+    def is_halted(self, number: int) -> bool:
+        """Whether who arrived is a processor that halts there, so that only an interrupt makes it look."""
+        return self._view.load_u32(self._at(number) + _HALTED) != 0
+
     def parked(self) -> dict[int, int]:
         """Ticket number -> actor number, of everybody who is held now."""
         return {n: self.arrived(n)[0] for n in range(TICKETS) if self.state(n) is Ticket.ARRIVED}
@@ -202,8 +218,11 @@ class Tickets:
 
     # -- an actor's half ----------------------------------------------------------------------------
 
-    def take(self, point: int, actor: int, cpu: int, relid: int) -> int | None:
-        """Take a ticket that fits, if one is armed; machine time stands still from here on."""
+    def take(self, point: int, actor: int, cpu: int, relid: int, *, halted: bool = False) -> int | None:
+        """Take a ticket that fits, if one is armed; machine time stands still from here on.
+
+        `halted`: the actor will wait as a processor that halts.
+        """
         for number in range(TICKETS):
             at = self._at(number)
             if self._view.load_u32(at) != Ticket.ARMED or not self._fits(at, point, actor, cpu, relid):
@@ -213,6 +232,7 @@ class Tickets:
                 continue
             if self._view.cas_u32(at, Ticket.ARMED, Ticket.ARRIVED) == Ticket.ARMED:
                 self.clock.hold()
+                self._view.store_u32(at + _HALTED, halted)
                 self._view.store_u32(at + _ARRIVED_RELID, relid)
                 self._view.store_u32(at + _ARRIVED, actor)
                 return number

@@ -15,18 +15,19 @@ from emu.errors import ProtocolViolation
 from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
-from emu.syncpoint import NOT_ARMED
+from emu.syncpoint import NOT_ARMED, unreachable
 from emu.tracing import E_REFUSED, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
-from guestproc.points import Points, unreachable
+from guestproc.points import Points
 from guestproc.protocol.era import Era
 from guestproc.ring_points import PointedConsumer, has_points
+from guestproc.vcpu import Vcpu
 
 if TYPE_CHECKING:
     from guestproc.kernel.tasklet import TaskletQueue
-    from guestproc.vcpu import Vcpu, WorkerThread
+    from guestproc.vcpu import WorkerThread
     from guestproc.vmbus.percpu import PerCpuContext
     from guestproc.vmbus.ring_buffer import RingCache
 
@@ -75,6 +76,8 @@ class Current:
         self.armed: Final[bytes | memoryview] = NOT_ARMED if points is None else points.armed
         """A byte for each sync point: `if current.armed[POINT]: current.reach(POINT, relid)`."""
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
+        if points is not None and isinstance(hooks, Vcpu):
+            hooks.armed, hooks.reach = points.armed, points.reach
         if has_points(self):
             rings.reader = lambda relid: partial(PointedConsumer, self, relid)
         self.faults: Final = Faults(self.machine.control, self.trace.record if self.trace else None)

@@ -29,15 +29,19 @@ class Points:
         self._director: Final = machine.wakeup(director_wakeup())
         self.armed: Final = self._tickets.armed()
 
-    def reach(self, point: int, relid: int = 0) -> None:
-        """Come to a point that is armed: pass, or be held until the director says go. MachineStopping ends that."""
+    def reach(self, point: int, relid: int = 0, *, still: bool = False) -> None:
+        """Come to a point that is armed: pass, or be held until the director says go. MachineStopping ends that.
+
+        `still`: a processor takes no interrupt there, although it could.
+        """
         hooks, tickets = self._hooks, self._tickets
-        ticket = tickets.take(point, hooks.row.number, hooks.cpu, relid)
+        halts = isinstance(hooks, Vcpu) and not still and not hooks.irqs_disabled()
+        ticket = tickets.take(point, hooks.row.number, hooks.cpu, relid, halted=halts)
         if ticket is None:
             return
         self._record(E_POINT, point, _HELD, relid)
         self._director.post()
-        if isinstance(hooks, Vcpu) and not hooks.irqs_disabled():
+        if isinstance(hooks, Vcpu) and halts:
             hooks.wait_interruptible(lambda: tickets.may_go(ticket))
         else:
             self._stand_still(ticket)
@@ -51,8 +55,3 @@ class Points:
             if self._hooks.stopping():
                 raise MachineStopping("the machine stops while an actor is held at a sync point")
             wakeup.block()
-
-
-def unreachable(_point: int, _relid: int = 0) -> None:
-    """`reach` of a machine without schedules: nothing is ever armed there."""
-    raise AssertionError("a sync point of a machine that runs no schedule")

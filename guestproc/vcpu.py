@@ -12,6 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -25,15 +26,19 @@ from emu.interrupts import (
     IN_ISR,
     INTERRUPTS_OFF,
     OFFLINE,
+    Halt,
     InterruptRequester,
     Lapic,
     PollPolicy,
 )
 from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
+from emu.switches import Fix
+from emu.syncpoint import NOT_ARMED, unreachable
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
+from guestproc.halt_points import PointedHalt
 from guestproc.kernel.actors import Context
 
 CALL_FUNCTION_VECTOR: Final = 0xFB
@@ -122,8 +127,13 @@ class Vcpu:
         self._computing = False
         self._stopping = machine.control.state_word.load
         self._wakeup = machine.wakeup(f"vp.{self.position}")
-        self._halt = halt_of(
-            self.trace,
+        self.armed: bytes | memoryview = NOT_ARMED
+        self.reach: Callable[..., None] = unreachable
+        """This processor's sync points, once its kernel thread has any."""
+        halt: Callable[..., Halt] = partial(halt_of, self.trace)
+        if machine.races and self.trace:
+            halt = partial(PointedHalt, self, Fix.of(machine.config), self.trace)
+        self._halt = halt(
             vps,
             vp_page_offset(self.position) + VP_RUN_STATE,
             self._wakeup,
@@ -131,8 +141,8 @@ class Vcpu:
             PollPolicy(machine.config["machine"]["poll"], lambda: self.expecting()),
             self.counters,
             glance=self.lapic.glance,
-            # Nothing runs for a look that finds nothing.
-            look_again_s=LOOK_AGAIN_S,
+            # Nothing runs for a look that finds nothing. Where a race is shown nobody mends it by chance.
+            look_again_s=LONG_WATCHDOG_S if machine.races else LOOK_AGAIN_S,
             longest_s=LONG_WATCHDOG_S,
         )
         self.now = machine.clock.now

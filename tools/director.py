@@ -137,15 +137,16 @@ class Director:
 
     def _let_go(self, number: int) -> None:
         row = self.machine.control.row(slot_of(self.tickets.arrived(number)[0]))
+        halted = self.tickets.is_halted(number)
         self.tickets.go(number)
         if row.kind == ActorKind.HYPERVISOR:
             self.machine.control.view.store_u32(self.machine.control.points_bell_offset, 1)
             self._host_bell.wake()
             return
-        # It waits for the ticket, or (a processor with interrupts on) halted.
-        self.machine.wakeup(ticket_wakeup(number)).post()
-        if row.kind == ActorKind.VCPU:
+        if halted:
             self.running.nudge(row.cpu)
+        else:
+            self.machine.wakeup(ticket_wakeup(number)).post()
 
     def _who(self, number: int) -> str:
         return self.machine.control.name_of(self.tickets.arrived(number)[0])

@@ -174,7 +174,7 @@ class SettleTest:
         if state != RunState.HALTED:
             name = RunState(state).name if state in set(RunState) else str(state)
             yield f"{row.name} is {name}"
-        elif vector := self.view.deliverable(position):
+        elif (vector := self.view.deliverable(position)) and self._machine.wakeup(f"vp.{position}").tokens:
             yield f"{row.name} has vector {vector:#x} to take"
 
     def _worker(self, row: ActorRow, waiting: dict[int, Wait]) -> Iterator[str]:

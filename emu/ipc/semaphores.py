@@ -70,6 +70,12 @@ class Wakeup:
         """Take a token if there is one now."""
         return self.block(0)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens lie there now (for reports)."""
+        count: int = self.semaphore.value
+        return count
+
     def close(self) -> None:
         """Close this handle; the name stays."""
         self.semaphore.close()

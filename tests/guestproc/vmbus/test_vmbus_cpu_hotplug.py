@@ -138,10 +138,10 @@ def test_kick_of_an_offline_processor(booted: World) -> None:
     """It posts nothing; what was requested is taken when the processor is back."""
     assert down(booted) == 0
     booted.settle()
-    tokens = booted.machine.wakeup(f"vp.{booted.cpus[1].position}").tokens  # type: ignore[attr-defined]
+    tokens = booted.machine.wakeup(f"vp.{booted.cpus[1].position}").tokens
     before = booted.cpus[1].counters.reschedules
     booted.call(lambda current: current.actor.kick_cpu(1))
-    assert booted.machine.wakeup(f"vp.{booted.cpus[1].position}").tokens == tokens  # type: ignore[attr-defined]
+    assert booted.machine.wakeup(f"vp.{booted.cpus[1].position}").tokens == tokens
     assert booted.cpus[1].counters.reschedules == before
     assert up(booted) == 0
 
