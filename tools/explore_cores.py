@@ -16,6 +16,9 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from emu.wire.messages import RelidReleased, parse
 
+FLAT: Final = 2
+"""The version of `marshal` that writes equal values alike: later ones refer back to what is the same object."""
+
 Input = tuple[str, Any]
 I = TypeVar("I", bound="Instance")  # noqa: E741
 

@@ -157,7 +157,7 @@ class Names:
         if value is None or isinstance(value, (bool, str, bytes)):
             return value
         if isinstance(value, int):
-            return self._gpadls.wire(value) if self._gpadls.known(value) else self._handle(value)
+            return self._gpadls.wire(value) if self._gpadls.known(value) else self._handle(int(value))
         if isinstance(value, Record):
             return self.of(value)
         if isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ What makes two states one is `explore_digest`'s.
 from __future__ import annotations
 
 import hashlib
+import marshal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,7 +27,7 @@ from guestproc.vmbus.bus import vmbus_exit, vmbus_start
 from guestproc.vmbus.device import bind_store, find_driver, held_device, unbind_store
 from hostproc.partition import Partition
 from hostproc.ports import HostMessagePort, MessagePort
-from tools.explore_cores import Setting
+from tools.explore_cores import FLAT, Setting
 from tools.explore_digest import Names
 from tools.explore_events import CLASS
 from tools.explore_messages import GpadlNames
@@ -250,12 +251,12 @@ class Guest:
         fixed: tuple[Table[Any], ...] = (tables.connections, tables.cpus, tables.queues, tables.drivers)
         parts += [[names.record(one) for one in table.live()] for table in fixed]
         others: tuple[Table[Any], ...] = (tables.channels, tables.devices, tables.requests, tables.net_channels)
-        parts += [sorted(repr(names.record(one)) for one in table.live()) for table in others]
+        parts += [sorted(marshal.dumps(names.record(one), FLAT) for one in table.live()) for table in others]
         work = sorted(tables.work.live(), key=lambda one: (one.queue, one.sequence))
         parts.append([names.record(one) for one in work])
         parts += [names.stack(lane.frame) for lane in self.world.lanes]
         parts.append(self.world.runnable())
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+        return hashlib.blake2b(marshal.dumps(parts, FLAT), digest_size=16).digest()
 
 
 def _unload(_argument: int) -> Any:

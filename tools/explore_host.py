@@ -10,11 +10,13 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import io
+import marshal
 import pickle
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import compress
 from typing import Any, Final
 from uuid import UUID
 
@@ -39,7 +41,7 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.session import Link
 from hostproc.protocol.states import ChannelState, GpadlState
 from hostproc.protocol.versions import Limits, Version
-from tools.explore_cores import Setting
+from tools.explore_cores import FLAT, Setting
 from tools.explore_events import CLASS
 
 CONNECTION: Final = 4
@@ -213,7 +215,7 @@ class Host:
     def digest(self) -> bytes:
         """What this state has in common with those that are equal to it."""
         values = (self._lives, self._answers, sorted(self._once), _plain(self.server, {}))
-        return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
+        return hashlib.blake2b(marshal.dumps(values, FLAT), digest_size=16).digest()
 
     def save(self) -> bytes:
         """Everything that changes; what does not is said by a number."""
@@ -262,7 +264,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         values = {name: getattr(obj, name) for name in ChannelTable.__slots__}
         lives = values.pop(LIVES_OF_RELIDS)
-        values[LIVES_OF_RELIDS] = len(lives), [(relid, count) for relid, count in enumerate(lives) if count]
+        values[LIVES_OF_RELIDS] = len(lives), [*compress(enumerate(lives), lives)]
         return copyreg.__newobj__, (ChannelTable,), values, None, None, _fill_table  # type: ignore[attr-defined]
 
 
@@ -315,7 +317,7 @@ def _plain(value: Any, seen: dict[int, int]) -> Any:
     if isinstance(value, (list, tuple, deque)):
         return [_plain(one, seen) for one in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(repr(_plain(one, seen)) for one in value)
+        return sorted(marshal.dumps(_plain(one, seen), FLAT) for one in value)
     names = _SLOTS.get(kind)
     if names is None:
         slots = {name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())}

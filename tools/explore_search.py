@@ -90,6 +90,9 @@ class Explorer:
         self.host = Core(self._new_host, self.messages, kept=HOSTS_KEPT)
         self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT)
         self._slots = host(self.setting).slots()
+        self._own: dict[tuple[int, int], list[Transition]] = {}
+        """What may happen besides messages, by the states of the two: many pairs of queues share it."""
+        self._judged: dict[tuple[int, int, tuple[int, ...] | None], list[str]] = {}
 
     def close(self) -> None:
         """Let go of every guest."""
@@ -134,17 +137,18 @@ class Explorer:
 
     # -- walking ----------------------------------------------------------------------------------------------
 
-    def transitions(self, pair: Pair) -> Iterator[Transition]:
+    def transitions(self, pair: Pair) -> list[Transition]:
         """What may happen next."""
         host, guest, to_guest, to_host = pair
-        if to_guest:
-            yield TO_GUEST, None
-        if to_host:
-            yield TO_HOST, None
-        for what in self.host.actions(host):
-            yield HOST, what
-        for what in self.guest.actions(guest):
-            yield GUEST, what
+        own = self._own.get((host, guest))
+        if own is None:
+            own = self._own[host, guest] = [
+                *((HOST, what) for what in self.host.actions(host)),
+                *((GUEST, what) for what in self.guest.actions(guest)),
+            ]
+        if not to_guest:
+            return [(TO_HOST, None), *own] if to_host else own
+        return [(TO_GUEST, None), (TO_HOST, None), *own] if to_host else [(TO_GUEST, None), *own]
 
     def follow(self, pair: Pair, transition: Transition) -> tuple[Pair, tuple[str, ...]]:
         """Where a transition leads, and which rules it broke on the way."""
@@ -233,13 +237,20 @@ class Explorer:
 
     def judge(self, pair: Pair) -> list[str]:
         """Which invariants a state breaks."""
-        host: HostFacts = self.host.facts(pair[0])
-        guest: GuestFacts = self.guest.facts(pair[1])
-        if len(pair[2]) > LONGEST_QUEUE or len(pair[3]) > LONGEST_QUEUE:
+        number, other, to_guest, to_host = pair
+        if len(to_guest) > LONGEST_QUEUE or len(to_host) > LONGEST_QUEUE:
             return ["INV-29: a queue grows without end"]
-        wrong = _always(host, guest, [self.messages.releases[one] for one in pair[3]])
-        if not (pair[2] or pair[3] or host.open_answers or guest.runnable):
-            wrong += _when_quiet(host, guest)
+        # Of the queues only this matters: whether they are empty, else which relids are on their way back.
+        releases = self.messages.releases
+        key = number, other, tuple(releases[one] for one in to_host) if to_guest or to_host else None
+        wrong = self._judged.get(key)
+        if wrong is None:
+            host: HostFacts = self.host.facts(number)
+            guest: GuestFacts = self.guest.facts(other)
+            wrong = _always(host, guest, key[2] or ())
+            if key[2] is None and not (host.open_answers or guest.runnable):
+                wrong += _when_quiet(host, guest)
+            self._judged[key] = wrong
         return wrong
 
     # -- telling ----------------------------------------------------------------------------------------------
@@ -289,7 +300,7 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _always(host: HostFacts, guest: GuestFacts, released: list[int]) -> list[str]:
+def _always(host: HostFacts, guest: GuestFacts, released: Sequence[int]) -> list[str]:
     """What holds in every state; `released`: relids whose RELID_RELEASED is under way."""
     wrong: list[str] = []
     if host.link is not Link.CONNECTED:
