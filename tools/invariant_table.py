@@ -46,6 +46,7 @@ from tools.invariants_settled_interrupts import (
     tasklets_run,
 )
 from tools.invariants_settled_rings import lent_pages_are_taken, pools_add_up, readers_look, writers_are_woken
+from tools.invariants_settled_waits import no_wait_is_in_vain
 
 RULES: Final[tuple[type[Rule], ...]] = (
     RelidLife,
@@ -91,6 +92,7 @@ STATE_RULES: Final[tuple[StateRule, ...]] = (
     StateRule(22, "What is free and what is taken of a pool is all of it", pools_add_up),
     StateRule(25, "Each channel is on one CPU's list (era seed)", lists_are_whole),
     StateRule(26, "The target of an open channel is online", targets_are_online),
+    StateRule(27, "No wait is in vain: no cycle, and a producer for each", no_wait_is_in_vain),
     StateRule(28, "With everybody asleep nothing is left to do", nothing_is_left),
 )
 """In the order of their numbers: what a settled machine must not show."""

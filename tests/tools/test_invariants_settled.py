@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from struct import pack_into
@@ -14,11 +14,13 @@ from emu.layout import D_CONNECTION_SUMMARY
 from emu.wire.messages import MessageType, RescindChannelOffer
 from emu.wire.ring_layout import FEATURE_BITS, INTERRUPT_MASK, PENDING_SEND_SZ
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, MESSAGE_FLAGS_OFFSET, MESSAGE_PAYLOAD_OFFSET, message_slot
+from guestproc.current import Current
+from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel
 from guestproc.kernel.pages import PageRun
 from guestproc.kernel.rqstor import Requestor
 from guestproc.kernel.tasklet import CPU_SHIFT, SCHED, tasklet_disable_nosync
-from guestproc.kernel.workqueue import QueueNumber
+from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol.numbers import Works
 from guestproc.view import INBOUND, OUTBOUND, GuestView
 from tests.guestproc.conftest import HOST_VERSIONS
@@ -378,3 +380,100 @@ def test_messages_that_nobody_takes(world: World) -> None:
     ]
     world.host.inbox.clear()
     world.host.outbox.clear()
+
+
+# -- who waits for whom ---------------------------------------------------------------------------------
+
+
+def test_answer_that_the_host_has_dropped(world: World) -> None:
+    """INV-27: the opener waits for a host that has nothing left to say; who waits for its work is behind it."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+    last = "PRI_CHAN waits for the answer to OPENCHANNEL of relid 10: the host has nothing left to answer"
+    assert [(one.text, one.relid, one.actors) for one in findings(world, 27)] == [(last, 10, ("PRI_CHAN",))]
+    flush = world.start(lambda current: current.tables.work_queues.flush(current.actor, QueueNumber.PRI_CHAN))
+    world.settle()
+    assert not flush.ended()
+
+    assert f"vcpu0 waits for queue PRI_CHAN to be flushed; {last}" in texts(world, 27)
+
+
+def test_answer_under_way_is_no_wait_in_vain(world: World) -> None:
+    """INV-27: as long as a message lies somewhere, it may be the one."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+    world.host.outbox.append((0, b""))
+
+    assert findings(world, 27) == []
+    world.host.outbox.clear()
+
+
+def test_opener_and_rescind_that_wait_for_each_other(world: World) -> None:
+    """INV-27: the rescind waits for the probe, the probe for the rescind (races.md A5): a cycle, told by name."""
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+    payload = RescindChannelOffer(10).pack()
+    message = bytes(4) + bytes([len(payload)]) + bytes(11) + payload
+    known = WORK_FUNCTIONS.lookup
+
+    def rescind_that_waits(current: Current, _item: WorkItem) -> None:
+        done = current.channel(world.channel(10).handle).probe_done
+        current.connection.state_wait.wait_until_timeout(current.actor, lambda: bool(done.load()), 1 << 40)
+
+    def lookup(number: int) -> Callable[..., None]:
+        return rescind_that_waits if number == Works.VMBUS_ONMESSAGE_WORK else known(number)
+
+    def queue_it(current: Current) -> None:
+        item = current.tables.work_queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message)
+        assert item is not None
+        current.tables.work_queues.queue_work(current.actor, QueueNumber.RESCIND, item)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WORK_FUNCTIONS, "lookup", lookup)
+        world.call(queue_it)
+        found = findings(world, 27)
+
+    assert [one.text.endswith("a cycle") for one in found] == [True]
+    assert set(found[0].actors) == {"PRI_CHAN", "RESCIND"}
+    assert "OPENCHANNEL of relid 10 (the host has dropped it), or the rescind of relid 10" in found[0].text
+
+
+def test_mutexes_taken_crosswise(world: World) -> None:
+    """INV-27: each holds what the other waits for, and that is told once."""
+    mutexes = (world.tables.connection.channel_mutex, world.tables.devices.at(0).device_lock)
+    for vcpu, mutex in zip(world.cpus, mutexes, strict=True):
+        mutex._word.store(vcpu.row.number << 32)
+    for cpu in (0, 1):
+        world.start(lambda current: mutexes[1 - current.cpu]._wait(current.actor), cpu=cpu)
+    world.settle()
+
+    assert texts(world, 27) == [
+        "vcpu0 waits for devices[0].device_lock; vcpu1 waits for connection[0].channel_mutex: a cycle"
+    ]
+
+
+def test_mutex_of_one_who_died(world: World) -> None:
+    """INV-27: who forgot it, or died with it, will not give it back."""
+    mutex = world.tables.connection.driver_mutex
+    worker = world.workers["SUB_CHAN"].actor.number
+    mutex._word.store(worker << 32)
+    world.start(lambda current: mutex._wait(current.actor))
+    world.settle()
+    assert texts(world, 27) == ["vcpu0 waits for connection[0].driver_mutex: SUB_CHAN is idle"]
+
+    world.machine.control.set_dead(worker & 0xFFF, 9)
+
+    assert texts(world, 27) == ["vcpu0 waits for connection[0].driver_mutex: SUB_CHAN died holding it"]
+
+
+def test_count_of_offers_that_never_falls(world: World) -> None:
+    """INV-27: a rescind waits for offers of which there are none; held there it may still go on."""
+    world.tables.connection.offer_in_progress.fetch_add(1)
+    world.host.rescind(RELID)
+    world.settle()
+
+    assert texts(world, 27) == ["RESCIND waits for offer_in_progress to fall to 0 (it is 1): no offer is under way"]
+    assert findings(world, 27, parked=(world.workers["RESCIND"].actor.number & 0xFFF,)) == []
