@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_silence_of_any_length_is_kept(trace_cmd: str, tmp_path: Path, silence_n
     assert [one.text for one in seen] == ["relid=1 side=TO_HOST", "relid=2 side=TO_GUEST", "relid=3 side=TO_HOST"]
     nanoseconds = [int(one.t.replace(".", "")) for one in seen]
     assert [later - nanoseconds[0] for later in nanoseconds] == [0, silence_ns, silence_ns + 1]
+
+
+def test_records_of_one_nanosecond_are_shown_by_processor(trace_cmd: str, tmp_path: Path) -> None:
+    """Two processors may record in the same ns: trace-cmd shows the lower one first, and each one's in its order."""
+    host = RecordedActor(2, "hypervisor", "HYPERVISOR", 76, 0)
+    records = [replace(record(9, 1, 0), actor=host), record(9, 2, 0), replace(record(9, 3, 0), actor=host)]
+    (tmp_path / "out").write_bytes(b"".join(assemble(records, Threads([ACTOR, host]))))
+    seen = seen_in(report(trace_cmd, tmp_path / "out"))
+
+    assert [(one.cpu, one.text.split()[0]) for one in seen] == [(0, "relid=2"), (1, "relid=1"), (1, "relid=3")]
 
 
 def test_many_pages_are_read_to_the_end(trace_cmd: str, tmp_path: Path) -> None:
