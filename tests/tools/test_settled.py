@@ -60,7 +60,10 @@ def test_world_that_ran_to_its_end_is_settled(world: World) -> None:
 
 
 def test_running_processor_is_named(world: World) -> None:
-    """One that is awake, or has a vector to take, will do something; one that somebody holds will not."""
+    """One that is awake will do something, and one that was sent a token for a vector; one that somebody holds will not.
+
+    Nor will one that sleeps on a vector without a token: nobody woke it.
+    """
     position = world.cpus[1].position
     state = vp_page_offset(position) + VP_RUN_STATE
     world.machine.vps.view.store_u32(state, AWAKE)
@@ -70,6 +73,8 @@ def test_running_processor_is_named(world: World) -> None:
     world.machine.vps.view.store_u32(state, 1)
     world.machine.vps.view.store_u64(vp_page_offset(position) + VP_REQUEST + 24, 1 << (0xF3 - 192))
 
+    assert look(world).settled
+    world.machine.wakeup(f"vp.{position}").post()
     assert look(world).moving == ("vcpu1 has vector 0xf3 to take",)
 
 
