@@ -23,6 +23,8 @@ class Fix:
     post_atomic: bool = True
     timer_waits_for_slot: bool = True
     kick_after_enqueue: bool = True
+    listen_before_open: bool = True
+    port_before_notify: bool = True
     atomic_flag_clear: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
@@ -67,6 +69,8 @@ SWITCHES: Final[dict[str, Switch]] = {
     "kick_after_enqueue": Switch(
         "a processor's loop looks for messages and then sleeps, without another look", ("B6",)
     ),
+    "listen_before_open": Switch("a driver opens its channel before its poll may run, and masks all the same", ("C1",)),
+    "port_before_notify": Switch("the guest is told that a device is open before its doorbell is listened to", ("C1",)),
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),

@@ -69,6 +69,7 @@ from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
 
 _BEFORE_OPEN_RESULT: Final = int(Point.HOST_BEFORE_OPEN_RESULT)
+_OPEN_DONE: Final = int(Point.HOST_OPEN_DONE)
 Instrument = Callable[[int, str, RingMemory], RingWords]
 """Gives the words of a ring (relid, "incoming" or "outgoing", memory) that record what they do."""
 
@@ -176,6 +177,7 @@ class Bus:
         self._last_key = 0
         self._effects: deque[Effect] = deque()
         self._carrying_out = False
+        self._late_doorbells: dict[int, int] = {}
         self._outgoing: deque[tuple[SendMessage, int]] = deque()
         self.cause = 0
         """Serial of the guest's message that is being handled (0: none), for the trace."""
@@ -296,7 +298,10 @@ class Bus:
             case RetargetEvent():
                 self._retarget(effect)
             case OpenDoorbell(key, connection_id):
-                self._open_doorbell(key, connection_id)
+                if self._fix.port_before_notify:
+                    self._open_doorbell(key, connection_id)
+                else:
+                    self._late_doorbells[key] = connection_id
             case CloseDoorbell(key, connection_id):
                 self._close_doorbell(key, connection_id)
             case OpenDevice():
@@ -430,8 +435,19 @@ class Bus:
 
     def _opened(self, key: int) -> None:
         """The device is open: say so to the guest."""
-        if key in self._devices:
-            self._take(self.server.device_opened(key))
+        if key not in self._devices:
+            return
+        self._take(self.server.device_opened(key))
+        listens = partial(self._listen_late, key)
+        relid = self.server.relid_of(key)
+        if not self._points.armed[_OPEN_DONE] or not self._points.hold(_OPEN_DONE, relid, listens):
+            listens()
+
+    def _listen_late(self, key: int) -> None:
+        """Wrong on purpose (races.md C1): the guest may have rung before there is anything to ring."""
+        connection_id = self._late_doorbells.pop(key, None)
+        if connection_id is not None and key in self._devices:
+            self._open_doorbell(key, connection_id)
 
     def _attach(self, device: _Device, effect: OpenDevice) -> HostChannel:
         """Check what the guest left in the rings' control pages; they are mapped when the first packet comes."""

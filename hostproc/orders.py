@@ -14,6 +14,8 @@ from emu.control import Control
 from emu.errors import UserError
 from emu.orders import Order, OrderDesk, Recipient
 from emu.scenario import backend_fault, backend_of, derived_instance, subchannels_of
+from emu.wire.device_classes import NETLIKE
+from emu.wire.netlike_protocol import MIN_FRAME, pack_frame
 from hostproc.bus import Bus
 from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
 
@@ -105,13 +107,16 @@ class HostOrders:
 
         As many as fit are written at once.
         """
-        relid, count, payload = asked["relid"], asked["count"], bytes(asked["size"])
+        relid, count, size = asked["relid"], asked["count"], asked["size"]
         for key in self._bus.offered():
             channel = self._bus.channel(key)
             if channel is not None and channel.relid == relid:
                 break
         else:
             raise UserError(f"no open channel has relid {relid}; `vmbus-emu ls` lists them")
+        # A driver of frames wants frames; every other takes what comes.
+        frames = self._bus.backends()[key].name == NETLIKE.name
+        payload = pack_frame(0, bytes(max(size, MIN_FRAME))) if frames else bytes(size)
         sent = 0
         while sent < count and channel.send(payload):
             sent += 1

@@ -21,6 +21,7 @@ from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
 from emu.recording import RecordedActor, TraceRecord
 from emu.scenario import derived_instance
 from emu.syncpoint import Ticket, Tickets, director_wakeup, ticket_wakeup
+from emu.task_board import Program, TaskBoard, TaskState
 from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context
 from emu.vmexit import HostBell
 from tools.device_list import list_devices
@@ -71,6 +72,7 @@ class Director:
         self.answers: Final[dict[str, dict[str, Any]]] = {}
         self._faults: Final = FaultPlan(self.machine.control)
         self._planned: Final[dict[str, PlannedFault]] = {}
+        self._tasks: Final[dict[str, int]] = {}
         self._since_ns = 0
         self._host_bell: Final = HostBell(self.machine.doorbells.view, self.machine.wakeup("host"))
         self._verbs: Final[Mapping[str, Callable[[Step], None]]] = {
@@ -88,6 +90,8 @@ class Director:
             "fault": self._fault,
             "end": self._end,
             "call": self._call,
+            "run": self._run,
+            "until done": self._until_done,
         }
 
     def do(self, step: Step) -> None:
@@ -251,6 +255,24 @@ class Director:
         arguments: dict[str, Any] = {name: self._value(value) for name, value in step.options.items()}
         at = desk.post(Recipient.GUEST, step.words[0], wake, **arguments)
         self._letters[step.label or f"step {step.number}"] = at
+
+    def _run(self, step: Step) -> None:
+        """A program of the guest's on a processor; nobody waits for it here."""
+        self._act()
+        options = step.options
+        self._tasks[step.label or f"step {step.number}"] = self.running.order(
+            Program[step.words[0].upper()],
+            int(options.get("cpu", 0)),
+            relid=self.relid(options["relid"]) if "relid" in options else 0,
+            wanted=int(options.get("wanted", 1)),
+            size=int(options.get("size", 8)),
+            rate=int(options.get("rate", 0)),
+        )
+
+    def _until_done(self, step: Step) -> None:
+        index = self._tasks[step.words[0]]
+        ended = (TaskState.DONE, TaskState.FAILED)
+        self._wait(f"{step.words[0]} to end", lambda: TaskBoard(self.machine.control).row(index).state in ended)
 
     def _fault(self, step: Step) -> None:
         """From here on; in the words of `--fault`."""

@@ -45,10 +45,12 @@ class _RingRule(Rule):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self.rings: dict[Key, _Ring] = {}
+        self._mapped: set[int] = set()
 
     def feeds(self) -> Mapping[str, Feed]:
         """Everything that is recorded of a ring, and the opening of its channel."""
         return {
+            "map": self._map,
             "vmbus_open": self._vmbus_open,
             "ring_attach": self._ring_attach,
             "ring_publish": self._ring_publish,
@@ -64,10 +66,21 @@ class _RingRule(Rule):
         """A ring of a channel."""
         return self.rings.setdefault((relid, side), _Ring())
 
+    def _map(self, record: TraceRecord) -> None:
+        self._mapped.add(record.values[0])
+        self._opened(record.values[0])
+
     def _vmbus_open(self, record: TraceRecord) -> None:
-        # New pages with indices 0, behind which the old ones mean nothing.
+        # Recorded when the guest is back from its post: a device may have taken the rings, and written, before that.
+        if record.values[0] in self._mapped:
+            self._mapped.discard(record.values[0])
+        else:
+            self._opened(record.values[0])
+
+    def _opened(self, relid: int) -> None:
+        """New pages with indices 0, behind which the old ones mean nothing."""
         for side in Side:
-            self.rings[record.values[0], side] = _Ring(write=0, read=0)
+            self.rings[relid, side] = _Ring(write=0, read=0)
 
     def _ring_attach(self, record: TraceRecord) -> None:
         relid, side, size, write, read = record.values

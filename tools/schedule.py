@@ -24,6 +24,7 @@ from emu.scenario import SCHEDULE_KEYS, Scenario
 from emu.scenario_text import Nonsense, Table, nearest, read_toml, shown, type_name
 from emu.switches import ALL_FIXED
 from emu.syncpoint import BY_TEXT, Point
+from emu.task_board import Program
 from emu.tracing import EVENTS
 
 _SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)(s|ms|us)")
@@ -73,11 +74,18 @@ VERBS: Final[dict[str, Verb]] = {
     "offer": Verb("offer CLASS [subchannels=N] as LABEL", (1, 1), ("subchannels",), names=True),
     "rescind": Verb("rescind DEVICE", (1, 1)),
     "send": Verb("send DEVICE [count=N] [size=BYTES]", (1, 1), ("count", "size")),
+    "run": Verb(
+        "run PROGRAM [cpu=N] [relid=DEVICE] [wanted=N] [size=BYTES] [rate=N] [as LABEL]",
+        (1, 1),
+        ("cpu", "relid", "wanted", "size", "rate"),
+        names=True,
+    ),
+    "until done": Verb("until done LABEL", (1, 1)),
     "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
 _OF_TWO: Final = {name.split()[0] for name in VERBS if " " in name}
-_MAY_BE_UNNAMED: Final = {"call", "fault"}
+_MAY_BE_UNNAMED: Final = {"call", "fault", "run"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +183,10 @@ def _check_values(step: Step) -> None:
     """What a step's own words may be."""
     if step.verb == "arm":
         point_of(step.words[0])
+    elif step.verb == "run":
+        if step.words[0].upper() not in Program.__members__:
+            names = [one.lower() for one in Program.__members__]
+            raise Nonsense(f"{step.words[0]!r} is no program of the guest's", nearest(step.words[0], names))
     elif step.verb == "fault":
         faults.parse(step.words[0], source=f"step {step.number}")
     elif step.verb == "advance":
@@ -191,7 +203,10 @@ def _check_labels(step: Step, labels: set[str]) -> None:
     """A label is given once, before it is used."""
     if step.label in labels:
         raise Nonsense(f"there is a {step.label} already", "choose another label")
-    if step.verb in ("resume", "disarm", "until arrived", "until answered", "end") and step.words[0] not in labels:
+    if (
+        step.verb in ("resume", "disarm", "until arrived", "until answered", "until done", "end")
+        and step.words[0] not in labels
+    ):
         raise Nonsense(f"no earlier step is called {step.words[0]}", nearest(step.words[0], labels))
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
 from emu.ring import Packet
+from emu.syncpoint import Point
 from emu.tracing import E_MASK, E_TASKLET_RUN, E_TASKLET_SCHED, E_UNMASK
 from emu.wire.device_classes import NETLIKE
 from emu.wire.guids import guid_to_wire
@@ -49,6 +50,7 @@ from guestproc.vmbus.packets import inbound_rings, stop_reading, vmbus_drain
 if TYPE_CHECKING:
     from guestproc.current import Current
 
+_POLLER_ENABLE: Final = int(Point.DRV_POLLER_ENABLE)
 SETTINGS: Final = Settings()
 
 
@@ -112,10 +114,22 @@ class NetOpening:
         nvchan.channel = channel.handle
         nvchan.device = device.handle
         netif_napi_add(nvchan.napi, Tasklets.NET_RX_ACTION, nvchan.handle)
-        napi_enable(nvchan.napi)
-        set_channel_read_mode(current, channel, CallbackMode.ISR)
         size = SETTINGS.of(current, device).ring_bytes
+        set_channel_read_mode(current, channel, CallbackMode.ISR)
+        if not current.fix.listen_before_open:
+            return self._open_then_listen(nvchan, size)
+        napi_enable(nvchan.napi)
         return vmbus_open(current, channel, size, size, b"", Callbacks.NETVSC_CHANNEL_CB, nvchan.handle)
+
+    def _open_then_listen(self, nvchan: NetChannel, size: int) -> int:
+        """Wrong on purpose (races.md C1): the host may interrupt before the poll may be scheduled."""
+        current, channel = self._current, self._channel
+        callback = Callbacks.NETVSC_CHANNEL_CB_MASKS_FIRST
+        result = vmbus_open(current, channel, size, size, b"", callback, nvchan.handle)
+        if current.armed[_POLLER_ENABLE]:
+            current.reach(_POLLER_ENABLE, channel.relid)
+        napi_enable(nvchan.napi)
+        return result
 
     def keep(self) -> None:
         """Under channel_mutex: `remove` finds it from now on."""
@@ -172,6 +186,16 @@ def netvsc_channel_cb(current: Current, channel: Channel) -> None:
     # Without rings there is nothing to read either: the poll sees that, and completes.
     __napi_schedule(current.tasklets, nvchan.napi)
     current.record(E_TASKLET_SCHED, Tasklets.NET_RX_ACTION, channel.relid)
+
+
+@CHANNEL_CALLBACKS.register(Callbacks.NETVSC_CHANNEL_CB_MASKS_FIRST)
+def netvsc_channel_cb_masks_first(current: Current, channel: Channel) -> None:
+    """C1's other half: masks whether or not a poll takes the ring over."""
+    rings = inbound_rings(current, channel)
+    if rings is not None:
+        rings.inbound.begin_read()
+        current.record(E_MASK, channel.relid, INBOUND)
+    netvsc_channel_cb(current, channel)
 
 
 # -- in the softirq -----------------------------------------------------------------------------------------

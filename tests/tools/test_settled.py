@@ -60,9 +60,9 @@ def test_world_that_ran_to_its_end_is_settled(world: World) -> None:
 
 
 def test_running_processor_is_named(world: World) -> None:
-    """One that is awake will do something, and one that was sent a token for a vector; one that somebody holds will not.
+    """One that is awake will do something, and one that was sent a token for a vector.
 
-    Nor will one that sleeps on a vector without a token: nobody woke it.
+    One that somebody holds will not; nor will one that sleeps on a vector without a token: nobody woke it.
     """
     position = world.cpus[1].position
     state = vp_page_offset(position) + VP_RUN_STATE
