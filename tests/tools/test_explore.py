@@ -121,7 +121,7 @@ def test_a_rescind_that_overtakes_its_offer_is_found(tmp_path: Path) -> None:
         "--subchannels",
         "0",
         "--depth",
-        "14",
+        "30",
         "--without",
         "offer_gate",
         "--json",

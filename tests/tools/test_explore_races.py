@@ -59,7 +59,7 @@ def test_a_rescind_behind_its_own_offer_is_found(threads: bool, monkeypatch: pyt
     probe_in_the_offer(monkeypatch, counted=False)
     monkeypatch.setattr(Triage, "queue", lambda _self, era: era.offer_queue)
 
-    violation = found(Setting(1, 0, threads), 12)
+    violation = found(Setting(1, 0, threads), 30)
 
     assert violation is not None and STUCK in violation.problems
 
@@ -95,7 +95,7 @@ def test_a_rescind_that_misses_the_waiter_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(channel, "_open_on_host", open_on_host)
 
-    violation = found(Setting(1, 0, threads=True), 15)
+    violation = found(Setting(1, 0, threads=True), 30)
 
     assert violation is not None and STUCK in violation.problems
     assert Point.OPEN_BEFORE_LIST_ADD.text in [event.get("until") for event in violation.schedule]
@@ -132,7 +132,7 @@ def test_a_twin_rescind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rescinds, "claim", lambda tables, relid: tables.relids.lookup(relid))
     monkeypatch.setattr(channel_mgmt, "vmbus_reset_channel_cb", looked_up)
 
-    violation = found(Setting(1, 0, threads=True, era="seed", twice=True), 18)
+    violation = found(Setting(1, 0, threads=True, era="seed", twice=True), 30)
 
     assert violation is not None
     assert any("stale" in one or "INV-13" in one for one in violation.problems)
