@@ -28,9 +28,10 @@ from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
-from emu.machine import Machine, wakeup_names
+from emu.machine import ACTOR_WAKEUPS, Machine
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
+from emu.vmexit import HostBell
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
 from tools.zygote_start import Link, start_zygote
@@ -124,14 +125,16 @@ class RunningMachine:
         """The machine's fault plan: what is to go wrong, changed while it runs, and what did."""
         return FaultPlan(self.machine.control)
 
-    def turn_on(self, text: str) -> PlannedFault:
+    def turn_on(self, text: str, *, source: str = "fault") -> PlannedFault:
         """Turn a fault on while the machine runs; UserError for one that cannot be meant, or that it was not made for.
 
         Host and guest see it at their next look. Faults of packets want a machine launched with `faults=True`.
         """
-        fault = parse_fault(text, source="fault", classes=self.scenario.plugins.classes)
+        fault = parse_fault(text, source=source, classes=self.scenario.plugins.classes)
         if fault.spec.packets and not self.machine.config["faults"]:
-            raise UserError(f"{text}: this machine was not made for faults of packets; launch it with faults=True")
+            raise UserError(
+                f"{source}: {text}: this machine was not made for faults of packets; launch it with faults=True"
+            )
         planned = self.faults.add(fault)
         self._let_look()
         return planned
@@ -142,10 +145,10 @@ class RunningMachine:
         self._let_look()
 
     def _let_look(self) -> None:
-        """A token to whoever may be asleep over something that the plan decides; one for nothing is legal."""
-        for part in wakeup_names(self.machine.vp_count):
-            if not part.startswith("exit."):
-                self.machine.wakeup(part).post()
+        """Wake the host, and the threads that may hang in something that the plan decides; for nothing is legal."""
+        HostBell(self.machine.doorbells.view, self.machine.wakeup("host")).wake()
+        for number in range(ACTOR_WAKEUPS):
+            self.machine.wakeup(f"actor.{number}").post()
 
     # -- watching -----------------------------------------------------------------------------------
 
