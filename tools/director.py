@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from emu import faults
 from emu.control import ActorKind, ActorRow, slot_of
 from emu.errors import UserError, VmbusError
 from emu.event_fields import decoder_of
-from emu.fault_plan import FaultPlan, PlannedFault
+from emu.fault_plan import PlannedFault
 from emu.machine import USER_WAKEUP
 from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
 from emu.recording import RecordedActor, TraceRecord
@@ -70,7 +69,6 @@ class Director:
         self._relids: Final[dict[str, int]] = {}
         self._letters: Final[dict[str, int]] = {}
         self.answers: Final[dict[str, dict[str, Any]]] = {}
-        self._faults: Final = FaultPlan(self.machine.control)
         self._planned: Final[dict[str, PlannedFault]] = {}
         self._tasks: Final[dict[str, int]] = {}
         self._since_ns = 0
@@ -277,12 +275,12 @@ class Director:
     def _fault(self, step: Step) -> None:
         """From here on; in the words of `--fault`."""
         self._act()
-        planned = self._faults.add(faults.parse(step.words[0], source=f"step {step.number}"))
+        planned = self.running.turn_on(step.words[0], source=f"step {step.number}")
         self._planned[step.label or f"step {step.number}"] = planned
 
     def _end(self, step: Step) -> None:
         self._act()
-        self._faults.off(self._planned[step.words[0]])
+        self.running.turn_off(self._planned[step.words[0]])
 
     def _value(self, text: str) -> int | str:
         if text in self._relids or "#" in text:
