@@ -79,8 +79,7 @@ def _serve(current: Current, vcpu: Vcpu) -> None:
             run_task(current, vcpu, board, row)
         elif vcpu.cpu == BOOT_CPU and control.shutdown_requested and not control.shutdown_done:
             _shut_down(current)
-        else:
-            cpuhp_thread_fun(current, vcpu.play_dead)
+        elif not cpuhp_thread_fun(current, vcpu.play_dead):
             vcpu.idle(IDLE_NS)
 
 

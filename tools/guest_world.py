@@ -395,8 +395,7 @@ class World:
             cpu.safe_point()
             if self._tasks[cpu.cpu]:
                 self._tasks[cpu.cpu].popleft().run(current)
-            else:
-                cpuhp_thread_fun(current, cpu.play_dead)
+            elif not cpuhp_thread_fun(current, cpu.play_dead):
                 cpu.idle(SECOND_NS)
 
     def _work(self, current: Current, queue: QueueNumber, worker: int) -> None:

@@ -94,20 +94,24 @@ def _answer(current: Current, cpu: Cpu, asked: int) -> int:
 # -- the processor itself -------------------------------------------------------------------------------
 
 
-def cpuhp_thread_fun(current: Current, play_dead: Callable[[Callable[[], bool]], None]) -> None:
-    """Between two programs: go offline if that is asked, and stay so until the opposite is (`Vcpu.play_dead`)."""
+def cpuhp_thread_fun(current: Current, play_dead: Callable[[Callable[[], bool]], None]) -> bool:
+    """Between two programs: go offline if that is asked, and stay so until the opposite is (`Vcpu.play_dead`).
+
+    True: something was done, in which time others may have left something to do.
+    """
     cpu = current.cpu_record()
     if cpu.hotplug.load() != _DOWN or cpu.hotplug.cas(_DOWN, _TAKEN) != _DOWN:
-        return
+        return False
     result = hv_synic_cleanup(current)
     if result == 0:
         _end_softirqs(current)
     _tell(current, cpu, result)
     if result:
-        return
+        return True
     play_dead(lambda: cpu.hotplug.cas(_UP, _TAKEN) == _UP)
     hv_synic_online(current)
     _tell(current, cpu, 0)
+    return True
 
 
 def _tell(current: Current, cpu: Cpu, result: int) -> None:

@@ -40,6 +40,10 @@ print(store(echo / "unbind", device), store(uio / "unbind", device), driver())
 print(store(echo / "bind", "3"), store(echo / "bind", device), driver(), (here / "state").read_text().strip())
 print(store(bus / "drivers_autoprobe", "0"), (bus / "drivers_autoprobe").read_text().strip())
 print(store(echo / "unbind", device), store(bus / "drivers_probe", "3"), store(bus / "drivers_probe", device), driver())
+channel = here / "channels" / (here / "id").read_text().strip()
+cpu = channel / "cpu"
+print(store(cpu, "1"), cpu.read_text().strip(), (here / "channel_vp_mapping").read_text().strip())
+print(store(cpu, "0"), store(cpu, "77"), store(cpu, "x"), store(channel / "events", "1"))
 print(store(bus / "drivers_autoprobe", "1"), store(bus / "uevent", "change"), store(bus / "uevent", "moved"))
 """.replace("ECHO", ECHO)
 
@@ -75,6 +79,8 @@ def test_writes_are_done_by_the_guests_kernel(machine: str, run_cli: RunCli, fus
         "ENODEV ok hv_echo 3",  # a device is named by its instance there
         "ok 0",
         "ok ENODEV ok hv_echo",
+        "ok 1 1:1",
+        "ok EINVAL EIO EACCES",
         "ok ok EINVAL",
     ]
     asked = [one["variables"] for one in uevents if one["variables"]["ACTION"] == "change"]

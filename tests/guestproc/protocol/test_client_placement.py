@@ -20,6 +20,7 @@ from guestproc.protocol.placement import (
     init_vp_index,
     init_vp_index_seed,
     online_cpus,
+    retarget,
     set_channel_affinity_state,
 )
 
@@ -252,3 +253,24 @@ def test_seed_passes_over_offline_cpus_and_empty_nodes(seed: KernelTables) -> No
         cpu.online.store(0)
 
     assert targets([placed(seed, 9, 9)]) == [0]
+
+
+def test_moved_channel_takes_its_allocation_along(tables: KernelTables) -> None:
+    """Its CPU is given back unless another one has it; the new one is allocated, so the next device goes elsewhere."""
+    first, second = offered(tables, 1, 1), offered(tables, 2, 2)
+    assert targets([first, second]) == [0, 2]
+    retarget(tables, first, 2)
+    assert (tables.connection.hv_numa_map[0], tables.connection.hv_numa_map[1]) == (0, 0b0100)
+    retarget(tables, first, 3)
+
+    assert (tables.connection.hv_numa_map[0], tables.connection.hv_numa_map[1]) == (0, 0b1100)
+    assert (first.target_cpu.load(), first.target_vp) == (3, 13)
+    assert targets([offered(tables, 3, 3)]) == [0]
+
+
+def test_moved_slow_channel_is_not_counted(tables: KernelTables) -> None:
+    """A device that wants no speed takes no CPU from those that do."""
+    slow = offered(tables, 1, 1, class_name="kvp")
+    retarget(tables, slow, 3)
+
+    assert (slow.target_cpu.load(), list(tables.connection.hv_numa_map[:2])) == (3, [0, 0])
