@@ -20,6 +20,7 @@ class Fix:
     offer_gate: bool = True
     eom_after_clear: bool = True
     host_pending_first: bool = True
+    msg_reserve: bool = True
     post_atomic: bool = True
     timer_waits_for_slot: bool = True
     kick_after_enqueue: bool = True
@@ -64,6 +65,9 @@ SWITCHES: Final[dict[str, Switch]] = {
     "offer_gate": Switch("a rescind does not wait for the offers that are on their way", ("A1",)),
     "eom_after_clear": Switch("the guest reads the pending bit before it empties the slot", ("B1",)),
     "host_pending_first": Switch("the host does not look at the slot again after it set the pending bit", ("B2",)),
+    "msg_reserve": Switch(
+        "a message for which there is no record of work stays in its slot", ("B3",), ("wedge", "spin")
+    ),
     "post_atomic": Switch("a processor's hypercall page is filled and called without a lock", ("B4",)),
     "timer_waits_for_slot": Switch("a one-shot timer that finds its slot full is armed again for now", ("B5",)),
     "kick_after_enqueue": Switch(

@@ -23,6 +23,8 @@ from guestproc.kernel.wait import DEFAULT_TIMEOUT_NS, SECOND_NS, assert_may_wait
 ARGUMENTS: Final = 4
 MESSAGE_SIZE: Final = 256
 MAX_WORKERS: Final = 4
+RESERVED: Final = 16
+"""Records of the pool that are kept for messages which would otherwise stay in their slots."""
 IDLE_LOOK_NS: Final = 30 * SECOND_NS
 """Every wait has a deadline: an idle worker looks again this often."""
 
@@ -82,11 +84,23 @@ class WorkQueues:
     def __init__(self, queues: Table[Queue], items: Table[WorkItem]) -> None:
         self._queues: Final = queues
         self._items: Final = items
+        self._unreserved: Final = items.capacity - min(RESERVED, items.capacity >> 6)
 
     def allocate(
-        self, function: int, arguments: Sequence[int] = (), message: bytes = b"", serial: int = 0
+        self,
+        function: int,
+        arguments: Sequence[int] = (),
+        message: bytes = b"",
+        serial: int = 0,
+        *,
+        reserved: bool = False,
     ) -> WorkItem | None:
-        """A work record, not queued yet; None when the pool is used up (counted by its table)."""
+        """A work record, not queued yet; None when the pool is used up (counted by its table).
+
+        The last of them are for who asks for `reserved` ones: where nobody would try again later.
+        """
+        if not reserved and self._items.in_use >= self._unreserved:
+            return None
         item = self._items.alloc()
         if item is None:
             return None

@@ -13,7 +13,8 @@ from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import faults, uevents
-from tests.guestproc.world import World
+from guestproc.vmbus.message_dpc import MOST_TRIES
+from tests.guestproc.world import World, new_world
 
 T = MessageType
 SUB_CREATED = 920
@@ -96,17 +97,39 @@ def test_plan_is_taken_back(world: World) -> None:
 # -- messages -------------------------------------------------------------------------------------------
 
 
-def test_message_without_memory_stays_in_its_slot(booted: World) -> None:
-    """No work record, no EOM; whatever brings the next interrupt takes it, and what waited behind it."""
+def test_message_without_memory_stays_in_its_slot() -> None:
+    """As in the kernel, without a reserve: no EOM; the next interrupt takes it, and what waited behind it."""
+    with new_world(switches={"msg_reserve": False}) as world:
+        world.boot()
+        plan(world, "message_work")
+        world.host.device(9)
+        world.host.device(10)
+        world.settle()
+        assert not world.tables.relids.published()
+        world.partition.request_interrupt(world.cpus[0].position, HYPERVISOR_CALLBACK_VECTOR)
+        world.settle()
+
+        assert sorted(world.tables.relids.published()) == [9, 10]
+
+
+def test_message_without_memory_takes_a_record_that_is_kept(booted: World) -> None:
+    """A reserve takes the message, and what comes behind it goes on."""
     plan(booted, "message_work")
     booted.host.device(9)
     booted.host.device(10)
     booted.settle()
-    assert not booted.tables.relids.published()
-    booted.partition.request_interrupt(booted.cpus[0].position, HYPERVISOR_CALLBACK_VECTOR)
-    booted.settle()
 
     assert sorted(booted.tables.relids.published()) == [9, 10]
+
+
+def test_a_tasklet_that_never_gives_up_is_called_stuck() -> None:
+    """The older form asks again for ever; its processor's process says so and ends."""
+    with new_world(switches={"msg_reserve": False, "variant": "spin"}) as world:
+        world.boot()
+        plan(world, "message_work", 2 * MOST_TRIES)
+        world.host.device(9)
+        with pytest.raises(AssertionError, match="INV-29: the message tasklet asked"):
+            world.settle()
 
 
 def test_request_without_memory_fails_its_caller(booted: World) -> None:
