@@ -105,8 +105,9 @@ class SettleTest:
         dead = tuple(self._dead())
         try:
             moving = tuple(self.moving())
-        except AssertionError:
-            # A record was given back between the look that found it and the one at what is in it.
+        except (AssertionError, IndexError, ValueError):
+            # A record was given back between the look that found it and the one at what is in it: its generation is
+            # another one, or what was read is poison, which is no index and no member of an enum.
             moving = ("a record went while it was looked at",)
         if not (dead or moving) and self.steps() != before:
             moving = ("somebody did a step while it was looked at",)

@@ -106,7 +106,8 @@ def chain(tables: KernelTables, newest: int) -> list[Waiter]:
     found: list[Waiter] = []
     try:
         for _ in range(tables.waiters.capacity):
-            if not newest:
+            # A record that was freed between two looks holds poison, which is no index.
+            if not 0 < newest <= tables.waiters.capacity:
                 break
             waiter = tables.waiters.at(newest - 1)
             if waiter.state.load() == WaiterState.WAITING:

@@ -80,7 +80,8 @@ def sleepers(table: Table[Waiter], newest: int) -> list[int]:
     """Actor numbers in a chain, oldest first: for reports, so a chain that changes meanwhile is cut short."""
     found: list[int] = []
     try:
-        while newest and len(found) < table.capacity:
+        # A record that was freed between two looks holds poison, which is no index.
+        while 0 < newest <= table.capacity and len(found) < table.capacity:
             waiter = table.at(newest - 1)
             found.append(waiter.actor)
             newest = waiter.next

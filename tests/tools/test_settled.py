@@ -26,10 +26,11 @@ from emu.orders import OrderDesk, Recipient
 from emu.task_board import Program, TaskBoard
 from emu.wire.messages import MessageType
 from guestproc.kernel.actors import WaiterState
+from guestproc.kernel.wait import sleepers
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish
 from tools.settled import Settlement, SettleTest
-from tools.waits import waits
+from tools.waits import chain, waits
 
 
 @pytest.fixture(params=[True, False], ids=["told", "announced"])
@@ -200,3 +201,24 @@ def test_actors_of_a_world_are_those_that_move_it(world: World) -> None:
     kinds = {row.kind for row in SettleTest(world.machine, tables=world.tables).view.actors()}
 
     assert kinds == {ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.WORKER}
+
+
+def test_poison_is_no_waiter(world: World) -> None:
+    """Whoever follows a chain while its records go reads poison for an index: the chain ends there."""
+    poison = 0x6B6B6B6B
+
+    assert chain(world.tables, poison) == []
+    assert sleepers(world.tables.waiters, poison) == []
+
+
+@pytest.mark.parametrize("error", [AssertionError, IndexError, ValueError])
+def test_record_that_goes_during_the_look_is_a_reason(world: World, error: type[Exception]) -> None:
+    """What was looked at is another's by now: something moves, and nobody falls over it."""
+    test = SettleTest(world.machine, tables=world.tables)
+
+    def moving() -> Iterator[str]:
+        raise error
+
+    test.moving = moving  # type: ignore[method-assign]
+
+    assert test.take().moving == ("a record went while it was looked at",)
