@@ -32,6 +32,11 @@ class Fix:
     no_open_timeout: bool = True
     teardown_on_error: bool = True
     check_gpadl_status: bool = True
+    rescind_own_queue: bool = True
+    addchan_offload: bool = True
+    recheck_rescind_after_enlist: bool = True
+    wake_before_probe_wait: bool = True
+    rescind_once: bool = True
     variant: str = ""
 
     @classmethod
@@ -81,6 +86,15 @@ SWITCHES: Final[dict[str, Switch]] = {
     "no_open_timeout": Switch("an open gives up after five seconds", ("E2",)),
     "teardown_on_error": Switch("an open that fails frees its pages without taking them back from the host", ("E2",)),
     "check_gpadl_status": Switch("a GPADL that the host refused is used", ("E3",)),
+    "rescind_own_queue": Switch(
+        "one ordered queue takes offers, the probes in them, and rescinds behind them", ("A2",)
+    ),
+    "addchan_offload": Switch("devices are probed, and sub-channels opened, inside the work of their offers", ("A3",)),
+    "recheck_rescind_after_enlist": Switch(
+        "a requester does not look at the rescind flag once it is on the list of those who wait", ("A4",)
+    ),
+    "wake_before_probe_wait": Switch("a rescind waits for the probe before it wakes who waits for the host", ("A5",)),
+    "rescind_once": Switch("two rescinds of one channel are both handled", ("A6",)),
 }
 """By name, as a scenario writes it; every one is a field of `Fix`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from emu.faults import FaultKind
 from emu.recording import TraceRecord
 from emu.wire.messages import VP_INDEX_DISABLE_INTERRUPT, MessageType
 from guestproc.kernel.layout import ChannelState
@@ -207,10 +208,20 @@ class RescindsOfTheLiving(Rule):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._live: dict[int, TraceRecord] = {}
+        self._twice: set[int] = set()  # relids of which a fault sends one more: that host was told to be wrong
 
     def feeds(self) -> Mapping[str, Feed]:
-        """Offers, rescinds and states of the host."""
-        return {"offer": self._offer, "rescind": self._rescind, "host_state": self._host_state}
+        """Offers, rescinds and states of the host, and faults that repeat what it says."""
+        return {
+            "offer": self._offer,
+            "rescind": self._rescind,
+            "host_state": self._host_state,
+            "fault_hit": self._fault_hit,
+        }
+
+    def _fault_hit(self, record: TraceRecord) -> None:
+        if record.values[0] in (FaultKind.HOST_DUP_RESCIND, FaultKind.REPLY_DUP):
+            self._twice.add(record.values[1])
 
     def _offer(self, record: TraceRecord) -> None:
         if is_host(record):
@@ -221,7 +232,9 @@ class RescindsOfTheLiving(Rule):
             return
         relid, generation = record.values
         offer = self._live.pop(relid, None)
-        if offer is None:
+        if offer is None and relid in self._twice:
+            self._twice.discard(relid)
+        elif offer is None:
             self.violate(f"relid {relid} is rescinded, and is not offered", record)
         elif offer.values[1] != generation:
             self.violate(f"generation {generation} of relid {relid} is rescinded", offer, record)

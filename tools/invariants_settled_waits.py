@@ -15,7 +15,8 @@ from typing import Final
 
 from emu.tracing import WaitedFor
 from emu.wire.messages import MessageType
-from guestproc.kernel.layout import Channel, Connection, Cpu, Request
+from guestproc.drivers.claims import CLAIMS, REMOVING
+from guestproc.kernel.layout import Channel, Connection, Cpu, Device, Request
 from guestproc.kernel.napi import WAITED as NAPI_WAITED
 from guestproc.kernel.tasklet import CPU_MASK, CPU_SHIFT, WAITED
 from guestproc.kernel.workqueue import Queue, QueueNumber
@@ -208,6 +209,10 @@ class WaitGraph:
     def _of_subject(self, wait: Wait) -> Producers:
         """A wait queue that many conditions share: what it is about says the waiter, or nobody knows."""
         subject = wait.subject or self._rescinded_by(wait.actor)
+        device = next((one for one in self._tables.devices.live() if one.gpa == subject), None)
+        if device is not None and not device.driver_state[CLAIMS] & REMOVING:
+            subs = [work for work in self._work if self._adds_sub_channel(work, device)]
+            return Producers(f"the sub-channels of device {device.index}", self._workers(subs), open=not subs)
         table = self._tables.channels
         index = (subject - table.record_gpa(0)) // table.record_size
         if not subject or not 0 <= index < table.capacity:
@@ -217,12 +222,15 @@ class WaitGraph:
         if channel is None:
             return Producers(f"channel record {index}", nobody="it is gone, and nobody wakes who waits")
         text = f"relid {channel.relid} to be handled"
-        adding = [
-            work
-            for work in self._work
-            if work.item.function == Works.VMBUS_ADD_CHANNEL_WORK and work.item.arguments[0] == channel.handle
-        ]
+        adding = [work for work in self._work if _adds(work, channel)]
         return Producers(text, (*self._workers(adding), *self._rescinders(channel.relid)))
+
+    def _adds_sub_channel(self, work: Work, device: Device) -> bool:
+        """Whether this work opens a sub-channel of a device."""
+        if work.item.function != Works.VMBUS_ADD_CHANNEL_WORK:
+            return False
+        channel = self._tables.channels.find(work.item.arguments[0])
+        return channel is not None and channel.primary_channel == device.channel
 
     # -- who that is ---------------------------------------------------------------------------------
 
@@ -253,3 +261,10 @@ class WaitGraph:
 
     def _cpus(self, cpus: Iterable[int]) -> tuple[int, ...]:
         return tuple(actor for cpu in cpus if (actor := self._view.actor_of_cpu(cpu)))
+
+
+def _adds(work: Work, channel: Channel) -> bool:
+    """Whether this work handles a channel's offer, or the half of it that may wait for the host."""
+    if work.item.function == Works.VMBUS_ADD_CHANNEL_WORK:
+        return work.item.arguments[0] == channel.handle
+    return work.msgtype == MessageType.OFFERCHANNEL and work.relid == channel.relid

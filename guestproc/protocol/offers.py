@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from emu.errors import ProtocolViolation
+from emu.switches import Fix
 from emu.wire.guids import guid_to_wire
 from emu.wire.hypercalls import VMBUS_EVENT_CONNECTION_ID
 from emu.wire.messages import ChannelFlags, OfferChannel, parse
@@ -48,6 +49,15 @@ class Entered:
     place: Place
     refusal: ProtocolViolation | None = None
     primary: Channel | None = None
+
+
+def handled_inline(fix: Fix) -> bool:
+    """Whether the half of an offer that may wait for the host runs inside its work (wrong on purpose).
+
+    Nothing that is queued behind it is handled meanwhile: not a rescind on the same queue, which would end the wait
+    (races.md A2), and no offer, of which each is counted and holds up the rescinds on theirs (A3).
+    """
+    return not (fix.addchan_offload and fix.rescind_own_queue)
 
 
 def checked_offer(payload: bytes) -> OfferChannel:

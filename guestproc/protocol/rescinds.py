@@ -1,6 +1,6 @@
 """The host takes a channel back: who handles it, and what is left to do (reference 3.11).
 
-    claim      channel_mutex: find the channel, once (a second RESCIND finds it claimed: races.md A6)
+    claim      channel_mutex, under which it was found: once (a second RESCIND finds it claimed: races.md A6)
     mark       channelmsg_lock: set the flag and find who waits on the channel, in one (A4)
     meets      atomic: offer and rescind come to where the rescind goes on; the later one of them does that
     decide     channel_mutex, after its offer was handled: who removes it
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from emu.switches import Fix
 from guestproc.kernel.layout import Channel, ChannelState, KernelTables, Request
 from guestproc.protocol import pending
 
@@ -28,12 +29,14 @@ class Removal(Enum):
     """A sub-channel that is open: whoever closes it waits for rescind_event and removes it."""
 
 
-def claim(tables: KernelTables, relid: int) -> Channel | None:
-    """The channel that a RESCIND means, for its one handler; None when there is none, or it was claimed."""
-    channel = tables.relids.lookup(relid)
-    if channel is None or channel.rescind_ref.exchange(1):
-        return None
-    return channel
+def find(tables: KernelTables, relid: int) -> Channel | None:
+    """The channel that a RESCIND means; None when there is none."""
+    return tables.relids.lookup(relid)
+
+
+def claim(channel: Channel) -> bool:
+    """Whether this is the one handler of the channel's rescind; for a second RESCIND it is not."""
+    return not channel.rescind_ref.exchange(1)
 
 
 def mark(tables: KernelTables, channel: Channel) -> Request | None:
@@ -51,6 +54,12 @@ def meets(channel: Channel) -> bool:
     A, which is queued behind the handler. The kernel stands still there for ever.
     """
     return channel.offer_and_rescind.fetch_add(1) == 1
+
+
+def waits_for_probe(fix: Fix) -> bool:
+    """Whether the handler sleeps in its work until probe_done, as the kernel's does: so do machines that make a mistake
+    which stops them for ever only then (races.md A4, A5)."""
+    return not (fix.recheck_rescind_after_enlist and fix.wake_before_probe_wait)
 
 
 def decide(channel: Channel) -> Removal:

@@ -46,7 +46,7 @@ from guestproc.protocol.opening import RingPages
 from guestproc.protocol.rescinds import Closing, closing
 from guestproc.vmbus.connection import vmbus_post_msg
 from guestproc.vmbus.removal import hv_process_channel_removal
-from guestproc.vmbus.requests import REPLY_TIMEOUT_NS, enter_request, leave_request, wait_for_reply
+from guestproc.vmbus.requests import REPLY_TIMEOUT_NS, enter_request, leave_request, taken_back, wait_for_reply
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 PAGE_SIZE: Final = 4096
 OPEN_TIMEOUT_NS: Final = 5 * SECOND_NS
 """How long kernels before 4.11 waited for OPENCHANNEL_RESULT; a switch brings it back."""
+_BEFORE_LIST_ADD: Final = int(Point.OPEN_BEFORE_LIST_ADD)
+_BEFORE_POST: Final = int(Point.OPEN_BEFORE_POST)
 _OPEN_WAITING: Final = int(Point.OPEN_WAITING)
 _OPEN_TIMEOUT: Final = int(Point.OPEN_TIMEOUT)
 
@@ -126,7 +128,7 @@ def vmbus_establish_gpadl(current: Current, channel: Channel, pfns: Sequence[int
     if request is None:
         return -errno.ENOMEM, 0
     try:
-        if channel.rescind.load():
+        if taken_back(current, channel):
             return -errno.ENODEV, 0
         for message in gpadl_messages(channel.relid, gpadl, pfns):
             result = vmbus_post_msg(current, message)
@@ -272,6 +274,8 @@ def _init_rings(current: Current, channel: Channel) -> int:
 def _open_on_host(current: Current, channel: Channel, userdata: bytes) -> int:
     """OPENCHANNEL and the wait for its result."""
     message = opening.open_message(channel, userdata)
+    if current.armed[_BEFORE_LIST_ADD]:
+        current.reach(_BEFORE_LIST_ADD, channel.relid)
     request = enter_request(
         current,
         MessageType.OPENCHANNEL,
@@ -282,8 +286,10 @@ def _open_on_host(current: Current, channel: Channel, userdata: bytes) -> int:
     if request is None:
         return -errno.ENOMEM
     try:
-        if channel.rescind.load():
+        if taken_back(current, channel):
             return -errno.ENODEV
+        if current.armed[_BEFORE_POST]:
+            current.reach(_BEFORE_POST, channel.relid)
         result = vmbus_post_msg(current, message)
         current.record(
             E_VMBUS_OPEN,

@@ -64,6 +64,8 @@ VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
 _OFFER_BEFORE_MAP: Final = int(Point.OFFER_BEFORE_MAP)
 _RESCIND_WAIT_GATE: Final = int(Point.RESCIND_WAIT_GATE)
+_RESCIND_AFTER_LOOKUP: Final = int(Point.RESCIND_AFTER_LOOKUP)
+_RESCIND_BEFORE_PROBE_WAIT: Final = int(Point.RESCIND_BEFORE_PROBE_WAIT)
 HANDLED_TIMEOUT_NS: Final = 180 * SECOND_NS
 """For what waits in turn for a probe that waits for the host, more than once."""
 
@@ -233,6 +235,10 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
         current.tables.channels.free(newchannel)
         queues.discard(add_channel_work)
         return
+    if offers.handled_inline(current.fix):
+        vmbus_add_channel_work(current, add_channel_work)
+        queues.discard(add_channel_work)
+        return
     queue = QueueNumber.PRI_CHAN if entered.place is Place.PRIMARY else QueueNumber.SUB_CHAN
     current.record(E_WORK_QUEUE, queue, Works.VMBUS_ADD_CHANNEL_WORK, add_channel_work.serial)
     queues.queue_work(actor, queue, add_channel_work)
@@ -316,22 +322,55 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
     """The host takes a channel back: quiesce it, wake who waits on it, remove its device or itself."""
     rescind = parse(payload)
     assert isinstance(rescind, RescindChannelOffer)
-    connection, actor = current.connection, current.actor
     current.record(E_VMBUS_ONOFFER_RESCIND, rescind.child_relid)
     # Every earlier offer must be findable before "not found" means anything. Without that (races.md A1) it is wrong.
     if current.fix.offer_gate and not _offers_are_known(current, rescind.child_relid):
         current.log(f"rescind of relid {rescind.child_relid}: offers before it do not end; it is not handled")
         return
-    with connection.channel_mutex.hold(actor):
-        channel = rescinds.claim(current.tables, rescind.child_relid)
+    channel = _claim(current, rescind.child_relid)
     current.record(E_RESCIND, rescind.child_relid, 0 if channel is None else channel.generation)
     if channel is None:
         return  # its offer failed, and its id was released there; or this is the second rescind of it
+    if _say_it(current, channel) and rescinds.meets(channel):
+        _finish_rescind(current, channel)
+
+
+def _say_it(current: Current, channel: Channel) -> bool:
+    """Stop the callback, raise the flag, wake who waits. False: a handler that waits for the probe waited in vain."""
     # Quiet before the flag is up: who polls for the flag takes its memory away (races.md A7).
     vmbus_reset_channel_cb(current, channel)
-    vmbus_rescind_cleanup(current, channel)
-    if rescinds.meets(channel):
-        _finish_rescind(current, channel)
+    if current.fix.wake_before_probe_wait:
+        vmbus_rescind_cleanup(current, channel)
+    if current.armed[_RESCIND_BEFORE_PROBE_WAIT]:
+        current.reach(_RESCIND_BEFORE_PROBE_WAIT, channel.relid)
+    if rescinds.waits_for_probe(current.fix) and not _probe_is_done(current, channel):
+        current.log(f"rescind of relid {channel.relid}: its probe does not end; it is not handled")
+        return False
+    if not current.fix.wake_before_probe_wait:
+        # Wrong on purpose (races.md A5): the probe may be who is to be woken.
+        vmbus_rescind_cleanup(current, channel)
+    return True
+
+
+def _claim(current: Current, relid: int) -> Channel | None:
+    """The channel that a rescind means, for this handler alone; found and claimed in one, under the mutex."""
+    with current.connection.channel_mutex.hold(current.actor):
+        channel = rescinds.find(current.tables, relid)
+        if channel is not None and current.fix.rescind_once:
+            if current.armed[_RESCIND_AFTER_LOOKUP]:
+                current.reach(_RESCIND_AFTER_LOOKUP, relid)
+            return channel if rescinds.claim(channel) else None
+    # Wrong on purpose (races.md A6): a second rescind may find the same channel before this one frees it.
+    if channel is not None and current.armed[_RESCIND_AFTER_LOOKUP]:
+        current.reach(_RESCIND_AFTER_LOOKUP, relid)
+    return channel
+
+
+def _probe_is_done(current: Current, channel: Channel) -> bool:
+    """Sleep until its offer has been handled, as the kernel's handler does; False: that does not end."""
+    return current.connection.state_wait.wait_until_timeout(
+        current.actor, lambda: channel.probe_done.load() != 0, HANDLED_TIMEOUT_NS, channel.gpa
+    )
 
 
 def _offers_are_known(current: Current, relid: int) -> bool:

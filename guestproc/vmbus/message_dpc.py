@@ -81,7 +81,7 @@ def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
         item = queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), copy, serial, reserved=True)
     if item is None:
         return False
-    queue = message.queue(current.era)
+    queue = message.queue(current.era, current.fix)
     if message.is_offer:
         # Counted before it is queued: a rescind that runs on its own queue waits for this to come down to 0.
         connection.offer_in_progress.fetch_add(1)

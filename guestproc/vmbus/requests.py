@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.tracing import E_REQ_ALLOC, E_REQ_FREE
 from emu.wire.messages import MessageType
-from guestproc.kernel.layout import Request
+from guestproc.kernel.layout import Channel, Request
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import faults, pending
 
@@ -45,6 +45,15 @@ def enter_request(
         pending.enter(current.tables, request)
     current.record(E_REQ_ALLOC, msgtype, openid or gpadl, request.index, child_relid)
     return request
+
+
+def taken_back(current: Current, channel: Channel) -> bool:
+    """Whether the host took the channel back, so that it answers nothing: asked by who is on the list already.
+
+    The rescind's handler sets the flag and then walks the list. Without this look behind the entry (races.md A4, wrong
+    on purpose) who enters behind that walk is woken by nobody.
+    """
+    return current.fix.recheck_rescind_after_enlist and channel.rescind.load() != 0
 
 
 def wait_for_reply(current: Current, request: Request, timeout_ns: int = REPLY_TIMEOUT_NS) -> int:

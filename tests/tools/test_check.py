@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from emu.faults import FaultKind
 from emu.recording import TraceRecord
 from emu.tracing import EVENTS, refused_words
 from emu.wire.messages import MessageType
@@ -273,6 +274,19 @@ def test_tasklet_between_publish_and_signal_signals_for_itself(records: list[Tra
     read_index = _read_index(edited, relid, signal)
     edited.insert(signal, release, context="TASKLET", bytes=0, read_index=read_index)
     edited.insert(signal + 1, signal + 1, context="TASKLET")
+
+    assert broken(edited.records) == set()
+
+
+def test_rescind_that_a_fault_repeats_is_no_mistake_of_the_hosts(records: list[TraceRecord]) -> None:
+    """One more of the same relid breaks INV-05, unless the plan of faults said so."""
+    edited = Edited(records)
+    first = edited.where("rescind", actor=HOST)
+    edited.insert(first + 1, first)
+    assert broken(edited.records) == {5}
+
+    values = (FaultKind.HOST_DUP_RESCIND, edited.records[first].values[0], 0, 1)
+    edited.records.insert(first + 1, replace(edited.records[first], event=EVENTS["fault_hit"], values=values))
 
     assert broken(edited.records) == set()
 

@@ -1,0 +1,108 @@
+"""Each switch of discovery and rescind, off: the mistake that it makes, in one process, and who waits for whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emu.switches import Fix
+from emu.wire.messages import MessageType
+from guestproc.vmbus import channel_mgmt
+from guestproc.vmbus.requests import taken_back
+from tests.guestproc.world import World
+from tests.tools.settled_world import findings
+
+T = MessageType
+
+
+def mistaken(world: World, **switches: Any) -> World:
+    """The same guest, with these switches off."""
+    fix = Fix(**switches)
+    for current in (*world.currents, *world.workers.values()):
+        setattr(current, "fix", fix)  # noqa: B010 (it is Final: chosen when a thread attaches)
+    return world
+
+
+def opener_that_waits(world: World) -> None:
+    """Relid 9 is offered, and its probe waits for a host that does not answer the OPEN."""
+    world.host.hold(T.OPENCHANNEL)
+    world.host.device(9)
+    world.settle()
+    assert circles(world) == []
+
+
+def circles(world: World) -> list[str]:
+    """What INV-27 says of waits in a circle."""
+    return [one.text for one in findings(world, 27) if one.text.endswith(": a cycle")]
+
+
+def test_rescind_that_waits_for_the_probe_first(booted: World) -> None:
+    """A5: the handler sleeps until the probe is over, which sleeps until the handler wakes it."""
+    opener_that_waits(mistaken(booted, wake_before_probe_wait=False))
+    booted.host.rescind(9)
+    booted.settle()
+
+    (text,) = circles(booted)
+    assert "RESCIND waits for relid 9 to be handled" in text
+    assert "PRI_CHAN waits for the answer to OPENCHANNEL of relid 9" in text
+
+
+def test_rescind_on_the_queue_of_the_offers(booted: World) -> None:
+    """A2: the rescind is queued behind the probe, whose worker waits for what only it would do."""
+    opener_that_waits(mistaken(booted, rescind_own_queue=False))
+    booted.host.rescind(9)
+    booted.settle()
+
+    (text,) = circles(booted)
+    assert text.startswith("WORK waits for the answer to OPENCHANNEL of relid 9")
+
+
+def test_probe_inside_the_offers_work(booted: World) -> None:
+    """A3: a second offer is counted and waits behind the probe; the rescind waits for the count."""
+    opener_that_waits(mistaken(booted, addchan_offload=False))
+    booted.host.device(10)
+    booted.settle()
+    booted.host.rescind(9)
+    booted.settle()
+
+    (text,) = circles(booted)
+    assert "RESCIND waits for offer_in_progress to fall to 0" in text
+    assert "WORK waits for the answer to OPENCHANNEL of relid 9" in text
+
+
+def test_right_guest_waits_in_no_circle(booted: World) -> None:
+    """The same of a guest that makes no mistake: everything is released."""
+    opener_that_waits(booted)
+    booted.host.device(10)
+    booted.settle()
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert circles(booted) == []
+    assert booted.host.released == [9]
+
+
+def test_no_second_look_at_the_flag(booted: World) -> None:
+    """A4: who enlists behind the rescind's walk does not see that the channel was taken back."""
+    booted.host.device(9)
+    booted.settle()
+    channel = booted.channel(9)
+    channel.rescind.store(1)
+    assert booted.call(lambda current: taken_back(current, channel))
+
+    mistaken(booted, recheck_rescind_after_enlist=False)
+
+    assert not booted.call(lambda current: taken_back(current, channel))
+
+
+def test_channel_that_two_rescinds_find(booted: World) -> None:
+    """A6: without the claim each of them has it; with it the second one leaves."""
+    booted.host.device(9)
+    booted.settle()
+    mistaken(booted, rescind_once=False)
+    found = [booted.call(lambda current: channel_mgmt._claim(current, 9)) for _ in range(2)]
+    assert found == [booted.channel(9)] * 2
+
+    mistaken(booted)
+
+    found = [booted.call(lambda current: channel_mgmt._claim(current, 9)) for _ in range(2)]
+    assert found == [booted.channel(9), None]
