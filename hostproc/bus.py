@@ -70,6 +70,8 @@ from hostproc.refusal_trace import RecordedRefusals
 
 _BEFORE_OPEN_RESULT: Final = int(Point.HOST_BEFORE_OPEN_RESULT)
 _OPEN_DONE: Final = int(Point.HOST_OPEN_DONE)
+_STREAM_CLOSED: Final = int(Point.HOST_STREAM_CLOSED)
+
 Instrument = Callable[[int, str, RingMemory], RingWords]
 """Gives the words of a ring (relid, "incoming" or "outgoing", memory) that record what they do."""
 
@@ -174,6 +176,8 @@ class Bus:
         self._instrument = instrument
         self._log = log
         self._devices: dict[int, _Device] = {}
+        # By relid: the generation of it that whoever takes it back means, if he says so.
+        self._meant: dict[int, int] = {}
         self._last_key = 0
         self._effects: deque[Effect] = deque()
         self._carrying_out = False
@@ -229,8 +233,30 @@ class Bus:
         return key
 
     def remove(self, key: int) -> None:
-        """Take a device away, at any moment, with its sub-channels."""
+        """Take a device away, at any moment, with its sub-channels; then its back end's requests end."""
+        relid = self.server.relid_of(key)
+        generation = self.server.generation(relid)
         self._take(self.server.revoke(key))
+        held = self._points.armed[_STREAM_CLOSED] and self._points.hold(
+            _STREAM_CLOSED, relid, lambda: self._stream_closed(relid, generation)
+        )
+        if not held:
+            self._stream_closed(relid, generation)
+
+    def _stream_closed(self, relid: int, generation: int) -> None:
+        """The requests of a device's back end have ended: if it is offered still, take it back.
+
+        That is how a device goes whose back end went first. Of one that was taken back before, this is old news, and a
+        newcomer may have its relid: so the device is named by relid and generation. By the relid alone (races.md A8) is
+        wrong on purpose.
+        """
+        if self._fix.revoke_seq and self.server.generation(relid) != generation:
+            return
+        key = self.server.key_of(relid)
+        if key:
+            self._meant[relid] = generation
+            self._take(self.server.revoke(key))
+            self._meant.pop(relid, None)
 
     def forget_outgoing(self) -> None:
         """Another guest is here: drop what was to be sent to the one before."""
@@ -572,7 +598,8 @@ class Bus:
             generation = self.server.generation(relid)
             self._record(E_OFFER, relid, generation, message.connection_id, message.sub_channel_index)
         elif isinstance(message, RescindChannelOffer):
-            self._record(E_RESCIND, message.child_relid, self.server.generation(message.child_relid))
+            relid = message.child_relid
+            self._record(E_RESCIND, relid, self._meant.pop(relid, self.server.generation(relid)))
 
 
 def _page_runs(ranges: tuple[GpaRange, ...]) -> Iterator[tuple[int, int]]:

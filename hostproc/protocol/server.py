@@ -195,6 +195,11 @@ class Server:
         """The relid of a device that is there; 0 while the guest has none for it."""
         return self._table.of_device(key).relid
 
+    def key_of(self, relid: int) -> int:
+        """The device that has this relid now; 0 if none has, or the one that had it is gone."""
+        channel = self._table.of_relid(relid)
+        return channel.key if channel is not None and self._table.has_device(channel.key) else 0
+
     @property
     def subchannel_room(self) -> int:
         """How many sub-channels the guest could be given now: the free relids, none before versions that have them."""

@@ -13,6 +13,8 @@ from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import MapBudget
 from emu.memory import PAGE_SIZE, GuestMemory
 from emu.ring import RingConsumer, RingMemory, RingProducer
+from emu.switches import ALL_FIXED, Fix
+from emu.syncpoint import Point
 from emu.wire.messages import (
     STATUS_UNSUCCESSFUL,
     VP_INDEX_DISABLE_INTERRUPT,
@@ -44,6 +46,7 @@ from hostproc.devices.channel import HostChannel
 from hostproc.devices.echo import Echo
 from hostproc.devices.table import offer_of
 from hostproc.loop import Task, TaskBody
+from hostproc.points import NoPoints
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 
@@ -809,3 +812,47 @@ def test_back_end_errors_are_logged_with_their_traceback_and_do_not_flood() -> N
         "back end faulty, open of channel 1 (10 back-end errors so far):",
     ]
     assert lines[0].endswith("ValueError: in open") and "test_bus.py" in lines[0]
+
+
+class HeldClose(NoPoints):
+    """Whoever comes to the end of a device's requests is held until the test says go."""
+
+    def __init__(self) -> None:
+        self.armed = bytes(point == Point.HOST_STREAM_CLOSED for point in range(64))
+        self.rests: list[Callable[[], object]] = []
+
+    def hold(self, point: int, relid: int, rest: Callable[[], object]) -> bool:
+        """Put it aside."""
+        assert (point, relid) == (Point.HOST_STREAM_CLOSED, 1)
+        self.rests.append(rest)
+        return True
+
+
+class HeldGuest(Guest):
+    """A guest of such a host."""
+
+    def __init__(self, fix: Fix) -> None:
+        self.fix = fix
+        self.points = HeldClose()
+        super().__init__()
+
+    def make_bus(self, server: Server, budget: MapBudget | None) -> Bus:
+        """With points and switches."""
+        partition = self.partition
+        return Bus(server, partition, partition, self.memory, budget=budget, points=self.points, fix=self.fix)
+
+
+@pytest.mark.parametrize(("fix", "taken"), [(ALL_FIXED, []), (Fix(revoke_seq=False), [RescindChannelOffer(1)])])
+def test_late_end_of_a_devices_requests(fix: Fix, taken: list[Message]) -> None:
+    """It takes nothing back that was offered since under the same relid, unless it is named by that alone (A8)."""
+    guest = HeldGuest(fix)
+    guest.boot()
+    guest.bus.remove(guest.keys[0])
+    guest.post(RelidReleased(1))
+    guest.bus.add(offer_of("echo", UUID(int=7)), Echo())
+    assert [message.child_relid for message in guest.sent() if isinstance(message, OfferChannel)] == [1]
+
+    (rest,) = guest.points.rests
+    rest()
+
+    assert guest.sent() == taken
