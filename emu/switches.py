@@ -37,6 +37,7 @@ class Fix:
     recheck_rescind_after_enlist: bool = True
     wake_before_probe_wait: bool = True
     rescind_once: bool = True
+    quiesce_before_flag: bool = True
     revoke_seq: bool = True
     variant: str = ""
 
@@ -96,6 +97,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     ),
     "wake_before_probe_wait": Switch("a rescind waits for the probe before it wakes who waits for the host", ("A5",)),
     "rescind_once": Switch("two rescinds of one channel are both handled", ("A6",)),
+    "quiesce_before_flag": Switch("a rescind raises its flag while the channel's callback may still run", ("A7",)),
     "revoke_seq": Switch("the host takes back whatever has the relid now, when an old device's stream ends", ("A8",)),
 }
 """By name, as a scenario writes it; every one is a field of `Fix`."""

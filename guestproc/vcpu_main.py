@@ -19,6 +19,7 @@ from emu.task_board import TaskBoard
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
 from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.steering import take_what_was_left
 from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
@@ -55,6 +56,7 @@ class BootFailed(VmbusError):
 def run(machine: Machine, cpu: int, report: Report) -> int:
     """Boot or come online, then serve until the machine stops; the process's exit status."""
     add_plugins(plugin.attach(machine.config))
+    add_exhibit_drivers(machine)
     vcpu = Vcpu(machine, cpu, report)
     try:
         current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)

@@ -19,6 +19,7 @@ from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.tracing import E_WORK_DONE, E_WORK_RUN
 from guestproc.current import Current
+from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import KernelTables
@@ -35,6 +36,7 @@ Report = Callable[..., None]
 def run(machine: Machine, report: Report) -> int:
     """Wait until RAM is laid out, then run every queue until the machine stops; the exit status."""
     add_plugins(plugin.attach(machine.config))
+    add_exhibit_drivers(machine)
     _row, counters = machine.enlist(ActorKind.WORKQUEUE, "workqueue")
     gate = machine.wakeup("actor.0")
     if not _wait_for_ram(machine, gate):

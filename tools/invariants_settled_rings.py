@@ -205,7 +205,8 @@ def pools_add_up(scene: Scene) -> Iterator[Finding]:
     owned = sum(tables.pages.in_use_by_owner().values())
     if owned != tables.pages.pages_in_use:
         yield Finding(22, f"{tables.pages.pages_in_use} pages are counted as taken, {owned} have an owner")
-    for table in (tables.channels, tables.requests, tables.waiters, tables.work, tables.devices, tables.net_channels):
+    pools = (tables.channels, tables.requests, tables.waiters, tables.work, tables.devices, tables.net_channels)
+    for table in (*pools, tables.frames):
         live = sum(1 for _ in table.live())
         if live != table.in_use:
             yield Finding(22, f"{table.in_use} records of {table.name} are counted as taken, {live} are")

@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELEASE, fence
 from guestproc.kernel.actors import Waiter
+from guestproc.kernel.frames import Frame
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
 from guestproc.kernel.napi import napi
@@ -318,6 +319,7 @@ TABLES: Final = (
     TableSpec("devices", Device, 2304),
     TableSpec("drivers", Driver, 64),
     TableSpec("net_channels", NetChannel, 2304),
+    TableSpec("frames", Frame, 64),
 )
 ARRAYS: Final[Mapping[str, int]] = {
     "relids": 8 * MAX_CHANNEL_RELIDS,
@@ -437,6 +439,7 @@ class KernelTables:
         self.devices: Final = self._table("devices", Device)
         self.drivers: Final = self._table("drivers", Driver)
         self.net_channels: Final = self._table("net_channels", NetChannel)
+        self.frames: Final = self._table("frames", Frame)
         self.relids: Final = RelidTable(ram, layout.tables["relids"].gpa, self.channels)
         self.instances: Final = GuidHash(
             ram, layout.tables["instances"].gpa, INSTANCE_BUCKETS, self.channels, "if_instance", "hash_next"
@@ -494,7 +497,7 @@ class KernelTables:
 
         Workers that sleep because there is nothing to do are none.
         """
-        tables = (self.channels, self.requests, self.work, self.devices, self.net_channels)
+        tables = (self.channels, self.requests, self.work, self.devices, self.net_channels, self.frames)
         found = {table.name: table.in_use for table in tables if table.in_use}
         # 0: a worker takes the record just now.
         workers = self.work_queues.worker_actors() | {0}
@@ -506,7 +509,15 @@ class KernelTables:
 
     def damage(self) -> list[str]:
         """What was written into freed records; call it when nothing runs."""
-        tables = (self.channels, self.requests, self.waiters, self.work, self.devices, self.net_channels)
+        tables = (
+            self.channels,
+            self.requests,
+            self.waiters,
+            self.work,
+            self.devices,
+            self.net_channels,
+            self.frames,
+        )
         return [line for table in tables for line in table.damage()]
 
     def _table(self, name: str, record_class: type[R]) -> Table[R]:

@@ -338,9 +338,13 @@ def vmbus_onoffer_rescind(current: Current, payload: bytes) -> None:
 def _say_it(current: Current, channel: Channel) -> bool:
     """Stop the callback, raise the flag, wake who waits. False: a handler that waits for the probe waited in vain."""
     # Quiet before the flag is up: who polls for the flag takes its memory away (races.md A7).
-    vmbus_reset_channel_cb(current, channel)
+    if current.fix.quiesce_before_flag:
+        vmbus_reset_channel_cb(current, channel)
     if current.fix.wake_before_probe_wait:
         vmbus_rescind_cleanup(current, channel)
+    if not current.fix.quiesce_before_flag:
+        # Wrong on purpose: the callback may be storing into that memory.
+        vmbus_reset_channel_cb(current, channel)
     if current.armed[_RESCIND_BEFORE_PROBE_WAIT]:
         current.reach(_RESCIND_BEFORE_PROBE_WAIT, channel.relid)
     if rescinds.waits_for_probe(current.fix) and not _probe_is_done(current, channel):

@@ -1,0 +1,17 @@
+"""Drivers that only schedules use: a machine that runs none does not have them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from emu.machine import Machine
+from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, add_drivers
+from guestproc.drivers.polling import PollingDriver
+
+EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(),)
+
+
+def add_exhibit_drivers(machine: Machine) -> None:
+    """Make them known to this process, if its machine runs schedules; once."""
+    if machine.races:
+        add_drivers(driver for driver in EXHIBIT_DRIVERS if driver.number not in DRIVER_OBJECTS)
