@@ -34,6 +34,7 @@ class Fix:
     check_gpadl_status: bool = True
     rescind_own_queue: bool = True
     addchan_offload: bool = True
+    split_pri_sub: bool = True
     recheck_rescind_after_enlist: bool = True
     wake_before_probe_wait: bool = True
     rescind_once: bool = True
@@ -92,6 +93,7 @@ SWITCHES: Final[dict[str, Switch]] = {
         "one ordered queue takes offers, the probes in them, and rescinds behind them", ("A2",)
     ),
     "addchan_offload": Switch("devices are probed, and sub-channels opened, inside the work of their offers", ("A3",)),
+    "split_pri_sub": Switch("one queue adds primaries and sub-channels", ("A3",)),
     "recheck_rescind_after_enlist": Switch(
         "a requester does not look at the rescind flag once it is on the list of those who wait", ("A4",)
     ),

@@ -121,6 +121,7 @@ class Connection(Record, permanent=True):
     cpus_mutex = mutex(Rank.CPUS)
     cpus_readers = Atomic32("atomic: counted up under cpus_mutex (`kernel.cpus`)")
     driver_mutex = mutex(Rank.DRIVER_LIST)
+    rtnl_mutex = mutex(Rank.RTNL)
     channelmsg_lock = spinlock(Rank.CHANNELMSG)
     bind_channel_to_cpu_lock = spinlock(Rank.LEAF)
     unload_event = completion()

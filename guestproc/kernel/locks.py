@@ -31,6 +31,7 @@ class Rank(IntEnum):
     # Mutexes.
     DRIVER_LIST = 10
     DEVICE = 20  # device_lock: held across probe and remove, which open and close channels
+    RTNL = 25  # the network lock: taken in probe, and by work that waits for a device's sub-channels
     CPUS = 30  # cpus_read_lock, before channel_mutex (vmbus_process_offer)
     CHANNEL = 40  # vmbus_connection.channel_mutex
     DRIVER_STATE = 50  # a driver's own mutex, taken in probe and in its work

@@ -18,6 +18,7 @@ class Works(IntEnum):
 
     VMBUS_ONMESSAGE_WORK = 1
     VMBUS_ADD_CHANNEL_WORK = 2
+    NETVSC_SUBCHAN_WORK = 8
 
 
 class Ipis(IntEnum):

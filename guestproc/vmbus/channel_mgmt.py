@@ -239,7 +239,9 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
         vmbus_add_channel_work(current, add_channel_work)
         queues.discard(add_channel_work)
         return
-    queue = QueueNumber.PRI_CHAN if entered.place is Place.PRIMARY else QueueNumber.SUB_CHAN
+    # A probe may wait for another device's sub-channels. On one queue (races.md A3) they would wait behind it.
+    primary = entered.place is Place.PRIMARY or not current.fix.split_pri_sub
+    queue = QueueNumber.PRI_CHAN if primary else QueueNumber.SUB_CHAN
     current.record(E_WORK_QUEUE, queue, Works.VMBUS_ADD_CHANNEL_WORK, add_channel_work.serial)
     queues.queue_work(actor, queue, add_channel_work)
 

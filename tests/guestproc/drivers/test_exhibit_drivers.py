@@ -1,14 +1,17 @@
-"""The drivers of schedules: one that waits for a reply on its stack; right and wrong."""
+"""The drivers of schedules: one that waits for a reply on its stack, and NICs that share a lock; right and wrong."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from emu.ring import Packet
 from emu.switches import ALL_FIXED, Fix
+from emu.wire.device_classes import ECHO
 from emu.wire.messages import MessageType
 from emu.wire.packets import VM_PKT_COMP
 from guestproc.current import Current
@@ -17,8 +20,10 @@ from guestproc.drivers.exhibits import EXHIBIT_DRIVERS, add_exhibit_drivers
 from guestproc.kernel.layout import Channel
 from guestproc.user import run_call
 from guestproc.vmbus import channel_mgmt
-from tests.guestproc.vmbus.test_vmbus_mistakes import mistaken
-from tests.guestproc.world import Task, World
+from tests.guestproc.conftest import HOST_VERSIONS
+from tests.guestproc.vmbus.test_vmbus_mistakes import circles, mistaken
+from tests.guestproc.vmbus.test_vmbus_subchannels import PRIMARY, Device
+from tests.guestproc.world import Task, World, new_world
 
 T = MessageType
 
@@ -28,6 +33,16 @@ def exhibit_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process knows them for one test."""
     for driver in EXHIBIT_DRIVERS:
         monkeypatch.setitem(DRIVER_OBJECTS, driver.number, driver)
+
+
+@pytest.fixture
+def nic() -> Iterator[World]:
+    """A guest whose scenario gives the device of instance 9 a sub-channel."""
+    with new_world(versions=HOST_VERSIONS["current"]) as world:
+        device = {"class": "echo", "instance": str(UUID(int=PRIMARY)), "subchannels": 1, "ring_pages": 2}
+        world.machine.config["device"] = [device]
+        world.boot()
+        yield world
 
 
 def call(world: World, name: str, **arguments: Any) -> dict[str, Any]:
@@ -134,3 +149,49 @@ def test_callback_when_the_flag_goes_up(
 
     assert seen == [runs]
     assert booted.host.released == [9]
+
+
+# -- hv_locked_nic --------------------------------------------------------------------------------------
+
+
+def locked(world: World) -> Device:
+    """A device with a sub-channel, unbound; hv_locked_nic takes whatever echo device comes."""
+    device = Device(world, order=(1,))
+    device.appear()
+    call(world, "unregister", driver="hv_echo")
+    call(world, "new_id", driver="hv_locked_nic", guid=str(ECHO.guid))
+    world.settle()
+    return device
+
+
+def test_set_up_ends_when_the_subchannels_are_open(nic: World) -> None:
+    """The lock is free again, and the device goes as it should."""
+    device = locked(nic)
+    assert len(device.asked) == 2  # of hv_echo, then of ours
+    assert nic.tables.connection.rtnl_mutex.owner == 0
+
+    device.rescind()
+    nic.settle()
+
+    assert nic.tables.devices.in_use == 0
+    assert nic.shut_down() == {}
+
+
+@pytest.mark.parametrize(("fix", "stuck"), [(ALL_FIXED, False), (Fix(split_pri_sub=False), True)])
+def test_two_nics_and_a_lock(nic: World, fix: Fix, *, stuck: bool) -> None:
+    """A3: one NIC's probe waits for the lock, the lock for the other's sub-channels; not behind it in one queue."""
+    mistaken(nic, **fix.to_config())
+    device = locked(nic)
+    call(nic, "unbind", device=str(PRIMARY))
+    device.order = []
+    bind(nic, "hv_locked_nic", PRIMARY)
+    nic.settle()
+    assert nic.tables.connection.rtnl_mutex.owner
+    nic.host.device(30)
+    nic.settle()
+
+    device.offer(1)
+    nic.settle()
+
+    assert len(circles(nic)) == stuck
+    assert bool(nic.tables.connection.rtnl_mutex.owner) == stuck
