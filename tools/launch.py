@@ -25,6 +25,7 @@ from emu import cpuid
 from emu.control import ActorKind, ActorState, Ready, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
+from emu.faults import FaultKind
 from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
@@ -143,6 +144,13 @@ class RunningMachine:
         """Turn a fault off: what it held back goes on, what hangs is let go. One that is off already stays so."""
         self.faults.off(planned)
         self._let_look()
+
+    def let_go(self) -> None:
+        """Turn off what lasts until somebody does: a guest that waits for it shuts down late, if at all."""
+        for planned in self.faults.rows():
+            lasting = planned.fault.spec.kind in (FaultKind.REPLY_HOLD, FaultKind.VSP_STALL)
+            if planned.on and lasting and planned.fault.until_off:
+                self.turn_off(planned)
 
     def _let_look(self) -> None:
         """Wake the host, and the threads that may hang in something that the plan decides; for nothing is legal."""

@@ -277,6 +277,7 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
 
 def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None:
     """Let the guest unload, then read the last figures."""
+    running.let_go()
     if no_guest:
         outcome.leaked = Mirror(running.machine.control).head().gpadls
     elif running.shut_down_guest():
