@@ -271,6 +271,21 @@ def test_machine_stops_with_a_probe_that_hangs(tmp_path: Path) -> None:
 # -- wrong input ----------------------------------------------------------------------------------------
 
 
+def test_processor_is_emptied_and_goes() -> None:
+    """`cpus` says whose interrupts hold it; moved away, it may go, and comes back when it is told to."""
+    before = told("cpus")["cpus"][1]
+    held = ctl("offline", "1")
+    first = before["relids"][0]
+    lines = [said("move", str(relid), "0") for relid in before["relids"]]
+    assert said("offline", "1").splitlines()[1].split() == ["1", "1", "no", "0", "-"]
+    assert told("online", "1") | {"schema": 0} == {"schema": 0, "machine": NAME, **before, "channels": 0, "relids": []}
+    moved = told("move", str(first), "1")
+
+    assert held.returncode == 2 and f"interrupts of relid {first} go to CPU 1; `vmbus-emu ctl move" in held.stderr
+    assert lines[0] == f"{first} 1 -> 0\n"
+    assert (moved["relid"], moved["from"], moved["cpu"]) == (first, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -298,6 +313,12 @@ def test_machine_stops_with_a_probe_that_hangs(tmp_path: Path) -> None:
         (("fail", "probe", "--times", "-1"), "--times"),
         (("fail", "probe", "--relid", "2048"), "--relid: 2048 is no relid"),
         (("uevents", "--follow", "--json"), "choose one of them"),
+        (("move", "99", "1"), "-ENODEV: no channel 99 on the guest's bus; `vmbus-emu ls` lists them"),
+        (("move", "3/1", "1"), "-ENODEV: no sub-channel 1 of 3"),
+        (("move", "3/x", "1"), "'x' is no sub-channel's index; write DEVICE/N, as in 3/2"),
+        (("move", "3", "7"), "-EINVAL: there is no CPU 7 that is online; `vmbus-emu ctl cpus` lists them"),
+        (("offline", "0"), "-EBUSY: CPU 0 takes the host's messages; choose another"),
+        (("offline", "9"), "-EINVAL: there is no CPU 9; `vmbus-emu ctl cpus` lists them"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
