@@ -147,8 +147,13 @@ class Completion(WaitWord):
                 return
 
     def complete(self, actor: Actor) -> int:
-        """Let one waiter through, now or later; may be called anywhere. How many were asleep.
+        """Let one waiter through, now or later; may be called anywhere. How many were asleep."""
+        return wake_chain(actor, self.let_through())
 
+    def let_through(self) -> int:
+        """`complete` under a spinlock that the waiter takes next: who slept, for `wake_chain` behind the unlock.
+
+        Woken inside, it would find the lock taken, perhaps on the core of whoever holds it (the kernel's `wake_q`).
         The object is not touched after the swap, so a waiter that passes may free it at once.
         """
         while True:
@@ -157,7 +162,7 @@ class Completion(WaitWord):
             if count < COMPLETED_FOR_ALL - 1:
                 count += 1
             if self._word.cas(word, count << 32) == word:
-                return wake_chain(actor, word & INDEX_MASK)
+                return word & INDEX_MASK
 
     def complete_all(self, actor: Actor) -> int:
         """Let everybody through until `reinit`. How many were asleep."""

@@ -33,7 +33,7 @@ from emu.wire.messages import HEADER, OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.cpus import cpus_read_lock
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.kernel.wait import SECOND_NS
+from guestproc.kernel.wait import SECOND_NS, wake_chain
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import faults, offers, opening, pending, rescinds
 from guestproc.protocol.numbers import Ipis, Works
@@ -102,13 +102,16 @@ def _words(payload: bytes, count: int) -> tuple[int, ...]:
 
 def _complete(current: Current, payload: bytes) -> None:
     """Hand a reply to the requests that it answers; one that answers nothing is ignored."""
-    reply = parse(payload)
+    reply, asleep = parse(payload), []
     with current.connection.channelmsg_lock.hold(current.actor):
         for request in pending.answered_by(current.tables, reply):
             pending.answer(request, payload)
-            key = request.openid or request.gpadl
-            current.record(E_REQ_COMPLETE, request.msgtype, key, request.index, request.child_relid)
-            request.waitevent.complete(current.actor)
+            if current.trace:
+                key = request.openid or request.gpadl
+                current.record(E_REQ_COMPLETE, request.msgtype, key, request.index, request.child_relid)
+            asleep.append(request.waitevent.let_through())
+    for chain in asleep:
+        wake_chain(current.actor, chain)
 
 
 @message_handler
@@ -397,8 +400,8 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
     """
     with current.connection.channelmsg_lock.hold(current.actor):
         request = rescinds.mark(current.tables, channel)
-        if request is not None:
-            request.waitevent.complete(current.actor)
+        asleep = 0 if request is None else request.waitevent.let_through()
+    wake_chain(current.actor, asleep)
     # A probe may wait for something of the device's own on this channel.
     current.connection.state_wait.wake_all(current.actor)
 

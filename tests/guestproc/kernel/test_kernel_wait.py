@@ -6,7 +6,7 @@ import pytest
 
 from emu.errors import DeadlinePassed, MachineStopping
 from guestproc.kernel.actors import Actor
-from guestproc.kernel.wait import COMPLETED_FOR_ALL, Completion, WaitQueue, new_waiter
+from guestproc.kernel.wait import COMPLETED_FOR_ALL, Completion, WaitQueue, new_waiter, wake_chain
 from tests.guestproc.kernel.fakes import FREE_GPA, SECOND_NS, Crowd, Lone, meddle
 
 
@@ -131,6 +131,25 @@ def test_a_waiter_that_comes_during_the_complete_is_woken() -> None:
 
     assert lone.hooks.woken == [other.number]
     assert event.done == 1
+
+
+def test_who_was_let_through_under_a_lock_is_woken_behind_it() -> None:
+    """Between the two the waiter sleeps on, or gives up: its record is freed by the wake, and nobody is posted."""
+    lone = Lone()
+    event, patient, hasty = completion(lone), lone.new_actor(2), lone.new_actor(3)
+    waiters = [new_waiter(actor, "answer") for actor in (patient, hasty)]
+    for waiter in waiters:
+        event._announce(waiter)
+
+    chain = event.let_through()
+    assert lone.hooks.woken == []
+    event.retract(hasty, waiters[1])
+    wake_chain(lone.actor, chain)
+
+    assert lone.hooks.woken == [patient.number]
+    assert event.done == 1
+    event.retract(patient, waiters[0])
+    assert lone.waiters.in_use == 0
 
 
 def test_a_complete_just_before_the_announcement_is_seen() -> None:
