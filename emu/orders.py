@@ -91,6 +91,9 @@ class OrderDesk:
     def __init__(self, control: Control) -> None:
         self._control: Final = control
         self._view: Final = control.view
+        self._slots: Final = tuple(control.order_offset(slot) for slot in range(ORDER_SLOTS))
+        self._started: dict[int, int] = {}
+        """This process's start time, by its pid: a fork has another."""
 
     def bell(self, recipient: Recipient) -> Callable[[], int]:
         """Load of a recipient's bell: not 0 when there may be a letter."""
@@ -98,7 +101,7 @@ class OrderDesk:
 
     def states(self) -> list[OrderState]:
         """The state of each slot (for reports)."""
-        words = (self._view.load_u64(self._control.order_offset(slot)) for slot in range(ORDER_SLOTS))
+        words = (self._view.load_u64(at) for at in self._slots)
         return [OrderState(_state(word)) for word in words]
 
     # -- who asks -----------------------------------------------------------------------------------
@@ -133,7 +136,9 @@ class OrderDesk:
         if len(text) > ORDER_TEXT_BYTES:
             raise UserError(f"{what}: arguments of {len(text)} bytes, {ORDER_TEXT_BYTES} is the most; shorten them")
         pid = os.getpid()
-        started = start_time_of(pid)
+        if pid not in self._started:
+            self._started = {pid: start_time_of(pid)}
+        started = self._started[pid]
         at = self._claim(pid, started, time.monotonic() + timeout_s, timeout_s)
         self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
         self._view.store_u32(at + 8, recipient)
@@ -176,8 +181,7 @@ class OrderDesk:
     def _claim(self, pid: int, started: int, end: float, timeout_s: float) -> int:
         """Where a slot lies that is FILLING for this process; one whose asker died is taken over."""
         while True:
-            for slot in range(ORDER_SLOTS):
-                at = self._control.order_offset(slot)
+            for at in self._slots:
                 word = self._view.load_u64(at)
                 state = _state(word)
                 if state in (OrderState.TAKEN, OrderState.ABANDONED):
@@ -215,14 +219,14 @@ class OrderDesk:
         # A full barrier between the bell and the slots: a letter posted behind the look rings again.
         self._view.exchange_u32(bell, 0)
         taken = []
-        for slot in range(ORDER_SLOTS):
-            at = self._control.order_offset(slot)
-            word, asked, length = _HEAD.unpack_from(self._control.memory, at)
-            if _state(word) != OrderState.POSTED or asked != recipient:
+        memory, posted = self._control.memory, int(OrderState.POSTED)
+        for slot, at in enumerate(self._slots):
+            word, asked, length = _HEAD.unpack_from(memory, at)
+            if word & _STATE_MASK != posted or asked != recipient:
                 continue
             if self._view.cas_u64(at, word, word & ~_STATE_MASK | OrderState.TAKEN) != word:
                 continue  # who asked gave up, or died and somebody else has the slot
-            what, arguments = msgpack.unpackb(self._control.memory[at + _HEAD.size : at + _HEAD.size + length])
+            what, arguments = msgpack.unpackb(memory[at + _HEAD.size : at + _HEAD.size + length])
             taken.append(Order(slot, what, arguments))
         return taken
 
@@ -231,7 +235,7 @@ class OrderDesk:
         text: bytes = msgpack.packb(values)
         if len(text) > ORDER_TEXT_BYTES:
             text = msgpack.packb({"error": f"{order.what}: the answer has {len(text)} bytes, more than fit"})
-        at = self._control.order_offset(order.slot)
+        at = self._slots[order.slot]
         self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
         self._view.store_u32(at + _LENGTH, len(text))
         word = self._view.load_u64(at)

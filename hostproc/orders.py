@@ -7,6 +7,7 @@ ordered to watch in the mirror. What is wrong with an order is the user's to men
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, Final
 from uuid import UUID
 
@@ -18,6 +19,7 @@ from emu.wire.device_classes import NETLIKE
 from emu.wire.netlike_protocol import MIN_FRAME, pack_frame
 from hostproc.bus import Bus
 from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
+from hostproc.protocol.offers import identity_of
 
 Values = dict[str, Any]
 
@@ -28,6 +30,8 @@ class HostOrders:
     def __init__(self, control: Control, bus: Bus) -> None:
         self._desk: Final = OrderDesk(control)
         self._bus: Final = bus
+        self._derived: Final[dict[str, list[UUID]]] = {}
+        """Derived instances of a class, in their order: each costs a SHA-1, and the first are asked for again."""
         self.loads: Final = (self._desk.bell(Recipient.HOST),)
         self._orders: Final[Mapping[str, Callable[[Values], Values]]] = {
             "offer": self._offer,
@@ -79,10 +83,17 @@ class HostOrders:
 
     def _unused_instance(self, class_name: str) -> UUID:
         """The first derived instance of a class that no device has; a guest may still hold one that went."""
-        index = 0
-        while self._bus.server.known(offer_of(class_name, instance := derived_instance(class_name, index)).identity):
-            index += 1
-        return instance
+        if_type, known, derived = (
+            DEVICES[class_name].guid,
+            self._bus.server.known,
+            self._derived.setdefault(class_name, []),
+        )
+        for index in count():
+            if index == len(derived):
+                derived.append(derived_instance(class_name, index))
+            if not known(identity_of(if_type, derived[index])):
+                return derived[index]
+        raise AssertionError("a count has no end")
 
     def _rescind(self, asked: Values) -> Values:
         """Take back the device whose channel has `relid`, or whose instance is `instance`."""

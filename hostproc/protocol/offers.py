@@ -29,8 +29,14 @@ _UNORDERED: Final = 0xFFFF_FFFF
 _EVENT_CONNECTION: Final = 0x2000
 """SINT 2 << 12: the host's part of a channel's event connection id."""
 
-Identity = tuple[UUID, UUID, int]
-"""Class, instance and sub-channel index: what makes two offers the same channel."""
+Identity = tuple[int, int, int]
+"""Class, instance and sub-channel index: what makes two offers the same channel. GUIDs as numbers: a UUID's own hash
+and comparison are calls of Python code."""
+
+
+def identity_of(if_type: UUID, if_instance: UUID, sub_channel_index: int = 0) -> Identity:
+    """The identity of a channel, without an offer of it."""
+    return if_type.int, if_instance.int, sub_channel_index
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class OfferParameters:
     @cached_property
     def identity(self) -> Identity:
         """What a later offer of the same channel has in common with this one."""
-        return self.if_type, self.if_instance, self.sub_channel_index
+        return identity_of(self.if_type, self.if_instance, self.sub_channel_index)
 
     @property
     def transient(self) -> bool:

@@ -14,6 +14,7 @@ from uuid import UUID
 
 import pytest
 
+from emu.scenario import derived_instance
 from tests.system.commands import assert_gone, call, ended, objects, report, start, wait_for, wait_until_open
 from tools import cli
 
@@ -106,6 +107,18 @@ def test_device_is_added_and_taken_back() -> None:
     assert (gone["relid"], gone["instance"]) == (4, first["instance"])
     assert text == f"5 {second['instance']}\n"
     assert len(devices()) == 3
+
+
+def test_instance_that_nobody_chose_is_the_first_free_one() -> None:
+    """Of those derived from the class, in their order; one that was released comes again."""
+    both = told("offer", "nic:2", "--wait")["offered"]
+    said("rescind", str(both[0]["relid"]), "--wait")
+    (again,) = told("offer", "nic", "--wait")["offered"]
+    for one in (again, both[1]):
+        said("rescind", str(one["relid"]), "--wait")
+
+    expected = [str(derived_instance("nic", index)) for index in (0, 1, 0)]
+    assert [one["instance"] for one in (*both, again)] == expected
 
 
 def test_instance_of_ones_choice() -> None:
