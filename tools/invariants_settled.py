@@ -24,6 +24,8 @@ from tools.settled import Parked, Settlement, SettleTest, parked_at_points
 
 PERSISTS_S: Final = 0.05
 """For how long a finding is there, at least, in a machine whose threads do not say when they sleep."""
+SETTLE_S: Final = 2.0
+"""How long a command waits for its machine to settle before it ends it, unjudged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +99,17 @@ def _persists(test: SettleTest, findings: list[Finding], pump: Callable[[float],
             pump(0.0)
         os.sched_yield()
     return judge(test.view) == findings
+
+
+def state_report(
+    machine: Machine, pump: Callable[[float], object] | None = None, *, unjudged: str = ""
+) -> dict[str, list[str] | str]:
+    """What a command's report says of a machine that has done its work: its violations, or why it is not judged.
+
+    `unjudged` is for who knows already: where somebody ordered faults, what they leave behind is none of these rules'.
+    """
+    if unjudged:
+        return {"state_violations": [], "unjudged": unjudged}
+    settlement, found = judged(machine, SETTLE_S, pump)
+    texts = [f"{one.name}: {one.text}" for one in found]
+    return {"state_violations": texts, "unjudged": "" if settlement.settled else settlement.text()}

@@ -278,6 +278,11 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
 def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None:
     """Let the guest unload, then read the last figures."""
     running.let_go()
+    if not no_guest and running.machine.control.ready >= Ready.CHANNELS_OPEN:
+        # Here, as it is wanted at the end: what is imported at the top holds up the boot.
+        from tools.invariants_settled import state_report
+
+        outcome.state = state_report(running.machine, running.pump, unjudged=not_judged(running))
     if no_guest:
         outcome.leaked = Mirror(running.machine.control).head().gpadls
     elif running.shut_down_guest():
@@ -287,3 +292,12 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
     outcome.refused, outcome.refusals = running.machine.control.refusals()
     outcome.ignored = running.machine.control.ignored()
     outcome.faults = running.faults.report()
+
+
+def not_judged(running: RunningMachine) -> str:
+    """Why what a machine leaves undone says nothing against it; "" if it does."""
+    if running.faults.report():
+        return "faults were ordered"
+    if running.scenario.plugins:
+        return "a device of a plugin's may leave packets as it likes"
+    return ""

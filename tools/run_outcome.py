@@ -43,6 +43,8 @@ class Outcome:
     leaked: int | None = None
     faults: list[dict[str, Any]] = field(default_factory=list)
     """The fault plan with its hits (`emu.fault_plan`)."""
+    state: dict[str, Any] = field(default_factory=lambda: {"state_violations": [], "unjudged": "it ended before"})
+    """What the machine left undone when it had settled (`tools.invariants_settled`)."""
     log: list[str] = field(default_factory=list)
     """The log of a machine with plugins: the guest's lines, and the tracebacks of back ends."""
     deaths: list[str] = field(default_factory=list)
@@ -65,7 +67,8 @@ class Outcome:
     def finding(self) -> bool:
         """Whether something is wrong with what was seen: a mismatch, a leak."""
         wrong_stream = self.stream is not None and not self.stream["sha256_ok"]
-        return wrong_stream or bool(self.leaked or self.plugin_errors) or any(task.errors for task in self.tasks)
+        broken = self.leaked or self.plugin_errors or self.state["state_violations"]
+        return wrong_stream or bool(broken) or any(task.errors for task in self.tasks)
 
     @property
     def plugin_errors(self) -> int:
@@ -94,6 +97,7 @@ class Outcome:
             "refusals": self.refusals,
             "leaked": self.leaked,
             "faults": self.faults,
+            **self.state,
             "plugins": self.scenario.plugins.paths,
             "plugin_errors": self.plugin_errors,
             "log": self.log,
@@ -190,5 +194,7 @@ def _tell_people(outcome: Outcome) -> None:
     tell_faults(outcome.faults)
     if outcome.plugin_errors:
         click.echo(f"plugin errors: {outcome.plugin_errors}")
+    for text in outcome.state["state_violations"]:
+        click.echo(f"violation: {text}")
     if outcome.leaked:
         click.echo(f"leaked: {outcome.leaked}")

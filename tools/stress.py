@@ -37,6 +37,7 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.histograms import check_writable, write_text
+from tools.invariants_settled import state_report
 from tools.launch import RunningMachine, launch
 from tools.options import check_record_path, fault_option, flight_option, json_option, record_option, scenario_argument
 from tools.output import narrates, print_json, say
@@ -50,8 +51,8 @@ MIX_HELP: Final = (
     + ", ".join(f"{word} ({what})" for word, what in INGREDIENTS.items())
     + "; or none."
 )
-FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "violations")
-"""What must be nothing; `violations` only where it was recorded."""
+FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "state_violations", "violations")
+"""What must be nothing; `violations` only where it was recorded, `state_violations` where the machine settled."""
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
@@ -292,13 +293,15 @@ def run_stress(
         tasks = running.wait_tasks(rows, TASK_GRACE_S if end is None else max(0.1, end - time.monotonic()))
         sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
         rings = _ring_transitions(_guest_tables(running))
+        ordered = "faults were ordered" if running.faults.report() else ""
+        state = state_report(running.machine, running.pump, unjudged=ordered)
         in_time = running.shut_down_guest()
         leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
         counters = running.machine.control.counter_totals()
         refused = running.machine.control.refusals()[0]
         running.stop()
         faults = running.faults.report()
-        report = {
+        report: dict[str, Any] = {
             "seed": seed,
             "seconds": duration_s,
             "vcpus": scenario.machine.vcpus,
@@ -324,6 +327,7 @@ def run_stress(
             "refused": _unexpected(refused),
             "leaked": leaked if in_time else leaked or 1,
             "faults": faults,
+            **state,
         }
         if found := findings_of(report):
             flight = save_flight(running, flight_s, f"finding: {', '.join(found.values())}")
@@ -433,6 +437,8 @@ def _show(report: Mapping[str, Any]) -> None:
         click.echo(f"finding: {text}")
     if found:
         click.echo(f"the same again: {report['again']}")
+    if report["unjudged"]:
+        click.echo(f"what the machine left undone was not judged: {report['unjudged']}")
     if one := report["recording"]:
         undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
         click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped{undecided}")
