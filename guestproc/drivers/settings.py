@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-from uuid import UUID
 
 from emu.scenario import DeviceSpec, Scenario
 from emu.wire.device_classes import class_of
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from guestproc.current import Current
 
 PAGE_SIZE: Final = 4096
+MOST_DEFAULTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class Settings:
 
     def __init__(self) -> None:
         self._machine: Machine | None = None
-        self._known: dict[UUID, DeviceSettings] = {}
+        self._known: dict[bytes, DeviceSettings] = {}
+        """By instance, in wire form: a GUID made of it costs more than all the rest of the answer."""
+        self._defaults: dict[bytes, DeviceSettings] = {}
+        """By class, in wire form."""
 
     def of(self, current: Current, device: Device) -> DeviceSettings:
         """What is meant for one device."""
@@ -43,12 +46,23 @@ class Settings:
             self._machine = current.machine
             scenario = Scenario.from_config({key: current.machine.config[key] for key in ("machine", "device")})
             self._known = {
-                one.instance: DeviceSettings(one.ring_pages * PAGE_SIZE, one.subchannels) for one in scenario.devices()
+                one.instance.bytes_le: DeviceSettings(one.ring_pages * PAGE_SIZE, one.subchannels)
+                for one in scenario.devices()
             }
-        return self._known.get(UUID(bytes_le=device.dev_instance)) or _default(current, device)
+            self._defaults = {}
+        return self._known.get(device.dev_instance) or self._default(current, device.dev_type)
+
+    def _default(self, current: Current, class_guid: bytes) -> DeviceSettings:
+        settings = self._defaults.get(class_guid)
+        if settings is None:
+            settings = _default(current, class_guid)
+            # Classes are the host's to make up.
+            if len(self._defaults) < MOST_DEFAULTS:
+                self._defaults[class_guid] = settings
+        return settings
 
 
-def _default(current: Current, device: Device) -> DeviceSettings:
-    known = class_of(guid_from_wire(device.dev_type))
+def _default(current: Current, class_guid: bytes) -> DeviceSettings:
+    known = class_of(guid_from_wire(class_guid))
     spec = DeviceSpec() if known is None else DeviceSpec(known.name)
     return DeviceSettings(spec.ring_pages * PAGE_SIZE, spec.subchannels_with(current.machine.vp_count))

@@ -230,8 +230,9 @@ def vmbus_open(
         elif result:
             vmbus_free_ring(current, channel)
     (opening.failed if result else opening.opened)(channel)
-    current.record(E_STATE, channel.relid, ChannelState.OPENING_STATE, channel.state.load())
-    current.record(E_OPEN, channel.relid, channel.openid, channel.ringbuffer_gpadlhandle, result)
+    if current.trace:
+        current.record(E_STATE, channel.relid, ChannelState.OPENING_STATE, channel.state.load())
+        current.record(E_OPEN, channel.relid, channel.openid, channel.ringbuffer_gpadlhandle, result)
     return result
 
 

@@ -70,6 +70,7 @@ def leave_request(current: Current, request: Request) -> None:
     """Off the list, and its record free."""
     with current.connection.channelmsg_lock.hold(current.actor):
         pending.leave(current.tables, request)
-    key = request.openid or request.gpadl
-    current.record(E_REQ_FREE, request.msgtype, key, request.index, request.child_relid)
+    if current.trace:
+        key = request.openid or request.gpadl
+        current.record(E_REQ_FREE, request.msgtype, key, request.index, request.child_relid)
     current.tables.requests.free(request)

@@ -17,8 +17,6 @@ def device_uevent(
     current: Current, device: Device, action: Action, driver: str = "", *, synthetic: bool = False
 ) -> None:
     """A device came, went, got or lost its driver; `driver` is who has it now. `synthetic`: somebody asked for it."""
-    channel = current.tables.channels.find(device.channel)
-    relid = 0 if channel is None else channel.relid
     instance, class_guid, now_ns = device.dev_instance, device.dev_type, current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(
@@ -31,7 +29,9 @@ def device_uevent(
             driver=driver,
             synthetic=synthetic,
         )
-    current.record(E_UEVENT, action, relid, seqnum, Subject.DEVICE)
+    if current.trace:
+        channel = current.tables.channels.find(device.channel)
+        current.record(E_UEVENT, action, 0 if channel is None else channel.relid, seqnum, Subject.DEVICE)
 
 
 def channel_uevent(current: Current, channel: Channel, action: Action) -> None:
