@@ -113,6 +113,7 @@ class RescindsHaveEffect(Rule):
         super().__init__(machine)
         self._asked: dict[int, TraceRecord] = {}
         self._offers: dict[int, bool] = {}  # by relid: whether its channel may be found
+        self._unfound: dict[int, tuple[TraceRecord, ...]] = {}
 
     def feeds(self) -> Mapping[str, Feed]:
         """The handler's beginning, and what it found."""
@@ -128,6 +129,7 @@ class RescindsHaveEffect(Rule):
         self._asked[record.values[0]] = record
 
     def _offer_begins(self, record: TraceRecord) -> None:
+        self._judge(record.values[0])
         self._offers[record.values[0]] = False
 
     def _offer(self, record: TraceRecord) -> None:
@@ -142,14 +144,24 @@ class RescindsHaveEffect(Rule):
             return
         relid, generation = record.values
         asked = self._asked.pop(relid, None)
-        # A channel that was rescinded is not found a second time.
+        # A channel that was rescinded is not found a second time. Of two handlers that run beside each other the one that
+        # found it may be the second to say so: what the other says is judged when there is no more to come.
         found_before, self._offers[relid] = self._offers.get(relid, False), False
-        if not generation and found_before:
-            shown = (record,) if asked is None else (asked, record)
+        if generation:
+            self._unfound.pop(relid, None)
+        elif found_before:
+            self._unfound[relid] = (record,) if asked is None else (asked, record)
+
+    def _judge(self, relid: int) -> None:
+        """Nothing more comes of this life of a relid."""
+        shown = self._unfound.pop(relid, None)
+        if shown is not None:
             self.violate(f"the rescind of relid {relid} finds no channel, and its offer did not fail", *shown)
 
     def end(self) -> None:
         """Every handler came to its end."""
+        for relid in list(self._unfound):
+            self._judge(relid)
         for relid, record in self._asked.items():
             self.violate(f"the rescind of relid {relid} was begun and has had no effect", record)
 
