@@ -81,12 +81,13 @@ class _Post(HostMessagePort):
 
 @dataclass(frozen=True, slots=True)
 class GuestChannel:
-    """A channel as the guest has it; `gpadl` by its name on the wire, `pages`: it has pages for rings."""
+    """A channel as the guest has it; `gpadl` by its name on the wire, `pages`: for rings; `sub`: a sub-channel."""
 
     state: ChannelState
     rescinded: bool
     gpadl: int
     pages: bool
+    sub: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,7 @@ class Guest:
                 one.rescind.load() != 0,
                 self._names.wire(one.ringbuffer_gpadlhandle),
                 one.ring_gpa != 0,
+                one.primary_channel != 0,
             )
             for one in tables.channels.live()
         }

@@ -17,6 +17,7 @@ from emu.wire.messages import RelidReleased, RescindChannelOffer, parse
 from guestproc.protocol import rescinds
 from tools.explore import explore
 from tools.explore_cores import Setting
+from tools.explore_events import Names
 from tools.explore_guest import Guest
 from tools.explore_host import Host
 from tools.explore_search import GUEST, TO_GUEST, Explorer, Pair
@@ -50,6 +51,30 @@ def test_a_step_is_the_same_each_time() -> None:
 
     assert (first.states, first.transitions) == (second.states, second.transitions)
     assert len(one.guest) == len(other.guest) and len(one.host) == len(other.host)
+
+
+def test_an_open_sub_channel_that_alone_is_taken_back_is_its_closers() -> None:
+    """No rule is broken while its primary is open; when that is unbound, the relid is given back."""
+    steps = [
+        *["offer", "deliver", "receive", "answer", "deliver", "receive", "answer", "deliver"],
+        *["offer", "deliver", "receive", "answer", "deliver", "receive", "answer", "deliver"],
+        *["revoke", "deliver"],
+    ]
+    with exploring(devices=1) as explorer:
+        pair: Pair = (0, 0, (), ())
+        for number, step in enumerate(steps):
+            names = Names()
+            events = [(one, explorer.event_of(pair, one, names)) for one in explorer.transitions(pair)]
+            choice = [one for one, event in events if event["do"] == step and event.get("yes", True)]
+            # Once both are open, it is the sub-channel that goes.
+            pair, problems = explorer.follow(pair, choice[-1 if number >= 16 else 0])
+            assert not problems and explorer.judge(pair) == []
+        assert explorer.guest.facts(pair[1]).channels[2].rescinded
+        unbind = next(one for one in explorer.transitions(pair) if one == (GUEST, ("unbind", 1)))
+        after, _ = explorer.follow(pair, unbind)
+
+        said = [parse(explorer.messages.payloads[number]) for number in after[3]]
+    assert RelidReleased(2) in said
 
 
 @pytest.mark.parametrize("threads", [False, True])
