@@ -137,6 +137,7 @@ def test_the_right_machine_breaks_nothing_in_any_order_of_its_threads() -> None:
     assert found.depth == 11 and not found.stopped
 
 
+@pytest.mark.soak
 def test_a_rescind_that_overtakes_its_offer_is_found(tmp_path: Path) -> None:
     """Without the offer gate (races.md A1) a schedule is found, none being given, and done again from its file."""
     arguments = [
