@@ -29,9 +29,11 @@ AGREED = {
 """What a guest of each era and each of the hosts agree on (reference 2.3); None: the guest is refused."""
 
 
+# Twenty-two machines in turn: on a loaded computer that takes long, and how long is not what is claimed.
+@pytest.mark.timeout(240)
 def test_matrix_of_eras_and_versions(tmp_path: Path) -> None:
     """22 machines: what was negotiated, all channels open and used, or a clean refusal; nothing is left of any."""
-    done = call(tmp_path, "matrix", "--json", timeout_s=170)
+    done = call(tmp_path, "matrix", "--json", timeout_s=220)
 
     assert done.returncode == 0, done.stdout + done.stderr
     results = report(done.stdout)["results"]
