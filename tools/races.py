@@ -27,8 +27,9 @@ KEPT: Final = 10
 """Findings that are kept, the newest."""
 
 
-@click.group()
-def races() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def races(ctx: click.Context) -> None:
     """Show the races that cost this field years, each the same way every time.
 
     \b
@@ -37,6 +38,8 @@ def races() -> None:
       vmbus-emu races run offer-rescind-overtake --fix off
       vmbus-emu races run offer-rescind-overtake --fix on
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def exhibits() -> dict[str, Path]:

@@ -26,6 +26,7 @@ from emu.switches import ALL_FIXED
 from emu.syncpoint import BY_TEXT, Point
 from emu.task_board import Program
 from emu.tracing import EVENTS
+from emu.wire.device_classes import BY_NAME
 
 _SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)(s|ms|us)")
 _SCALE: Final = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000}
@@ -85,6 +86,8 @@ VERBS: Final[dict[str, Verb]] = {
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
 _OF_TWO: Final = {name.split()[0] for name in VERBS if " " in name}
+_NAMES_A_DEVICE: Final = ("rescind", "send")
+_DEVICE: Final = re.compile(r"\d+|[a-z_0-9]+#[1-9]\d*")
 _MAY_BE_UNNAMED: Final = {"call", "fault", "run"}
 
 
@@ -183,6 +186,9 @@ def _check_values(step: Step) -> None:
     """What a step's own words may be."""
     if step.verb == "arm":
         point_of(step.words[0])
+    elif step.verb == "offer":
+        if step.words[0] not in BY_NAME:
+            raise Nonsense(f"{step.words[0]!r} is not a device class", nearest(step.words[0], BY_NAME))
     elif step.verb == "run":
         if step.words[0].upper() not in Program.__members__:
             names = [one.lower() for one in Program.__members__]
@@ -208,6 +214,12 @@ def _check_labels(step: Step, labels: set[str]) -> None:
         and step.words[0] not in labels
     ):
         raise Nonsense(f"no earlier step is called {step.words[0]}", nearest(step.words[0], labels))
+    devices = [step.words[0]] if step.verb in _NAMES_A_DEVICE else []
+    if step.verb in ("arm", "run") and "relid" in step.options:
+        devices.append(step.options["relid"])
+    for device in devices:
+        if device not in labels and not _DEVICE.fullmatch(device):
+            raise Nonsense(f"{device} is no device", "name the label of an `offer`, CLASS#N or a relid")
 
 
 def _anything(value: object) -> Any:
