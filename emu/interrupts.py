@@ -183,26 +183,23 @@ class PollPolicy:
     """How long a halting processor polls first: `off`, a fixed time, or adaptive like KVM's halt_poll_ns.
 
     `expecting` says whether an answer is due (a request is pending, a message was just posted): then an
-    adaptive processor polls for the whole maximum, or for `expecting_ns`, whatever the past says. Waking a halted
-    core costs 30 to 60 us; a bring-up of a channel has six such waits.
+    adaptive processor polls for the whole maximum, whatever the past says. Waking a halted core costs 30 to
+    60 us; a bring-up of a channel has six such waits.
     """
 
-    __slots__ = ("adaptive", "expecting", "expecting_ns", "maximum_ns", "window_ns")
+    __slots__ = ("adaptive", "expecting", "maximum_ns", "window_ns")
 
-    def __init__(
-        self, poll: str | int, expecting: Callable[[], object] | None = None, expecting_ns: int | None = None
-    ) -> None:
+    def __init__(self, poll: str | int, expecting: Callable[[], object] | None = None) -> None:
         """`poll` is "off", "adaptive", or microseconds."""
         self.adaptive = poll == "adaptive"
         self.maximum_ns = 0 if poll == "off" else 200_000 if poll == "adaptive" else int(poll) * 1_000
         self.window_ns = 0 if self.adaptive else self.maximum_ns
         self.expecting = expecting
-        self.expecting_ns = self.maximum_ns if expecting_ns is None else expecting_ns
 
     def next_window_ns(self) -> int:
         """How long to poll now."""
         if self.adaptive and self.expecting is not None and self.expecting():
-            return self.expecting_ns
+            return self.maximum_ns
         return self.window_ns
 
     def blocked_for(self, nanoseconds: int) -> None:
@@ -275,7 +272,7 @@ class Halt:
         look = self._look
         if look():
             return
-        window_ns = min(self.policy.next_window_ns(), timeout_ns)
+        window_ns = self.policy.next_window_ns()
         if window_ns and self._poll(look, window_ns):
             return
         # Announce, then look: a requester that came between has set its bit before it read our state, so

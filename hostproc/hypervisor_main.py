@@ -65,7 +65,7 @@ LOOKED_AT_NS: Final = 900_000_000
 HELD_HALT_NS: Final = 10_000_000
 """How soon the host notices that machine time goes on again, for its timers."""
 EXPECTING_NS: Final = 2_000_000
-"""For so long after a control message, or a user's order, the guest's next one is expected, and polled for."""
+"""For so long after a control message the guest's next one is expected, and polled for."""
 
 
 class Hypervisor:
@@ -140,7 +140,7 @@ class Hypervisor:
             D_HOST_RUN_STATE,
             machine.wakeup("host"),
             self._look,
-            PollPolicy(machine.config["machine"]["poll"], self._expecting, EXPECTING_NS),
+            PollPolicy(machine.config["machine"]["poll"], self._expecting),
             self.counters,
             glance=self._glance,
             # Guests may write the host's run state: nobody may have meant to post.
@@ -216,8 +216,6 @@ class Hypervisor:
             self._changed = busy = True
         if self._ordered() and self.orders.serve():
             self._changed = busy = True
-            # The guest answers it, and what is published at once would make that answer wait.
-            self._expecting_until = self.machine.clock.now() + EXPECTING_NS
         return busy
 
     def _serve_held(self) -> bool:
