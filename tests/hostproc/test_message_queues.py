@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 
 from emu.memory import GuestMemory
+from emu.switches import ALL_FIXED, Fix
+from emu.syncpoint import NOT_ARMED
 from emu.synic import Synic
 from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
 from emu.wire.synic import (
@@ -20,6 +22,7 @@ from emu.wire.synic import (
     sint_value,
 )
 from hostproc.message_queues import MessageQueues, QueuedMessage
+from hostproc.points import NoPoints
 from tests.interleaving import Actor, Check, SteppedMemory, SteppedWakeup, Stuck, Turns, explore
 
 SIMP_GPA = 0x1000
@@ -48,7 +51,15 @@ class FakeRecorder:
 class Delivery:
     """One VP's SynIC with its page placed, queues over it, and what they asked for."""
 
-    def __init__(self, memory: GuestMemory | None = None, *, enabled: bool = True, synic: type[Synic] = Synic) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory | None = None,
+        *,
+        enabled: bool = True,
+        synic: type[Synic] = Synic,
+        points: NoPoints | None = None,
+        fix: Fix = ALL_FIXED,
+    ) -> None:
         self.memory = memory or GuestMemory.on(bytearray(0x4000))
         self.synic = synic(self.memory)
         self.on_release: Callable[[int], None] = lambda _number: None
@@ -61,6 +72,8 @@ class Delivery:
             lambda position, vector: self.interrupts.append((position, vector)),
             lambda *serial: self.serials.append(serial),
             cast(Recorder, self.trace),
+            points,
+            fix,
         )
         self.synic.write_msr(HV_X64_MSR_SINT0 + SINT, sint_value(VECTOR))
         if enabled:
@@ -428,3 +441,31 @@ def test_slot_emptied_behind_the_second_look_is_refilled_by_the_eom() -> None:
     assert delivery.pending is True
     assert delivery.queues.pump_vp(0) == 1
     assert (delivery.resident, len(delivery.interrupts)) == (2, 2)
+
+
+class HoldsOnce(NoPoints):
+    """Points of which each is armed until somebody was held at one."""
+
+    def __init__(self) -> None:
+        self.armed = bytes([1]) * len(NOT_ARMED)
+        self.rest: Callable[[], object] = lambda: None
+
+    def hold(self, point: int, relid: int, rest: Callable[[], object]) -> bool:
+        """Keep the rest."""
+        self.armed = NOT_ARMED
+        self.rest = rest
+        return True
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_slot_that_is_emptied_before_its_pending_bit_is_set(right: bool) -> None:
+    """The second look delivers; without it the bit stands in an empty slot, and the message waits for no EOM (B2)."""
+    points = HoldsOnce()
+    delivery = Delivery(points=points, fix=Fix(host_pending_first=right))
+    delivery.post(1)
+    delivery.post(2)
+    delivery.memory.write(SLOT, bytes(4))  # the guest empties the slot, and finds no pending bit
+    points.rest()
+
+    assert delivery.queues.waiting(0, SINT) == (0 if right else 1)
+    assert delivery.released == ([1, 2] if right else [1])
