@@ -87,8 +87,11 @@ class FaultPlan:
         """Where a row begins."""
         return self._at + 64 + index * FAULT_ROW
 
-    def add(self, fault: Fault) -> PlannedFault:
-        """Turn a fault on; UserError when all rows are taken by faults that may still strike."""
+    def add(self, fault: Fault, *, on: bool = True) -> PlannedFault:
+        """Turn a fault on, or only put it down (`on=False`: `turn_on` does the rest).
+
+        UserError when all rows are taken by faults that may still strike.
+        """
         while True:
             index, word = self._row_to_take()
             at = self.row_offset(index)
@@ -101,9 +104,17 @@ class FaultPlan:
             self._view.store_u64(at + _HITS, 0)
             self._memory[at + _TEXT : at + _TEXT + len(text)] = text
             self._view.store_u32(at + _LENGTH, len(text))
-            self._view.store_u64(at, serial << 32 | RowState.ON)
+            self._view.store_u64(at, serial << 32 | (RowState.ON if on else RowState.OFF))
             self.generation.fetch_add(1)
-            return PlannedFault(index, serial, True, fault, 0, 0)
+            return PlannedFault(index, serial, on, fault, 0, 0)
+
+    def turn_on(self, index: int, serial: int) -> bool:
+        """Turn on what was put down in this row; False: its row is another's by now, or it is on."""
+        off = serial << 32 | RowState.OFF
+        done = self._view.cas_u64(self.row_offset(index), off, serial << 32 | RowState.ON) == off
+        if done:
+            self.generation.fetch_add(1)
+        return done
 
     def off(self, planned: PlannedFault) -> bool:
         """Turn a fault off; what it holds back is let go. False: it was off already, or its row is another's."""

@@ -6,6 +6,7 @@ byte; a machine without schedules has no tickets at all, and points on the packe
 
     ticket   FREE -> ARMED (director) -> ARRIVED (actor) -> GO (director) -> FREE (actor)
              ARMED -> FREE (director: nobody came)
+             ARMED -> ARRIVED -> PASSED (actor: it shall not be held, only be seen, or turn a fault on)
 
 Tickets and bytes lie in `control`; their owner module is this one. Who may go on with interrupts off, in a worker or
 in a task of the host, differs: each process has its own way to wait (`guestproc.points`, `hostproc.points`).
@@ -17,6 +18,7 @@ from enum import Enum, IntEnum
 from typing import Final, Self
 
 from emu.control import POINT_BYTES, POINT_TICKETS, TICKET_BYTES, Control
+from emu.fault_plan import FaultPlan, PlannedFault
 
 TICKETS: Final = POINT_TICKETS
 
@@ -30,10 +32,12 @@ class Scope(Enum):
 
 
 class PointAction(IntEnum):
-    """What a `point` record says: an actor is held there, or goes on."""
+    """What a `point` record says: an actor is held there, or goes on; or it was seen there, or turned a fault on."""
 
     HELD = 1
     PASSED = 2
+    SEEN = 3
+    FAULT = 4
 
 
 class Point(IntEnum):
@@ -112,6 +116,15 @@ class Ticket(IntEnum):
     ARMED = 1
     ARRIVED = 2
     GO = 3
+    PASSED = 4
+
+
+class Action(IntEnum):
+    """What becomes of who takes a ticket."""
+
+    HOLD = 0
+    SEE = 1
+    FAULT = 2
 
 
 # A ticket, in u32: state, point, actor slot + 1, CPU + 1, relid, hits to let pass; who arrived, with which relid,
@@ -125,6 +138,10 @@ _PASS: Final = 20
 _ARRIVED: Final = 24
 _ARRIVED_RELID: Final = 28
 _HALTED: Final = 32
+# What becomes of it (an `Action`), and the row and serial of the fault that it turns on.
+_ACTION: Final = 36
+_ROW: Final = 40
+_SERIAL: Final = 44
 
 
 def unreachable(_point: int, _relid: int = 0, *, still: bool = False) -> None:
@@ -136,10 +153,12 @@ class Tickets:
     """The table of tickets, as director and actors see it."""
 
     def __init__(self, control: Control) -> None:
+        self.control = control
         self._view = control.view
         self._base = control.tickets_offset
         self._bytes = control.armed_offset
         self._memory = control.memory
+        self._plan = FaultPlan(control)
         self.clock = control.clock
 
     def armed(self) -> memoryview:
@@ -148,8 +167,21 @@ class Tickets:
 
     # -- the director's half ------------------------------------------------------------------------
 
-    def arm(self, point: Point, *, actor: int = -1, cpu: int = -1, relid: int = 0, skip: int = 0) -> int:
-        """Arm a free ticket; its number. `actor` is a slot of the process table, `skip` hits pass unheld."""
+    def arm(
+        self,
+        point: Point,
+        *,
+        actor: int = -1,
+        cpu: int = -1,
+        relid: int = 0,
+        skip: int = 0,
+        action: Action = Action.HOLD,
+        fault: PlannedFault | None = None,
+    ) -> int:
+        """Arm a free ticket; its number. `actor` is a slot of the process table, `skip` hits pass unheld.
+
+        `fault`, which is put down and off, is what Action.FAULT turns on.
+        """
         number = next((n for n in range(TICKETS) if self.state(n) is Ticket.FREE), None)
         assert number is not None, f"all {TICKETS} tickets are in use"
         at = self._at(number)
@@ -159,6 +191,9 @@ class Tickets:
             (_CPU, cpu + 1),
             (_RELID, relid),
             (_PASS, skip),
+            (_ACTION, action),
+            (_ROW, 0 if fault is None else fault.index),
+            (_SERIAL, 0 if fault is None else fault.serial),
             (_ARRIVED, 0),
             (_ARRIVED_RELID, 0),
         ):
@@ -219,7 +254,7 @@ class Tickets:
     # -- an actor's half ----------------------------------------------------------------------------
 
     def take(self, point: int, actor: int, cpu: int, relid: int, *, halted: bool = False) -> int | None:
-        """Take a ticket that fits, if one is armed; machine time stands still from here on.
+        """Take a ticket that fits, if one is armed; where it holds its taker machine time stands still from here on.
 
         `halted`: the actor will wait as a processor that halts.
         """
@@ -230,13 +265,26 @@ class Tickets:
             if self._view.load_u32(at + _PASS):
                 self._view.fetch_sub_u32(at + _PASS, 1)
                 continue
+            holds = self._view.load_u32(at + _ACTION) == Action.HOLD
             if self._view.cas_u32(at, Ticket.ARMED, Ticket.ARRIVED) == Ticket.ARMED:
-                self.clock.hold()
+                if holds:
+                    self.clock.hold()
                 self._view.store_u32(at + _HALTED, halted)
                 self._view.store_u32(at + _ARRIVED_RELID, relid)
                 self._view.store_u32(at + _ARRIVED, actor)
                 return number
         return None
+
+    def passes(self, number: int) -> PointAction | None:
+        """None: who took this ticket is to be held. Otherwise it goes on, and this is what happened."""
+        at = self._at(number)
+        action = self._view.load_u32(at + _ACTION)
+        if action == Action.HOLD:
+            return None
+        if action == Action.FAULT:
+            self._plan.turn_on(self._view.load_u32(at + _ROW), self._view.load_u32(at + _SERIAL))
+        self._view.store_u32(at, Ticket.PASSED)
+        return PointAction.FAULT if action == Action.FAULT else PointAction.SEEN
 
     def may_go(self, number: int) -> bool:
         """Whether a ticket that this actor took says so."""

@@ -39,6 +39,10 @@ class Points:
         ticket = tickets.take(point, hooks.row.number, hooks.cpu, relid, halted=halts)
         if ticket is None:
             return
+        if (happened := tickets.passes(ticket)) is not None:
+            self._record(E_POINT, point, happened, relid)
+            self._director.post()
+            return
         self._record(E_POINT, point, _HELD, relid)
         self._director.post()
         if isinstance(hooks, Vcpu) and halts:

@@ -46,6 +46,10 @@ class HostPoints(NoPoints):
         ticket = self._tickets.take(point, self._actor, -1, relid)
         if ticket is None:
             return False
+        if (happened := self._tickets.passes(ticket)) is not None:
+            self._record(point, happened, relid)
+            self._director.post()
+            return False
         self._held[ticket] = (point, relid, rest)
         self._record(point, _HELD, relid)
         self._director.post()

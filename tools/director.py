@@ -15,11 +15,12 @@ from emu.control import ActorKind, ActorRow, slot_of
 from emu.errors import UserError, VmbusError
 from emu.event_fields import decoder_of
 from emu.fault_plan import PlannedFault
+from emu.faults import parse as parse_fault
 from emu.machine import USER_WAKEUP
 from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
 from emu.recording import RecordedActor, TraceRecord
 from emu.scenario import derived_instance
-from emu.syncpoint import Ticket, Tickets, director_wakeup, ticket_wakeup
+from emu.syncpoint import TICKETS, Action, Ticket, Tickets, director_wakeup, ticket_wakeup
 from emu.task_board import Program, TaskBoard, TaskState
 from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context
 from emu.vmexit import HostBell
@@ -101,7 +102,7 @@ class Director:
 
     def release_all(self) -> None:
         """Let everybody go who is still held: a run is judged with nobody at a point."""
-        for number in range(len(self._labels)):
+        for number in range(TICKETS):
             if self.tickets.state(number) is Ticket.ARMED:
                 self.tickets.disarm(number)
         for number in self.tickets.parked():
@@ -117,7 +118,15 @@ class Director:
             cpu=int(options.get("cpu", -1)),
             relid=self.relid(options["relid"]) if "relid" in options else 0,
             skip=int(options.get("skip", 0)),
+            action=Action.FAULT if "fault" in options else Action.SEE if "do" in options else Action.HOLD,
+            fault=self._put_down(step) if "fault" in options else None,
         )
+
+    def _put_down(self, step: Step) -> PlannedFault:
+        """The fault that who comes to a point turns on; `end LABEL` turns it off."""
+        fault = parse_fault(step.options["fault"], source=f"step {step.number}")
+        self._planned[step.label] = planned = self.running.faults.add(fault, on=False)
+        return planned
 
     def _disarm(self, step: Step) -> None:
         number = self._labels[step.words[0]]

@@ -60,9 +60,14 @@ class Verb:
     raw: bool = False
 
 
-FILTERS: Final = ("actor", "cpu", "relid", "skip")
+FILTERS: Final = ("actor", "cpu", "relid", "skip", "do", "fault")
 VERBS: Final[dict[str, Verb]] = {
-    "arm": Verb("arm POINT [actor=NAME] [cpu=N] [relid=DEVICE] [skip=N] as LABEL", (1, 1), FILTERS, names=True),
+    "arm": Verb(
+        "arm POINT [actor=NAME] [cpu=N] [relid=DEVICE] [skip=N] [do=see | fault=FAULT] as LABEL",
+        (1, 1),
+        FILTERS,
+        names=True,
+    ),
     "disarm": Verb("disarm LABEL", (1, 1)),
     "resume": Verb("resume LABEL", (1, 1)),
     "until arrived": Verb("until arrived LABEL", (1, 1)),
@@ -186,6 +191,10 @@ def _check_values(step: Step) -> None:
     """What a step's own words may be."""
     if step.verb == "arm":
         point_of(step.words[0])
+        if step.options.get("do", "see") != "see" or {"do", "fault"} <= step.options.keys():
+            raise Nonsense("who comes there is held, or seen (do=see), or turns a fault on (fault=…)", "choose one")
+        if "fault" in step.options:
+            faults.parse(step.options["fault"], source=f"step {step.number}")
     elif step.verb == "offer":
         if step.words[0] not in BY_NAME:
             raise Nonsense(f"{step.words[0]!r} is not a device class", nearest(step.words[0], BY_NAME))

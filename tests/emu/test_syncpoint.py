@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from emu.control import Control
+from emu.fault_plan import FaultPlan, Faults
+from emu.faults import FaultKind, parse
 from emu.ipc.segments import object_name, unlink_segment
-from emu.syncpoint import BY_TEXT, NOT_ARMED, TICKETS, Point, Ticket, Tickets
+from emu.syncpoint import BY_TEXT, NOT_ARMED, TICKETS, Action, Point, PointAction, Ticket, Tickets
 
 ACTOR = 1 << 12 | 7
 OTHER = 1 << 12 | 8
@@ -79,7 +81,7 @@ def test_a_ticket_is_taken_by_whom_it_is_for(
     tickets: Tickets, wanted: dict[str, int], comes: tuple[int, int, int], fits: bool
 ) -> None:
     """Each filter alone lets the right one through and no other."""
-    number = tickets.arm(Point.OPEN_BEFORE_POST, **wanted)
+    number = tickets.arm(Point.OPEN_BEFORE_POST, **wanted)  # type: ignore[arg-type]
     assert tickets.take(Point.OPEN_BEFORE_POST, *comes) == (number if fits else None)
 
 
@@ -141,3 +143,40 @@ def test_a_thirty_third_ticket_is_our_mistake(tickets: Tickets) -> None:
         tickets.arm(Point.ISR_ENTER)
     with pytest.raises(AssertionError, match="in use"):
         tickets.arm(Point.ISR_ENTER)
+
+
+def test_who_is_only_to_be_seen_goes_on(tickets: Tickets) -> None:
+    """It is said who came, time goes on, and the next one is not seen."""
+    number = tickets.arm(Point.ISR_ENTER, action=Action.SEE)
+    assert tickets.take(Point.ISR_ENTER, ACTOR, 0, 5) == number
+    assert not held(tickets)
+    assert tickets.passes(number) is PointAction.SEEN
+    assert tickets.arrived(number) == (ACTOR, 5)
+    assert tickets.state(number) is Ticket.PASSED
+    assert tickets.take(Point.ISR_ENTER, OTHER, 0, 5) is None
+    assert tickets.parked() == {}
+
+
+def test_who_comes_turns_a_fault_on(tickets: Tickets) -> None:
+    """A fault that was put down strikes from the moment at which somebody came to the point, and not before."""
+    plan, faults = FaultPlan(tickets.control), Faults(tickets.control)
+    planned = plan.add(parse("alloc.fail=message_work"), on=False)
+    number = tickets.arm(Point.MSG_BEFORE_ALLOC, action=Action.FAULT, fault=planned)
+    assert not strikes(faults)
+    assert tickets.take(Point.MSG_BEFORE_ALLOC, ACTOR, 0, 0) == number
+    assert tickets.passes(number) is PointAction.FAULT
+    assert strikes(faults)
+    assert not plan.turn_on(planned.index, planned.serial), "it is on"
+    assert plan.off(planned)
+
+
+def strikes(faults: Faults) -> bool:
+    """Whether an allocation may fail now."""
+    return faults.has(FaultKind.ALLOC_FAIL)
+
+
+def test_who_is_held_does_not_pass(tickets: Tickets) -> None:
+    """A ticket that holds says so."""
+    number = tickets.arm(Point.ISR_ENTER)
+    tickets.take(Point.ISR_ENTER, ACTOR, 0, 0)
+    assert tickets.passes(number) is None
