@@ -172,7 +172,7 @@ def test_who_comes_turns_a_fault_on(tickets: Tickets) -> None:
 
 def strikes(faults: Faults) -> bool:
     """Whether an allocation may fail now."""
-    return faults.has(FaultKind.ALLOC_FAIL)
+    return bool(faults.on(FaultKind.ALLOC_FAIL))
 
 
 def test_who_is_held_does_not_pass(tickets: Tickets) -> None:
