@@ -40,6 +40,12 @@ class Fix:
     rescind_once: bool = True
     quiesce_before_flag: bool = True
     revoke_seq: bool = True
+    global_relid_map: bool = True
+    scan_flags_before_offline: bool = True
+    hotplug_lock_on_offer: bool = True
+    move_under_mutex: bool = True
+    close_quiesces: bool = True
+    list_edit_exclusion: bool = True
     variant: str = ""
 
     @classmethod
@@ -101,6 +107,20 @@ SWITCHES: Final[dict[str, Switch]] = {
     "rescind_once": Switch("two rescinds of one channel are both handled", ("A6",)),
     "quiesce_before_flag": Switch("a rescind raises its flag while the channel's callback may still run", ("A7",)),
     "revoke_seq": Switch("the host takes back whatever has the relid now, when an old device's stream ends", ("A8",)),
+    "global_relid_map": Switch("each processor finds only the channels of its own list", ("F1",)),
+    "scan_flags_before_offline": Switch("a processor goes offline with an event flag set in its page", ("F4",)),
+    "list_edit_exclusion": Switch("a list of channels is changed in the middle of a walk along it", ("F2",)),
+    "hotplug_lock_on_offer": Switch("a processor may go while it is chosen for a channel", ("F3",)),
+    "move_under_mutex": Switch(
+        "MODIFYCHANNEL is sent without channel_mutex, or its answer is waited for with it",
+        ("F5",),
+        ("send_after_close", "ack_holds_mutex"),
+    ),
+    "close_quiesces": Switch(
+        "a ring is freed while somebody still reads it",
+        ("E1",),
+        ("tasklet", "isr_after_move", "stats_reader"),
+    ),
 }
 """By name, as a scenario writes it; every one is a field of `Fix`."""
 

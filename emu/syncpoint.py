@@ -87,6 +87,8 @@ class Point(IntEnum):
     CPU_PICKED = 26, "g.cpu.picked", Scope.TASK, "offer work: target CPU chosen, not published"
     MOVE_WAIT_ACK = 27, "g.move.wait_ack", Scope.TASK, "move: MODIFYCHANNEL posted"
     HOST_BEFORE_OPEN_RESULT = 28, "h.ctl.before_open_result", Scope.HOST, "host: device open, reply not sent"
+    MOVE_CHECKED = 50, "g.move.checked", Scope.TASK, "move: channel found open, MODIFYCHANNEL not posted"
+    RING_STATS = 51, "g.ring.stats", Scope.TASK, "debug reader: ring found, its indices not read"
     HOST_ON_MODIFY = 29, "h.ctl.on_modify", Scope.HOST, "host: MODIFYCHANNEL received, not applied"
     HOST_STREAM_CLOSED = 30, "h.ctl.stream_closed", Scope.HOST, "host: a device's stream closed, not handled"
     HOST_SLOT_BUSY_SEEN = 31, "h.syn.slot_busy_seen", Scope.HOST, "host: slot read as busy, pending bit not set"

@@ -72,6 +72,8 @@ class Current:
         """Record an event; does nothing where this machine does not record, which is decided here."""
         self.fix: Final = Fix.of(self.machine.config)
         """What this machine does wrong on purpose: all right, unless its scenario says so."""
+        self.percpu_lists: Final = era.percpu_lists or not self.fix.global_relid_map
+        """Whether an interrupt finds its channel on its processor's chan_list: era `seed`, or wrong on purpose (F1)."""
         points = Points(hooks, self.record) if self.machine.races else None
         self.armed: Final[bytes | memoryview] = NOT_ARMED if points is None else points.armed
         """A byte for each sync point: `if current.armed[POINT]: current.reach(POINT, relid)`."""
@@ -79,7 +81,7 @@ class Current:
         if points is not None and isinstance(hooks, Vcpu):
             hooks.armed, hooks.reach = points.armed, points.reach
         if has_points(self):
-            rings.reader = lambda relid: partial(PointedConsumer, self, relid)
+            rings.reader = lambda channel: partial(PointedConsumer, self, channel)
         self.faults: Final = Faults(self.machine.control, self.trace.record if self.trace else None)
         """What is to go wrong in this thread; looked at where a step may fail, never for a packet."""
         if self.trace:

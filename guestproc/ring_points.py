@@ -8,16 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from emu.ring import RingConsumer, RingMemory, RingWords
+from emu.ring import Packet, RingConsumer, RingMemory, RingWords
 from emu.syncpoint import Point
+from guestproc.kernel.pages import PAGE_SHIFT, owner_text
 
 if TYPE_CHECKING:
     from guestproc.current import Current
+    from guestproc.kernel.layout import Channel
 
+_IN_CALLBACK: Final = int(Point.CHAN_IN_CALLBACK)
 _AFTER_CALLBACK: Final = int(Point.CHAN_AFTER_CALLBACK)
 _AFTER_PENDING_READ: Final = int(Point.RING_AFTER_PENDING_READ)
 
-SWITCHES: Final = ("recheck_after_unmask", "read_side_order")
+SWITCHES: Final = ("recheck_after_unmask", "read_side_order", "close_quiesces")
 """Of those that are off, the wrong way is here."""
 
 
@@ -50,19 +53,51 @@ def inbound_words(current: Current, words: RingWords, relid: int) -> RingWords:
     return replace(words, store_read=store_too_late, load_pending=lambda: early)
 
 
+class RingEpoch:
+    """The allocation that a channel's ring pages came from: whoever uses them after it has ended is wrong."""
+
+    __slots__ = ("_generation", "_pages", "_pfn", "_relid")
+
+    def __init__(self, current: Current, channel: Channel) -> None:
+        self._pages = current.tables.pages
+        self._pfn = (channel.ring_pfns_gpa or channel.ring_gpa) >> PAGE_SHIFT
+        self._generation = channel.ring_generation
+        self._relid = channel.relid
+
+    def check(self, what: str) -> None:
+        """An assertion where the pages were given back (races.md E1)."""
+        if not self._pages.is_live(self._pfn, self._generation):
+            owner = owner_text(self._pages.owner_of(self._pfn))
+            raise AssertionError(f"INV-13: {what} of relid {self._relid}: page {self._pfn:#x} of its ring is {owner}")
+
+
 class PointedConsumer(RingConsumer):
-    """A guest's reader with the point between draining and unmasking, and D1's way to leave."""
+    """A guest's reader with points inside the callback and behind it, D1's way to leave, and a look at its pages."""
 
-    __slots__ = ("_current", "_relid")
+    __slots__ = ("_current", "_epoch", "_relid")
 
-    def __init__(self, current: Current, relid: int, memory: RingMemory, words: RingWords) -> None:
-        super().__init__(memory, sole=False, words=inbound_words(current, words, relid))
+    def __init__(self, current: Current, channel: Channel, memory: RingMemory, words: RingWords) -> None:
+        super().__init__(memory, sole=False, words=inbound_words(current, words, channel.relid))
         self._current = current
-        self._relid = relid
+        self._relid = channel.relid
+        self._epoch = RingEpoch(current, channel)
+
+    def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
+        """As `RingConsumer`, from pages that are the channel's still."""
+        if self._current.armed[_IN_CALLBACK]:
+            self._current.reach(_IN_CALLBACK, self._relid)
+        self._epoch.check("a read")
+        return super().read_many(limit, most_bytes)
+
+    def begin_read(self) -> None:
+        """As `RingConsumer`."""
+        self._epoch.check("the mask")
+        super().begin_read()
 
     def end_read(self) -> int:
         """As `RingConsumer`; wrong on purpose (races.md D1): unmask, and leave without another look."""
         if self._current.armed[_AFTER_CALLBACK]:
             self._current.reach(_AFTER_CALLBACK, self._relid)
+        self._epoch.check("the unmask")
         left = super().end_read()
         return left if self._current.fix.recheck_after_unmask else 0

@@ -32,6 +32,7 @@ from guestproc.vmbus.connection import VMBUS_CONNECT_CPU
 from guestproc.vmbus.cpu_hotplug import cpu_down, cpu_up
 from guestproc.vmbus.hyperv_timer import HV_MAX_MAX_DELTA_TICKS, HV_MIN_DELTA_TICKS, TICK_NS
 from guestproc.vmbus.retarget import scan_unsigned, target_cpu_store
+from guestproc.vmbus.ring_stats import hv_ringbuffer_get_debuginfo
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -333,6 +334,16 @@ def _cpu(current: Current, number: int) -> Values:
         "channels": len(relids),
         "relids": relids[:MOST_RELIDS],
     }
+
+
+@_call("ring_debuginfo")
+def ring_debuginfo(current: Current, asked: Values) -> Values:
+    """`cat devices/DEVICE/channels/RELID/in_mask` and the like: mask and indices of both rings."""
+    channel = _channel(current, asked)
+    found = hv_ringbuffer_get_debuginfo(current, channel)
+    if found is None:
+        raise CallFailed(errno.EINVAL, f"relid {channel.relid} has no rings; open it first (`vmbus-emu ctl bind`)")
+    return {"relid": channel.relid, "outbound": found[0], "inbound": found[1]}
 
 
 # -- faults ---------------------------------------------------------------------------------------------

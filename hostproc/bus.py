@@ -36,7 +36,7 @@ from emu.tracing import (
     Recorder,
 )
 from emu.wire.gpa_range import GpaRange
-from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
+from emu.wire.messages import Message, MessageType, OfferChannel, RescindChannelOffer
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.unmapped import UnmappedRings
@@ -68,6 +68,8 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
 
+_MODIFYCHANNEL: Final = int(MessageType.MODIFYCHANNEL).to_bytes(4, "little")
+_ON_MODIFY: Final = int(Point.HOST_ON_MODIFY)
 _BEFORE_OPEN_RESULT: Final = int(Point.HOST_BEFORE_OPEN_RESULT)
 _OPEN_DONE: Final = int(Point.HOST_OPEN_DONE)
 _STREAM_CLOSED: Final = int(Point.HOST_STREAM_CLOSED)
@@ -210,6 +212,13 @@ class Bus:
 
     def deliver(self, payload: bytes, connection_id: int) -> None:
         """Take a message that the guest posted."""
+        if self._points.armed[_ON_MODIFY] and payload[:4] == _MODIFYCHANNEL:
+            relid = int.from_bytes(payload[8:12], "little")
+            if self._points.hold(_ON_MODIFY, relid, partial(self._receive, payload, connection_id)):
+                return
+        self._receive(payload, connection_id)
+
+    def _receive(self, payload: bytes, connection_id: int) -> None:
         self._take(self.server.receive(payload, connection_id=connection_id))
 
     def flush(self) -> None:

@@ -144,8 +144,8 @@ class RescindsHaveEffect(Rule):
             return
         relid, generation = record.values
         asked = self._asked.pop(relid, None)
-        # A channel that was rescinded is not found a second time. Of two handlers that run beside each other the one
-        # that found it may be the second to say so: what the other says is judged when there is no more to come.
+        # A channel that was rescinded is not found a second time. Of two handlers that run side by side the one that
+        # found it may be the second to say so: what the other says is judged when there is no more to come.
         found_before, self._offers[relid] = self._offers.get(relid, False), False
         if generation:
             self._unfound.pop(relid, None)

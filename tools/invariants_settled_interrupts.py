@@ -168,6 +168,7 @@ def _tasklets(view: LiveView) -> Iterator[tuple[str, int, Tasklet]]:
         return
     for cpu in tables.cpus.live():
         yield f"CPU {cpu.index}'s messages", 0, cpu.msg_dpc
+        yield f"CPU {cpu.index}'s events", 0, cpu.event_dpc
     for channel in tables.channels.live():
         yield f"relid {channel.relid}", channel.relid, channel.callback_event
     for one in tables.net_channels.live():

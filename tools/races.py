@@ -6,6 +6,7 @@ With its fix off a run breaks the invariant that its file names; with it on the 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -165,9 +166,11 @@ def keep(schedule: Schedule, runs: list[RaceRun], folder: Path, *, own: bool) ->
     (folder / "repeat").write_text(f"{line}\n")
     say(f"kept: {folder}; repeat it: {line}")
     for old in sorted(findings_dir().iterdir())[:-KEPT]:
-        for path in old.iterdir():
-            path.unlink()
-        old.rmdir()
+        # Another run may clear up, too.
+        with suppress(FileNotFoundError):
+            for path in old.iterdir():
+                path.unlink(missing_ok=True)
+            old.rmdir()
 
 
 def junit_of(runs: list[RaceRun]) -> str:

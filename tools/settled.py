@@ -27,7 +27,7 @@ from emu.control import ActorKind, ActorRow, ActorState, slot_of
 from emu.layout import ExitOperation, RunState
 from emu.machine import Machine
 from emu.orders import OrderDesk, OrderState
-from emu.syncpoint import Scope, Tickets
+from emu.syncpoint import Tickets
 from emu.task_board import TaskBoard, TaskState
 from emu.tracing import recorded_so_far
 from guestproc.kernel.layout import KernelTables
@@ -148,11 +148,11 @@ class SettleTest:
                 yield f"{row.name} (wait status {row.status})"
 
     def _held_with_interrupts(self) -> Iterator[str]:
-        """Processors that are held in a task or a tasklet: what is requested they take."""
+        """Processors that are held with interrupts on: what is requested they take."""
         held = self._tickets.parked() if self._tells else {}
-        tasks = {number for ticket, number in held.items() if self._tickets.point(ticket).scope is Scope.TASK}
+        halted = {number for ticket, number in held.items() if self._tickets.is_halted(ticket)}
         for row in self.view.actors():
-            if row.kind == ActorKind.VCPU and row.number in tasks:
+            if row.kind == ActorKind.VCPU and row.number in halted:
                 yield from self._processor(row)
 
     def _host(self) -> Iterator[str]:

@@ -161,6 +161,7 @@ class Cpu(Record, permanent=True):
     clock_events = Word(8, "this processor's own")
     left = Atomic32("atomic: 1 while channels may be left to this processor (`drivers.steering`)")
     chan_list = list_head("seed: this processor's own, changed in its interrupts only; through percpu_list")
+    event_dpc = tasklet()
 
 
 class Channel(Record):
@@ -211,6 +212,7 @@ class Channel(Record):
     # The ring buffers: set by vmbus_alloc_ring and vmbus_open, taken back by vmbus_free_ring.
     ring_gpa = Word(8, "who opens or closes: contiguous rings, send first; 0: none")
     ring_pfns_gpa = Word(8, "who opens or closes: page list (u64 each) of scattered rings, 0: contiguous")
+    ring_buffer_mutex = mutex(Rank.RING)
     outbound_ring_lock = spinlock(Rank.DRIVER_RING)
     ring_generation = Word(4, "who opens or closes: generation of the pages")
     ring_send_pages = Word(4, "who opens or closes")

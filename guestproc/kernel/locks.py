@@ -35,6 +35,7 @@ class Rank(IntEnum):
     CPUS = 30  # cpus_read_lock, before channel_mutex (vmbus_process_offer)
     CHANNEL = 40  # vmbus_connection.channel_mutex
     DRIVER_STATE = 50  # a driver's own mutex, taken in probe and in its work
+    RING = 55  # channel.ring_buffer_mutex, inside channel_mutex or without
     # Spinlocks. The order below is the one in which one function holds two of them.
     CHANNELMSG = 60  # vmbus_connection.channelmsg_lock: completes requests inside
     SCHED = 70  # channel.sched_lock: the ISR, around an HV_CALL_ISR callback

@@ -215,6 +215,10 @@ class PageAllocator:
             f"{owner_text(self._owner[pfn])}"
         )
 
+    def is_live(self, pfn: int, generation: int) -> bool:
+        """Whether a page belongs to the allocation of this generation still."""
+        return bool(self._owner[pfn]) and self._generation[pfn] == generation
+
     def owner_of(self, pfn: int) -> int:
         """Owner word of one page, 0 if it is free."""
         owner: int = self._owner[pfn]

@@ -11,6 +11,7 @@ class Tasklets(IntEnum):
     VMBUS_ON_MSG_DPC = 1
     VMBUS_ON_EVENT = 2
     NET_RX_ACTION = 3
+    VMBUS_EVENT_DPC = 4
 
 
 class Works(IntEnum):
@@ -34,6 +35,7 @@ class Handlers(IntEnum):
     """Numbers in VMBUS_HANDLERS."""
 
     VMBUS_ISR = 1
+    VMBUS_ISR_POINTED = 2
 
 
 class Callbacks(IntEnum):

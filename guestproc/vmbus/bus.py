@@ -12,7 +12,8 @@ from guestproc.kernel.smp import ProcessorGone
 from guestproc.kernel.tasklet import tasklet_kill
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber
-from guestproc.protocol.numbers import Handlers, Ipis
+from guestproc.protocol.numbers import Ipis
+from guestproc.vmbus.chan_points import handler_of
 from guestproc.vmbus.channel_mgmt import vmbus_free_channels
 from guestproc.vmbus.connection import vmbus_connect, vmbus_disconnect, vmbus_request_offers
 from guestproc.vmbus.cpu_hotplug import hv_synic_cleanup
@@ -31,7 +32,7 @@ def vmbus_bus_init(current: Current, ncpus: int) -> int:
     result = hyperv_init(current)
     if result:
         return result
-    hv_setup_vmbus_irq(current, Handlers.VMBUS_ISR)
+    hv_setup_vmbus_irq(current, handler_of(current))
     for driver in DRIVER_OBJECTS.values():
         result = result or vmbus_driver_register(current, driver)
     result = result or hv_synic_alloc(current, ncpus)
@@ -78,7 +79,8 @@ def vmbus_exit(current: Current) -> None:
     _drain_queues(current)
     hv_remove_vmbus_irq(current)
     for cpu in current.tables.cpus.live():
-        tasklet_kill(current.actor, cpu.msg_dpc, current.connection.tasklet_idle)
+        for dpc in (cpu.msg_dpc, cpu.event_dpc):
+            tasklet_kill(current.actor, dpc, current.connection.tasklet_idle)
     vmbus_free_channels(current)
     _synic_offline(current)
     hv_synic_free(current)

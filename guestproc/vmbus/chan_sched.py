@@ -66,27 +66,30 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
             if trace:
                 current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
             # Relid 0 is the legacy shared flag, never a channel.
-            if relid and (lane := _find(current, hv_cpu, relid)) is not None and not lane.rescind():
-                _schedule(current, hv_cpu, lane)
+            if relid and (lane := hv_cpu.find(current, hv_cpu, relid)) is not None and not lane.rescind():
+                hv_cpu.schedule(current, hv_cpu, lane)
 
 
-def _find(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
-    """The channel of a flag; era `seed` knows only those whose interrupts come to this processor."""
+def find_in_table(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
+    """The channel of a flag."""
     tables = current.tables
-    if not current.era.percpu_lists:
-        handle = tables.relids.load(relid)
-        lane = hv_cpu.lanes.get(handle)
-        if lane is not None and lane.alive():
-            return lane
-        channel = tables.channels.find(handle) if handle else None
-        return None if channel is None else hv_cpu.lane_of(channel)
-    for channel in tables.chan_list(current.cpu_record()):
+    handle = tables.relids.load(relid)
+    lane = hv_cpu.lanes.get(handle)
+    if lane is not None and lane.alive():
+        return lane
+    channel = tables.channels.find(handle) if handle else None
+    return None if channel is None else hv_cpu.lane_of(channel)
+
+
+def find_on_list(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
+    """Era `seed`: the channel of a flag, if its interrupts come to this processor."""
+    for channel in current.tables.chan_list(current.cpu_record()):
         if channel.relid == relid and not channel.rescind.load():
             return hv_cpu.lane_of(channel)
     return None
 
 
-def _schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
+def schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
     """What one channel's flag means, under its sched_lock, which keeps the callback from being taken away."""
     channel = lane.channel
     with lane.sched_lock.hold(current.actor):

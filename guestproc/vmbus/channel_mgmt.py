@@ -8,6 +8,7 @@ that runs beside it waits for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from struct import unpack_from
 from typing import TYPE_CHECKING, Final
 
@@ -63,6 +64,7 @@ MESSAGE_HANDLERS: Final[dict[str, MessageHandler]] = {}
 VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
 _OFFER_BEFORE_MAP: Final = int(Point.OFFER_BEFORE_MAP)
+_CPU_PICKED: Final = int(Point.CPU_PICKED)
 _RESCIND_WAIT_GATE: Final = int(Point.RESCIND_WAIT_GATE)
 _RESCIND_AFTER_LOOKUP: Final = int(Point.RESCIND_AFTER_LOOKUP)
 _RESCIND_BEFORE_PROBE_WAIT: Final = int(Point.RESCIND_BEFORE_PROBE_WAIT)
@@ -223,12 +225,14 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
     """Primary or sub-channel? Link it, publish its relid, and queue the half that may wait for the host."""
     connection, actor, queues = current.connection, current.actor, current.tables.work_queues
     # No processor goes between its choice and the moment when who takes one down finds the channel (races.md F3).
-    with cpus_read_lock(connection, actor), connection.channel_mutex.hold(actor):
+    stays = cpus_read_lock(connection, actor) if current.fix.hotplug_lock_on_offer else nullcontext()
+    with stays, connection.channel_mutex.hold(actor):
         # Under the mutex, which a rescind takes when it saw the count fall: it finds the channel.
         if current.era.early_offer_done:
             offer_done(current)
         entered = offers.choose_place(current.tables, newchannel)
         if entered.refusal is None:
+            _cpu_picked(current, newchannel)
             offers.publish(current.tables, newchannel, entered)
         if not current.era.early_offer_done:
             offer_done(current)
@@ -249,15 +253,29 @@ def vmbus_process_offer(current: Current, newchannel: Channel, add_channel_work:
     queues.queue_work(actor, queue, add_channel_work)
 
 
+def _cpu_picked(current: Current, channel: Channel) -> None:
+    """Its processor is chosen, and nobody can see that yet."""
+    mutex, actor = current.connection.channel_mutex, current.actor
+    # Wrong on purpose (races.md F3): nothing is held here, and who takes that processor down finds no reason not to.
+    alone = not current.fix.hotplug_lock_on_offer
+    if alone:
+        mutex.release(actor)
+    if current.armed[_CPU_PICKED]:
+        current.reach(_CPU_PICKED, channel.relid)
+    if alone:
+        mutex.acquire(actor)
+
+
 @WORK_FUNCTIONS.register(Works.VMBUS_ADD_CHANNEL_WORK)
 def vmbus_add_channel_work(current: Current, item: WorkItem) -> None:
     """The second half of an offer: device and driver for a primary, the driver's callback for a sub-channel."""
     newchannel = current.channel(item.arguments[0])
-    if current.era.percpu_lists:
+    if current.percpu_lists:
         # As in `vmbus_process_offer`; the article's kernel chooses without the lock.
         with cpus_read_lock(current.connection, current.actor):
-            with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
-                init_vp_index_seed(current.tables, newchannel)
+            if current.era.percpu_lists:
+                with current.connection.bind_channel_to_cpu_lock.hold(current.actor):
+                    init_vp_index_seed(current.tables, newchannel)
             run_on_target_cpu(current, newchannel, Ipis.PERCPU_CHANNEL_ENQ)
     newchannel.state.store(ChannelState.OPEN_STATE)
     done = _add_sub_channel if newchannel.primary_channel else _add_primary
@@ -312,7 +330,7 @@ def err_deq_chan(current: Current, channel: Channel) -> None:
     if claimed:
         probe_done(current, channel)
         return
-    if current.era.percpu_lists:
+    if current.percpu_lists:
         run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     closed_before_suspend(current, offers.closes_before_suspend(channel))
     vmbus_release_relid(current, channel.relid, channel.generation)

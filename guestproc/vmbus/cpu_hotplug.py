@@ -165,8 +165,9 @@ def _is_needed(current: Current) -> bool:
     with connection.channel_mutex.hold(current.actor):
         if is_target(tables, current.cpu):
             return True
-    # Before 4.1 no channel can have been moved away.
-    return connection.vmbus_proto_version >= VERSION_WIN10_V4_1 and hv_synic_event_pending(current)
+    # Without that look (races.md F4) it is wrong. Before 4.1 no channel can have been moved away.
+    scans = current.fix.scan_flags_before_offline
+    return scans and connection.vmbus_proto_version >= VERSION_WIN10_V4_1 and hv_synic_event_pending(current)
 
 
 def hv_synic_event_pending(current: Current) -> bool:

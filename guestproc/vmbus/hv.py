@@ -100,6 +100,7 @@ def hv_synic_alloc(current: Current, ncpus: int) -> int:
         for number in range(ncpus):
             cpu = current.cpu_record(number)
             cpu.msg_dpc.init(Tasklets.VMBUS_ON_MSG_DPC, number)
+            cpu.event_dpc.init(Tasklets.VMBUS_EVENT_DPC, number)
             owner = owned_by(PageOwner.SYNIC, number)
             cpu.synic_message_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa
             cpu.synic_event_page_gpa = pages.alloc_pages(current.actor, 0, owner).gpa

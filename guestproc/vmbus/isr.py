@@ -33,11 +33,16 @@ def vmbus_isr(current: Current) -> None:
         vmbus_chan_sched(current, hv_cpu)
     message_type = hv_cpu.load_message_type()
     if message_type != HVMSG_NONE:
-        if message_type == HVMSG_TIMER_EXPIRED:
-            hv_process_timer_expiration(current, hv_cpu)
-        elif hv_cpu.tasklets.schedule(hv_cpu.msg_dpc):
-            current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_MSG_DPC)
+        message_came(current, hv_cpu, message_type)
     hv_cpu.add_interrupt_randomness()
+
+
+def message_came(current: Current, hv_cpu: PerCpuContext, message_type: int) -> None:
+    """Have a full slot read: a timer's message here, any other by the message tasklet."""
+    if message_type == HVMSG_TIMER_EXPIRED:
+        hv_process_timer_expiration(current, hv_cpu)
+    elif hv_cpu.tasklets.schedule(hv_cpu.msg_dpc):
+        current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_MSG_DPC)
 
 
 def hv_process_timer_expiration(current: Current, hv_cpu: PerCpuContext) -> None:

@@ -13,6 +13,7 @@ from emu.syncpoint import Point
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
+from guestproc.vmbus.chan_points import Find, Schedule, find_of, schedule_of
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -103,6 +104,8 @@ class PerCpuContext:
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
         ).load
+        self.find: Final[Find] = find_of(current)
+        self.schedule: Final[Schedule] = schedule_of(current)
         self._atomics: Final = atomics
         self._connection: Final = current.connection
         self.may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)

@@ -26,7 +26,7 @@ def hv_process_channel_removal(current: Current, channel: Channel) -> None:
     """Remove a channel that is rescinded; under channel_mutex."""
     current.connection.channel_mutex.assert_held(current.actor)
     assert channel.rescind.load(), f"{channel} removed without a rescind"
-    if current.era.percpu_lists:
+    if current.percpu_lists:
         run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     offers.leave_lists(current.tables, channel)
     vmbus_release_relid(current, channel.relid, channel.generation)

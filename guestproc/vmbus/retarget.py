@@ -7,15 +7,16 @@
 
 cpu_hotplug_lock is read-held all the while: the new processor stays. Interrupts that the host sent to the old one
 before it handled the message are taken there, which is harmless where any processor finds any channel. Era `seed`
-has lists of channels for each processor and speaks no version that could move a channel; a kernel that had
-both would lose what comes to the wrong one meanwhile (races.md F1).
+has lists of channels for each processor and speaks no version that could move a channel; a kernel that has
+both loses what comes to the wrong one meanwhile (races.md F1: `fix.global_relid_map` off).
 """
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from emu.syncpoint import Point
 from emu.tracing import E_VMBUS_SEND_MODIFYCHANNEL
 from emu.wire.messages import MessageType, ModifyChannel
 from emu.wire.versions import VERSION_WIN10_V4_1, VERSION_WIN10_V5_3
@@ -29,6 +30,11 @@ from guestproc.vmbus.requests import enter_request, leave_request, wait_for_repl
 
 if TYPE_CHECKING:
     from guestproc.current import Current
+
+ACK_HOLDS_MUTEX: Final = "ack_holds_mutex"
+"""Which of the two ways of `fix.move_under_mutex` is wrong."""
+_MOVE_CHECKED: Final = int(Point.MOVE_CHECKED)
+_MOVE_WAIT_ACK: Final = int(Point.MOVE_WAIT_ACK)
 
 
 def target_cpu_store(current: Current, handle: int, text: str) -> int:
@@ -69,6 +75,7 @@ def _move(current: Current, handle: int, cpu: int) -> int:
         return -errno.EIO
     if channel.target_cpu.load() == cpu:
         return 0
+    _checked(current, channel)
     rings = channel.ring_generation
     result = vmbus_send_modifychannel(current, channel, current.cpu_record(cpu).vp_index)
     if result:
@@ -82,12 +89,25 @@ def _move(current: Current, handle: int, cpu: int) -> int:
     return 0
 
 
+def _checked(current: Current, channel: Channel) -> None:
+    """It was found open, and the host is told next."""
+    mutex, fix = current.connection.channel_mutex, current.fix
+    # Wrong on purpose (races.md F5, send_after_close): looked at without the mutex, so that it may be closed by now.
+    alone = not fix.move_under_mutex and fix.variant != ACK_HOLDS_MUTEX
+    if alone:
+        mutex.release(current.actor)
+    if current.armed[_MOVE_CHECKED]:
+        current.reach(_MOVE_CHECKED, channel.relid)
+    if alone:
+        mutex.acquire(current.actor)
+
+
 def _change_target(current: Current, channel: Channel, cpu: int) -> None:
-    """Write down who takes its interrupts; era `seed` has two processors change their lists."""
-    if current.era.percpu_lists:
+    """Write down who takes its interrupts; where there are lists, two processors change theirs."""
+    if current.percpu_lists:
         run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_DEQ)
     placement.retarget(current.tables, channel, cpu)
-    if current.era.percpu_lists:
+    if current.percpu_lists:
         run_on_target_cpu(current, channel, Ipis.PERCPU_CHANNEL_ENQ)
 
 
@@ -133,9 +153,19 @@ def _post(current: Current, channel: Channel, target_vp: int) -> int:
 
 def _wait_for_ack(current: Current, request: Request) -> int:
     """Without channel_mutex: a rescind needs it, and is what ends this wait if the host does not answer any more."""
+    if not current.fix.move_under_mutex and current.fix.variant == ACK_HOLDS_MUTEX:
+        # Wrong on purpose (races.md F5): with the mutex, for which the rescind then waits.
+        return _reply(current, request)
     mutex = current.connection.channel_mutex
     mutex.release(current.actor)
     try:
-        return wait_for_reply(current, request)
+        return _reply(current, request)
     finally:
         mutex.acquire(current.actor)
+
+
+def _reply(current: Current, request: Request) -> int:
+    """As `wait_for_reply`."""
+    if current.armed[_MOVE_WAIT_ACK]:
+        current.reach(_MOVE_WAIT_ACK, request.child_relid)
+    return wait_for_reply(current, request)

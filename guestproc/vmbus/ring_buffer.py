@@ -65,8 +65,8 @@ class RingCache:
         self._budget = MapBudget.of_system()
         self._rings: dict[int, ChannelRings] = {}
         self._recorder = recorder
-        self.reader: Callable[[int], Reader] | None = None
-        """What makes the consumer of a channel, by its relid, where that is none of the usual ones."""
+        self.reader: Callable[[Channel], Reader] | None = None
+        """What makes the consumer of a channel, where that is none of the usual ones."""
 
     def of(self, channel: Channel) -> ChannelRings:
         """The rings of an opened channel; maps them if this process has not yet (about 30 us).
@@ -110,7 +110,7 @@ class RingCache:
             words = [memory.words for memory in memories]
             if recorder is not None:
                 words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(memories)]
-            reader = None if self.reader is None else self.reader(channel.relid)
+            reader = None if self.reader is None else self.reader(channel)
             return ChannelRings(key, memories, words, reader)
         except ProtocolViolation:
             for memory in memories:

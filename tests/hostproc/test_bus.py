@@ -9,6 +9,7 @@ from uuid import UUID
 
 import pytest
 
+from emu.control import POINT_BYTES
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import MapBudget
 from emu.memory import PAGE_SIZE, GuestMemory
@@ -262,6 +263,35 @@ def test_retarget_moves_the_event() -> None:
     assert guest.post(ModifyChannel(1, 1)) == [ModifyChannelResponse(1, 0)]
 
     assert guest.partition.events[0].vp_index == 1
+
+
+class OnModify(NoPoints):
+    """Points of which that of MODIFYCHANNEL is armed; what is put aside lies here."""
+
+    def __init__(self) -> None:
+        self.armed = bytes(number == Point.HOST_ON_MODIFY for number in range(POINT_BYTES))
+        self.rests: list[Callable[[], object]] = []
+
+    def hold(self, point: int, relid: int, rest: Callable[[], object]) -> bool:
+        """Put it aside."""
+        assert (point, relid) == (Point.HOST_ON_MODIFY, 1)
+        self.rests.append(rest)
+        return True
+
+
+def test_a_modify_that_is_held() -> None:
+    """Only its own handling waits at the sync point; the channel is interrupted where it was until then."""
+    guest, points = Guest(), OnModify()
+    guest.bus._points = points
+    guest.boot()
+    guest.open()
+
+    assert guest.post(ModifyChannel(1, 1)) == []
+    assert guest.echo(b"12345678") == [b"12345678"]
+    assert guest.partition.events[0].vp_index == 0
+    points.rests.pop()()
+
+    assert (guest.sent(), guest.partition.events[0].vp_index) == ([ModifyChannelResponse(1, 0)], 1)
 
 
 def test_a_full_port_makes_the_bus_wait() -> None:

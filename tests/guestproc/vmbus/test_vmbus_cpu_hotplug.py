@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -190,9 +191,9 @@ def test_processor_that_is_busy_stays(booted: World) -> None:
 # -- a flag that was not taken (races.md F4) ------------------------------------------------------------
 
 
-def with_flag() -> World:
+def with_flag(**options: Any) -> World:
     """A world on the newest version where relid 9's flag is set on CPU 1, whose interrupt has not come."""
-    world = World(versions=HOST_VERSIONS["current"])
+    world = World(versions=HOST_VERSIONS["current"], **options)
     world.boot()
     world.tables.ram.atomics.cell_u64(flag_word(world)).fetch_or(1 << 9)
     return world
@@ -210,6 +211,15 @@ def test_flag_holds_the_processor() -> None:
 
         assert (task.result, online(world)) == (-errno.EBUSY, 1)
         assert world.clock.time_ns - began >= HV_MAX_TRIES * TRY_NS
+    finally:
+        world.close()
+
+
+def test_flag_goes_with_its_page() -> None:
+    """Without `fix.scan_flags_before_offline` the processor goes, and nobody is ever told of that packet."""
+    world = with_flag(switches={"scan_flags_before_offline": False})
+    try:
+        assert (down(world), online(world)) == (0, 0)
     finally:
         world.close()
 
@@ -259,6 +269,22 @@ def test_offer_waits_for_a_processor_that_goes() -> None:
 
         assert (task.result, world.channel(31).target_cpu.load()) == (0, 0)
         assert world.channel(31).state.load() == OPENED
+    finally:
+        world.close()
+
+
+def test_offer_does_not_wait() -> None:
+    """Without `fix.hotplug_lock_on_offer` it takes the processor that is just going, behind the look for channels."""
+    world = with_flag(switches={"hotplug_lock_on_offer": False})
+    try:
+        assert nics(world, 30) == [0]
+        task = world.start(lambda current: cpu_down(current, 1))
+        world.settle()
+        assert nics(world, 31) == [1]
+        world.tables.ram.atomics.cell_u64(flag_word(world)).store(0)
+        world.pass_time(0.1)
+
+        assert (task.result, online(world), world.channel(31).state.load()) == (0, 0, OPENED)
     finally:
         world.close()
 

@@ -220,6 +220,21 @@ def test_rescind_ends_the_wait(booted: World, channel: Channel) -> None:
     assert booted.tables.channels.in_use == booted.tables.requests.in_use == 0
 
 
+def test_rescind_waits_for_who_holds_the_mutex() -> None:
+    """Without `fix.move_under_mutex` (ack_holds_mutex) neither ends."""
+    switches = {"move_under_mutex": False, "variant": "ack_holds_mutex"}
+    with new_world(versions={VERSION_WIN10_V5_3}, switches=switches) as world:
+        world.boot()
+        channel = open_channel(world)
+        world.host.hold(T.MODIFYCHANNEL)
+        task = world.start(moving(channel))
+        world.settle()
+        world.host.rescind(9)
+        world.settle()
+
+        assert (task.ended(), world.host.released, channel.rescind.load()) == (False, [], 0)
+
+
 def test_offer_goes_on_meanwhile() -> None:
     """Movers and offers share the lock, also while somebody waits to have it alone: a rescind waits for the offer."""
     with new_world(cpus=3, versions={VERSION_WIN10_V5_3}) as world:
@@ -286,6 +301,23 @@ def test_lists_follow(listed: World) -> None:
     on_lists = [[one.relid for one in listed.tables.chan_list(listed.tables.cpus.at(cpu))] for cpu in range(2)]
     assert on_lists == [[], [9]]
     assert listed.shut_down() == {}
+
+
+def test_late_interrupt_is_lost_with_lists() -> None:
+    """Without `fix.global_relid_map` the old processor clears the flag, and finds no such channel on its list."""
+    with new_world(versions={VERSION_WIN10_V5_2}, switches={"global_relid_map": False}) as world:
+        world.boot()
+        channel = open_channel(world)
+        assert world.call(moving(channel)) == 0
+        event = world.host.channels[9].event
+        assert event is not None
+        event.position = world.cpus[0].position
+        world.events.clear()
+        world.host.write(9, b"late")
+        world.settle()
+
+        seen = [event.name for event in world.events if event.name in ("flag_clear", "vmbus_chan_sched")]
+        assert seen == ["flag_clear"]
 
 
 # -- who reads ------------------------------------------------------------------------------------------
