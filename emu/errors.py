@@ -6,6 +6,11 @@ The peer's fault (`ProtocolViolation`) is refused, counted and traced; nobody's 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class VmbusError(Exception):
     """Root of everything the emulator raises on purpose."""
@@ -61,6 +66,8 @@ class DeadlinePassed(VmbusError):
         super().__init__(f"{what}: no answer within {timeout_ns / 1e9:.3g} s")
         self.what = what
         self.timeout_ns = timeout_ns
+        self.recording: Path | None = None
+        """The machine's last seconds before it, where somebody saved them."""
 
 
 class UserError(VmbusError):

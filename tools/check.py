@@ -16,6 +16,7 @@ import click
 from emu.recording import Recording, TraceRecord
 from tools.event_names import shown_text
 from tools.exit_status import ExitStatus
+from tools.findings import Case, folder_of
 from tools.histograms import check_writable, write_text
 from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
@@ -93,6 +94,18 @@ def _line(record: TraceRecord) -> str:
     return f"{record.t_ns / 1e9:.6f} {where} #{record.seq} {record.event.name}: {shown_text(record)}"
 
 
+def keep(verdicts: Sequence[Verdict], recording: Recording) -> Path | None:
+    """Keep what was found, its recording left where it is; one that is in a finding's folder belongs to that."""
+    path = recording.path.absolute()
+    if (folder := folder_of(path)) is not None:
+        say(f"vmbus-emu: this is the recording of the finding in {folder}")
+        return folder
+    found = [line for one in violations_of(verdicts) for line in lines_of(one)]
+    found += [recording.damage] if recording.damage else []
+    case = Case(("check",), None, None, (str(path),), same=True)
+    return case.keep(found, no_recording=f"it stays where it is, {path}; it does not say of which scenario it is")
+
+
 def show(verdicts: Sequence[Verdict]) -> None:
     """What is broken with its records, then one line of all."""
     for verdict in verdicts:
@@ -129,10 +142,12 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
     verdicts, recording = check_recording(file)
     if junit is not None:
         write_text(junit, junit_of(verdicts, file), "--junit")
+    is_finding = bool(recording.damage) or any(one.count for one in verdicts)
+    folder = keep(verdicts, recording) if is_finding else None
     if as_json:
-        print_json("check", 1, report_of(verdicts, file))
+        print_json("check", 1, {**report_of(verdicts, file), "finding": None if folder is None else str(folder)})
     else:
         show(verdicts)
     if recording.damage:
         say(f"vmbus-emu: {recording.damage}")
-    return ExitStatus.FINDING if recording.damage or any(one.count for one in verdicts) else ExitStatus.FINE
+    return ExitStatus.FINDING if is_finding else ExitStatus.FINE

@@ -18,6 +18,7 @@ from emu.errors import UserError
 from emu.scenario_text import nearest
 from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus
+from tools.findings import Case, InFolder, folder_of
 from tools.options import json_option
 from tools.output import print_json
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 ERAS: Final = ("current", "seed")
 TWICE: Final = "host.dup_rescind"
+SCHEDULE: Final = "schedule.json"
+"""The file of a finding that `--replay` reads."""
 
 
 def _switches(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,6 +124,7 @@ def explore(
         "asked_depth": len(schedule) if schedule is not None else depth,
         **report_of(explorer, found, seconds),
     }
+    report["finding"] = _kept(report, replay) if found.violation is not None else None
     if as_json:
         print_json("explore", 2, report)
     else:
@@ -128,6 +132,22 @@ def explore(
     if found.violation is not None:
         return ExitStatus.FINDING
     return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
+
+
+def _kept(report: dict[str, Any], replay: Path | None) -> str | None:
+    """The folder of a counterexample; None if it could not be kept. One that is kept and done again is the same."""
+    if replay is not None and (folder := folder_of(replay)) is not None:
+        return str(folder)
+    violation = report["violation"]
+    world = {name: report[name] for name in ("devices", "subchannels", "threads", "without", "era", "faults")}
+    steps = [f"{number:4}  {event['text']}" for number, event in enumerate(violation["schedule"], 1)]
+    case = Case(("explore",), None, report["seed"], ("--replay", InFolder(SCHEDULE)), same=True)
+    kept = case.keep(
+        [*violation["problems"], "", *steps, "", json.dumps(world)],
+        no_recording=f"no machine was made; {SCHEDULE} is what was done",
+        files={SCHEDULE: json.dumps(report, indent=2) + "\n"},
+    )
+    return None if kept is None else str(kept)
 
 
 def _schedule_of(path: Path) -> tuple[Setting, list[dict[str, Any]]]:

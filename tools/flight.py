@@ -50,4 +50,5 @@ def saved_if_it_hangs(running: RunningMachine, seconds: float) -> Iterator[None]
     except DeadlinePassed as late:
         if path := save_flight(running, seconds, f"hang: {late}"):
             say(f"vmbus-emu: flight recording: {path}")
+            late.recording = path
         raise

@@ -26,6 +26,7 @@ from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus, noting_interruption
+from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.histograms import (
@@ -121,10 +122,15 @@ def latency(
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
+    case = _case(scenario, rate, size, duration_s, compare, fail)
+    folder = tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-")
+    recorded_at = record_path or Path(click.get_current_context().with_resource(folder), "recording")
     began_s = time.time()
     with noting_interruption() as interruption:
-        plain = measure(scenario, rate or 0, size, duration_s)
-        recorded = measure(scenario, rate or 0, size, duration_s, record=True, kept=record_path)
+        with kept_if_it_fails(case):
+            plain = measure(scenario, rate or 0, size, duration_s)
+        with kept_if_it_fails(case, recorded_at):
+            recorded = measure(scenario, rate or 0, size, duration_s, record=True, kept=recorded_at)
     if interruption.status is not None:
         if as_json:
             print_json("latency", 1, {"interrupted": True})
@@ -153,6 +159,7 @@ def latency(
         "faults": both(plain.faults, recorded.faults),
         "regressions": worse,
     }
+    report["finding"] = _kept(case, report, recorded_at)
     if as_json:
         print_json("latency", 1, report)
     else:
@@ -197,6 +204,27 @@ def measure(
         faults = running.faults.report()
         steps = _steps(recording.path, running.machine.config["vp_indices"])
         return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped, faults)
+
+
+def _case(
+    scenario: Scenario, rate: int | None, size: int, duration_s: float, compare: Path | None, fail: tuple[str, ...]
+) -> Case:
+    """What is measured, and how to measure it again and compare it with the same."""
+    words = ["--size", str(size), "--duration", f"{duration_s:g}"]
+    words += [] if rate is None else ["--rate", str(rate)]
+    words += [] if compare is None else ["--compare", str(compare.resolve())]
+    for limit in fail:
+        words += ["--fail", limit]
+    # Its machines have the seed that a machine has when nobody says.
+    return Case(("latency",), scenario, 0, (InFolder(SCENARIO), *words))
+
+
+def _kept(case: Case, report: dict[str, Any], recording: Path) -> str | None:
+    """The folder of what was found; None if nothing was, or if it could not be kept."""
+    found = [f"lost: {report['lost']}"] if report["lost"] else []
+    found += [f"worse: {line}" for line in report["regressions"]]
+    folder = case.keep(found, recording=recording, judge=True) if found else None
+    return None if folder is None else str(folder)
 
 
 def both(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:

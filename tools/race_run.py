@@ -127,7 +127,7 @@ class RaceMachine:
                 director.release_all()
                 director.settle()
             except MachineDied as died:
-                return [_of_death(death) for death in died.deaths], ""
+                return [of_death(death) for death in died.deaths], ""
             except (Inconclusive, DeadlinePassed) as why:
                 return [], str(why)
             return judged(director), ""
@@ -144,7 +144,8 @@ def judged(director: Director) -> list[Broken]:
     return [Broken(one.name, one.text) for one in (*found, *judge_state(director.settling.view))]
 
 
-def _of_death(death: Death) -> Broken:
+def of_death(death: Death) -> Broken:
+    """The invariant that a process died of: the one that its last line names, or whose assertion it was."""
     last = death.traceback.rstrip().rsplit("\n", 1)[-1]
     named = _NAMED.search(last)
     invariant = named[0] if named else next((name for text, name in _DEATHS.items() if text in last), _ANY_DEATH)

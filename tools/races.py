@@ -5,8 +5,8 @@ With its fix off a run breaks the invariant that its file names; with it on the 
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
+import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -16,16 +16,18 @@ import click
 
 from emu.errors import UserError
 from tools.exit_status import ExitStatus
+from tools.findings import RECORDING, Case, InFolder
 from tools.histograms import check_writable, write_text
 from tools.options import json_option
-from tools.output import print_json, print_table, say
-from tools.paths import made, state_dir
+from tools.output import print_json, print_table
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
 from tools.schedule import Schedule
 
 EXHIBITS: Final = "exhibits"
-KEPT: Final = 10
-"""Findings that are kept, the newest."""
+SEED: Final = 0
+"""Nothing in a schedule is random; its machine has the seed that any machine has when nobody says."""
+SCHEDULE: Final = "schedule.toml"
+"""The file of a finding that `races run` reads."""
 
 
 @click.group(invoke_without_command=True)
@@ -110,29 +112,30 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
     """
     check_writable(junit, "--junit")
     schedule = find_schedule(name)
-    folder = record_path.parent if record_path is not None else made(findings_dir() / _stamp(schedule.name))
-    runs = []
-    with RaceMachine(schedule, fix=fix == "on") as machine:
-        for number in range(times):
-            runs.append(machine.run(record_path or folder / f"{number + 1}.rec"))
-            if not as_json:
-                click.echo(line_of(runs[-1]))
-    keep(schedule, runs, folder, own=record_path is not None)
+    runs: list[RaceRun] = []
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
+        with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine:
+            for number in range(times):
+                runs.append(machine.run(record_path if times == 1 and record_path else Path(folder, f"{number}.rec")))
+                if not as_json:
+                    click.echo(line_of(runs[-1]))
+        finding = keep(schedule, runs)
+        if record_path is not None and times > 1:
+            shutil.copyfile(worst_of(runs).recording, record_path)
     if junit is not None:
         write_text(junit, junit_of(runs), "--junit")
     if as_json:
-        worst = worst_of(runs)
-        print_json("races-run", 1, {**worst.report(), "runs": [one.report() for one in runs]})
+        print_json("races-run", 1, report_of(runs, record_path, finding))
     return STATUS[worst_of(runs).verdict]
 
 
-def findings_dir() -> Path:
-    """Where findings are kept, a folder each."""
-    return state_dir() / "findings"
-
-
-def _stamp(name: str) -> str:
-    return f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{time.monotonic_ns() % 1_000_000:06}"
+def report_of(runs: list[RaceRun], record_path: Path | None, finding: Path | None) -> dict[str, object]:
+    """The object that `--json` prints; a recording is only there of the run that decides, if it was to be kept."""
+    worst = worst_of(runs)
+    there = record_path or (finding and finding / RECORDING)
+    reports = [{**one.report(), "recording": str(there) if there and one is worst else None} for one in runs]
+    decides = next(report for one, report in zip(runs, reports, strict=True) if one is worst)
+    return {**decides, "finding": None if finding is None else str(finding), "runs": reports}
 
 
 def worst_of(runs: list[RaceRun]) -> RaceRun:
@@ -150,27 +153,18 @@ def line_of(run: RaceRun) -> str:
     return "\n".join([*lines, f"  {run.reason}"] if run.reason else lines)
 
 
-def keep(schedule: Schedule, runs: list[RaceRun], folder: Path, *, own: bool) -> None:
-    """Keep what a run that found something needs to be repeated; the recording of one that found nothing goes."""
-    if own:
-        return
-    for one in runs:
-        if one.verdict == HELD:
-            one.recording.unlink(missing_ok=True)
-    if all(one.verdict == HELD for one in runs):
-        folder.rmdir()
-        return
-    (folder / "schedule.toml").write_text(schedule.path.read_text())
-    fix = "on" if runs[0].fix else "off"
-    line = f"vmbus-emu races run {folder / 'schedule.toml'} --fix {fix}"
-    (folder / "repeat").write_text(f"{line}\n")
-    say(f"kept: {folder}; repeat it: {line}")
-    for old in sorted(findings_dir().iterdir())[:-KEPT]:
-        # Another run may clear up, too.
-        with suppress(FileNotFoundError):
-            for path in old.iterdir():
-                path.unlink(missing_ok=True)
-            old.rmdir()
+def keep(schedule: Schedule, runs: list[RaceRun]) -> Path | None:
+    """Keep the run that decides, if it found anything or did not come to its end; the folder then."""
+    worst = worst_of(runs)
+    if worst.verdict == HELD:
+        return None
+    # Plugins are named relative to where a schedule lies, so one with plugins is repeated from there.
+    file = str(schedule.path.absolute()) if schedule.scenario.plugins else InFolder(SCHEDULE)
+    words = (file, "--fix", "on" if worst.fix else "off", "--times", str(len(runs)))
+    scenario = (schedule.with_fix() if worst.fix else schedule).scenario
+    case = Case(("races", "run"), scenario, SEED, words, label=schedule.name)
+    text = schedule.path.read_text(encoding="utf-8")
+    return case.keep(line_of(worst).splitlines(), recording=worst.recording, files={SCHEDULE: text})
 
 
 def junit_of(runs: list[RaceRun]) -> str:

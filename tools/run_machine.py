@@ -24,7 +24,8 @@ from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
-from tools.flight import save_flight, saved_if_it_hangs
+from tools.findings import SCENARIO, Case, InFolder, keep_death, kept_if_it_hangs
+from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import GuestDeaths
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
 from tools.options import check_record_path
@@ -68,6 +69,21 @@ class Options:
         if detach and self.no_guest and self.duration_s is not None:
             raise UserError("--detach --no-guest ends with its guest; leave --duration out")
 
+    def case(self) -> Case:
+        """What is run, and how to run it again: as long, as silently, and recorded if it was."""
+        words: list[str | InFolder] = [InFolder(SCENARIO), "--seed", str(self.seed)]
+        if self.duration_s is not None:
+            words += ["--duration", f"{self.duration_s:g}"]
+        if self.stream_path is not None:
+            words += ["--stream", str(self.stream_path.resolve())]
+        if self.no_guest:
+            words += ["--no-guest", "--guest-timeout", f"{self.guest_timeout_s:g}"]
+        for process in sorted(self.without):
+            words += ["--without", process]
+        if self.flight_s or self.record_path is not None:
+            words += ["--flight", f"{self.flight_s or DEFAULT_S:g}"]
+        return Case(("run",), self.scenario, self.seed, tuple(words))
+
 
 def check_stream_file(path: Path) -> None:
     """A readable regular file, or one line that says what is wrong with it."""
@@ -86,6 +102,8 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     """Run in this process; `ready_pipe` is told the machine's name when all channels are open (--detach)."""
     scenario = options.scenario
     interrupted: int | None = None
+    case = options.case()
+    death: MachineDied | None = None
     with launch(
         scenario,
         record=options.record_path is not None or options.flight_s > 0,
@@ -99,6 +117,8 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
         outcome = Outcome(running.name, scenario, options.seed, foreign=options.no_guest)
         try:
             with (
+                # Nobody who waits for a guest in vain has found anything.
+                contextlib.nullcontext() if options.no_guest else kept_if_it_hangs(case, options.record_path),
                 saved_if_it_hangs(running, options.flight_s),
                 recording(running, options.record_path) as outcome.recording,
             ):
@@ -111,7 +131,8 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
                 settle(running, outcome, no_guest=options.no_guest)
             if outcome.finding():
                 outcome.flight = save_flight(running, options.flight_s, "finding: see what the run said")
-        except MachineDied as death:
+        except MachineDied as died:
+            death = died
             outcome.deaths = [one.report() for one in death.deaths]
             outcome.counters = running.machine.control.counter_totals()
             outcome.faults = running.faults.report()
@@ -120,6 +141,11 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
             look(running, outcome)
     if scenario.plugins:
         outcome.log = running.log
+    if death is not None:
+        outcome.kept = keep_death(case, death, options.record_path)
+    elif interrupted is None and outcome.finding():
+        recorded = options.record_path or outcome.flight
+        outcome.kept = case.keep(outcome.findings(), recording=recorded, judge=True)
     return tell(outcome, options.as_json, interrupted)
 
 

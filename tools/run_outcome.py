@@ -51,6 +51,8 @@ class Outcome:
     crash_record: str | None = None
     recording: RecordingWriter | None = None
     flight: Path | None = None
+    kept: Path | None = None
+    """The folder of what was found (`tools.findings`)."""
 
     @property
     def channels_open(self) -> int:
@@ -66,9 +68,16 @@ class Outcome:
 
     def finding(self) -> bool:
         """Whether something is wrong with what was seen: a mismatch, a leak."""
-        wrong_stream = self.stream is not None and not self.stream["sha256_ok"]
-        broken = self.leaked or self.plugin_errors or self.state["state_violations"]
-        return wrong_stream or bool(broken) or any(task.errors for task in self.tasks)
+        return bool(self.findings())
+
+    def findings(self) -> list[str]:
+        """What is wrong with what was seen, a line each."""
+        found = [f"{one.program.name.lower()} on cpu{one.cpu}: {one.errors} errors" for one in self.tasks if one.errors]
+        if self.stream is not None and not self.stream["sha256_ok"]:
+            found.append(f"{self.stream['path']} came back with another SHA-256")
+        found += [f"leaked: {self.leaked}"] if self.leaked else []
+        found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
+        return [*found, *(f"{one['invariant']}: {one['text']}" for one in self.state["state_violations"])]
 
     @property
     def plugin_errors(self) -> int:
@@ -106,6 +115,7 @@ class Outcome:
             "crash_record": self.crash_record,
             "recording": recording_report(self.recording),
             "flight": None if self.flight is None else str(self.flight),
+            "finding": None if self.kept is None else str(self.kept),
         }
 
 

@@ -33,6 +33,7 @@ from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus, noting_interruption
+from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
@@ -211,9 +212,10 @@ def stress(
     again = _again(scenario_path, chosen, duration_s, channels, vcpus, mix, fault_texts)
     end = None if limit_s is None else time.monotonic() + limit_s
     check_versions(scenario)
+    case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     report: dict[str, Any] | None = None
     try:
-        with noting_interruption() as interruption:
+        with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
             report = run_stress(
                 scenario,
                 chosen,
@@ -236,11 +238,31 @@ def stress(
         return interruption.status or ExitStatus.FAILED
     if junit is not None:
         write_text(junit, junit_of(report), "--junit")
+    report["finding"] = _kept(case, report, record_path)
     if as_json:
         print_json("stress", 1, report)
     else:
         _show(report)
     return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
+
+
+def _case(scenario: Scenario, seed: int, duration_s: float, mix: str, limit_s: float | None, flight_s: float) -> Case:
+    """What is stressed, and how to do the same again on the scenario that is kept."""
+    words = ["--seed", str(seed), "--duration", f"{duration_s:g}", "--mix", mix]
+    words += ["--flight", f"{flight_s or DEFAULT_S:g}"]
+    words += [] if limit_s is None else ["--time-limit", f"{limit_s:g}"]
+    return Case(("stress",), scenario, seed, (InFolder(SCENARIO), *words))
+
+
+def _kept(case: Case, report: Mapping[str, Any], record_path: Path | None) -> str | None:
+    """The folder of what was found; None if nothing was, or if it could not be kept."""
+    found = findings_of(report)
+    if not found:
+        return None
+    lines = [*found.values(), *report["complaints"]]
+    made = record_path or (Path(report["flight"]) if report.get("flight") else None)
+    folder = case.keep(lines, recording=made, judge=record_path is None)
+    return None if folder is None else str(folder)
 
 
 def _again(

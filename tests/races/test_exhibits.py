@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from emu.scenario import Scenario
 from tests.conftest import RunCli
 from tools.race_run import HELD, VIOLATED, RaceMachine
 from tools.races import exhibits
@@ -73,9 +75,13 @@ def test_the_command_says_what_it_saw(run_cli: RunCli) -> None:
         "invariant": "INV-03",
         "expected": True,
     }
-    folder = Path(told["recording"]).parent
-    assert {path.name for path in folder.iterdir()} == {"1.rec", "schedule.toml", "repeat"}
-    again = (folder / "repeat").read_text().split()
+    folder = Path(told["finding"])
+    kept = {"finding.txt", "recording.rec", "scenario.toml", "schedule.toml", "seed", "repeat"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert Path(told["recording"]) == folder / "recording.rec"
+    assert Scenario.load(folder / "scenario.toml") == Schedule.load(folder / "schedule.toml").scenario
+    assert "INV-03: the rescind of relid 2 finds no channel" in (folder / "finding.txt").read_text()
+    again = shlex.split((folder / "repeat").read_text())
     assert run_cli(*again[1:]).returncode == 1
 
 
@@ -83,7 +89,7 @@ def test_a_run_that_finds_nothing_leaves_nothing(run_cli: RunCli, tmp_path: Path
     """Exit status 0, and no folder."""
     done = run_cli("races", "run", "offer-rescind-overtake", "--fix", "on")
     assert done.returncode == 0, done.stdout
-    assert not list((tmp_path / "state" / "vmbus-emu" / "findings").iterdir())
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize(
