@@ -77,7 +77,7 @@ class Outcome:
             found.append(f"{self.stream['path']} came back with another SHA-256")
         found += [f"leaked: {self.leaked}"] if self.leaked else []
         found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
-        return [*found, *(f"{one['invariant']}: {one['text']}" for one in self.state["state_violations"])]
+        return [*found, *self.state["state_violations"]]
 
     @property
     def plugin_errors(self) -> int:
