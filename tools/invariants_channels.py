@@ -50,8 +50,11 @@ class RelidLife(Rule):
         self._held[relid], self._generations[relid] = record, generation
 
     def _host_state(self, record: TraceRecord) -> None:
-        if record.values[3] in _FREE_STATES:
-            self._held.pop(record.values[0], None)
+        relid, _generation, old, new = record.values
+        # The guest gave up what it held, and is offered at once the device that had come back meanwhile.
+        came_back = old == host.ChannelState.REOFFERED and new not in host.REVOKED_STATES
+        if new in _FREE_STATES or came_back:
+            self._held.pop(relid, None)
 
 
 class ReleasedOnce(Rule):

@@ -15,6 +15,7 @@ from emu.recording import TraceRecord
 from emu.tracing import EVENTS, refused_words
 from emu.wire.messages import MessageType
 from guestproc.kernel.layout import ChannelState
+from hostproc.protocol.states import ChannelState as HostState
 from tests.conftest import RunCli
 from tests.tools.recorded import Edited
 from tools.check import violations_of
@@ -274,6 +275,17 @@ def test_tasklet_between_publish_and_signal_signals_for_itself(records: list[Tra
     read_index = _read_index(edited, relid, signal)
     edited.insert(signal, release, context="TASKLET", bytes=0, read_index=read_index)
     edited.insert(signal + 1, signal + 1, context="TASKLET")
+
+    assert broken(edited.records) == set()
+
+
+def test_device_that_came_back_is_offered_when_its_relid_is_given_up(records: list[TraceRecord]) -> None:
+    """The host was only waiting for the guest to let go of the relid: the next offer of it is right."""
+    edited = Edited(records)
+    offer_of_a_held_relid(edited)
+    at = edited.where("offer", actor=HOST, relid=1, generation=2)
+    reoffered, closed = int(HostState.REOFFERED), int(HostState.CLOSED)
+    edited.insert(at, edited.where("host_state"), relid=1, generation=1, old=reoffered, new=closed)
 
     assert broken(edited.records) == set()
 
