@@ -68,6 +68,12 @@ def _record(runs: int, short: bool, peers: bool) -> list[Anchor]:
     return measure(runs, short=short)
 
 
+def _points(runs: int, short: bool, peers: bool) -> list[Anchor]:
+    from tools.bench_points import measure
+
+    return measure(runs, short=short)
+
+
 BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
     "ring": _ring,
     "doorbell": _doorbell,
@@ -77,6 +83,7 @@ BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
     "idle": _idle,
     "scale": _scale,
     "record": _record,
+    "points": _points,
 }
 """Name -> measurement (runs, short, with peers)."""
 

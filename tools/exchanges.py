@@ -32,13 +32,16 @@ class Exchanged:
 
 @contextmanager
 def exchanging_machine(
-    vcpus: int, channels: int, *, poll: str = "adaptive", record: bool = False
+    vcpus: int, channels: int, *, poll: str = "adaptive", record: bool = False, races: bool = False
 ) -> Iterator[RunningMachine]:
-    """A machine with so many echo channels in all; one that records is drained while it is watched."""
+    """A machine with so many echo channels in all; one that records is drained while it is watched.
+
+    `races`: one that may run schedules, and so has sync points.
+    """
     devices = [DeviceSpec("echo", count=channels, ring_pages=RING_PAGES)]
     scenario = Scenario.default().with_overrides(vcpus=vcpus, poll=poll, devices=devices)
     with ExitStack() as stack:
-        running = stack.enter_context(launch(scenario, record=record))
+        running = stack.enter_context(launch(scenario, record=record, races=races))
         if record:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-emu-exchange-"))
             recording = RecordingWriter(Path(folder, "recording"), running.machine)

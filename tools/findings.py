@@ -46,6 +46,10 @@ MOST_JUDGED: Final = 32 << 20
 """Bytes of a recording that are checked while a finding is kept; a longer one is left to `vmbus-emu check`."""
 
 
+class OwnLimit(DeadlinePassed):
+    """A limit that a user set has passed: nothing hung, so it is no finding."""
+
+
 @dataclass(frozen=True, slots=True)
 class InFolder:
     """A word of the line that repeats: a file in the finding's own folder."""
@@ -141,6 +145,8 @@ def kept_if_it_hangs(case: Case, recording: Path | None = None) -> Iterator[None
     """A wait in the block that passes its deadline is a finding: kept, and raised on. `recording`: what it writes."""
     try:
         yield
+    except OwnLimit:
+        raise
     except DeadlinePassed as late:
         case.keep([f"it did not end: {late}"], recording=late.recording or _there(recording), judge=True)
         raise

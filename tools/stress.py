@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import click
 
-from emu.errors import DeadlinePassed, UserError
+from emu.errors import UserError
 from emu.mirror import Mirror
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
@@ -33,7 +33,7 @@ from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
 from tools.exit_status import ExitStatus, noting_interruption
-from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
+from tools.findings import SCENARIO, Case, InFolder, OwnLimit, kept_if_it_fails
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
@@ -376,7 +376,7 @@ def _watch(
     before = running.machine.control.counter_totals()
     while time.monotonic() - began < duration_s:
         if end is not None and time.monotonic() > end:
-            raise DeadlinePassed(f"the end of {duration_s:g} s of stress (--time-limit)", int((end - began) * 1e9))
+            raise OwnLimit(f"the end of {duration_s:g} s of stress (--time-limit)", int((end - began) * 1e9))
         troubles.turn()
         running.pump(TURN_S)
         if live and time.monotonic() - said > 0.5:

@@ -25,7 +25,17 @@ from emu.wire.versions import KNOWN_VERSIONS, FeatureFlags
 from tests.conftest import SOURCES, RunCli
 from tests.system.commands import start, wait_until_open
 from tools.exit_status import ExitStatus
-from tools.findings import KEPT, Case, InFolder, findings_dir, folder_of, keep_death, kept_if_it_hangs, scenario_text
+from tools.findings import (
+    KEPT,
+    Case,
+    InFolder,
+    OwnLimit,
+    findings_dir,
+    folder_of,
+    keep_death,
+    kept_if_it_hangs,
+    scenario_text,
+)
 from tools.launch import Death, MachineDied
 
 FAULTS = (
@@ -218,8 +228,8 @@ def test_death_names_its_invariant_and_its_crash_record(state: Path) -> None:
 
 
 def test_only_a_hang_is_kept_not_what_a_user_does(state: Path) -> None:
-    """Ctrl-C and a wrong word pass; a wait that ends by its deadline is a finding."""
-    for error in (KeyboardInterrupt(), UserError("wrong")):
+    """Ctrl-C, a wrong word, a limit of the user's own pass; a wait that ends by its deadline is a finding."""
+    for error in (KeyboardInterrupt(), UserError("wrong"), OwnLimit("the end", 10**9)):
         with pytest.raises(type(error)), kept_if_it_hangs(case()):
             raise error
     assert not findings_dir().exists()
