@@ -29,6 +29,7 @@ class Fix:
     atomic_flag_clear: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
+    recheck_after_stop: bool = True
     no_open_timeout: bool = True
     teardown_on_error: bool = True
     check_gpadl_status: bool = True
@@ -92,6 +93,10 @@ SWITCHES: Final[dict[str, Switch]] = {
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
+    "recheck_after_stop": Switch(
+        "a queue is stopped without a look at who is left to wake it",
+        ("D4",),
+    ),
     "no_open_timeout": Switch("an open gives up after five seconds", ("E2",)),
     "teardown_on_error": Switch("an open that fails frees its pages without taking them back from the host", ("E2",)),
     "check_gpadl_status": Switch("a GPADL that the host refused is used", ("E3",)),

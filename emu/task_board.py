@@ -45,6 +45,7 @@ class Program(IntEnum):
     STRESS = 6
     LISTEN = 7
     EXCHANGE = 8
+    TRANSMIT = 9
 
 
 @dataclass(frozen=True, slots=True)

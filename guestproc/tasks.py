@@ -32,6 +32,7 @@ from guestproc.listen import listen
 from guestproc.net_check import net_check
 from guestproc.stress import stress
 from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally
+from guestproc.transmit import transmit
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -315,6 +316,7 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.STRESS: stress,
     Program.LISTEN: listen,
     Program.EXCHANGE: exchange,
+    Program.TRANSMIT: transmit,
 }
 
 

@@ -45,7 +45,7 @@ from tools.invariants_settled_interrupts import (
     targets_are_online,
     tasklets_run,
 )
-from tools.invariants_settled_rings import lent_pages_are_taken, pools_add_up, readers_look, writers_are_woken
+from tools.invariants_settled_rings import lent_pages_are_taken, pools_and_queues, readers_look, writers_are_woken
 from tools.invariants_settled_waits import no_wait_is_in_vain
 
 RULES: Final[tuple[type[Rule], ...]] = (
@@ -89,7 +89,7 @@ STATE_RULES: Final[tuple[StateRule, ...]] = (
     StateRule(18, "No tasklet is left disabled, and a scheduled one runs", tasklets_run),
     StateRule(19, "No reader sleeps over bytes that nobody will tell it of", readers_look),
     StateRule(20, "No writer sleeps over room that nobody will tell it of", writers_are_woken),
-    StateRule(22, "What is free and what is taken of a pool is all of it", pools_add_up),
+    StateRule(22, "A pool is what is free and what is taken of it; a stopped queue will be woken", pools_and_queues),
     StateRule(25, "Each channel is on one CPU's list (era seed)", lists_are_whole),
     StateRule(26, "The target of an open channel is online", targets_are_online),
     StateRule(27, "No wait is in vain: no cycle, and a producer for each", no_wait_is_in_vain),

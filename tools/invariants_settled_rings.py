@@ -188,6 +188,26 @@ def _registered_pages(view: LiveView) -> Iterator[Finding]:
 # -- pools ----------------------------------------------------------------------------------------------
 
 
+def pools_and_queues(scene: Scene) -> Iterator[Finding]:
+    """INV-22, both halves."""
+    yield from pools_add_up(scene)
+    yield from stopped_queues_are_woken(scene)
+
+
+def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
+    """INV-22: who stopped a transmit queue has left somebody who wakes it: a frame whose completion is to come."""
+    tables = scene.view.tables
+    if tables is None or scene.parked:
+        return
+    for one in tables.net_channels.live():
+        channel = tables.channels.find(one.channel)
+        if channel is None or not one.attached or channel.rescind.load():
+            continue
+        if one.tx_stopped.load() and not one.queue_sends.load():
+            text = f"the transmit queue of relid {channel.relid} is stopped, and no completion will come that wakes it"
+            yield Finding(22, text, relid=channel.relid)
+
+
 def pools_add_up(scene: Scene) -> Iterator[Finding]:
     """INV-22: of each pool, what is free and what is taken is all of it."""
     tables = scene.view.tables

@@ -27,6 +27,7 @@ from emu.wire.guids import guid_to_wire
 from emu.wire.netlike_protocol import FRAME, parse_frame, type_of
 from emu.wire.packets import VM_PKT_COMP
 from guestproc.drivers import claims
+from guestproc.drivers.netlike_tx import TX_ID, netvsc_send_tx_complete
 from guestproc.drivers.settings import Settings
 from guestproc.drivers.subchannels import add_subchannel, ask_for_subchannels, take_answer, wait_for_callbacks
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
@@ -265,8 +266,11 @@ def _process(current: Current, channel: Channel, nvchan: NetChannel, packets: li
         take_answer(current, device, packets)
     frames = nbytes = gaps = checksum_errors = 0
     expected = nvchan.rx_next
-    for packet_type, _flags, _trans_id, payload in packets:
+    for packet_type, _flags, trans_id, payload in packets:
         if packet_type == VM_PKT_COMP:
+            if trans_id & TX_ID:
+                netvsc_send_tx_complete(current, channel, nvchan)
+                continue
             nvchan.reply = payload[:40].ljust(40, b"\0")
             nvchan.replies += 1
             continue

@@ -286,6 +286,8 @@ class NetChannel(Record):
     reply = Blob(40, "the poll's, written before replies is raised: the last of them")
     # What the program that has claimed the channel counts.
     tx_next = Word(4, "the claimant's: sequence of the next frame")
+    queue_sends = Atomic32("atomic: frames that were sent with a completion to come")
+    tx_stopped = Atomic32("atomic: 1 while its transmit queue is stopped (`__QUEUE_STATE_DRV_XOFF`)")
 
 
 class Driver(Record):

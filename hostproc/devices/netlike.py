@@ -71,6 +71,8 @@ class _Port:
                     kind = type_of(packet[3])
                     if kind == FRAME:
                         self._count(packet[3])
+                        if packet[1] & COMPLETION_REQUESTED and packet[2]:
+                            yield from self._complete(packet, pack_reply(FRAME, NetlikeStatus.SUCCESS))
                         continue
                     _must_be_answerable(packet, kind)
                 except ProtocolViolation as violation:
