@@ -7,6 +7,7 @@ machine runs and read although its writer was killed: whatever is whole is read,
     HEAD   msgpack: schema, machine, contexts, the event table, when the recording began
     ACTR   msgpack: one actor (its slot, name, kind, pid, cpu), before its first records
     RECS   records of one actor as they stood in its ring, oldest first (64 bytes each, see `emu.tracing`)
+    NOTE   msgpack: what whoever made the recording says of it (a schedule, say: which, its steps, what came of it)
     TAIL   msgpack: how many records there are and how many were dropped; without it the writer was cut off
 """
 
@@ -135,6 +136,11 @@ class RecordingWriter:
             self._flush()
         return self.records - before
 
+    def note(self, content: dict[str, Any]) -> None:
+        """Keep something that is no record beside them; after `close` it is too late, and nothing happens."""
+        if not self._file.closed:
+            self._write_map(b"NOTE", content)
+
     def close(self) -> None:
         """Drain what is left, say that this is all, close the file. May be called twice."""
         if self._file.closed:
@@ -220,6 +226,7 @@ class Recording:
         self._chunks: dict[int, list[tuple[int, int]]] = {}
         self._tail: dict[str, Any] = {}
         self.head: dict[str, Any] = {}
+        self.notes: list[dict[str, Any]] = []
         self._data = _mapped(path)
         self._read_file_head()
         self._read_chunks()
@@ -335,7 +342,7 @@ class Recording:
         if kind == b"RECS":
             whole = length // RECORD_BYTES * RECORD_BYTES
             self._chunks.setdefault(slot, []).append((start, start + whole))
-        elif kind in (b"HEAD", b"ACTR", b"TAIL") and not self.damage:
+        elif kind in (b"HEAD", b"ACTR", b"NOTE", b"TAIL") and not self.damage:
             self._read_map(at, kind, slot, bytes(self._data[start : start + length]))
         return int(start + length)
 
@@ -349,6 +356,8 @@ class Recording:
                 _events(content)
                 _contexts(content)
                 self.head = content
+            elif kind == b"NOTE":
+                self.notes.append(dict(content))
             else:
                 self._tail = {"records": int(content["records"])}
         except (ValueError, TypeError, KeyError, AttributeError):

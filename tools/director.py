@@ -100,6 +100,11 @@ class Director:
         except OrderRefused as refused:
             raise UserError(f"step {step.number} `{step.text}`: {refused}") from None
 
+    @property
+    def relids(self) -> Mapping[str, int]:
+        """Relids by the names that the steps have used so far; it grows with them."""
+        return self._relids
+
     def release_all(self) -> None:
         """Let everybody go who is still held: a run is judged with nobody at a point."""
         for number in range(TICKETS):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from emu.errors import DeadlinePassed
 from emu.recording import RecordingWriter
@@ -78,6 +78,49 @@ class RaceRun:
         }
 
 
+@dataclass(slots=True)
+class RunNote:
+    """What a run's recording says of it beside its records: enough to tell it again, without the exhibit's file.
+
+    `schedule` is what the file says; `began_ns` (CLOCK_MONOTONIC) has an entry for each step that was begun; `relids`
+    by label; `ended_ns` is when it was judged.
+    """
+
+    schedule: Mapping[str, Any]
+    fix: bool
+    name: str
+    began_ns: list[int] = field(default_factory=list)
+    relids: Mapping[str, int] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+    reason: str = ""
+    ended_ns: int = 0
+
+    KIND: ClassVar[str] = "race"
+
+    def to_map(self) -> dict[str, Any]:
+        """As a NOTE of a recording holds it."""
+        return {
+            "kind": self.KIND,
+            "schedule": dict(self.schedule),
+            "fix": self.fix,
+            "name": self.name,
+            "began_ns": self.began_ns,
+            "relids": dict(self.relids),
+            "broken": [[one.invariant, one.text] for one in self.broken],
+            "reason": self.reason,
+            "ended_ns": time.monotonic_ns(),
+        }
+
+    @classmethod
+    def of(cls, notes: Iterable[Mapping[str, Any]]) -> RunNote | None:
+        """The note among those of a recording; None if there is none (it is no schedule's)."""
+        found = next((note for note in notes if note.get("kind") == cls.KIND), None)
+        if found is None:
+            return None
+        values = {key: value for key, value in found.items() if key != "kind"}
+        return cls(**{**values, "broken": [Broken(*one) for one in found["broken"]]})
+
+
 class RaceMachine:
     """A machine on which one schedule is run, as often as you like; a context manager. Reset between two runs."""
 
@@ -118,19 +161,26 @@ class RaceMachine:
     def _run(self, recording: Path) -> tuple[list[Broken], str]:
         """What is broken, and why the run says nothing ("" if it does)."""
         seen, running = Seen(), self._booting()
-        with _recorded(running, recording, seen):
-            try:
-                running.wait_ready()
-                director = Director(running, seen)
-                for step in self._schedule.steps:
-                    director.do(step)
-                director.release_all()
-                director.settle()
-            except MachineDied as died:
-                return [of_death(death) for death in died.deaths], ""
-            except (Inconclusive, DeadlinePassed) as why:
-                return [], str(why)
-            return judged(director), ""
+        note = RunNote(self._schedule.document, self._fix, self._schedule.name)
+        with _recorded(running, recording, seen, note):
+            note.broken, note.reason = self._steps(running, seen, note)
+        return note.broken, note.reason
+
+    def _steps(self, running: RunningMachine, seen: Seen, note: RunNote) -> tuple[list[Broken], str]:
+        try:
+            running.wait_ready()
+            director = Director(running, seen)
+            note.relids = director.relids
+            for step in self._schedule.steps:
+                note.began_ns.append(time.monotonic_ns())
+                director.do(step)
+            director.release_all()
+            director.settle()
+        except MachineDied as died:
+            return [of_death(death) for death in died.deaths], ""
+        except (Inconclusive, DeadlinePassed) as why:
+            return [], str(why)
+        return judged(director), ""
 
 
 def judged(director: Director) -> list[Broken]:
@@ -153,12 +203,13 @@ def of_death(death: Death) -> Broken:
 
 
 @contextmanager
-def _recorded(running: RunningMachine, path: Path, seen: Seen) -> Iterator[None]:
-    """Drain what the processes record into a file, and decode it as it comes."""
+def _recorded(running: RunningMachine, path: Path, seen: Seen, note: RunNote) -> Iterator[None]:
+    """Drain what the processes record into a file, and decode it as it comes; the note goes in at the end."""
     writer = RecordingWriter(path, running.machine, tee=seen.take)
     running.on_pump = writer.poll
     try:
         yield
     finally:
         running.on_pump = None
+        writer.note(note.to_map())
         writer.close()

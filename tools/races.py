@@ -65,7 +65,7 @@ def find_schedule(name: str) -> Schedule:
 @races.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the exhibits: id, name, the switch that is off, the invariant that it breaks."""
+    """List the exhibits: id, name, title; with --json also switches and invariants."""
     schedules = {path.stem.split("-", 1)[0].upper(): Schedule.load(path) for path in exhibits().values()}
     rows = [
         {
@@ -81,16 +81,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json("races", 1, {"exhibits": rows})
         return
-    print_table(
-        ("id", "name", "fix off", "breaks"),
-        [(str(r["id"]), str(r["name"]), _switches_text(r), " ".join(map(str, r["invariants"]))) for r in rows],  # type: ignore[arg-type]
-    )
-
-
-def _switches_text(row: dict[str, object]) -> str:
-    names = row["switches"]
-    assert isinstance(names, list)
-    return " ".join([*names, *([f"variant={row['variant']}"] if row["variant"] else [])])
+    print_table(("id", "name", "title"), [(row["id"], row["name"], row["title"]) for row in rows])
 
 
 @races.command()
@@ -136,6 +127,42 @@ def report_of(runs: list[RaceRun], record_path: Path | None, finding: Path | Non
     reports = [{**one.report(), "recording": str(there) if there and one is worst else None} for one in runs]
     decides = next(report for one, report in zip(runs, reports, strict=True) if one is worst)
     return {**decides, "finding": None if finding is None else str(finding), "runs": reports}
+
+
+@races.command()
+@click.argument("name", metavar="[NAME|FILE]", required=False)
+@click.option("--fix", type=click.Choice(["on", "off"]), default="off", show_default=True, help="The historical fix.")
+@click.option("--from", "recording", type=click.Path(path_type=Path), metavar="RECORDING", help="A run's, of `run`.")
+@click.option("--svg", "picture", type=click.Path(path_type=Path), help="Write the diagram as a picture, too.")
+@json_option
+def show(name: str | None, fix: str, recording: Path | None, picture: Path | None, as_json: bool) -> int:
+    """Tell an exhibit in plain words, run it, and draw the run as a sequence diagram.
+
+    With --from nothing is run: the recording says which exhibit it is, and what came of it.
+
+    \b
+    Example:
+      vmbus-emu races show A1
+      vmbus-emu races show A1 --fix on --svg a1.svg
+      vmbus-emu races run A1 --record a1.rec; vmbus-emu races show --from a1.rec
+    """
+    from tools.race_picture import picture_of
+    from tools.race_show import of_recording, print_shown, run_and_show
+
+    check_writable(picture, "--svg")
+    if name is None and recording is None:
+        raise UserError("nothing is said to show; name an exhibit (`vmbus-emu races list`) or give --from RECORDING")
+    schedule = find_schedule(name) if name is not None else None
+    if recording is not None:
+        shown = of_recording(recording, schedule)
+    else:
+        assert schedule is not None
+        shown = run_and_show(schedule, fix=fix == "on")
+    print_shown(shown, as_json=as_json)
+    if picture is not None:
+        title = f"{shown.schedule.name}: {shown.schedule.title} (fix {'on' if shown.note.fix else 'off'})"
+        write_text(picture, picture_of(shown.diagram, title, shown.outcome), "--svg")
+    return ExitStatus.TIME_LIMIT if shown.note.reason else ExitStatus.FINE
 
 
 def worst_of(runs: list[RaceRun]) -> RaceRun:

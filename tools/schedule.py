@@ -107,11 +107,18 @@ class Schedule:
     steps: tuple[Step, ...]
     invariants: tuple[str, ...]
     path: Path = field(compare=False)
+    document: Mapping[str, Any] = field(compare=False)
+    """What the file says, as it stands there."""
 
     @classmethod
     def load(cls, path: Path) -> Schedule:
         """Read a schedule file; UserError names the file, the key or step, and the cure."""
-        document = dict(read_toml(path))
+        return cls.of_document(read_toml(path), path)
+
+    @classmethod
+    def of_document(cls, whole: Mapping[str, Any], path: Path) -> Schedule:
+        """The schedule in what was read from a file already; raises as `load`."""
+        document = dict(whole)
         top = Table({key: document.pop(key) for key in SCHEDULE_KEYS if key in document}, str(path), "")
         expect = Table(top.take("expect", _anything, {}), str(path), "expect")
         invariants = expect.take("invariant", _invariants, _NONE)
@@ -124,6 +131,7 @@ class Schedule:
             read_steps(top.take("step", _lines, _NONE), str(path)),
             invariants,
             path,
+            whole,
         )
 
     def with_fix(self) -> Schedule:
