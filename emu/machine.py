@@ -268,7 +268,7 @@ class VpKick:
 
     def __init__(self, machine: Machine, position: int, cpu: int) -> None:
         self._machine = machine
-        self._position = position
+        self.position = position
         self._cpu = cpu
         self._pidfd = -1
         self._post: Callable[[], None] | None = None
@@ -276,11 +276,22 @@ class VpKick:
     def post(self) -> None:
         """Post one token to the VP's semaphore."""
         if self._post is None:
-            self._post = self._machine.wakeup(f"vp.{self._position}").post
+            self._post = self._machine.wakeup(f"vp.{self.position}").post
         self._post()
 
     def interrupt(self) -> bool:
         """Send the kick signal to our own vCPU process; False when there is none (a foreign VP)."""
+        return self._send(KICK_SIGNAL)
+
+    def freeze(self) -> bool:
+        """Let it run no further, wherever it is, until `thaw`; False when there is no such process."""
+        return self._send(signal.SIGSTOP)
+
+    def thaw(self) -> bool:
+        """Let it run on."""
+        return self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> bool:
         if self._pidfd < 0:
             row = self._machine.find_actor(ActorKind.VCPU, self._cpu)
             if row is None:
@@ -296,7 +307,7 @@ class VpKick:
                 return False
             self._pidfd = pidfd
         try:
-            signal.pidfd_send_signal(self._pidfd, KICK_SIGNAL)
+            signal.pidfd_send_signal(self._pidfd, number)
         except OSError:
             # It is dead; the processor may get another process.
             os.close(self._pidfd)

@@ -29,6 +29,7 @@ class Fix:
     atomic_flag_clear: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
+    signal_on_transition_only: bool = True
     recheck_after_stop: bool = True
     no_open_timeout: bool = True
     teardown_on_error: bool = True
@@ -93,6 +94,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
+    "signal_on_transition_only": Switch("a writer signals the host at each write, also when the ring is full", ("D3",)),
     "recheck_after_stop": Switch(
         "a queue is stopped without a look at who is left to wake it",
         ("D4",),

@@ -247,6 +247,9 @@ EVENTS: Final = _table(
     ("timer_dropped", "position:u32 timer:u8 sint:u8 expiration_time:u64"),
     ("timer_withdrawn", "position:u32 timer:u8 sint:u8 expiration_time:u64"),
     ("clock_event", "timer:u8 expiration_time:u64 delivery_time:u64"),
+    # The host holds a processor because of signals without cause on a channel, and lets it run on.
+    ("freeze", "position:u32 relid:u32 signals:u32"),
+    ("thaw", "position:u32"),
 )
 """All events that a recording may hold; numbers never change, new ones go last, as do new arguments of one.
 
@@ -367,6 +370,8 @@ E_TIMER_DELIVERED: Final = EVENTS["timer_delivered"].number
 E_TIMER_DROPPED: Final = EVENTS["timer_dropped"].number
 E_TIMER_WITHDRAWN: Final = EVENTS["timer_withdrawn"].number
 E_CLOCK_EVENT: Final = EVENTS["clock_event"].number
+E_FREEZE: Final = EVENTS["freeze"].number
+E_THAW: Final = EVENTS["thaw"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:

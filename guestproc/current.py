@@ -22,7 +22,7 @@ from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
 from guestproc.points import Points
 from guestproc.protocol.era import Era
-from guestproc.ring_points import PointedConsumer, has_points
+from guestproc.ring_points import EagerProducer, PointedConsumer, has_points
 from guestproc.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class Current:
             hooks.armed, hooks.reach = points.armed, points.reach
         if has_points(self):
             rings.reader = lambda channel: partial(PointedConsumer, self, channel)
+        if not self.fix.signal_on_transition_only:
+            rings.writer = lambda channel: partial(EagerProducer, self, channel)
         self.faults: Final = Faults(self.machine.control, self.trace.record if self.trace else None)
         """What is to go wrong in this thread; looked at where a step may fail, never for a packet."""
         if self.trace:

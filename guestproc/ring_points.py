@@ -5,12 +5,18 @@ Chosen when a process maps a ring; a ring of any other machine has no trace of t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from emu.ring import Packet, RingConsumer, RingMemory, RingWords
+from emu.errors import RingFull
+from emu.ring import Packet, RingConsumer, RingMemory, RingProducer, RingWords
+from emu.ring_memory import Payload
 from emu.syncpoint import Point
+from emu.wire.packets import VM_PKT_DATA_INBAND
+from guestproc.kernel.layout import Channel
 from guestproc.kernel.pages import PAGE_SHIFT, owner_text
+from guestproc.vmbus.connection import vmbus_setevent
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -101,3 +107,36 @@ class PointedConsumer(RingConsumer):
         self._epoch.check("the unmask")
         left = super().end_read()
         return left if self._current.fix.recheck_after_unmask else 0
+
+
+class EagerProducer(RingProducer):
+    """A guest's writer that signals at each write; wrong on purpose (races.md D3).
+
+    Whether the reader needs one, it does not ask; and it signals even when the ring was full and nothing was written.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, current: Current, channel: Channel, memory: RingMemory, words: RingWords) -> None:
+        super().__init__(memory, sole=False, words=words)
+        write, write_many = self.write, self.write_many
+
+        def write_and_signal(
+            payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND
+        ) -> bool:
+            try:
+                write(payload, trans_id, flags, packet_type)
+            except RingFull:
+                vmbus_setevent(current, channel)
+                raise
+            return True
+
+        def write_many_and_signal(
+            payloads: Sequence[Payload],
+            first_trans_id: int | Iterable[int] = 0,
+            flags: int = 0,
+            packet_type: int = VM_PKT_DATA_INBAND,
+        ) -> tuple[int, bool]:
+            return write_many(payloads, first_trans_id, flags, packet_type)[0], True
+
+        self.write, self.write_many = write_and_signal, write_many_and_signal

@@ -67,6 +67,7 @@ from hostproc.protocol.refusals import Refusals
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
+from hostproc.throttle import Throttle
 
 _MODIFYCHANNEL: Final = int(MessageType.MODIFYCHANNEL).to_bytes(4, "little")
 _ON_MODIFY: Final = int(Point.HOST_ON_MODIFY)
@@ -185,6 +186,8 @@ class Bus:
         self._carrying_out = False
         self._late_doorbells: dict[int, int] = {}
         self._outgoing: deque[tuple[SendMessage, int]] = deque()
+        self.throttle: Throttle | None = None
+        """What counts signals without cause, where somebody does; to be set before a device is open."""
         self.cause = 0
         """Serial of the guest's message that is being handled (0: none), for the trace."""
         self._channel_class: type[HostChannel] = HostChannel
@@ -403,11 +406,21 @@ class Bus:
     def _open_doorbell(self, key: int, connection_id: int) -> None:
         """Run the device at each signal; on the doorbell of 0.13 a bit of the interrupt page says which device."""
         if connection_id != SHARED_DOORBELL_CONNECTION_ID:
-            self._partition.open_doorbell(connection_id, self._devices[key].wake)
+            wake = self._devices[key].wake
+            if self.throttle is not None:
+                wake = partial(self._count_signal, self.throttle, key)
+            self._partition.open_doorbell(connection_id, wake)
             return
         if not self._sharing:
             self._partition.open_doorbell(connection_id, self._shared_doorbell)
         self._sharing[self._devices[key].relid] = key
+
+    def _count_signal(self, throttle: Throttle, key: int) -> None:
+        """The doorbell of a device, in a machine that counts."""
+        device = self._devices[key]
+        if device.channel is not None:
+            throttle.signalled(device.channel)
+        device.wake()
 
     def _close_doorbell(self, key: int, connection_id: int) -> None:
         if connection_id == SHARED_DOORBELL_CONNECTION_ID:

@@ -34,7 +34,7 @@ from emu.ring_memory import RingMemory, RingWords
 from emu.ring_trace import recorded
 from emu.scenario import Scenario
 from emu.switches import Fix
-from emu.tracing import E_DOORBELL, E_FAULT, Context
+from emu.tracing import E_DOORBELL, E_FAULT, E_FREEZE, E_THAW, Context
 from emu.vmexit import ExitServer
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import add_plugins, new_backend, offer_of
@@ -51,6 +51,7 @@ from hostproc.protocol.policy import policy_of
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.state_trace import StateTrace
+from hostproc.throttle import FREEZE_NS, Throttle
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
@@ -176,6 +177,9 @@ class Hypervisor:
             packets=packets,
         )
         guest_ports.cause = lambda: self.bus.cause
+        self._frozen: list[VpKick] = []
+        if machine.races:
+            self.bus.throttle = Throttle(self.points, self._freeze)
         self.control_plane = ControlPlane(
             self.partition, guest_ports, self.bus, self.loop, machine.control, self.scenario.machine.host_version
         )
@@ -346,6 +350,28 @@ class Hypervisor:
     def _note_serial(self, position: int, sint: int, serial: int) -> None:
         self.machine.control.view.store_u64(self.machine.control.serial_offset(position, sint), serial)
 
+    # -- the guest held -----------------------------------------------------------------------------
+
+    def _freeze(self, relid: int, signals: int) -> None:
+        """Hold every processor of the guest for a while."""
+        if self._frozen:
+            return
+        for position in range(self.machine.vp_count):
+            kick = VpKick(self.machine, position, self.machine.config["cpu_positions"].index(position))
+            if kick.freeze():
+                self._frozen.append(kick)
+                if self.trace:
+                    self.trace.record(E_FREEZE, position, relid, signals)
+        self._call_later(FREEZE_NS, self._thaw)
+
+    def _thaw(self) -> None:
+        """Let them run on."""
+        for kick in self._frozen:
+            if self.trace:
+                self.trace.record(E_THAW, kick.position)
+            kick.thaw()
+        self._frozen.clear()
+
     # -- the guest's life ---------------------------------------------------------------------------
 
     def _attached(self, pid: int) -> int:
@@ -441,6 +467,7 @@ class Hypervisor:
         self.machine.control.reach(Ready.HOST_RUNS)
         self.report("stage", "hypervisor", int(Ready.HOST_RUNS))
         self.loop.run()
+        self._thaw()
         self.control_plane.publish()
         self.bus.close()
         self.counters.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from emu.recording import TraceRecord
 from emu.tracing import Context, Side
@@ -142,31 +143,84 @@ class TaskletsRun(Rule):
             self.violate(f"tasklet {Tasklets(tasklet).name} was scheduled on {record.actor.name} and never ran", record)
 
 
+@dataclass(slots=True)
+class _Cause:
+    """What an actor has done to a channel's rings since it last signalled it."""
+
+    good: bool = False
+    """It made room, or published into a ring that was empty."""
+    begins: set[int] = field(default_factory=set)
+    """Where its other publishes began: each had a cause if the reader turns out to have been there."""
+
+
 class SignalsHaveACause(Rule):
-    """Who signals has published something, or made room, since it last did."""
+    """Who signals has made room, or has published into a ring that was empty, since it last did.
+
+    Whether a guest's ring was empty is judged by where the host's reader stood: anywhere that it was between the
+    guest's publish and its signal. A release is recorded behind its store, so the first one recorded after the signal
+    may have been before it; no later one can. Of other rings only is asked whether anything was published.
+    """
 
     NUMBER = 21
-    TITLE = "Each signal has a cause: something published, or room made"
+    TITLE = "Each signal has a cause: something published into an empty ring, or room made"
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         # By context as well: a tasklet comes between a task's publish and its signal, and has causes of its own.
-        self._cause: dict[tuple[int, str, int], bool] = {}
+        self._causes: dict[int, dict[tuple[int, str], _Cause]] = {}
+        self._sizes: dict[int, int] = {}
+        self._reads: dict[int, int] = {}
+        """Where the host stands in the guest's ring, by relid; only of channels whose opening was recorded."""
+        self._undecided: dict[int, list[tuple[TraceRecord, set[int]]]] = {}
 
     def feeds(self) -> Mapping[str, Feed]:
-        """Rings and signals of one actor, in its own order."""
+        """Rings and signals of one actor, in its own order; what the host has read of a guest's ring."""
         return {
-            "ring_publish": self._ring,
-            "ring_release": self._ring,
+            "map": self._map,
+            "ring_attach": self._ring_attach,
+            "ring_publish": self._ring_publish,
+            "ring_release": self._ring_release,
             "signal": self._signal,
             "flag_set": self._flag_set,
         }
 
-    def _ring(self, record: TraceRecord) -> None:
-        # Its own end of the ring: each side publishes into the one and releases the other.
-        published = record.event.name == "ring_publish"
-        if (record.values[1] == Side.TO_GUEST) == (published == is_host(record)):
-            self._cause[record.actor.slot, record.context, record.values[0]] = True
+    def _cause(self, record: TraceRecord, relid: int) -> _Cause:
+        return self._causes.setdefault(relid, {}).setdefault((record.actor.slot, record.context), _Cause())
+
+    def _map(self, record: TraceRecord) -> None:
+        self._reads[record.values[0]] = 0
+        self._causes.pop(record.values[0], None)
+
+    def _ring_attach(self, record: TraceRecord) -> None:
+        relid, side, size, _write, _read = record.values
+        if side == Side.TO_HOST:
+            self._sizes[relid] = size
+
+    def _ring_publish(self, record: TraceRecord) -> None:
+        relid, side, index, size = record.values
+        if (side == Side.TO_GUEST) != is_host(record):
+            return
+        cause = self._cause(record, relid)
+        if side == Side.TO_GUEST or relid not in self._reads or not self._sizes.get(relid):
+            cause.good = True
+            return
+        begin = (index - size) % self._sizes[relid]
+        cause.begins.add(begin)
+        cause.good = cause.good or begin == self._reads[relid]
+
+    def _ring_release(self, record: TraceRecord) -> None:
+        relid, side, index, _size = record.values
+        if (side == Side.TO_HOST) != is_host(record):
+            return
+        self._cause(record, relid).good = True
+        if side == Side.TO_GUEST:
+            return
+        self._reads[relid] = index
+        for cause in self._causes[relid].values():
+            cause.good = cause.good or index in cause.begins
+        for signal, begins in self._undecided.pop(relid, []):
+            if index not in begins:
+                self._accuse(signal)
 
     def _signal(self, record: TraceRecord) -> None:
         self._look(record, record.values[0])
@@ -177,5 +231,18 @@ class SignalsHaveACause(Rule):
             self._look(record, record.values[2])
 
     def _look(self, record: TraceRecord, relid: int) -> None:
-        if not self._cause.pop((record.actor.slot, record.context, relid), False):
+        cause = self._causes.get(relid, {}).pop((record.actor.slot, record.context), None)
+        if cause is None:
             self.violate(f"{record.actor.name} signals relid {relid} and has done nothing to its rings", record)
+        elif not cause.good:
+            self._undecided.setdefault(relid, []).append((record, cause.begins))
+
+    def _accuse(self, signal: TraceRecord) -> None:
+        text = f"{signal.actor.name} signals relid {signal.values[0]}, whose ring was not empty before it wrote"
+        self.violate(text, signal)
+
+    def end(self) -> None:
+        """Nothing more was read: the reader was where it is."""
+        for waiting in self._undecided.values():
+            for signal, _begins in waiting:
+                self._accuse(signal)

@@ -25,6 +25,7 @@ FRESH_CONTROL_PAGE: Final = (
     bytes(FEATURE_BITS) + FEAT_PENDING_SEND_SZ.to_bytes(4, "little") + bytes(4096 - FEATURE_BITS - 4)
 )
 Reader = Callable[[RingMemory, RingWords], RingConsumer]
+Writer = Callable[[RingMemory, RingWords], RingProducer]
 OUTBOUND: Final = 0
 INBOUND: Final = 1
 
@@ -40,12 +41,16 @@ class ChannelRings:
         memories: tuple[RingMemory, RingMemory],
         words: list[RingWords],
         reader: Reader | None = None,
+        writer: Writer | None = None,
     ) -> None:
-        """`key`: the generations of the channel's record and of the rings' pages; `reader` makes another consumer."""
+        """`key`: the generations of the channel's record and of the rings' pages; `reader` and `writer` make ends."""
         self.channel_generation, self.generation = key
         self.memories = memories
         # Several processes may send and, after a retarget, receive: indices are read afresh each time.
-        self.outbound = RingProducer(memories[OUTBOUND], sole=False, words=words[OUTBOUND])
+        if writer is None:
+            self.outbound = RingProducer(memories[OUTBOUND], sole=False, words=words[OUTBOUND])
+        else:
+            self.outbound = writer(memories[OUTBOUND], words[OUTBOUND])
         if reader is None:
             self.inbound = RingConsumer(memories[INBOUND], sole=False, words=words[INBOUND])
         else:
@@ -67,6 +72,8 @@ class RingCache:
         self._recorder = recorder
         self.reader: Callable[[Channel], Reader] | None = None
         """What makes the consumer of a channel, where that is none of the usual ones."""
+        self.writer: Callable[[Channel], Writer] | None = None
+        """What makes the producer of a channel, where that is none of the usual ones."""
 
     def of(self, channel: Channel) -> ChannelRings:
         """The rings of an opened channel; maps them if this process has not yet (about 30 us).
@@ -111,7 +118,8 @@ class RingCache:
             if recorder is not None:
                 words = [recorded(one, recorder, channel.relid, side) for side, one in enumerate(memories)]
             reader = None if self.reader is None else self.reader(channel)
-            return ChannelRings(key, memories, words, reader)
+            writer = None if self.writer is None else self.writer(channel)
+            return ChannelRings(key, memories, words, reader, writer)
         except ProtocolViolation:
             for memory in memories:
                 memory.close()

@@ -104,6 +104,17 @@ class HostChannel:
         self._incoming, self._outgoing = unmapped.map()
         self._unmapped = None
 
+    def unread(self) -> tuple[int, int]:
+        """Bytes of the guest's ring that nobody has taken, and the index from which on."""
+        if self._unmapped is not None and self._unmapped.empty():
+            return 0, 0
+        incoming = self.incoming
+        return incoming.bytes_to_read, incoming.words.load_read()
+
+    def wants_room(self) -> bool:
+        """Whether the device waits for room in its own ring."""
+        return self._unmapped is None and self._outgoing.words.load_pending() != 0
+
     def traffic(self) -> Traffic:
         """What went through since it was opened."""
         if self._unmapped is not None:

@@ -290,6 +290,25 @@ def test_device_that_came_back_is_offered_when_its_relid_is_given_up(records: li
     assert broken(edited.records) == set()
 
 
+def test_signal_for_a_ring_that_was_not_empty(records: list[TraceRecord]) -> None:
+    """D3: a second publish, and a signal for it, before the host has read the first: nobody is to be told twice.
+
+    Unless the host's next release is to where the second publish began: then it had read the first.
+    """
+    edited = Edited(records)
+    relid, side, write_index, nbytes = edited.records[edited.where("ring_publish", actor="VCPU", relid=1)].values
+    published = edited.where("ring_publish", actor="VCPU", relid=1)
+    signal = edited.where("signal", actor="VCPU", relid=1)
+    edited.insert(signal + 1, signal)
+    edited.insert(signal + 1, published, write_index=write_index + nbytes)
+    release = edited.where("ring_release", actor=HOST, relid=relid, side=side)
+
+    edited.change(release, read_index=write_index)
+    assert 21 not in broken(edited.records)
+    edited.change(release, read_index=write_index + nbytes)
+    assert 21 in broken(edited.records)
+
+
 def test_rescind_that_a_fault_repeats_is_no_mistake_of_the_hosts(records: list[TraceRecord]) -> None:
     """One more of the same relid breaks INV-05, unless the plan of faults said so."""
     edited = Edited(records)
