@@ -27,6 +27,7 @@ class Fix:
     listen_before_open: bool = True
     port_before_notify: bool = True
     atomic_flag_clear: bool = True
+    enable_on_all_paths: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
     signal_on_transition_only: bool = True
@@ -92,6 +93,9 @@ SWITCHES: Final[dict[str, Switch]] = {
     "listen_before_open": Switch("a driver opens its channel before its poll may run, and masks all the same", ("C1",)),
     "port_before_notify": Switch("the guest is told that a device is open before its doorbell is listened to", ("C1",)),
     "atomic_flag_clear": Switch("the ISR loads a word of event flags and stores zero", ("C2",)),
+    "enable_on_all_paths": Switch(
+        "a close that finds its channel not open leaves the tasklet disabled", ("C3",), ("per_channel", "per_vcpu")
+    ),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
     "signal_on_transition_only": Switch("a writer signals the host at each write, also when the ring is full", ("D3",)),

@@ -6,10 +6,11 @@ from typing import Final
 
 from emu.machine import Machine
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, add_drivers
+from guestproc.drivers.lenient import LenientDriver
 from guestproc.drivers.locked_nic import LockedNicDriver
 from guestproc.drivers.polling import PollingDriver
 
-EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(), LockedNicDriver())
+EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(), LockedNicDriver(), LenientDriver())
 
 
 def add_exhibit_drivers(machine: Machine) -> None:

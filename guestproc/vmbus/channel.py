@@ -39,7 +39,7 @@ from emu.wire.messages import (
 from guestproc.kernel.layout import CallbackMode, Channel, ChannelState, Request
 from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.kernel.records import INDEX_MASK
-from guestproc.kernel.tasklet import tasklet_disable, tasklet_enable
+from guestproc.kernel.tasklet import tasklet_disable, tasklet_disable_nosync, tasklet_enable
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.protocol import opening, pending
 from guestproc.protocol.opening import RingPages
@@ -59,6 +59,7 @@ _BEFORE_POST: Final = int(Point.OPEN_BEFORE_POST)
 _BEFORE_RING_FREE: Final = int(Point.CLOSE_BEFORE_RING_FREE)
 _OPEN_WAITING: Final = int(Point.OPEN_WAITING)
 _OPEN_TIMEOUT: Final = int(Point.OPEN_TIMEOUT)
+_CLOSE_EARLY_RETURN: Final = int(Point.CLOSE_EARLY_RETURN)
 
 
 # -- rings ----------------------------------------------------------------------------------------------
@@ -346,6 +347,18 @@ def vmbus_reset_channel_cb(current: Current, channel: Channel) -> None:
     channel.sc_creation_callback = 0
 
 
+def _return_disabled(current: Current, channel: Channel) -> None:
+    """Wrong on purpose (races.md C3): close once disabled the tasklet, and returned before the line that enables it.
+
+    Variant per_vcpu: in the days of one tasklet for each processor that was the tasklet of all its channels.
+    """
+    tasklet_disable(current.actor, channel.callback_event, current.connection.tasklet_idle)
+    if current.fix.variant == "per_vcpu":
+        for other in current.tables.channels.live():
+            if other.index != channel.index and other.target_cpu.load() == channel.target_cpu.load():
+                tasklet_disable_nosync(other.callback_event)
+
+
 def vmbus_close_internal(current: Current, channel: Channel) -> int:
     """CLOSECHANNEL and the teardown of the ring's GPADL, under channel_mutex.
 
@@ -354,6 +367,10 @@ def vmbus_close_internal(current: Current, channel: Channel) -> int:
     """
     vmbus_reset_channel_cb(current, channel)
     if not opening.begin_close(channel):
+        if current.armed[_CLOSE_EARLY_RETURN]:
+            current.reach(_CLOSE_EARLY_RETURN, channel.relid)
+        if not current.fix.enable_on_all_paths:
+            _return_disabled(current, channel)
         return -errno.EINVAL
     current.record(E_STATE, channel.relid, ChannelState.OPENED_STATE, ChannelState.OPEN_STATE)
     result = vmbus_post_msg(current, CloseChannel(channel.relid))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
+
+import pytest
 
 from emu.switches import Fix
 from emu.wire.messages import MessageType
+from guestproc.current import Current
 from guestproc.vmbus import channel_mgmt
+from guestproc.vmbus.channel import vmbus_close_internal
 from guestproc.vmbus.requests import taken_back
 from tests.guestproc.world import World
 from tests.tools.settled_world import findings
@@ -106,3 +111,29 @@ def test_channel_that_two_rescinds_find(booted: World) -> None:
 
     found = [booted.call(lambda current: channel_mgmt._claim(current, 9)) for _ in range(2)]
     assert found == [booted.channel(9), None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "deaf"),
+    [
+        ({}, []),
+        ({"enable_on_all_paths": False, "variant": "per_channel"}, [9]),
+        ({"enable_on_all_paths": False, "variant": "per_vcpu"}, [9, 10]),
+    ],
+)
+def test_close_of_a_channel_that_is_not_open(booted: World, wrong: dict[str, Any], deaf: list[int]) -> None:
+    """C3: whoever returns early and enables nothing leaves one tasklet disabled, or those of a whole processor."""
+    for relid in (9, 10):
+        booted.host.device(relid)
+    booted.settle()
+    mistaken(booted, **wrong)
+    handle = booted.channel(9).handle
+    booted.call(lambda current: current.channel(handle).target_cpu.store(booted.channel(10).target_cpu.load()))
+
+    def close(current: Current) -> tuple[int, int]:
+        channel = current.channel(handle)
+        with current.connection.channel_mutex.hold(current.actor):
+            return vmbus_close_internal(current, channel), vmbus_close_internal(current, channel)
+
+    assert booted.call(close) == (0, -errno.EINVAL)
+    assert [one.relid for one in findings(booted, 18)] == deaf
