@@ -30,6 +30,7 @@ class Fix:
     enable_on_all_paths: bool = True
     recheck_after_unmask: bool = True
     read_side_order: bool = True
+    acquire_write_index: bool = True
     signal_on_transition_only: bool = True
     recheck_after_stop: bool = True
     no_open_timeout: bool = True
@@ -98,6 +99,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     ),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
     "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
+    "acquire_write_index": Switch("the reader's load of write_index orders nothing: bytes may be older", ("D5",)),
     "signal_on_transition_only": Switch("a writer signals the host at each write, also when the ring is full", ("D3",)),
     "recheck_after_stop": Switch(
         "a queue is stopped without a look at who is left to wake it",

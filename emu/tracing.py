@@ -250,6 +250,8 @@ EVENTS: Final = _table(
     # The host holds a processor because of signals without cause on a channel, and lets it run on.
     ("freeze", "position:u32 relid:u32 signals:u32"),
     ("thaw", "position:u32"),
+    # Bytes of a ring that were loaded before the index that covers them: given to the reader, or refused.
+    ("stale_read", "relid:u32 side:u8:Side read_index:u32 write_index:u32 refused:u8"),
 )
 """All events that a recording may hold; numbers never change, new ones go last, as do new arguments of one.
 
@@ -372,6 +374,7 @@ E_TIMER_WITHDRAWN: Final = EVENTS["timer_withdrawn"].number
 E_CLOCK_EVENT: Final = EVENTS["clock_event"].number
 E_FREEZE: Final = EVENTS["freeze"].number
 E_THAW: Final = EVENTS["thaw"].number
+E_STALE_READ: Final = EVENTS["stale_read"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from struct import pack
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import RingFull
 from emu.ring import Packet, RingConsumer, RingMemory, RingProducer, RingWords
 from emu.ring_memory import Payload
+from emu.stale_reads import StaleReads, TooOld
 from emu.syncpoint import Point
+from emu.tracing import E_STALE_READ, Side
 from emu.wire.packets import VM_PKT_DATA_INBAND
+from emu.wire.ring_layout import CONTROL_PAGE_SIZE
 from guestproc.kernel.layout import Channel
 from guestproc.kernel.pages import PAGE_SHIFT, owner_text
 from guestproc.vmbus.connection import vmbus_setevent
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.kernel.layout import Channel
 
 _IN_CALLBACK: Final = int(Point.CHAN_IN_CALLBACK)
 _AFTER_CALLBACK: Final = int(Point.CHAN_AFTER_CALLBACK)
 _AFTER_PENDING_READ: Final = int(Point.RING_AFTER_PENDING_READ)
+_BODY_PREFETCHED: Final = int(Point.RING_BODY_PREFETCHED)
 
-SWITCHES: Final = ("recheck_after_unmask", "read_side_order", "close_quiesces")
+SWITCHES: Final = ("recheck_after_unmask", "read_side_order", "close_quiesces", "acquire_write_index")
 """Of those that are off, the wrong way is here."""
 
 
@@ -77,6 +81,38 @@ class RingEpoch:
             raise AssertionError(f"INV-13: {what} of relid {self._relid}: page {self._pfn:#x} of its ring is {owner}")
 
 
+def early_bytes(current: Current, relid: int, memory: RingMemory, words: RingWords) -> RingMemory | None:
+    """Load a ring's bytes before its write_index, as a processor may; a ring of these bytes if they may be used.
+
+    The bytes are one word of `StaleReads`, the index is another. The host stores bytes, then releases the index. With
+    an acquire the early bytes are refused as soon as the index says that there are newer ones; without (races.md D5,
+    wrong on purpose) nothing orders the two loads.
+    """
+    shim = StaleReads()
+    before = words.load_write()
+    chosen = shim.store("host", "bytes", data_of(memory))
+    shim.store("host", "write_index", before, release=True)
+    current.reach(_BODY_PREFETCHED, relid)
+    after = words.load_write()
+    if after == before:
+        return None  # whatever was loaded is what is there
+    shim.store("host", "bytes", None)
+    shim.store("host", "write_index", after, release=True)
+    shim.load("guest", "write_index", acquire=current.fix.acquire_write_index)
+    try:
+        data = shim.load("guest", "bytes", chosen=chosen)
+    except TooOld:
+        data = None
+    current.record(E_STALE_READ, relid, Side.TO_GUEST, words.load_read(), after, data is None)
+    return None if data is None else RingMemory.on(bytearray(CONTROL_PAGE_SIZE) + data)
+
+
+def data_of(memory: RingMemory) -> bytes:
+    """What lies in a ring now."""
+    count = memory.data_size >> 3
+    return pack(f"<{count}Q", *[memory.headers[number] for number in range(count)])
+
+
 class PointedConsumer(RingConsumer):
     """A guest's reader with points inside the callback and behind it, D1's way to leave, and a look at its pages."""
 
@@ -89,11 +125,24 @@ class PointedConsumer(RingConsumer):
         self._epoch = RingEpoch(current, channel)
 
     def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
-        """As `RingConsumer`, from pages that are the channel's still."""
-        if self._current.armed[_IN_CALLBACK]:
+        """As `RingConsumer`, from pages that are the channel's still.
+
+        Where somebody is to be held with the bytes loaded early, these may be what is read.
+        """
+        armed = self._current.armed
+        if armed[_IN_CALLBACK]:
             self._current.reach(_IN_CALLBACK, self._relid)
         self._epoch.check("a read")
-        return super().read_many(limit, most_bytes)
+        if not armed[_BODY_PREFETCHED]:
+            return super().read_many(limit, most_bytes)
+        early = early_bytes(self._current, self._relid, self.memory, self.words)
+        if early is None:
+            return super().read_many(limit, most_bytes)
+        stale = RingConsumer(early, sole=False, words=self.words)
+        packets = stale.read_many(limit, most_bytes)
+        self.fault = stale.fault
+        self._signal |= stale.take_signal()
+        return packets
 
     def begin_read(self) -> None:
         """As `RingConsumer`."""

@@ -15,8 +15,6 @@ from emu.control import Control
 from emu.errors import UserError
 from emu.orders import Order, OrderDesk, Recipient
 from emu.scenario import backend_fault, backend_of, derived_instance, subchannels_of
-from emu.wire.device_classes import NETLIKE
-from emu.wire.netlike_protocol import MIN_FRAME, pack_frame
 from hostproc.bus import Bus
 from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
 from hostproc.protocol.offers import identity_of
@@ -125,14 +123,12 @@ class HostOrders:
                 break
         else:
             raise UserError(f"no open channel has relid {relid}; `vmbus-emu ls` lists them")
-        # A driver of frames wants frames; every other takes what comes.
-        frames = self._bus.backends()[key].name == NETLIKE.name
-        payload = pack_frame(0, bytes(max(size, MIN_FRAME))) if frames else bytes(size)
+        payloads = self._bus.backends()[key].unasked(channel, count, size)
         sent = 0
-        while sent < count and channel.send(payload):
+        while sent < count and channel.send(payloads[sent]):
             sent += 1
         if sent < count:
-            self._bus.run_beside(key, channel.send_all([payload] * (count - sent)))
+            self._bus.run_beside(key, channel.send_all(payloads[sent:]))
         return {"sent": sent}
 
     def _lives(self, _asked: Values) -> Values:

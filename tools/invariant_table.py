@@ -45,7 +45,13 @@ from tools.invariants_settled_interrupts import (
     targets_are_online,
     tasklets_run,
 )
-from tools.invariants_settled_rings import lent_pages_are_taken, pools_and_queues, readers_look, writers_are_woken
+from tools.invariants_settled_rings import (
+    frames_came_whole,
+    lent_pages_are_taken,
+    pools_and_queues,
+    readers_look,
+    writers_are_woken,
+)
 from tools.invariants_settled_waits import no_wait_is_in_vain
 
 RULES: Final[tuple[type[Rule], ...]] = (
@@ -90,6 +96,7 @@ STATE_RULES: Final[tuple[StateRule, ...]] = (
     StateRule(19, "No reader sleeps over bytes that nobody will tell it of", readers_look),
     StateRule(20, "No writer sleeps over room that nobody will tell it of", writers_are_woken),
     StateRule(22, "A pool is what is free and what is taken of it; a stopped queue will be woken", pools_and_queues),
+    StateRule(23, "Frames come to a NIC without gap, repeat or damage", frames_came_whole),
     StateRule(25, "Each channel is on one CPU's list (era seed)", lists_are_whole),
     StateRule(26, "The target of an open channel is online", targets_are_online),
     StateRule(27, "No wait is in vain: no cycle, and a producer for each", no_wait_is_in_vain),

@@ -185,6 +185,23 @@ def _registered_pages(view: LiveView) -> Iterator[Finding]:
             yield Finding(12, f"page {pfn:#x}, which the host has as {name}, is {owner_text(owner)}")
 
 
+# -- what came --------------------------------------------------------------------------------------------
+
+
+def frames_came_whole(scene: Scene) -> Iterator[Finding]:
+    """INV-23: the frames that came to a NIC's channel had consecutive sequences, and their data were what was sent."""
+    tables = scene.view.tables
+    if tables is None:
+        return
+    for one in tables.net_channels.live():
+        channel = tables.channels.find(one.channel)
+        wrong = [(one.rx_gaps, "out of sequence"), (one.rx_checksum_errors, "damaged")]
+        said = " and ".join(f"{count} {what}" for count, what in wrong if count)
+        if channel is not None and said:
+            text = f"of {one.rx_packets} frames that came on relid {channel.relid} {said}"
+            yield Finding(23, text, relid=channel.relid)
+
+
 # -- pools ----------------------------------------------------------------------------------------------
 
 

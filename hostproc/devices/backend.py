@@ -40,6 +40,11 @@ class Backend(ABC):
     def open(self, channel: HostChannel) -> TaskBody:
         """Begin to serve a channel, primary or sub-channel; DeviceRefused if that cannot be."""
 
+    def unasked(self, channel: HostChannel, count: int, size: int) -> list[bytes]:
+        """Packets of about `size` bytes that the device writes of its own accord, as its driver expects them."""
+        del channel
+        return [bytes(size)] * count
+
     def close(self, channel: HostChannel) -> bool:
         """End what serves the channel, whose task was closed. False: `channel.closed()` says when it has."""
         return True

@@ -43,9 +43,23 @@ class Netlike(Backend):
 
     name: ClassVar[str] = "netlike"
 
+    def __init__(self) -> None:
+        self._ports: dict[int, _Port] = {}
+
     def open(self, channel: HostChannel) -> TaskBody:
         """Serve one channel for as long as it is open; its counters begin at 0."""
-        return _Port(channel, SubchannelGrants(channel, self.subchannels, self.seed)).serve()
+        port = _Port(channel, SubchannelGrants(channel, self.subchannels, self.seed))
+        self._ports[channel.key] = port
+        return port.serve()
+
+    def close(self, channel: HostChannel) -> bool:
+        """Nobody is served there any more."""
+        self._ports.pop(channel.key, None)
+        return True
+
+    def unasked(self, channel: HostChannel, count: int, size: int) -> list[bytes]:
+        """Frames, whose sequence goes on from those before."""
+        return self._ports[channel.key].next_frames([bytes(max(size, MIN_FRAME))] * count)
 
 
 class _Port:
@@ -116,13 +130,16 @@ class _Port:
         rng = random.Random(seed)
         while left:
             count = min(left, BATCH)
-            frames = [
-                pack_frame(self._sent + n, rng.randbytes(rng.randint(MIN_FRAME, MAX_FRAME))) for n in range(count)
-            ]
-            yield from self._channel.send_all(frames)
-            self._sent += count
+            datas = [rng.randbytes(rng.randint(MIN_FRAME, MAX_FRAME)) for _ in range(count)]
+            yield from self._channel.send_all(self.next_frames(datas))
             left -= count
             yield AGAIN
+
+    def next_frames(self, datas: list[bytes]) -> list[bytes]:
+        """These data as frames, which are now to be sent."""
+        frames = [pack_frame(self._sent + n, data) for n, data in enumerate(datas)]
+        self._sent += len(frames)
+        return frames
 
     def _complete(self, packet: Packet, payload: bytes) -> TaskBody:
         yield from self._channel.send_all([payload], packet[2], packet_type=VM_PKT_COMP)

@@ -1,94 +1,98 @@
-"""Claims about rings with sync points: where a reader stops, and what each old mistake of its loses."""
+"""Ring ends of a guest that runs schedules: bytes that are loaded early, and a writer that signals at each write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from emu.ring import RingProducer
+from emu.errors import RingFull
+from emu.ring import RingMemory, RingProducer
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED, Point
-from emu.wire.packets import ring_bytes
-from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ
-from guestproc.ring_points import PointedConsumer, has_points
-from tests.emu.ring_pages import RingPages, ring_pages
+from emu.tracing import E_STALE_READ, Side
+from guestproc import ring_points
+from guestproc.current import Current
+from guestproc.kernel.layout import Channel
+from guestproc.ring_points import EagerProducer, PointedConsumer
 
 RELID = 7
+PAYLOAD = 1_000
+"""Four such packets take 4,096 bytes: the fifth lies where the first lay."""
 
 
-class Reader:
-    """A guest's thread with a ring, at whose armed points `meanwhile` happens."""
+class Guest:
+    """A thread that a director may hold where it has loaded bytes; `then` is what happens meanwhile."""
 
-    def __init__(self, ring: RingPages, **switches: Any) -> None:
-        self.fix = Fix(**switches)
-        self.armed: bytes | bytearray = bytearray(len(NOT_ARMED))
-        self.reached: list[tuple[int, int]] = []
-        self.meanwhile: Callable[[], object] = lambda: None
-        self.producer = RingProducer(ring.memory)
-        ring.memory.words.store_features(FEAT_PENDING_SEND_SZ)
-        self.consumer = PointedConsumer(self, RELID, ring.memory, ring.memory.words)  # type: ignore[arg-type]
+    def __init__(self, fix: Fix) -> None:
+        self.fix = fix
+        self.armed = bytearray(NOT_ARMED)
+        self.then: Callable[[], object] = int
+        self.records: list[tuple[int, ...]] = []
+        self.tables = SimpleNamespace(pages=SimpleNamespace())
 
-    def arm(self, point: Point, meanwhile: Callable[[], object]) -> None:
-        """The next reader that comes there lets this happen."""
-        self.armed = bytearray(len(NOT_ARMED))
-        self.armed[point] = 1
-        self.meanwhile = meanwhile
+    def reach(self, _point: int, _relid: int) -> None:
+        self.then()
 
-    def reach(self, point: int, relid: int) -> None:
-        """Somebody came."""
-        self.reached.append((point, relid))
-        self.armed = NOT_ARMED
-        self.meanwhile()
+    def record(self, *words: int) -> None:
+        self.records.append(words)
 
 
-@pytest.fixture
-def ring() -> Iterator[RingPages]:
-    """A small ring."""
-    with ring_pages("bytearray") as pages:
-        yield pages
+def channel_of(pages: Any) -> Any:
+    """A channel whose pages are there."""
+    pages.is_live = lambda _pfn, _generation: True
+    return SimpleNamespace(relid=RELID, ring_gpa=0x10000, ring_pfns_gpa=0, ring_generation=1)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_packet_between_drain_and_unmask(ring: RingPages, right: bool) -> None:
-    """The second look finds it; a reader that goes home leaves it there, unmasked and unannounced (D1)."""
-    reader = Reader(ring, recheck_after_unmask=right)
-    reader.consumer.begin_read()
-    signals: list[bool] = []
-    reader.arm(Point.CHAN_AFTER_CALLBACK, lambda: signals.append(reader.producer.write(b"x" * 8)))
-    left = reader.consumer.end_read()
-
-    assert reader.reached == [(Point.CHAN_AFTER_CALLBACK, RELID)]
-    assert signals == [False], "masked: nobody is told"
-    assert left == (ring_bytes(8) if right else 0)
-    assert not reader.producer.write(b"y" * 8), "not empty any more: nobody is told of the next one either"
+def ring(**switches: Any) -> tuple[Guest, RingProducer, PointedConsumer]:
+    """A guest, and both ends of a ring of 4,096 bytes that four packets have gone through."""
+    memory, guest = RingMemory.on(bytearray(2 * 4096)), Guest(Fix(**switches))
+    producer = RingProducer(memory)
+    producer.init()
+    consumer = PointedConsumer(cast(Current, guest), channel_of(guest.tables.pages), memory, memory.words)
+    for n in range(4):
+        producer.write(bytes([n]) * PAYLOAD)
+        assert consumer.read_many()[0][3][0] == n
+    guest.armed[Point.RING_BODY_PREFETCHED] = 1
+    return guest, producer, consumer
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_wish_while_the_reader_releases(ring: RingPages, right: bool) -> None:
-    """The writer finds room, or the reader its wish; in the wrong order each acts on old news (D2)."""
-    reader = Reader(ring, read_side_order=right)
-    size = ring.data_size // 2 - 32
-    reader.producer.write(bytes(size))
-    reader.producer.write(bytes(size))
-    finds_room: list[bool] = []
-    reader.arm(Point.RING_AFTER_PENDING_READ, lambda: finds_room.append(reader.producer.want_room(ring_bytes(size))))
-    reader.consumer.read()
+def test_bytes_that_were_loaded_before_the_index(right: bool) -> None:
+    """D5: the packet is written in between. An acquire refuses the early bytes; without it the old packet comes."""
+    guest, producer, consumer = ring(acquire_write_index=right)
+    guest.then = lambda: producer.write(b"\4" * PAYLOAD)
 
-    assert reader.reached == [(Point.RING_AFTER_PENDING_READ, RELID)]
-    woken = finds_room[0] or reader.consumer.take_signal()
-    assert woken is right
+    packets = consumer.read_many()
+
+    assert [packet[3][0] for packet in packets] == [4 if right else 0]
+    assert guest.records == [(E_STALE_READ, RELID, Side.TO_GUEST, 0, 1024, right)]
+    assert consumer.memory.words.load_read() == 1024
 
 
-@pytest.mark.parametrize(("races", "switches", "pointed"), [
-    (False, {}, False),
-    (True, {}, True),
-    (False, {"read_side_order": False}, True),
-    (False, {"offer_gate": False}, False),
-])  # fmt: skip
-def test_who_has_such_rings(races: bool, switches: dict[str, Any], pointed: bool) -> None:
-    """A machine that runs schedules, or whose rings are wrong on purpose; no other."""
-    current = SimpleNamespace(machine=SimpleNamespace(races=races), fix=Fix(**switches))
-    assert has_points(current) is pointed  # type: ignore[arg-type]
+def test_bytes_that_nobody_changed_are_as_good_early() -> None:
+    """A load that is early for nothing: what is there is read, whatever orders it."""
+    guest, producer, consumer = ring(acquire_write_index=False)
+    producer.write(b"\4" * PAYLOAD)
+
+    assert [packet[3][0] for packet in consumer.read_many()] == [4]
+    assert guest.records == []
+
+
+def test_writer_that_signals_at_each_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D3: into a ring that is masked and not empty, and even when it is full."""
+    signals: list[Channel] = []
+    monkeypatch.setattr(ring_points, "vmbus_setevent", lambda _current, channel: signals.append(channel))
+    memory, channel = RingMemory.on(bytearray(2 * 4096)), cast(Channel, SimpleNamespace())
+    producer = EagerProducer(cast(Current, Guest(Fix())), channel, memory, memory.words)
+    memory.init()
+    memory.words.store_mask(1)
+
+    assert [producer.write(bytes(PAYLOAD)) for _ in range(3)] == [True] * 3
+    assert producer.write_many([bytes(8)]) == (1, True)
+    assert signals == []
+    with pytest.raises(RingFull):
+        producer.write(bytes(PAYLOAD))
+    assert signals == [channel]

@@ -335,6 +335,18 @@ def test_pools_whose_parts_are_not_the_whole(world: World) -> None:
     tables.work._in_use.fetch_sub(1)
 
 
+def test_frames_that_came_wrong(world: World) -> None:
+    """INV-23: what a NIC's poll counted of frames out of sequence, or damaged."""
+    nvchan = world.tables.net_channels.alloc()
+    assert nvchan is not None
+    nvchan.channel, nvchan.rx_packets = world.channel(RELID).handle, 5
+    assert texts(world, 23) == []
+
+    nvchan.rx_gaps, nvchan.rx_checksum_errors = 1, 2
+
+    assert texts(world, 23) == ["of 5 frames that came on relid 9 1 out of sequence and 2 damaged"]
+
+
 # -- the rule of everything -----------------------------------------------------------------------------
 
 
