@@ -76,6 +76,9 @@ class FakeClock:
     def reference_time(self) -> int:
         return self.time_ns // 100
 
+    def hold(self) -> None:
+        """Somebody is held at a sync point; nothing passes by itself here anyway."""
+
 
 class FakeRecorder:
     """Keeps what an actor records, with its name and context, in the world's one list."""

@@ -23,6 +23,7 @@ from emu.layout import (
     vp_page_offset,
 )
 from emu.orders import OrderDesk, Recipient
+from emu.syncpoint import Point, Tickets
 from emu.task_board import Program, TaskBoard
 from emu.wire.messages import MessageType
 from guestproc.kernel.actors import WaiterState
@@ -222,3 +223,18 @@ def test_record_that_goes_during_the_look_is_a_reason(world: World, error: type[
     test.moving = moving  # type: ignore[method-assign]
 
     assert test.take().moving == ("a record went while it was looked at",)
+
+
+@pytest.mark.parametrize(("halted", "moving"), [(True, ("vcpu1 is AWAKE",)), (False, ())])
+def test_processor_that_is_held_may_take_interrupts(halted: bool, moving: tuple[str, ...]) -> None:
+    """If it was held with interrupts on; with them off nothing comes of it, whatever the point is for as a rule."""
+    with new_world(races=True) as world:
+        world.boot()
+        world.settle()
+        publish(world)
+        tickets, row = Tickets(world.machine.control), world.cpus[1].row
+        number = tickets.arm(Point.LIST_AT_NODE)
+        assert tickets.take(Point.LIST_AT_NODE, row.number, 1, 0, halted=halted) == number
+        world.machine.vps.view.store_u32(vp_page_offset(world.cpus[1].position) + VP_RUN_STATE, AWAKE)
+
+        assert look(world, row.slot).moving == moving
