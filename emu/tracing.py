@@ -114,9 +114,11 @@ EVENTS: Final = _table(
     ("map", "relid:u32 gpadl:x32 pages:u32"),
     ("unmap", "relid:u32 gpadl:x32"),
     ("target_change", "relid:u32 target_vp:u32"),
-    ("lock", "lock:u32 actor:x32"),
-    ("unlock", "lock:u32 actor:x32"),
-    ("wait", "what:u32:WaitedFor object:x64"),
+    # A mutex is taken, and given back. An object is the GPA of its word, a name that of reports.
+    ("lock", "lock:x64 actor:x32 name:str32"),
+    ("unlock", "lock:x64 actor:x32 name:str32"),
+    # A thread is about to sleep; wait_done is recorded when it goes on, wake by whoever woke it.
+    ("wait", "what:u32:WaitedFor object:x64 name:str32"),
     ("wake", "what:u32:WaitedFor object:x64 actor:x32"),
     ("cpu_online", "cpu:u32 vp_index:u32"),
     ("cpu_offline", "cpu:u32 vp_index:u32"),
@@ -252,6 +254,7 @@ EVENTS: Final = _table(
     ("thaw", "position:u32"),
     # Bytes of a ring that were loaded before the index that covers them: given to the reader, or refused.
     ("stale_read", "relid:u32 side:u8:Side read_index:u32 write_index:u32 refused:u8"),
+    ("wait_done", "what:u32:WaitedFor object:x64"),
 )
 """All events that a recording may hold; numbers never change, new ones go last, as do new arguments of one.
 
@@ -375,6 +378,7 @@ E_CLOCK_EVENT: Final = EVENTS["clock_event"].number
 E_FREEZE: Final = EVENTS["freeze"].number
 E_THAW: Final = EVENTS["thaw"].number
 E_STALE_READ: Final = EVENTS["stale_read"].number
+E_WAIT_DONE: Final = EVENTS["wait_done"].number
 
 
 def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:
@@ -384,6 +388,10 @@ def refused_words(rule: str, value: int = 0) -> tuple[int, ...]:
 
 Record = Callable[..., None]
 """`record(event, a, b, c, d, e, f)`: the event's number and up to six u64 words."""
+
+
+def not_recorded(*_what: int) -> None:
+    """What stands for `record` where a machine does not record."""
 
 
 class Recorder:

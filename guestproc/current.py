@@ -16,7 +16,7 @@ from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED, unreachable
-from emu.tracing import E_REFUSED, refused_words
+from emu.tracing import E_REFUSED, not_recorded, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
@@ -56,6 +56,9 @@ class Current:
         self.rings: Final = rings
         self.memory: Final = memory
         self.counters: Final = hooks.counters
+        self.trace: Final = hooks.trace
+        self.record: Final[Callable[..., None]] = self.trace.record if self.trace else not_recorded
+        """Record an event; does nothing where this machine does not record, which is decided here."""
         self.actor: Final = Actor(
             hooks.row.number,
             hooks,
@@ -64,12 +67,10 @@ class Current:
             is_vcpu=hooks.is_vcpu,
             has_interrupts=hooks.is_vcpu,
             name=hooks.row.name,
+            record=self.record,
         )
         self.cpu: Final = hooks.cpu
         self.exit: Final = hooks.exit
-        self.trace: Final = hooks.trace
-        self.record: Final[Callable[..., None]] = self.trace.record if self.trace else _not_recorded
-        """Record an event; does nothing where this machine does not record, which is decided here."""
         self.fix: Final = Fix.of(self.machine.config)
         """What this machine does wrong on purpose: all right, unless its scenario says so."""
         self.percpu_lists: Final = era.percpu_lists or not self.fix.global_relid_map
@@ -127,7 +128,3 @@ class Current:
         if str(count).strip("0") == "1":
             often = f" ({count} times)" if count > 1 else ""
             self.log(f"{what}{': ' if what else ''}{violation} [{violation.rule}]{often}")
-
-
-def _not_recorded(*_what: int) -> None:
-    """This machine does not record."""

@@ -27,6 +27,7 @@ from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.tasklet_trace import RecordedTaskletQueue
 from guestproc.kernel.wait import SECOND_NS
+from guestproc.kernel.wait_trace import record_waits
 from guestproc.protocol.era import ERAS
 from guestproc.tasks import run_task
 from guestproc.user import end_user_space
@@ -88,6 +89,8 @@ def _serve(current: Current, vcpu: Vcpu) -> None:
 def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
     """This processor as the kernel code sees it; its tasklets and its vectors are in place afterwards."""
     machine = vcpu.machine
+    if vcpu.trace:
+        record_waits(tables.ram)
     memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
     era = ERAS[machine.config["machine"]["era"]]
     current = Current(vcpu, tables, era, RingCache(memory, lambda: vcpu.trace), memory, report)
@@ -131,8 +134,8 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
         tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices)
     except OutOfMemory as error:
         raise BootFailed(str(error)) from None
-    _note_numa(machine, tables)
     current = _current(vcpu, tables, report)
+    _note_numa(machine, tables)
     _expect(vmbus_bus_init(current, machine.vp_count), "vmbus_bus_init")
     _release_others(machine, vcpu)
     _synic_online(current, vcpu)

@@ -23,6 +23,7 @@ from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import KernelTables
+from guestproc.kernel.wait_trace import record_waits
 from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
 from guestproc.protocol.era import ERAS
 from guestproc.user_threads import start_user_space
@@ -42,6 +43,8 @@ def run(machine: Machine, report: Report) -> int:
     if not _wait_for_ram(machine, gate):
         return 0
     tables = KernelTables.attach(machine.ram.memory)
+    if machine.control.recording:
+        record_waits(tables.ram)
     threads = []
     semaphore = 1
     for queue in QueueNumber:

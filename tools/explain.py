@@ -51,7 +51,7 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
             flow = flows.get(message_id) or flows.get(f"h{message_id}")
             if flow is None:
                 raise UserError(f"--message {message_id}: {file} has no such message; {_known(flows)}")
-            told = story_of_flow(flow)
+            told = story_of_flow(records, flow)
             debts = [debt for debt in debts if debt.flow == flow.id]
             report |= {"message": _message(flow), **_story(told, began_ns)}
         elif relid is not None:

@@ -53,6 +53,7 @@ from tools.invariants_settled_rings import (
     writers_are_woken,
 )
 from tools.invariants_settled_waits import no_wait_is_in_vain
+from tools.invariants_waits import NobodyWaitsInACircle
 
 RULES: Final[tuple[type[Rule], ...]] = (
     RelidLife,
@@ -76,6 +77,7 @@ RULES: Final[tuple[type[Rule], ...]] = (
     SignalsHaveACause,
     IndicesAddUp,
     TargetsAreOnline,
+    NobodyWaitsInACircle,
     WorkIsDone,
     Progress,
     NothingIllegal,

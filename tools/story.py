@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from emu.recording import TraceRecord
+from emu.tracing import WaitedFor
 from emu.wire.messages import MessageType
 from tools.event_names import name_of, shown_text
-from tools.flows import Flow, Flows, Role
+from tools.flows import Flow, Flows, Role, Step
 from tools.invariants import is_host
 from tools.trace import as_json
 
@@ -80,6 +81,11 @@ TELLING: Final[Mapping[str, tuple[str, str]]] = {
     "timer_dropped": ("drops a tick of timer {timer} of VP page {position}", "SynIC"),
     "timer_withdrawn": ("takes back what timer {timer} of VP page {position} had to say", "SynIC"),
     "clock_event": ("has the clock event of timer {timer}, due at {expiration_time}", "hv_stimer0_isr"),
+    "lock": ("has taken {name}", "mutex_lock"),
+    "unlock": ("gives {name} back", "mutex_unlock"),
+    "wait": ("sleeps for {name}", "schedule"),
+    "wait_done": ("goes on", "schedule"),
+    "wake": ("wakes actor {actor}", "try_to_wake_up"),
     "target_change": ("interrupts VP {target_vp} for it from now on", "control plane"),
 }
 TELLING_OF_GUEST: Final[Mapping[str, tuple[str, str]]] = {
@@ -168,10 +174,28 @@ def _number(name: str, shown: str) -> str:
     return hex(int(shown)) if name in ("gpadl", "gpadlhandle") and shown.isdecimal() else shown
 
 
-def story_of_flow(flow: Flow) -> list[Told]:
-    """A message's steps in the order of time."""
-    steps = sorted(flow.steps, key=lambda step: step.record.t_ns)
-    return [tell(step.record, step.role) for step in steps]
+def story_of_flow(records: Iterable[TraceRecord], flow: Flow) -> list[Told]:
+    """A message's steps in the order of time, and where its work slept meanwhile."""
+    told = [tell(step.record, step.role) for step in flow.steps]
+    told += map(tell, _sleeps(records, flow.steps))
+    return sorted(told, key=lambda one: one.record.t_ns)
+
+
+def _sleeps(records: Iterable[TraceRecord], steps: Iterable[Step]) -> list[TraceRecord]:
+    """The waits that began while one of these steps' work ran, and their ends."""
+    edges = {(step.record.actor.slot, step.record.seq): step.role for step in steps}
+    running: set[int] = set()
+    found = []
+    for record in records:
+        slot, name = record.actor.slot, record.event.name
+        role = edges.get((slot, record.seq))
+        if role is Role.WORK_RUN:
+            running.add(slot)
+        elif role is Role.WORK_DONE:
+            running.discard(slot)
+        elif name in ("wait", "wait_done") and slot in running:
+            found.append(record)
+    return found
 
 
 def story_of_relid(records: Sequence[TraceRecord], flows: Flows, relid: int) -> list[Told]:
@@ -181,12 +205,14 @@ def story_of_relid(records: Sequence[TraceRecord], flows: Flows, relid: int) -> 
         and record.arguments["child_relid"] == relid
     }  # fmt: skip
     steps = [step for flow in _flows_of(flows, relid) for step in flow.steps]
-    roles = {(step.record.actor.slot, step.record.seq): step.role for step in steps}
+    roles: dict[tuple[int, int], str] = {(step.record.actor.slot, step.record.seq): step.role for step in steps}
+    sleeps = {(record.actor.slot, record.seq) for record in _sleeps(records, steps)}
     told: list[Told] = []
     traffic: list[TraceRecord] = []
     for record in records:
         role = roles.get((record.actor.slot, record.seq), "")
-        if not role and not _about(record, relid, gpadls):
+        asleep = (record.actor.slot, record.seq) in sleeps
+        if not role and not asleep and not _about(record, relid, gpadls):
             continue
         if record.event.name in TRAFFIC and not role:
             traffic.append(record)
@@ -273,6 +299,7 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
     found += _debts_of_requests(records, now_ns)
     found += _debts_of_rescinds(records, now_ns)
     found += _debts_of_writers(records, now_ns)
+    found += _debts_of_holders(records, now_ns)
     return sorted(found, key=lambda debt: debt.since_ns)
 
 
@@ -378,4 +405,25 @@ def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
         )
         for (relid, _side), record in wishes.items()
         if record.values[2]
+    ]
+
+
+def _debts_of_holders(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Mutexes that somebody sleeps for."""
+    holders: dict[int, TraceRecord] = {}
+    waits: dict[int, TraceRecord] = {}
+    for record in records:
+        name = record.event.name
+        if name == "lock":
+            holders[record.values[0]] = record
+        elif name == "unlock":
+            holders.pop(record.values[0], None)
+        elif name == "wait" and record.values[0] == WaitedFor.MUTEX:
+            waits[record.actor.slot] = record
+        elif name == "wait_done":
+            waits.pop(record.actor.slot, None)
+    return [
+        Debt(holders[object_].actor.name, record.actor.name, str(record.shown["name"]), record.t_ns, now_ns)
+        for record in waits.values()
+        if (object_ := record.values[1]) in holders
     ]

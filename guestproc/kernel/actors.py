@@ -8,9 +8,11 @@ its process supplies: nothing in this package opens, waits or reads a clock by i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
+from emu.tracing import not_recorded
 from guestproc.kernel.records import Atomic32, Record, Table, Word, field_of
 
 if TYPE_CHECKING:
@@ -132,6 +134,7 @@ class Actor:
         is_vcpu: bool = False,
         has_interrupts: bool = True,
         name: str = "",
+        record: Callable[..., None] = not_recorded,
     ) -> None:
         assert number, "actor number 0 is nobody"
         self.number: Final = number
@@ -156,6 +159,8 @@ class Actor:
         self.send_ipi: Final = hooks.send_ipi
         self.held: Final[list[tuple[Lock, int]]] = []
         """Locks held, in the order of taking (so in the order of rank), each with the saved flags."""
+        self.record: Final = record
+        """Records an event; what is chosen to record calls it, and nothing else."""
         self.spinning: int = 0
         """How many of them are spinlocks."""
 

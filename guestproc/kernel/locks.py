@@ -18,7 +18,7 @@ from typing import Final
 from emu.errors import DeadlinePassed, MachineStopping, VmbusError
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.records import INDEX_MASK, Part, Ram
-from guestproc.kernel.wait import SECOND_NS, WaitWord, assert_may_wait, new_waiter, sleep, wake_chain
+from guestproc.kernel.wait import SECOND_NS, WaitWord, assert_may_wait, sleep
 
 LOOKS_BEFORE_YIELD: Final = 20
 SPINLOCK_TIMEOUT_NS: Final = 10 * SECOND_NS
@@ -220,7 +220,7 @@ class Mutex(Lock):
     def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.DRIVER_STATE) -> None:
         super().__init__(name, rank)
         self._word: Final = ram.u64(gpa)
-        self._chain: Final = WaitWord(ram, gpa, name)
+        self._chain: Final = ram.variant(WaitWord)(ram, gpa, name)
 
     @property
     def owner(self) -> int:
@@ -273,7 +273,7 @@ class Mutex(Lock):
         word = self._word.exchange(0)
         assert word >> 32 == actor.number, f"{actor} gave back {self.name}, which {word >> 32:#x} held"
         if word & INDEX_MASK:
-            wake_chain(actor, word & INDEX_MASK)
+            self._chain.wake(actor, word & INDEX_MASK)
 
     def _wait(self, actor: Actor) -> None:
         """Sleep until the word has no owner and we are it."""
@@ -297,11 +297,11 @@ class Mutex(Lock):
                     return True
                 continue
             assert word >> 32 != actor.number, f"{actor} takes {self.name} twice"
-            waiter = new_waiter(actor, self.name)
+            waiter = self._chain.enlist(actor)
             waiter.next = word & INDEX_MASK
             if self._word.cas(word, word & ~INDEX_MASK | waiter.index + 1) == word:
                 break
-            actor.waiters.free(waiter)
+            self._chain.forget(actor, waiter)
         sleep(actor, waiter, deadline_ns)
         self._chain.retract(actor, waiter)
         return False
@@ -330,4 +330,4 @@ def spinlock(rank: Rank) -> Part[Spinlock]:
 
 def mutex(rank: Rank) -> Part[Mutex]:
     """A `Mutex` as a field of a record."""
-    return Part(lambda ram, gpa, name: Mutex(ram, gpa, name, rank), Mutex.SIZE, "atomic: it is the lock")
+    return Part(lambda ram, gpa, name: ram.variant(Mutex)(ram, gpa, name, rank), Mutex.SIZE, "atomic: it is the lock")

@@ -45,7 +45,7 @@ Views = tuple[memoryview, memoryview, memoryview, dict[int, Any]]
 class Ram:
     """Guest RAM as this process sees it: bytes and atomic words at guest physical addresses."""
 
-    __slots__ = ("atomics", "buffer", "octets", "size")
+    __slots__ = ("atomics", "buffer", "octets", "size", "variants")
 
     def __init__(self, buffer: Any, atomics: AtomicView | None = None) -> None:
         # The collector of CPython 3.11 dies of an AtomicView on a memoryview that goes in the same cycle.
@@ -54,6 +54,13 @@ class Ram:
         self.octets: Final = memoryview(buffer).cast("B")
         self.atomics: Final = AtomicView(buffer) if atomics is None else atomics
         self.size: Final = len(self.octets)
+        self.variants: dict[Any, Any] = {}
+        """What this process builds in place of a class: its recorded variant, where the machine records."""
+
+    def variant(self, cls: type[P]) -> type[P]:
+        """What is to be built for a class."""
+        made: type[P] = self.variants.get(cls, cls)
+        return made
 
     def u32(self, gpa: int) -> AtomicU32:
         """The atomic 32-bit word at `gpa`."""
@@ -204,7 +211,8 @@ class Part(Field, Generic[P]):
             except KeyError:
                 table = record.table
                 label = f"{table.name}[{record.index}].{name}"
-                part = record._parts[offset] = build(table.ram, record.gpa + offset, label)
+                made = table.ram.variants.get(build, build)
+                part = record._parts[offset] = made(table.ram, record.gpa + offset, label)
             return part
 
         return property(get, doc=self.lock)
@@ -228,7 +236,8 @@ class BuiltOnce(Generic[P]):
             return self
         part, table = self._part, record.table
         label = f"{table.name}[{record.index}].{part.name}"
-        value = vars(record)[part.name] = part.build(table.ram, record.gpa + part.offset, label)
+        made = table.ram.variants.get(part.build, part.build)
+        value = vars(record)[part.name] = made(table.ram, record.gpa + part.offset, label)
         return value
 
 

@@ -56,8 +56,11 @@ def new_waiter(actor: Actor, what: str, now_ns: int = 0) -> Waiter:
     return waiter
 
 
-def wake_chain(actor: Actor, newest: int) -> int:
-    """Wake everybody in a chain that was taken out of its object, oldest first; how many were asleep."""
+def wake_chain(actor: Actor, newest: int, wake: Callable[[int], None] | None = None) -> int:
+    """Wake everybody in a chain that was taken out of its object, oldest first; how many were asleep.
+
+    `wake` is what wakes one of them, `actor.wake` unless it is said.
+    """
     if not newest:
         return 0
     chain = []
@@ -66,10 +69,11 @@ def wake_chain(actor: Actor, newest: int) -> int:
         chain.append((waiter, waiter.actor))
         newest = waiter.next
     woken = 0
+    wake = wake or actor.wake
     for waiter, sleeper in reversed(chain):
         # The record is the waiter's again the moment it is WOKEN, so its actor was read before.
         if waiter.state.cas(WAITING, WOKEN) == WAITING:
-            actor.wake(sleeper)
+            wake(sleeper)
             woken += 1
         else:
             actor.waiters.free(waiter)
@@ -114,6 +118,18 @@ class WaitWord:
         """Numbers of who waits, oldest first (for reports)."""
         return sleepers(table, self._word.load() & INDEX_MASK)
 
+    def enlist(self, actor: Actor, now_ns: int = 0) -> Waiter:
+        """A record with which to announce oneself; `retract` ends the wait, or `forget` if it was never announced."""
+        return new_waiter(actor, self.name, now_ns)
+
+    def forget(self, actor: Actor, waiter: Waiter) -> None:
+        """Free the record of a waiter that is in no chain."""
+        actor.waiters.free(waiter)
+
+    def wake(self, actor: Actor, newest: int) -> int:
+        """Wake a chain that was taken out of this word, which may be gone by now; how many were asleep."""
+        return wake_chain(actor, newest)
+
     def retract(self, actor: Actor, waiter: Waiter) -> None:
         """Take back an announcement, or free its record if a waker was quicker."""
         if waiter.state.cas(WAITING, ABANDONED) != WAITING:
@@ -125,7 +141,7 @@ class WaitWord:
             if not word & INDEX_MASK:
                 return
             if self._word.cas(word, word & ~INDEX_MASK) == word:
-                wake_chain(actor, word & INDEX_MASK)
+                self.wake(actor, word & INDEX_MASK)
                 return
 
 
@@ -148,10 +164,10 @@ class Completion(WaitWord):
 
     def complete(self, actor: Actor) -> int:
         """Let one waiter through, now or later; may be called anywhere. How many were asleep."""
-        return wake_chain(actor, self.let_through())
+        return self.wake(actor, self.let_through())
 
     def let_through(self) -> int:
-        """`complete` under a spinlock that the waiter takes next: who slept, for `wake_chain` behind the unlock.
+        """`complete` under a spinlock that the waiter takes next: who slept, for `wake` behind the unlock.
 
         Woken inside, it would find the lock taken, perhaps on the core of whoever holds it (the kernel's `wake_q`).
         The object is not touched after the swap, so a waiter that passes may free it at once.
@@ -166,7 +182,7 @@ class Completion(WaitWord):
 
     def complete_all(self, actor: Actor) -> int:
         """Let everybody through until `reinit`. How many were asleep."""
-        return wake_chain(actor, self._word.exchange(COMPLETED_FOR_ALL << 32) & INDEX_MASK)
+        return self.wake(actor, self._word.exchange(COMPLETED_FOR_ALL << 32) & INDEX_MASK)
 
     def try_wait(self) -> bool:
         """`try_wait_for_completion`: pass if it is done, without sleeping."""
@@ -191,7 +207,7 @@ class Completion(WaitWord):
         now_ns = actor.now()
         deadline_ns = now_ns + timeout_ns
         while True:
-            waiter = new_waiter(actor, self.name, now_ns)
+            waiter = self.enlist(actor, now_ns)
             announced = self._announce(waiter)
             woken = not announced or sleep(actor, waiter, deadline_ns)
             if announced:
@@ -199,7 +215,7 @@ class Completion(WaitWord):
                 if actor.stopping():
                     raise MachineStopping(f"{actor} waited for {self.name}")
             else:
-                actor.waiters.free(waiter)
+                self.forget(actor, waiter)
             if self.try_wait():
                 return True
             if not woken:
@@ -235,7 +251,7 @@ class WaitQueue(WaitWord):
         fence()
         if not self._word.load():
             return 0
-        return wake_chain(actor, self._word.exchange(0) & INDEX_MASK)
+        return self.wake(actor, self._word.exchange(0) & INDEX_MASK)
 
     def wait_until(
         self,
@@ -262,7 +278,7 @@ class WaitQueue(WaitWord):
         now_ns = actor.now()
         deadline_ns = now_ns + timeout_ns
         while True:
-            waiter = new_waiter(actor, self.name, now_ns)
+            waiter = self.enlist(actor, now_ns)
             if subject:
                 waiter.subject = subject
             self._announce(waiter)

@@ -34,7 +34,7 @@ from emu.wire.messages import HEADER, OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.cpus import cpus_read_lock
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.kernel.wait import SECOND_NS, wake_chain
+from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import faults, offers, opening, pending, rescinds
 from guestproc.protocol.numbers import Ipis, Works
@@ -111,9 +111,9 @@ def _complete(current: Current, payload: bytes) -> None:
             if current.trace:
                 key = request.openid or request.gpadl
                 current.record(E_REQ_COMPLETE, request.msgtype, key, request.index, request.child_relid)
-            asleep.append(request.waitevent.let_through())
-    for chain in asleep:
-        wake_chain(current.actor, chain)
+            asleep.append((request.waitevent, request.waitevent.let_through()))
+    for waitevent, chain in asleep:
+        waitevent.wake(current.actor, chain)
 
 
 @message_handler
@@ -418,8 +418,10 @@ def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
     """
     with current.connection.channelmsg_lock.hold(current.actor):
         request = rescinds.mark(current.tables, channel)
-        asleep = 0 if request is None else request.waitevent.let_through()
-    wake_chain(current.actor, asleep)
+        waitevent = None if request is None else request.waitevent
+        asleep = 0 if waitevent is None else waitevent.let_through()
+    if waitevent is not None:
+        waitevent.wake(current.actor, asleep)
     # A probe may wait for something of the device's own on this channel.
     current.connection.state_wait.wake_all(current.actor)
 

@@ -12,7 +12,7 @@ import pytest
 
 from emu.faults import FaultKind
 from emu.recording import TraceRecord
-from emu.tracing import EVENTS, refused_words
+from emu.tracing import EVENTS, WaitedFor, refused_words
 from emu.wire.messages import MessageType
 from guestproc.kernel.layout import ChannelState
 from hostproc.protocol.states import ChannelState as HostState
@@ -181,6 +181,20 @@ def target_that_is_offline(edited: Edited) -> None:
     edited.change(edited.where("vmbus_open"), target_vp=77)
 
 
+def circle_of_mutexes(edited: Edited) -> None:
+    """Two workers, each with a mutex that the other sleeps for."""
+    taken = edited.where("lock", actor="WORKER")
+    mutex = edited.records[taken].values[0]
+    one, other = edited.records[taken].actor, edited.records[edited.where("lock", actor="VCPU")].actor
+    wait, at = edited.where("wait"), taken + 1
+    edited.insert(at, wait, what=WaitedFor.MUTEX, object=mutex)
+    edited.records[at] = replace(edited.records[at], actor=other)
+    edited.insert(at, wait, what=WaitedFor.MUTEX, object=0xABC0)
+    edited.records[at] = replace(edited.records[at], actor=one)
+    edited.insert(at, taken, lock=0xABC0)
+    edited.records[at] = replace(edited.records[at], actor=other)
+
+
 def work_that_never_runs(edited: Edited) -> None:
     """A record on a queue whose worker waits for it."""
     first = edited.where("work_queue")
@@ -224,6 +238,7 @@ EDITS: dict[int, Callable[[Edited], None]] = {
     21: signal_on_every_write,
     24: index_off_the_grid,
     26: target_that_is_offline,
+    27: circle_of_mutexes,
     28: work_that_never_runs,
     29: round_in_a_circle,
     30: something_illegal,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from emu.recording import TraceRecord
+from emu.tracing import EVENTS, WaitedFor
 from emu.wire.messages import MessageType
 from tests.conftest import RunCli
 from tools.exit_status import ExitStatus
@@ -138,3 +140,14 @@ def test_work_that_waits_is_its_queues(records: list[TraceRecord]) -> None:
 
     (debt,) = owed(left)
     assert debt == f"kworker/pri_chan owes kworker/work the work of OFFERCHANNEL (h{work[2]})"
+
+
+def test_holder_of_a_mutex_owes_it_to_who_sleeps(records: list[TraceRecord]) -> None:
+    """Who has it is named, and the mutex."""
+    taken = index_of(records, "lock")
+    lock = records[taken]
+    wait, words = EVENTS["wait"], (int(WaitedFor.MUTEX), lock.values[0], lock.values[2])
+    sleeper = next(one for one in records if one.actor != lock.actor and one.actor.kind == "WORKER")
+    records = [*records[: taken + 1], replace(lock, actor=sleeper.actor, event=wait, values=words)]
+
+    assert f"{lock.actor.name} owes {sleeper.actor.name} {lock.shown['name']}" in owed(records)

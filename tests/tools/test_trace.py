@@ -64,7 +64,7 @@ def test_argument_may_be_called_like_a_column() -> None:
     """The actor that a lock belongs to does not replace the actor that recorded it."""
     locked = record(E_LOCK, 5, 6)
 
-    assert (locked["actor"], locked["args"]) == ("vcpu1", {"lock": 5, "actor": 6})
+    assert (locked["actor"], locked["args"]) == ("vcpu1", {"lock": 5, "actor": 6, "name": ""})
 
 
 def test_numbers_are_named() -> None:

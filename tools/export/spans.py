@@ -1,4 +1,4 @@
-"""Spans of time out of records: an interrupt, a tasklet, a work item, a probe, a message in the host's hands, a halt.
+"""Spans of time out of records: an interrupt, a tasklet, work, a probe, a message in the host's hands, a mutex, a wait.
 
 `PAIRS` is the one table: the event that begins a span, the one that ends it, what it is called. A span that nobody
 ends lasts until its thread begins another of its kind, or for ever; where it ended is then the last record that the
@@ -54,6 +54,11 @@ def _named(argument: str, what: str) -> Callable[[TraceRecord], str]:
     return name
 
 
+def _object(what: str) -> Callable[[TraceRecord], str]:
+    """A mutex or a wait, by the name of its object."""
+    return lambda record: f"{what} {record.shown.get('name', '')}"
+
+
 def _about(what: str) -> Callable[[TraceRecord], str]:
     return lambda record: f"{what} relid {record.arguments.get('relid', 0)}"
 
@@ -67,9 +72,13 @@ PAIRS: Final[Mapping[str, tuple[str, Callable[[TraceRecord], str]]]] = {
     "message_take": ("message_done", _named("msgtype", "")),
     "task_run": ("task_done", _named("program", "task")),
     "halt": ("halt_end", lambda _record: "halt"),
+    "lock": ("unlock", _object("holds")),
+    "wait": ("wait_done", _object("waits for")),
 }
 """By the event that begins a span: the event that ends it, and how the span is called."""
 
+_NESTING: Final = frozenset(("isr_enter", "lock"))
+"""What may be begun again inside itself; of anything else a second one means that the end of the first is lost."""
 _BEGINS: Final = {end: begin for begin, (end, _name) in PAIRS.items()}
 
 
@@ -83,12 +92,12 @@ class Spans:
         """Take one record; the spans that it ends, inner ones first."""
         name, opened = record.event.name, self._open.setdefault(record.actor, [])
         if name in PAIRS:
-            # An interrupt may interrupt an interrupt; a second tasklet means that the end of the first is lost.
-            if name != "isr_enter":
+            if name not in _NESTING:
                 yield from self._close(opened, name, None)
             opened.append(_Open(record, record.t_ns))
         elif name in _BEGINS:
-            yield from self._close(opened, _BEGINS[name], record.t_ns)
+            lock = record.values[0] if name == "unlock" else None
+            yield from self._close(opened, _BEGINS[name], record.t_ns, lock)
         for one in opened:
             if one.first.context == record.context:
                 one.last_ns = record.t_ns
@@ -98,9 +107,10 @@ class Spans:
         for opened in self._open.values():
             yield from (one.ended(one.last_ns) for one in reversed(opened))
 
-    def _close(self, opened: list[_Open], begin: str, end_ns: int | None) -> Iterator[Span]:
-        """End the innermost span that an event began, and what was begun inside it and never ended."""
-        at = next((at for at in reversed(range(len(opened))) if opened[at].first.event.name == begin), None)
+    def _close(self, opened: list[_Open], begin: str, end_ns: int | None, lock: int | None = None) -> Iterator[Span]:
+        """End the innermost span that an event began (of this mutex), and what was begun inside it and never ended."""
+        begun = (at for at in reversed(range(len(opened))) if opened[at].first.event.name == begin)
+        at = next((at for at in begun if lock in (None, opened[at].first.values[0])), None)
         if at is None:
             return
         inner, outer = opened[at + 1 :], opened[at]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emu.event_fields import text_value
 from emu.recording import RecordedActor, TraceRecord
 from emu.tracing import EVENTS
 from tools.export.rings import Rings
@@ -42,6 +43,19 @@ def test_probe_lies_in_its_work() -> None:
         at(3, "probe", 7, context="QUEUE"),
         at(4, "work_done", 2, 2, context="QUEUE"),
     ) == [("probe relid 7", "queue", 2, 3), ("vmbus_add_channel_work", "queue", 1, 4)]
+
+
+def test_mutexes_are_held_one_in_another_and_slept_for() -> None:
+    """Each from its lock to its unlock, by its name; what sleeps inside lies inside."""
+    name = text_value("m", 32)
+    assert spans_of(
+        at(1, "lock", 8, 1, name),
+        at(2, "lock", 16, 1, name),
+        at(3, "wait", 0, 24, name),
+        at(4, "wait_done", 0, 24),
+        at(5, "unlock", 16, 1, name),
+        at(6, "unlock", 8, 1, name),
+    ) == [("waits for m", "task", 3, 4), ("holds m", "task", 2, 5), ("holds m", "task", 1, 6)]
 
 
 def test_span_without_an_end_lasts_as_long_as_something_is_recorded_in_it() -> None:

@@ -1,0 +1,114 @@
+"""Mutexes, completions and wait queues of a machine that records: the same classes, with records around their steps.
+
+`record_waits` has a process build them in place of the plain ones, before it has built any. Recorded are mutexes taken
+and given back, and whoever is about to sleep, is woken, goes on. A spinlock is not: it covers a few lines, and a record
+would take as long as those. Causes come first: a wait is recorded before it is announced, and the end of a holding
+before the mutex is free; so what the records say of waits and holders was true at each moment.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+from emu.event_fields import text_value
+from emu.tracing import E_LOCK, E_UNLOCK, E_WAIT, E_WAIT_DONE, E_WAKE, EVENTS, WaitedFor
+from guestproc.kernel.actors import Actor, Waiter
+from guestproc.kernel.locks import Mutex, Rank
+from guestproc.kernel.records import Ram
+from guestproc.kernel.wait import Completion, WaitQueue, WaitWord, wake_chain
+
+
+def _name_words(name: str) -> tuple[int, ...]:
+    """The words of a name, behind the two others of a `lock` or `wait` record."""
+    return EVENTS["lock"].pack(0, 0, text_value(name, 32))[2:]
+
+
+class RecordedWaitWord(WaitWord):
+    """Says who sleeps for the word, is woken, and goes on; by itself the chain of a mutex."""
+
+    __slots__ = ("_gpa", "_name_words")
+
+    WHAT: ClassVar[int] = int(WaitedFor.MUTEX)
+
+    def __init__(self, ram: Ram, gpa: int, name: str) -> None:
+        super().__init__(ram, gpa, name)
+        self._gpa: Final = gpa
+        self._name_words: Final = _name_words(name)
+
+    def enlist(self, actor: Actor, now_ns: int = 0) -> Waiter:
+        """Record that the actor waits, as it will announce."""
+        actor.record(E_WAIT, self.WHAT, self._gpa, *self._name_words)
+        return super().enlist(actor, now_ns)
+
+    def forget(self, actor: Actor, waiter: Waiter) -> None:
+        """It need not have waited."""
+        super().forget(actor, waiter)
+        actor.record(E_WAIT_DONE, self.WHAT, self._gpa)
+
+    def retract(self, actor: Actor, waiter: Waiter) -> None:
+        """It goes on: woken, or because it gave up."""
+        super().retract(actor, waiter)
+        actor.record(E_WAIT_DONE, self.WHAT, self._gpa)
+
+    def wake(self, actor: Actor, newest: int) -> int:
+        """Record each of the chain before it is woken."""
+
+        def wake(sleeper: int) -> None:
+            actor.record(E_WAKE, self.WHAT, self._gpa, sleeper)
+            actor.wake(sleeper)
+
+        return wake_chain(actor, newest, wake)
+
+
+class RecordedCompletion(RecordedWaitWord, Completion):
+    """A completion that says who waits for it."""
+
+    __slots__ = ()
+
+    WHAT = int(WaitedFor.COMPLETION)
+
+
+class RecordedWaitQueue(RecordedWaitWord, WaitQueue):
+    """A wait queue that says who waits in it."""
+
+    __slots__ = ()
+
+    WHAT = int(WaitedFor.WAIT_QUEUE)
+
+
+class RecordedMutex(Mutex):
+    """Says who has it, from after it was taken until before it is given back."""
+
+    __slots__ = ("_gpa", "_name_words")
+
+    def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.DRIVER_STATE) -> None:
+        super().__init__(ram, gpa, name, rank)
+        self._gpa: Final = gpa
+        self._name_words: Final = _name_words(name)
+
+    def acquire(self, actor: Actor) -> None:
+        """Take it, then record that."""
+        super().acquire(actor)
+        actor.record(E_LOCK, self._gpa, actor.number, *self._name_words)
+
+    def try_acquire(self, actor: Actor) -> bool:
+        """Record that it was taken, if it was."""
+        taken = super().try_acquire(actor)
+        if taken:
+            actor.record(E_LOCK, self._gpa, actor.number, *self._name_words)
+        return taken
+
+    def release(self, actor: Actor) -> None:
+        """Record that it is free, then give it back."""
+        actor.record(E_UNLOCK, self._gpa, actor.number, *self._name_words)
+        super().release(actor)
+
+
+def record_waits(ram: Ram) -> None:
+    """Have this process build what records; nothing of the guest kernel's records may have been built in it."""
+    ram.variants = {
+        Mutex: RecordedMutex,
+        WaitWord: RecordedWaitWord,
+        Completion: RecordedCompletion,
+        WaitQueue: RecordedWaitQueue,
+    }
