@@ -88,6 +88,12 @@ class Point(IntEnum):
     MOVE_WAIT_ACK = 27, "g.move.wait_ack", Scope.TASK, "move: MODIFYCHANNEL posted"
     HOST_BEFORE_OPEN_RESULT = 28, "h.ctl.before_open_result", Scope.HOST, "host: device open, reply not sent"
     MOVE_CHECKED = 50, "g.move.checked", Scope.TASK, "move: channel found open, MODIFYCHANNEL not posted"
+    CHAN_REPLY_FOUND = (
+        52,
+        "g.chan.reply_found",
+        Scope.TASK,
+        "channel tasklet: record of a reply found, reply not stored",
+    )
     RING_STATS = 51, "g.ring.stats", Scope.TASK, "debug reader: ring found, its indices not read"
     HOST_ON_MODIFY = 29, "h.ctl.on_modify", Scope.HOST, "host: MODIFYCHANNEL received, not applied"
     HOST_STREAM_CLOSED = 30, "h.ctl.stream_closed", Scope.HOST, "host: a device's stream closed, not handled"

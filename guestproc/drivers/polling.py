@@ -29,7 +29,7 @@ REQUEST: Final = b"which version do you speak?"
 REPLY_TIMEOUT_NS: Final = 30 * SECOND_NS
 DRAIN_LIMIT: Final = 64
 SETTINGS: Final = Settings()
-_IN_CALLBACK: Final = int(Point.CHAN_IN_CALLBACK)
+_REPLY_FOUND: Final = int(Point.CHAN_REPLY_FOUND)
 
 
 class PollingDriver:
@@ -82,7 +82,7 @@ def polling_channel_cb(current: Current, channel: Channel) -> None:
             text = f"relid {channel.relid}: a reply to {trans_id:#x}, which nobody asked"
             current.refuse(ProtocolViolation(text, rule="reply-to-nobody", field="trans_id", value=trans_id))
             continue
-        if current.armed[_IN_CALLBACK]:
-            current.reach(_IN_CALLBACK, channel.relid)
+        if current.armed[_REPLY_FOUND]:
+            current.reach(_REPLY_FOUND, channel.relid)
         store_reply(current.tables.ram, frame, payload)
         current.connection.state_wait.wake_all(current.actor)
