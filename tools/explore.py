@@ -20,7 +20,7 @@ from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus
 from tools.findings import Case, InFolder, folder_of
 from tools.options import json_option
-from tools.output import print_json
+from tools.output import print_json, say
 
 if TYPE_CHECKING:
     from tools.explore_cores import Setting
@@ -137,6 +137,7 @@ def explore(
 def _kept(report: dict[str, Any], replay: Path | None) -> str | None:
     """The folder of a counterexample; None if it could not be kept. One that is kept and done again is the same."""
     if replay is not None and (folder := folder_of(replay)) is not None:
+        say(f"vmbus-emu: this is the schedule of the finding in {folder}")
         return str(folder)
     violation = report["violation"]
     world = {name: report[name] for name in ("devices", "subchannels", "threads", "without", "era", "faults")}

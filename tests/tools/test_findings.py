@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -294,6 +295,17 @@ def test_check_refers_to_its_recording_and_keeps_it_once(run_cli: RunCli, record
     shutil.copy(cut, folder / "recording.rec")
     assert finding_of(run_cli("check", folder / "recording.rec", "--json")) == folder
     assert json.loads(run_cli("check", recording_path, "--json").stdout)["finding"] is None
+
+
+def test_counterexample_is_kept_as_a_schedule_and_done_again(run_cli: RunCli) -> None:
+    """As JSON that `--replay` takes; done again from there it is the same finding."""
+    world = ("--threads", "--devices", "1", "--subchannels", "0", "--depth", "30", "--without", "offer_gate")
+    folder = finding_of(run_cli("explore", *world, "--json"))
+
+    assert contents(folder) == {"finding.txt", "repeat", "schedule.json", "seed"}
+    assert "INV-01: relid 1 was rescinded and is never released" in (folder / "finding.txt").read_text()
+    again = shlex.split((folder / "repeat").read_text())
+    assert finding_of(run_cli(*again[1:], "--json")) == folder
 
 
 def test_interrupted_run_has_found_nothing(tmp_path: Path) -> None:
