@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -32,6 +32,8 @@ from tools.schedule import Schedule, Step
 
 MOST_ROWS: Final = 40
 HOST: Final = "host"
+_SEVERAL: Final[Mapping[str, int]] = {"user": 1, "system": 0}
+"""What threads are called of which there are several alike, and the number of the first."""
 
 
 class Kind(StrEnum):
@@ -86,6 +88,8 @@ class Diagram:
     lifelines: tuple[str, ...]
     rows: tuple[Row, ...]
     began_ns: int
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Lifelines of one of several equal threads, which are called otherwise here: which of them it is, is chance."""
 
 
 class Family(StrEnum):
@@ -214,13 +218,24 @@ def diagram_of(recording: Recording, note: RunNote, schedule: Schedule, *, told:
     """The diagram of a schedule's run; `told` instead of by time."""
     records = [record for record in recording.records() if record.t_ns <= note.ended_ns]
     flows = flows_of(records, recording.head.get("vp_indices", ()))
-    rows = list(_Rows(records, flows, schedule, note).rows())
-    rows = folded(told_order(rows) if told else sorted(rows, key=lambda row: row.at_ns))
-    rows = cut(rows)
-    used = {name for row in rows for name, _at in row.touches()}
+    rows = sorted(_Rows(records, flows, schedule, note).rows(), key=lambda row: row.at_ns)
+    renamed = equal_threads(rows) if told else {}
+    rows = [replace(row, actor=renamed.get(row.actor, row.actor), to=renamed.get(row.to, row.to)) for row in rows]
+    rows = cut(folded(told_order(rows) if told else rows))
     slots = {lifeline_of(record): record.actor.slot for record in reversed(records)}
+    used = {name for row in rows for name, _at in row.touches()}
     lifelines = sorted(used, key=lambda name: (name != HOST, slots.get(name, 0), name))
-    return Diagram(tuple(lifelines), tuple(rows), note.began_ns[0] if note.began_ns else 0)
+    return Diagram(tuple(lifelines), tuple(rows), note.began_ns[0] if note.began_ns else 0, renamed)
+
+
+def equal_threads(rows: Iterable[Row]) -> dict[str, str]:
+    """Other names for threads of which there are several alike: in the order in which they come, by their first."""
+    found: dict[str, list[str]] = {kind: [] for kind in _SEVERAL}
+    for name in (name for row in rows for name, _at in row.touches()):
+        kind, slash, _number = name.partition("/")
+        if slash and kind in found and name not in found[kind]:
+            found[kind].append(name)
+    return {name: f"{kind}/{at}" for kind, names in found.items() for at, name in enumerate(names, _SEVERAL[kind])}
 
 
 def lifeline_of(record: TraceRecord) -> str:

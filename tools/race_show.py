@@ -5,12 +5,13 @@ The run is made for it, or taken from a recording of `races run`, which says of 
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,8 @@ class Shown:
     @property
     def findings(self) -> list[Broken]:
         """What the run found, as far as it is what the exhibit is about."""
-        return findings_of(self.schedule, self.note.broken)
+        found = findings_of(self.schedule, self.note.broken)
+        return [replace(one, text=_renamed(one.text, self.diagram.renamed)) for one in found]
 
     @property
     def outcome(self) -> list[str]:
@@ -60,6 +62,13 @@ class Shown:
             return [f"inconclusive: {self.note.reason}"]
         fix = "on" if self.note.fix else "off"
         return [finding_text(one) for one in self.findings] or [f"nothing is broken (fix {fix})"]
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    """All at once, as two may have changed their names."""
+    if not names:
+        return text
+    return re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], text)
 
 
 def run_and_show(schedule: Schedule, *, fix: bool, told: bool = False) -> Shown:

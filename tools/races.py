@@ -6,6 +6,7 @@ With its fix off a run breaks the invariant that its file names; with it on the 
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from tools.exit_status import ExitStatus
 from tools.findings import RECORDING, Case, InFolder
 from tools.histograms import check_writable, write_text
 from tools.options import json_option
-from tools.output import print_json, print_table
+from tools.output import print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
 from tools.schedule import Schedule
 
@@ -163,6 +164,25 @@ def show(name: str | None, fix: str, recording: Path | None, picture: Path | Non
         title = f"{shown.schedule.name}: {shown.schedule.title} (fix {'on' if shown.note.fix else 'off'})"
         write_text(picture, picture_of(shown.diagram, title, shown.outcome), "--svg")
     return ExitStatus.TIME_LIMIT if shown.note.reason else ExitStatus.FINE
+
+
+@races.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Where to; default: stdout.")
+def museum(output: Path | None) -> None:
+    """Write the page of all exhibits (Markdown): each one told, run with its fix off and on, and drawn.
+
+    \b
+    Example:
+      vmbus-emu races museum -o races.md
+    """
+    from tools.museum import page
+
+    check_writable(output, "-o")
+    text = page(map(Schedule.load, exhibits().values()), say)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(output, text, "-o")
 
 
 def worst_of(runs: list[RaceRun]) -> RaceRun:

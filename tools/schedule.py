@@ -30,6 +30,8 @@ from emu.wire.device_classes import BY_NAME
 
 _SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)(s|ms|us)")
 _SCALE: Final = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000}
+MOST_ADVANCE_NS: Final = 86_400 * _SCALE["s"]
+"""A day: nothing in a machine waits that long."""
 _NONE: Final[tuple[str, ...]] = ()
 _INVARIANT: Final = re.compile(r"INV-\d\d")
 
@@ -90,9 +92,23 @@ VERBS: Final[dict[str, Verb]] = {
     "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
+NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels")
+"""Options that are whole numbers (of `call` and `until event`, options are whatever the callee says)."""
+_WITH_NUMBERS: Final = ("arm", "offer", "send", "run")
+_NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)
+_DEVICE: Final = re.compile(r"[^\s#]+#[1-9]\d{0,8}|\d{1,9}", re.ASCII)
+_WANTS: Final[dict[str, str]] = {
+    "resume": "arm",
+    "disarm": "arm",
+    "until arrived": "arm",
+    "until answered": "call",
+    "until done": "run",
+    "end": "fault",
+}
+"""Verbs about an earlier step, and which verb that one has."""
+_USES_UP: Final = ("disarm", "until answered", "end")
+"""Of these, those after which there is nothing more to say about it."""
 _OF_TWO: Final = {name.split()[0] for name in VERBS if " " in name}
-_NAMES_A_DEVICE: Final = ("rescind", "send")
-_DEVICE: Final = re.compile(r"\d+|[a-z_0-9]+#[1-9]\d*")
 _MAY_BE_UNNAMED: Final = {"call", "fault", "run"}
 
 
@@ -142,17 +158,27 @@ class Schedule:
 def read_steps(lines: tuple[str, ...], source: str) -> tuple[Step, ...]:
     """The steps of these lines, each checked by itself and for the labels that it uses."""
     steps: list[Step] = []
-    labels: set[str] = set()
+    labels: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         try:
             step = _read_step(line, number)
             _check_labels(step, labels)
         except Nonsense as problem:
-            raise UserError(f"{source}: step {number} `{line}`: {problem.what}; {problem.cure}") from None
+            what = f"step {number} `{line}`: {problem.what}"
+            raise UserError(f"{source}: {_in_one_line(what)}; {problem.cure}") from None
+        except UserError as error:
+            raise UserError(f"{source}: {_in_one_line(str(error))}") from None
         steps.append(step)
         if step.label:
-            labels.add(step.label)
+            labels[step.label] = step.verb
+        if step.verb in _USES_UP:
+            del labels[step.words[0]]
     return tuple(steps)
+
+
+def _in_one_line(text: str) -> str:
+    """What somebody wrote, as a terminal may be shown it."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def duration_ns(text: str) -> int:
@@ -160,6 +186,8 @@ def duration_ns(text: str) -> int:
     found = _SECONDS.fullmatch(text)
     if found is None:
         raise Nonsense(f"{text!r} is no duration", "write it as 5s, 20ms or 7us")
+    if float(found[1]) * _SCALE[found[2]] > MOST_ADVANCE_NS:
+        raise Nonsense(f"{text} is too long", f"at most {MOST_ADVANCE_NS // _SCALE['s']}s")
     return int(float(found[1]) * _SCALE[found[2]])
 
 
@@ -197,6 +225,9 @@ def _read_step(line: str, number: int) -> Step:
 
 def _check_values(step: Step) -> None:
     """What a step's own words may be."""
+    for name, value in step.options.items():
+        if name in NUMBERS and step.verb in _WITH_NUMBERS and not _NUMBER.fullmatch(value):
+            raise Nonsense(f"{name}={value} is no number", f"write it as {name}=1")
     if step.verb == "arm":
         point_of(step.words[0])
         if step.options.get("do", "see") != "see" or {"do", "fault"} <= step.options.keys():
@@ -222,21 +253,27 @@ def _check_values(step: Step) -> None:
             raise Nonsense(f"{min(unknown)} is no argument of {name}", nearest(min(unknown), EVENTS[name].arguments))
 
 
-def _check_labels(step: Step, labels: set[str]) -> None:
-    """A label is given once, before it is used."""
+def _check_labels(step: Step, labels: Mapping[str, str]) -> None:
+    """A label is given once, before it is used, and by a step that it makes sense of."""
     if step.label in labels:
         raise Nonsense(f"there is a {step.label} already", "choose another label")
-    if (
-        step.verb in ("resume", "disarm", "until arrived", "until answered", "until done", "end")
-        and step.words[0] not in labels
-    ):
-        raise Nonsense(f"no earlier step is called {step.words[0]}", nearest(step.words[0], labels))
-    devices = [step.words[0]] if step.verb in _NAMES_A_DEVICE else []
-    if step.verb in ("arm", "run") and "relid" in step.options:
-        devices.append(step.options["relid"])
+    if step.verb in _WANTS:
+        wanted, named = _WANTS[step.verb], step.words[0]
+        # A fault may have been put down by an `arm`.
+        wants = (wanted, "arm") if step.verb == "end" else (wanted,)
+        fitting = [label for label, verb in labels.items() if verb in wants]
+        if named not in labels:
+            raise Nonsense(f"no earlier step is called {named}", nearest(named, fitting))
+        if named not in fitting:
+            raise Nonsense(f"{named} is a step `{labels[named]}`", f"name one of `{wanted}`")
+    devices = [step.options["relid"]] if "relid" in step.options and step.verb in _WITH_NUMBERS else []
+    if step.verb in ("rescind", "send"):
+        devices.append(step.words[0])
     for device in devices:
-        if device not in labels and not _DEVICE.fullmatch(device):
-            raise Nonsense(f"{device} is no device", "name the label of an `offer`, CLASS#N or a relid")
+        if labels.get(device) != "offer" and not _DEVICE.fullmatch(device):
+            raise Nonsense(
+                f"{device} is no device of an earlier step", "name a label of `offer`, CLASS#N (from 1), or a relid"
+            )
 
 
 def _anything(value: object) -> Any:

@@ -1,0 +1,288 @@
+"""A schedule: every verb is read, every mistake is one line with the cure, the director says for whom it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tools.director
+from emu.errors import UserError
+from emu.interrupts import AWAKE
+from emu.ipc.atomics import AtomicView
+from emu.ipc.clock import MachineClock
+from emu.layout import VP_RUN_STATE, vp_page_offset
+from emu.switches import ALL_FIXED
+from emu.syncpoint import Point, Tickets
+from tests.guestproc.world import World, new_world
+from tests.tools.settled_world import publish
+from tools.director import Director, Inconclusive, Seen
+from tools.launch import RunningMachine
+from tools.schedule import VERBS, Schedule, read_steps
+
+EVERY_VERB = (
+    "arm g.isr.enter actor=vcpu0 cpu=0 relid=1 skip=2 as ISR",
+    "until arrived ISR",
+    "resume ISR",
+    "arm g.open.waiting as NOBODY",
+    "disarm NOBODY",
+    "offer echo subchannels=1 as NIC",
+    "until event work_done queue=WORK",
+    "send NIC count=3 size=64",
+    "send echo#1",
+    "rescind NIC",
+    "call bind device=echo#1 driver=hv_echo as BIND",
+    "call drivers_autoprobe value=0",
+    "until answered BIND",
+    "run echo_check cpu=0 relid=echo#1 wanted=4 size=8 rate=100 as PING",
+    "until done PING",
+    "fault alloc.fail=message_work as NOMEM",
+    "end NOMEM",
+    "advance 5s",
+    "until settled",
+)
+
+
+def write(home: Path, text: str) -> Path:
+    """A schedule file."""
+    path = home / "x1-mine.toml"
+    path.write_text(text)
+    return path
+
+
+def complaint(*lines: str) -> str:
+    """What is said about these steps."""
+    with pytest.raises(UserError) as refused:
+        read_steps(lines, "mine.toml")
+    return str(refused.value)
+
+
+def test_every_verb_is_read() -> None:
+    """Words, options and labels of each, in the words of the file."""
+    steps = read_steps(EVERY_VERB, "mine.toml")
+
+    assert {step.verb for step in steps} == set(VERBS)
+    assert [step.text for step in steps] == list(EVERY_VERB)
+    assert [step.number for step in steps] == list(range(1, len(steps) + 1))
+    first = steps[0]
+    assert (first.words, first.label) == (("g.isr.enter",), "ISR")
+    assert dict(first.options) == {"actor": "vcpu0", "cpu": "0", "relid": "1", "skip": "2"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (["hold g.isr.enter"], "'hold' is no verb; "),
+        (["until"], "'until' is no verb; did you mean "),
+        (["arm g.isr.entre as X"], "'g.isr.entre' is no sync point; did you mean g.isr.enter"),
+        (["arm g.isr.enter"], "it has too few words or too many; write it as `arm POINT "),
+        (["arm g.isr.enter cpus=1 as X"], "cpus= is nothing of `arm`; write it as `arm POINT "),
+        (["arm g.isr.enter cpu=one as X"], "cpu=one is no number; write it as cpu=1"),
+        (["arm g.isr.enter relid=NIC as X"], "NIC is no device of an earlier step; name a label of `offer`"),
+        (["until settled now"], "it has too few words or too many; write it as `until settled`"),
+        (["resume X"], "no earlier step is called X; "),
+        (["offer echo as X", "resume X"], "X is a step `offer`; name one of `arm`"),
+        (["call bind device=echo#1 as X", "until arrived X"], "X is a step `call`; name one of `arm`"),
+        (["offer echo as X", "offer echo as X"], "there is a X already; choose another label"),
+        (["rescind NIC"], "NIC is no device of an earlier step; "),
+        (["send echo#0"], "echo#0 is no device of an earlier step; "),
+        (["send echo#1 size=-1"], "size=-1 is no number; "),
+        (["run pong"], "'pong' is no program of the guest's; "),
+        (["advance soon"], "'soon' is no duration; write it as 5s, 20ms or 7us"),
+        (["advance 1000000s"], "1000000s is too long; at most 86400s"),
+        (["until event offers"], "'offers' is no event; did you mean offer"),
+        (["until event offer relids=1"], "relids is no argument of offer; did you mean relid"),
+        (["fault alloc.fall"], "alloc.fall"),
+        (["call bind as X", "until answered X", "until answered X"], "no earlier step is called X; "),
+        (["offer 'echo as X"], "No closing quotation; close the quote"),
+        (["resume 'two\nlines'"], "no earlier step is called two lines; "),
+    ],
+)
+def test_a_mistake_is_one_line(lines: list[str], problem: str) -> None:
+    """It names the file, the step by number and words, what is wrong with it, and the cure."""
+    said = complaint(*lines)
+
+    assert said.startswith(f"mine.toml: step {len(lines)}")
+    assert problem in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("step = 'until settled'", "step: it is no list of strings; write it as step = "),
+        ("title = 7", "title: 7 is a whole number, not a string; write it in quotes"),
+        ("[expect]\ninvariant = 'INV-3'", "names no invariant; write it as "),
+        ("[expect]\ninvariants = 'INV-03'", "invariants"),
+        ("[switches]\noffer_gates = false", "offer_gates"),
+        ("steps = []", "steps"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
+    """It names the file, the key, what is wrong with it, and the cure."""
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        Schedule.load(path)
+
+    assert str(refused.value).startswith(f"{path}: ")
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@given(st.lists(st.text(max_size=40), max_size=4))
+def test_nonsense_is_never_worse_than_one_line(lines: list[str]) -> None:
+    """Whatever somebody writes is read or refused in one line."""
+    try:
+        read_steps(tuple(lines), "mine.toml")
+    except UserError as refused:
+        assert "\n" not in str(refused)
+
+
+WORDS = st.sampled_from([*" ".join(VERBS).split(), "g.isr.enter", "as", "X", "echo", "echo#1", "relid=X", "cpu=0", "7"])
+
+
+@given(st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6))
+def test_words_in_no_order_are_read_or_refused(lines: list[str]) -> None:
+    """So are the right words at the wrong places; and what is read has the labels that it uses."""
+    try:
+        steps = read_steps(tuple(lines), "mine.toml")
+    except UserError as refused:
+        assert "\n" not in str(refused)
+    else:
+        labels = {step.label for step in steps}
+        assert all(step.words[0] in labels for step in steps if step.verb in ("resume", "until answered"))
+
+
+def test_a_schedule_is_its_file(tmp_path: Path) -> None:
+    """Title, story, invariants, switches, machine; with its fix on only the switches are others."""
+    schedule = Schedule.load(
+        write(
+            tmp_path,
+            "title = 'Mine'\nstory = 'It goes wrong.'\nstep = ['until settled']\n"
+            "[expect]\ninvariant = ['INV-03', 'INV-28']\n[machine]\nvcpus = 2\n[switches]\noffer_gate = false\n",
+        )
+    )
+
+    assert (schedule.name, schedule.title, schedule.story) == ("x1-mine", "Mine", "It goes wrong.")
+    assert schedule.invariants == ("INV-03", "INV-28")
+    assert schedule.scenario.fix.off() == ("offer_gate",)
+    fixed = schedule.with_fix()
+    assert fixed.scenario.fix == ALL_FIXED
+    assert (fixed.steps, fixed.scenario.machine.vcpus) == (schedule.steps, 2)
+    assert Schedule.of_document(schedule.document, schedule.path) == schedule
+
+
+# -- the director's waiting ------------------------------------------------------------------------------
+
+
+class Unposted:
+    """A semaphore that nobody posts; a wait for it is over at once, so that the waiter looks again."""
+
+    tokens = 0
+
+    def block(self, _timeout_s: float) -> bool:
+        """In vain."""
+        return False
+
+    def post(self) -> None:
+        """Nobody sleeps on it."""
+
+
+class Standing:
+    """What a director needs of a running machine, in a world where nobody moves unless a test says so."""
+
+    def __init__(self, world: World) -> None:
+        self.machine = world.machine
+
+    def pump(self, _timeout_s: float) -> None:
+        """Nobody dies and nothing is recorded meanwhile."""
+
+    def nudge(self, _cpu: int) -> None:
+        """Nobody sleeps as a processor."""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A guest with one open channel, at rest, on a machine that runs schedules."""
+    with new_world(races=True) as world:
+        world.boot()
+        world.host.device(9)
+        world.settle()
+        publish(world)
+        yield world
+
+
+@pytest.fixture
+def director(world: World, monkeypatch: pytest.MonkeyPatch) -> Director:
+    """A director that is not patient."""
+    monkeypatch.setattr(tools.director, "STEP_S", 0.02)
+    monkeypatch.setattr(world.machine, "wakeup", lambda _part: Unposted())
+    return Director(cast(RunningMachine, Standing(world)), Seen())
+
+
+def do(director: Director, *lines: str) -> None:
+    """These steps."""
+    for step in read_steps(lines, "mine.toml"):
+        director.do(step)
+
+
+def arrive(world: World, point: Point, relid: int) -> None:
+    """A processor comes to a point and is held there."""
+    row = next(row for row in world.machine.control.rows() if row.name == "vcpu1")
+    tickets = Tickets(world.machine.control)
+    # As the machine's; the world's time is a fake, which nobody can hold.
+    tickets.clock = MachineClock(AtomicView(bytearray(4096)), 0)
+    assert tickets.take(point, row.number, 1, relid) is not None
+
+
+def test_nobody_comes(director: Director) -> None:
+    """A point that nobody comes to is named, and the step says nothing about the machine."""
+    with pytest.raises(Inconclusive, match=r"^waited 0\.02 s for somebody to come to g\.isr\.enter$"):
+        do(director, "arm g.isr.enter as ISR", "until arrived ISR")
+
+
+def test_who_is_held_is_named(world: World, director: Director) -> None:
+    """Whoever is held at a point while something else is waited for may be why it does not come."""
+    arms = read_steps(("arm g.open.waiting as OPEN", "until arrived OPEN", "until event offer relid=9"), "mine.toml")
+    director.do(arms[0])
+    arrive(world, Point.OPEN_WAITING, 9)
+    director.do(arms[1])
+
+    with pytest.raises(Inconclusive, match=r"an event `offer relid=9`; vcpu1 is held at g\.open\.waiting$"):
+        director.do(arms[2])
+
+
+def test_who_runs_is_named(world: World, director: Director) -> None:
+    """A machine that does not settle: who still runs."""
+    position = world.cpus[1].position
+    world.machine.vps.view.store_u32(vp_page_offset(position) + VP_RUN_STATE, AWAKE)
+
+    with pytest.raises(Inconclusive, match=r"for the machine to settle; not settled: vcpu1 is AWAKE$"):
+        do(director, "until settled")
+
+
+def test_the_dead_are_named(world: World, director: Director) -> None:
+    """One that is dead never settles."""
+    row = next(row for row in world.machine.control.rows() if row.name == "vcpu1")
+    world.machine.control.set_dead(row.slot, 9)
+
+    with pytest.raises(Inconclusive, match=r"for the machine to settle; dead: vcpu1 \(wait status 9\)$"):
+        do(director, "until settled")
+
+
+def test_nobody_is_let_go_who_did_not_come(director: Director) -> None:
+    """`resume` without a wait before it says what is missing; `disarm` takes back what nobody took."""
+    with pytest.raises(Inconclusive, match=r"step 2: nobody is held at g\.isr\.enter; wait with `until arrived` first"):
+        do(director, "arm g.isr.enter as ISR", "resume ISR")
+
+    do(director, "arm g.open.waiting as OPEN", "disarm OPEN", "until settled")
+
+
+def test_an_actor_that_nobody_knows(director: Director) -> None:
+    """Whom a step names must be there: one line with who is."""
+    with pytest.raises(UserError, match=r"no actor is called vcpu9; there are .*vcpu0"):
+        do(director, "arm g.isr.enter actor=vcpu9 as ISR")
