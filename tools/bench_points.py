@@ -2,8 +2,8 @@
 
 A point by itself, as the code that has one asks it: in a machine that may run schedules, and in any other. Then batches
 and single round trips through a machine that may run schedules beside one that does not, in turn. A plain machine has
-no point on its packet path at all (`tests/tools/test_bench_points.py` shows that), so the second of the two is a build
-without them; the ratio is what it costs that a machine could.
+no point on its packet path at all (`tests/tools/test_bench_points.py` shows that), so it *is* a build without them, and
+what `bench ring echo` measures; the ratio, which has no goal, is what it costs a machine that runs schedules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ SHORT_LOOKS: Final = 5_000
 WINDOW_S: Final = 0.5
 SHORT_S: Final = 0.05
 DISARMED_GOAL_NS: Final = 50.0
-RATIO_GOAL: Final = 0.98
 _AT: Final = int(Point.CHAN_AFTER_CALLBACK)
 
 
@@ -62,8 +61,8 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     return [
         Anchor.of("point-disarmed", disarmed, "ns", better="lower", goal=DISARMED_GOAL_NS),
         Anchor.of("point-plain", plain, "ns", better="lower", goal=DISARMED_GOAL_NS),
-        Anchor.of("points-batches", rates[True], "packets/s", better="higher", against=batches, goal=RATIO_GOAL),
-        Anchor.of("points-round-trip-p50", trips[True], "us", better="lower", against=single, goal=1 / RATIO_GOAL),
+        Anchor.of("points-batches", rates[True], "packets/s", better="higher", against=batches),
+        Anchor.of("points-round-trip-p50", trips[True], "us", better="lower", against=single),
     ]
 
 
