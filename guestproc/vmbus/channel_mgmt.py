@@ -63,6 +63,7 @@ MESSAGE_HANDLERS: Final[dict[str, MessageHandler]] = {}
 
 VERSION_RESPONSE_BYTES: Final = 16
 """What this guest understands of a VERSION_RESPONSE: the forms of 6.0 are longer."""
+_ADD_FAILED: Final = int(Point.ADD_FAILED)
 _OFFER_BEFORE_MAP: Final = int(Point.OFFER_BEFORE_MAP)
 _CPU_PICKED: Final = int(Point.CPU_PICKED)
 _RESCIND_WAIT_GATE: Final = int(Point.RESCIND_WAIT_GATE)
@@ -323,6 +324,8 @@ def err_deq_chan(current: Current, channel: Channel) -> None:
     A channel that a rescind has claimed meanwhile is removed as that rescind goes on. (The kernel frees it here all
     the same, and the handler uses it afterwards.)
     """
+    if current.armed[_ADD_FAILED]:
+        current.reach(_ADD_FAILED, channel.relid)
     with current.connection.channel_mutex.hold(current.actor):
         claimed = channel.rescind_ref.load()
         if not claimed:
