@@ -98,7 +98,11 @@ SWITCHES: Final[dict[str, Switch]] = {
         "a close that finds its channel not open leaves the tasklet disabled", ("C3",), ("per_channel", "per_vcpu")
     ),
     "recheck_after_unmask": Switch("the reader unmasks and leaves without looking again", ("D1",)),
-    "read_side_order": Switch("the reader looks at the writer's wish before it stores its index", ("D2",)),
+    "read_side_order": Switch(
+        "the reader looks at the writer's wish before it stores its index, or asks the wrong word about it",
+        ("D2",),
+        ("stale_pending", "mask_abuse", "stale_write_index"),
+    ),
     "acquire_write_index": Switch("the reader's load of write_index orders nothing: bytes may be older", ("D5",)),
     "signal_on_transition_only": Switch("a writer signals the host at each write, also when the ring is full", ("D3",)),
     "recheck_after_stop": Switch(

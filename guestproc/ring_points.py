@@ -5,7 +5,7 @@ Chosen when a process maps a ring; a ring of any other machine has no trace of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from struct import pack
 from typing import TYPE_CHECKING, Final
@@ -53,6 +53,13 @@ def inbound_words(current: Current, words: RingWords, relid: int) -> RingWords:
     if current.fix.read_side_order:
         return replace(words, load_pending=load_and_reach)
 
+    if current.fix.variant == "mask_abuse":
+        # Wrong on purpose (races.md D2): that a reader wants no interrupts says nothing about the writer.
+        load_mask = words.load_mask
+        return replace(words, load_pending=lambda: 0 if load_mask() else load_and_reach())
+    if current.fix.variant == "stale_write_index":
+        return _with_old_write_index(words, load_and_reach)
+
     # Wrong on purpose (races.md D2, stale_pending): what the writer wishes is read before read_index is stored, and
     # acted on behind it. A writer that comes in between sees the old index, and is not seen.
     def store_too_late(index: int) -> None:
@@ -79,6 +86,31 @@ class RingEpoch:
         if not self._pages.is_live(self._pfn, self._generation):
             owner = owner_text(self._pages.owner_of(self._pfn))
             raise AssertionError(f"INV-13: {what} of relid {self._relid}: page {self._pfn:#x} of its ring is {owner}")
+
+
+def _with_old_write_index(words: RingWords, load_pending: Callable[[], int]) -> RingWords:
+    """Wrong on purpose (races.md D2, stale_write_index): whether the room was there before, an old index is asked.
+
+    Behind the wish comes the write_index that the reader began with. What was written since makes the room smaller.
+    """
+    load_write = words.load_write
+    begun, asks = load_write(), False
+
+    def wish() -> int:
+        nonlocal asks
+        wanted = load_pending()
+        asks = wanted != 0
+        return wanted
+
+    def write_index() -> int:
+        nonlocal asks, begun
+        if asks:
+            asks = False
+        else:
+            begun = load_write()
+        return begun
+
+    return replace(words, load_pending=wish, load_write=write_index)
 
 
 def early_bytes(current: Current, relid: int, memory: RingMemory, words: RingWords) -> RingMemory | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -96,3 +97,34 @@ def test_writer_that_signals_at_each_write(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RingFull):
         producer.write(bytes(PAYLOAD))
     assert signals == [channel]
+
+
+@pytest.mark.parametrize("variant", ["", "mask_abuse", "stale_write_index"])
+def test_room_that_a_writer_is_not_told_of(variant: str) -> None:
+    """D2: a masked reader, or one that asks the index it began with; a right one signals for the same releases."""
+    signalled = []
+    for right in (True, False):
+        memory = RingMemory.on(bytearray(3 * 4096))
+        guest = Guest(Fix(read_side_order=right, variant="" if right else variant))
+        producer = RingProducer(memory)
+        producer.init()
+        producer.write(bytes(PAYLOAD))
+        consumer = PointedConsumer(cast(Current, guest), RELID, memory, memory.words)
+        consumer.begin_read()
+
+        producer.write_many([bytes(PAYLOAD)] * 5)
+        guest.then = partial(fill_and_wish, guest, producer)
+        guest.armed[Point.RING_AFTER_PENDING_READ] = 1
+        consumer.read_many(6)
+        signalled.append(consumer.take_signal())
+
+    assert signalled == [True, False]
+
+
+def fill_and_wish(guest: Guest, producer: RingProducer) -> None:
+    """Once: write until the ring is full, and wish for more room than there is."""
+    guest.armed[Point.RING_AFTER_PENDING_READ] = 0
+    with pytest.raises(RingFull):
+        while True:
+            producer.write(bytes(PAYLOAD))
+    assert not producer.want_room(2 * PAYLOAD)
