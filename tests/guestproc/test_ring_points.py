@@ -109,7 +109,7 @@ def test_room_that_a_writer_is_not_told_of(variant: str) -> None:
         producer = RingProducer(memory)
         producer.init()
         producer.write(bytes(PAYLOAD))
-        consumer = PointedConsumer(cast(Current, guest), RELID, memory, memory.words)
+        consumer = PointedConsumer(cast(Current, guest), channel_of(guest.tables.pages), memory, memory.words)
         consumer.begin_read()
 
         producer.write_many([bytes(PAYLOAD)] * 5)
