@@ -70,6 +70,31 @@ def inbound_words(current: Current, words: RingWords, relid: int) -> RingWords:
     return replace(words, store_read=store_too_late, load_pending=lambda: early)
 
 
+def _with_old_write_index(words: RingWords, load_pending: Callable[[], int]) -> RingWords:
+    """Wrong on purpose (races.md D2, stale_write_index): whether the room was there before, an old index is asked.
+
+    Behind the wish comes the write_index that the reader began with. What was written since makes the room smaller.
+    """
+    load_write = words.load_write
+    begun, asks = load_write(), False
+
+    def wish() -> int:
+        nonlocal asks
+        wanted = load_pending()
+        asks = wanted != 0
+        return wanted
+
+    def write_index() -> int:
+        nonlocal asks, begun
+        if asks:
+            asks = False
+        else:
+            begun = load_write()
+        return begun
+
+    return replace(words, load_pending=wish, load_write=write_index)
+
+
 class RingEpoch:
     """The allocation that a channel's ring pages came from: whoever uses them after it has ended is wrong."""
 
