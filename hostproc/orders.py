@@ -15,6 +15,7 @@ from emu.control import Control
 from emu.errors import UserError
 from emu.orders import Order, OrderDesk, Recipient
 from emu.scenario import backend_fault, backend_of, derived_instance, subchannels_of
+from emu.wire.packets import COMPLETION_REQUESTED
 from hostproc.bus import Bus
 from hostproc.devices.table import BACKENDS, DEVICES, new_backend, offer_of
 from hostproc.protocol.offers import identity_of
@@ -114,7 +115,7 @@ class HostOrders:
     def _send(self, asked: Values) -> Values:
         """Let a device write `count` packets of `size` bytes of its own accord, sleeping whenever the ring is full.
 
-        As many as fit are written at once.
+        As many as fit are written at once. `id` (0: none): they ask for completions, with ids from this one on.
         """
         relid, count, size = asked["relid"], asked["count"], asked["size"]
         for key in self._bus.offered():
@@ -124,11 +125,12 @@ class HostOrders:
         else:
             raise UserError(f"no open channel has relid {relid}; `vmbus-emu ls` lists them")
         payloads = self._bus.backends()[key].unasked(channel, count, size)
+        first, flags = asked.get("id", 0), COMPLETION_REQUESTED if asked.get("id") else 0
         sent = 0
-        while sent < count and channel.send(payloads[sent]):
+        while sent < count and channel.send(payloads[sent], first and first + sent, flags):
             sent += 1
         if sent < count:
-            self._bus.run_beside(key, channel.send_all(payloads[sent:]))
+            self._bus.run_beside(key, channel.send_all(payloads[sent:], first and first + sent, flags))
         return {"sent": sent}
 
     def _lives(self, _asked: Values) -> Values:

@@ -255,9 +255,10 @@ class Director:
         self.host("rescind", relid=self.relid(step.words[0]), instance="")
 
     def _send(self, step: Step) -> None:
-        """A device writes packets that nobody asked for."""
+        """A device writes packets that nobody asked for; with an id, they ask for completions."""
         count, size = int(step.options.get("count", 1)), int(step.options.get("size", 8))
-        self.host("send", relid=self.relid(step.words[0]), count=count, size=size)
+        first_id = int(step.options.get("id", 0))
+        self.host("send", relid=self.relid(step.words[0]), count=count, size=size, id=first_id)
 
     def _call(self, step: Step) -> None:
         """A call of the guest's user space, which may wait for somebody who is held: nobody waits for it here."""

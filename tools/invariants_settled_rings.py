@@ -212,7 +212,7 @@ def pools_and_queues(scene: Scene) -> Iterator[Finding]:
 
 
 def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
-    """INV-22: who stopped a transmit queue has left somebody who wakes it: a frame whose completion is to come."""
+    """INV-22: a completion will come that wakes a stopped queue, and a poll that owes some comes again."""
     tables = scene.view.tables
     if tables is None or scene.parked:
         return
@@ -222,6 +222,9 @@ def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
             continue
         if one.tx_stopped.load() and not one.queue_sends.load():
             text = f"the transmit queue of relid {channel.relid} is stopped, and no completion will come that wakes it"
+            yield Finding(22, text, relid=channel.relid)
+        if one.rx_owed and not one.napi.scheduled:
+            text = f"{one.rx_owed} completions are owed on relid {channel.relid}, and no poll is due that sends them"
             yield Finding(22, text, relid=channel.relid)
 
 

@@ -103,7 +103,8 @@ def _offer(step: Step) -> str:
 def _send(step: Step) -> str:
     count, size = int(step.options.get("count", 1)), step.options.get("size", "8")
     what = f"a packet of {size} bytes" if count == 1 else f"{count} packets of {size} bytes"
-    return f"The device of {step.words[0]} writes {what}."
+    wants = " and wants to be told when it is done with" if int(step.options.get("id", 0)) else ""
+    return f"The device of {step.words[0]} writes {what}{wants}."
 
 
 def _run(step: Step) -> str:

@@ -81,7 +81,7 @@ VERBS: Final[dict[str, Verb]] = {
     "end": Verb("end LABEL", (1, 1)),
     "offer": Verb("offer CLASS [subchannels=N] as LABEL", (1, 1), ("subchannels",), names=True),
     "rescind": Verb("rescind DEVICE", (1, 1)),
-    "send": Verb("send DEVICE [count=N] [size=BYTES]", (1, 1), ("count", "size")),
+    "send": Verb("send DEVICE [count=N] [size=BYTES] [id=N]", (1, 1), ("count", "size", "id")),
     "run": Verb(
         "run PROGRAM [cpu=N] [relid=DEVICE] [wanted=N] [size=BYTES] [rate=N] [as LABEL]",
         (1, 1),
@@ -92,7 +92,7 @@ VERBS: Final[dict[str, Verb]] = {
     "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
-NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels")
+NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels", "id")
 """Options that are whole numbers (of `call` and `until event`, options are whatever the callee says)."""
 _WITH_NUMBERS: Final = ("arm", "offer", "send", "run")
 _NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)

@@ -25,8 +25,9 @@ from emu.tracing import E_MASK, E_TASKLET_RUN, E_TASKLET_SCHED, E_UNMASK
 from emu.wire.device_classes import NETLIKE
 from emu.wire.guids import guid_to_wire
 from emu.wire.netlike_protocol import FRAME, parse_frame, type_of
-from emu.wire.packets import VM_PKT_COMP
+from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers import claims
+from guestproc.drivers.netlike_rx import enq_receive_complete, send_recv_completions
 from guestproc.drivers.netlike_tx import TX_ID, netvsc_send_tx_complete
 from guestproc.drivers.settings import Settings
 from guestproc.drivers.subchannels import add_subchannel, ask_for_subchannels, take_answer, wait_for_callbacks
@@ -219,7 +220,7 @@ def net_rx_action(current: Current, handle: int) -> None:
 
 
 def netvsc_poll(current: Current, nvchan: NetChannel, budget: int) -> int:
-    """Read at most `budget` packets; less means: completed, and unmasked unless bytes had come."""
+    """Read at most `budget` packets; less means: completed, and unmasked unless bytes had come or something is owed."""
     queue, actor, idle = current.tasklets, current.actor, current.connection.tasklet_idle
     assert queue is not None
     channel = current.channel(nvchan.channel)
@@ -228,13 +229,14 @@ def netvsc_poll(current: Current, nvchan: NetChannel, budget: int) -> int:
     work = len(packets)
     if work:
         _process(current, channel, nvchan, packets)
+    owes = nvchan.rx_owed != 0 and send_recv_completions(current, channel, nvchan)
     nvchan.polls += 1
     if work == budget:
         nvchan.full_polls += 1
         return work
     if (
         napi_complete_done(actor, queue, nvchan.napi, idle)
-        and _unmask(current, channel)
+        and (owes or _unmask(current, channel))
         and napi_schedule_prep(nvchan.napi)
     ):
         nvchan.repolls += 1
@@ -266,7 +268,8 @@ def _process(current: Current, channel: Channel, nvchan: NetChannel, packets: li
         take_answer(current, device, packets)
     frames = nbytes = gaps = checksum_errors = 0
     expected = nvchan.rx_next
-    for packet_type, _flags, trans_id, payload in packets:
+    asked: list[int] = []
+    for packet_type, flags, trans_id, payload in packets:
         if packet_type == VM_PKT_COMP:
             if trans_id & TX_ID:
                 netvsc_send_tx_complete(current, channel, nvchan)
@@ -282,11 +285,15 @@ def _process(current: Current, channel: Channel, nvchan: NetChannel, packets: li
         except ProtocolViolation as violation:
             current.refuse(violation, f"relid {channel.relid}")
             continue
+        if flags & COMPLETION_REQUESTED:
+            asked.append(trans_id)
         frames += 1
         nbytes += length
         gaps += sequence != expected
         checksum_errors += not intact
         expected = sequence + 1 & 0xFFFFFFFF
+    if asked:
+        enq_receive_complete(current, channel, nvchan, asked)
     nvchan.rx_next = expected
     nvchan.rx_packets += frames
     nvchan.rx_bytes += nbytes

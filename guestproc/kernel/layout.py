@@ -266,6 +266,10 @@ class Device(Record):
     driver_state = Words64(DRIVER_STATE_WORDS, "the bound driver's own layout")
 
 
+RX_OWED_MAX: Final = 64
+"""Frames of which a netlike channel may owe the completion."""
+
+
 class NetChannel(Record):
     """`netvsc_channel`: what the netlike driver keeps of each channel that it has open."""
 
@@ -287,6 +291,8 @@ class NetChannel(Record):
     # What the program that has claimed the channel counts.
     tx_next = Word(4, "the claimant's: sequence of the next frame")
     queue_sends = Atomic32("atomic: frames that were sent with a completion to come")
+    rx_owed = Word(4, "the poll's: frames whose completion is still to be sent")
+    rx_ids = Blob(8 * RX_OWED_MAX, "the poll's: their transaction ids, oldest first")
     tx_stopped = Atomic32("atomic: 1 while its transmit queue is stopped (`__QUEUE_STATE_DRV_XOFF`)")
 
 

@@ -81,6 +81,8 @@ class _Port:
                 yield from channel.wait_for_packets()
                 continue
             for packet in packets:
+                if packet[0] == VM_PKT_COMP:
+                    continue  # of a frame that asked for it: nothing waits for that
                 try:
                     kind = type_of(packet[3])
                     if kind == FRAME:

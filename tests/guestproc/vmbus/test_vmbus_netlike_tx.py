@@ -7,10 +7,16 @@ import errno
 import pytest
 
 from emu.switches import Fix
+from emu.wire.netlike_protocol import pack_frame
+from emu.wire.packets import COMPLETION_REQUESTED
 from guestproc.current import Current
 from guestproc.drivers import netlike_tx
+from guestproc.drivers.netlike import netvsc_poll
+from guestproc.drivers.netlike_rx import owed_ids
 from guestproc.drivers.netlike_tx import netif_tx_queue_stopped, netvsc_send_tx_complete, netvsc_start_xmit
 from guestproc.kernel.layout import Channel, NetChannel
+from guestproc.kernel.napi import napi_schedule_prep
+from guestproc.vmbus.packets import vmbus_sendpacket
 from tests.guestproc.vmbus.test_vmbus_mistakes import mistaken
 from tests.guestproc.vmbus.test_vmbus_netlike import RELID, channel, era, record
 from tests.guestproc.world import World
@@ -74,3 +80,35 @@ def test_completions_that_come_before_the_stop(
     assert netif_tx_queue_stopped(record(booted)) is not right
     assert len(findings(booted, 22)) == (not right)
     assert Fix().recheck_after_stop
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_poll_that_cannot_complete_what_came(booted: World, channel: Channel, right: bool) -> None:
+    """D4 and INV-22: the ring to the host is full. A poll that owes completions comes again, or nobody does."""
+    mistaken(booted, recheck_after_stop=right, variant="" if right else "rx_completion")
+    nvchan, host = record(booted), booted.host.channels[RELID]
+    host.echo = False
+    booted.call(lambda current: fill(current, current.channel(nvchan.channel)))
+    assert host.producer is not None
+    host.producer.write(pack_frame(0, bytes(60)), 77, COMPLETION_REQUESTED)
+
+    def poll(current: Current) -> tuple[int, list[int], bool]:
+        assert napi_schedule_prep(nvchan.napi)
+        work = netvsc_poll(current, nvchan, 64)
+        seen = work, owed_ids(nvchan), nvchan.napi.scheduled
+        # The host reads, and signals nobody: nobody waits for the room.
+        words = current.rings.of(current.channel(nvchan.channel)).outbound.words
+        words.store_read(words.load_write())
+        return seen
+
+    assert booted.call(poll) == (1, [77], right)
+    booted.settle()
+    assert owed_ids(nvchan) == ([] if right else [77])
+    assert len(findings(booted, 22)) == (not right)
+
+
+def fill(current: Current, channel: Channel) -> None:
+    """Until not even a completion fits."""
+    for size in (1_000, 8):
+        while vmbus_sendpacket(current, channel, bytes(size)) == 0:
+            pass
