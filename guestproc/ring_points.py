@@ -113,31 +113,6 @@ class RingEpoch:
             raise AssertionError(f"INV-13: {what} of relid {self._relid}: page {self._pfn:#x} of its ring is {owner}")
 
 
-def _with_old_write_index(words: RingWords, load_pending: Callable[[], int]) -> RingWords:
-    """Wrong on purpose (races.md D2, stale_write_index): whether the room was there before, an old index is asked.
-
-    Behind the wish comes the write_index that the reader began with. What was written since makes the room smaller.
-    """
-    load_write = words.load_write
-    begun, asks = load_write(), False
-
-    def wish() -> int:
-        nonlocal asks
-        wanted = load_pending()
-        asks = wanted != 0
-        return wanted
-
-    def write_index() -> int:
-        nonlocal asks, begun
-        if asks:
-            asks = False
-        else:
-            begun = load_write()
-        return begun
-
-    return replace(words, load_pending=wish, load_write=write_index)
-
-
 def early_bytes(current: Current, relid: int, memory: RingMemory, words: RingWords) -> RingMemory | None:
     """Load a ring's bytes before its write_index, as a processor may; a ring of these bytes if they may be used.
 
