@@ -33,8 +33,7 @@ def test_a_switch_is_shown(switch: str) -> None:
     """Each switch is off in an exhibit, each of its variants in one."""
     shown = [one.scenario.fix for one in SCHEDULES.values() if switch in one.scenario.fix.off()]
     assert shown
-    if SWITCHES[switch].variants:
-        assert {fix.variant for fix in shown} == set(SWITCHES[switch].variants)
+    assert set(SWITCHES[switch].variants) <= {fix.variant for fix in shown}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
