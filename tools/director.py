@@ -37,6 +37,14 @@ LOOK_S: Final = 0.001
 _DECODERS: Final = {number: decoder_of(spec) for number, spec in BY_NUMBER.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An invariant that is broken: `INV-nn`, and in what way."""
+
+    invariant: str
+    text: str
+
+
 class Inconclusive(VmbusError):
     """A step did not come to its end: the schedule says nothing about the machine."""
 
@@ -72,6 +80,10 @@ class Director:
         self.answers: Final[dict[str, dict[str, Any]]] = {}
         self._planned: Final[dict[str, PlannedFault]] = {}
         self._tasks: Final[dict[str, int]] = {}
+        self.judge: Callable[[Director], list[Broken]] = lambda _director: []
+        """What `check` asks; whoever runs the schedule says so."""
+        self.checked: Final[list[Broken]] = []
+        """What a `check` found."""
         self._since_ns = 0
         self._host_bell: Final = HostBell(self.machine.doorbells.view, self.machine.wakeup("host"))
         self._verbs: Final[Mapping[str, Callable[[Step], None]]] = {
@@ -83,6 +95,7 @@ class Director:
             "until answered": self._until_answered,
             "until settled": self._until_settled,
             "advance": self._advance,
+            "check": self._check,
             "offer": self._offer,
             "rescind": self._rescind,
             "send": self._send,
@@ -99,6 +112,11 @@ class Director:
             self._verbs[step.verb](step)
         except OrderRefused as refused:
             raise UserError(f"step {step.number} `{step.text}`: {refused}") from None
+
+    def _check(self, _step: Step) -> None:
+        """Judge it as it stands now; the end of a run judges it again."""
+        self.settle()
+        self.checked.extend(self.judge(self))
 
     @property
     def relids(self) -> Mapping[str, int]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 from emu.errors import DeadlinePassed
 from emu.recording import RecordingWriter
-from tools.director import Director, Inconclusive, Seen
+from tools.director import Broken, Director, Inconclusive, Seen
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
 from tools.invariants import Machine, judge
@@ -35,14 +35,6 @@ _DEATHS: Final = {": stale, generation": "INV-13"}
 """What the last line of a process that died says, and the invariant that its assertion guards."""
 _NAMED: Final = re.compile(r"INV-\d\d")
 _ANY_DEATH: Final = "INV-30"
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """An invariant that is broken: `INV-nn`, and in what way."""
-
-    invariant: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +162,7 @@ class RaceMachine:
         try:
             running.wait_ready()
             director = Director(running, seen)
+            director.judge = judged
             note.relids = director.relids
             for step in self._schedule.steps:
                 note.began_ns.append(time.monotonic_ns())
@@ -180,18 +173,23 @@ class RaceMachine:
             return [of_death(death) for death in died.deaths], ""
         except (Inconclusive, DeadlinePassed) as why:
             return [], str(why)
-        return judged(director), ""
+        return list(dict.fromkeys([*director.checked, *judged(director)])), ""
 
 
 def judged(director: Director) -> list[Broken]:
-    """What is broken in a machine that is settled: by its records so far, and by its state."""
+    """What is broken in a machine that is settled: by its records so far, and by its state.
+
+    While somebody is held (`check` in the middle) only what is wrong already counts: more is to come.
+    """
     director.running.pump(0)
     records = sorted(director.seen.records, key=lambda record: record.t_ns)
     machine = director.machine
     vp_indices = tuple(machine.vp_index(position) for position in range(machine.vp_count))
-    verdicts = judge(RULES, records, Machine(vp_indices), settled=True)
+    over = not director.tickets.parked()
+    verdicts = judge(RULES, records, Machine(vp_indices), settled=over)
     found = [finding for verdict in verdicts for finding in verdict.violations[:1]]
-    return [Broken(one.name, one.text) for one in (*found, *judge_state(director.settling.view))]
+    state = judge_state(director.settling.view) if over else []
+    return [Broken(one.name, one.text) for one in (*found, *state)]
 
 
 def of_death(death: Death) -> Broken:

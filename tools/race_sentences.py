@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from emu.switches import SWITCHES
+from tools.director import Broken
 from tools.invariant_table import RULES, STATE_RULES
-from tools.race_run import Broken
 from tools.schedule import Schedule, Step, point_of
 
 _MORE_TITLES: Final[Mapping[str, str]] = {
@@ -134,6 +134,7 @@ _SENTENCES: Final[Mapping[str, Callable[[Step], str]]] = {
     "until settled": lambda _step: "Wait until nothing more happens by itself.",
     "until done": lambda step: f"Wait until the program {step.words[0]} has ended.",
     "advance": lambda step: f"Machine time jumps by {step.words[0]}.",
+    "check": lambda _step: "Judge the machine as it stands.",
     "fault": lambda step: f"From here on the fault {step.words[0]} strikes{_called(step)}.",
     "end": lambda step: f"The fault {step.words[0]} strikes no more.",
     "offer": _offer,

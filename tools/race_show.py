@@ -19,9 +19,10 @@ import click
 
 from emu.errors import UserError
 from emu.recording import Recording
+from tools.director import Broken
 from tools.output import colored, print_json
 from tools.race_rows import Diagram, Kind, diagram_of
-from tools.race_run import Broken, RaceMachine, RunNote
+from tools.race_run import RaceMachine, RunNote
 from tools.race_sentences import (
     expected_of,
     finding_text,

@@ -77,6 +77,7 @@ VERBS: Final[dict[str, Verb]] = {
     "until answered": Verb("until answered LABEL", (1, 1)),
     "until settled": Verb("until settled", (0, 0)),
     "advance": Verb("advance DURATION", (1, 1)),
+    "check": Verb("check", (0, 0)),
     "fault": Verb("fault NAME[=VALUE][@KEY=WORD,…] [as LABEL]", (1, 1), names=True, raw=True),
     "end": Verb("end LABEL", (1, 1)),
     "offer": Verb("offer CLASS [subchannels=N] as LABEL", (1, 1), ("subchannels",), names=True),

@@ -74,6 +74,7 @@ def test_every_verb_has_a_sentence() -> None:
                 "fault host.dup_rescind as TWICE",
                 "end TWICE",
                 "advance 5s",
+                "check",
                 "until settled",
             ),
             "mine.toml",

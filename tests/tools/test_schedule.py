@@ -43,6 +43,7 @@ EVERY_VERB = (
     "fault alloc.fail=message_work as NOMEM",
     "end NOMEM",
     "advance 5s",
+    "check",
     "until settled",
 )
 
