@@ -108,7 +108,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     "recheck_after_stop": Switch(
         "a queue is stopped without a look at who is left to wake it",
         ("D4",),
-        ("tx_queue", "rx_completion"),
+        ("tx_queue", "rx_completion", "hvsock_epoll"),
     ),
     "no_open_timeout": Switch("an open gives up after five seconds", ("E2",)),
     "teardown_on_error": Switch("an open that fails frees its pages without taking them back from the host", ("E2",)),

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from emu.errors import DeadlinePassed, UserError
 from emu.wire.versions import VERSION_WIN10_V4_1, version_text
+from guestproc.drivers import claims, stream
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
 from guestproc.kernel.layout import Channel, Connection, ConnectionState, Device, Driver, KernelTables
 from guestproc.kernel.smp import ProcessorGone
@@ -344,6 +345,24 @@ def ring_debuginfo(current: Current, asked: Values) -> Values:
     if found is None:
         raise CallFailed(errno.EINVAL, f"relid {channel.relid} has no rings; open it first (`vmbus-emu ctl bind`)")
     return {"relid": channel.relid, "outbound": found[0], "inbound": found[1]}
+
+
+# -- programs of user space ------------------------------------------------------------------------------
+
+
+@_call("stream_write")
+def stream_write(current: Current, asked: Values) -> Values:
+    """Write `bytes` bytes into a device of hv_stream's, asleep in epoll_wait whenever its ring is full."""
+    channel = _channel(current, asked)
+    cpu, calls = channel.target_cpu.load(), current.connection.user_calls
+    claimed = claims.claim_channels(current, stream.StreamDriver.number, cpu, channel.relid)
+    if not claimed:
+        raise CallFailed(errno.ENODEV, f"relid {channel.relid} is no open channel of {stream.STREAM}; bind it first")
+    try:
+        written = stream.write_all(current, channel, int(asked["bytes"]), lambda: calls.load() & CLOSED != 0)
+    finally:
+        claims.release_claim(current, channel)
+    return {"relid": channel.relid, "written": written}
 
 
 # -- faults ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Final
 
 from emu.wire.ring_layout import CONTROL_PAGE_SIZE, FEAT_PENDING_SEND_SZ, FEATURE_BITS, PENDING_SEND_SZ
 from emu.wire.synic import VMBUS_MESSAGE_SINT, page_register_enabled, page_register_gpa
+from guestproc.drivers.stream import SLEEPERS, STREAM
 from guestproc.kernel.layout import CallbackMode, Channel, ConnectionState
 from guestproc.kernel.pages import PageOwner, owned_by, owner_text
 from guestproc.kernel.rqstor import Requestor
@@ -60,7 +61,8 @@ def writers_are_woken(scene: Scene) -> Iterator[Finding]:
         if not host_reads(view, channel):
             continue
         wish = _granted(guest, channel, OUTBOUND)
-        if wish and not _signalled(view, channel):
+        # A stream's wish stands whether or not anybody waits.
+        if wish and _stream_sleepers(guest, channel) != 0 and not _signalled(view, channel):
             text = f"relid {relid}: the guest waits for {wish} bytes of its ring, which are free"
             yield Finding(20, text, relid=relid, actors=(f"vcpu{channel.target_cpu.load()}",))
         wish = _granted(guest, channel, INBOUND)
@@ -102,14 +104,27 @@ def _signalled(view: LiveView, channel: Channel) -> bool:
     return False
 
 
+def _stream_sleepers(guest: GuestView, channel: Channel) -> int | None:
+    """How many sleep until a stream's channel has room; None: it is no stream's."""
+    device = guest.tables.devices.find(channel.device_obj) if channel.device_obj else None
+    if device is None or guest.driver_of(device) != STREAM:
+        return None
+    return int(device.driver_state[SLEEPERS])
+
+
+def _wish(guest: GuestView, channel: Channel, side: int) -> int:
+    """How much room the writer of a ring says that it waits for."""
+    gpa = guest.ring_gpa(channel, side)
+    return 0 if gpa is None else _U32.unpack_from(guest.tables.ram.octets, gpa + PENDING_SEND_SZ)[0] & -ALIGNMENT
+
+
 def _granted(guest: GuestView, channel: Channel, side: int) -> int:
     """What the writer of a ring waits for, if there is as much room; 0 if it waits for nothing, or rightly."""
     ring, gpa = guest.ring(channel, side), guest.ring_gpa(channel, side)
     if ring is None or gpa is None:
         return 0
-    octets = guest.tables.ram.octets
-    wish: int = _U32.unpack_from(octets, gpa + PENDING_SEND_SZ)[0] & -ALIGNMENT
-    honoured = _U32.unpack_from(octets, gpa + FEATURE_BITS)[0] & FEAT_PENDING_SEND_SZ
+    wish = _wish(guest, channel, side)
+    honoured = _U32.unpack_from(guest.tables.ram.octets, gpa + FEATURE_BITS)[0] & FEAT_PENDING_SEND_SZ
     return wish if honoured and wish <= ring.bytes_to_write - ALIGNMENT else 0
 
 
@@ -206,9 +221,10 @@ def frames_came_whole(scene: Scene) -> Iterator[Finding]:
 
 
 def pools_and_queues(scene: Scene) -> Iterator[Finding]:
-    """INV-22, both halves."""
+    """INV-22, all of it."""
     yield from pools_add_up(scene)
     yield from stopped_queues_are_woken(scene)
+    yield from sleepers_have_a_threshold(scene)
 
 
 def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
@@ -225,6 +241,18 @@ def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
             yield Finding(22, text, relid=channel.relid)
         if one.rx_owed and not one.napi.scheduled:
             text = f"{one.rx_owed} completions are owed on relid {channel.relid}, and no poll is due that sends them"
+            yield Finding(22, text, relid=channel.relid)
+
+
+def sleepers_have_a_threshold(scene: Scene) -> Iterator[Finding]:
+    """INV-22: while somebody sleeps until a stream has room, the wish that wakes him stands in the ring."""
+    view = scene.view
+    guest = view.guest
+    if guest is None or scene.parked:
+        return
+    for channel in open_channels(scene):
+        if _stream_sleepers(guest, channel) and not _wish(guest, channel, OUTBOUND) and not _signalled(view, channel):
+            text = f"relid {channel.relid}: a writer sleeps until there is room, and no wish tells the host to say so"
             yield Finding(22, text, relid=channel.relid)
 
 

@@ -103,6 +103,7 @@ def begin_removal(current: Current, device: Device, name: str) -> None:
     """Nobody claims the device any more; wait until nobody has a claim."""
     claims = state_word(current, device, CLAIMS)
     claims.fetch_or(REMOVING)
+    current.connection.state_wait.wake_all(current.actor)  # who claims and sleeps shall see it
     if not current.connection.state_wait.wait_until_timeout(
         current.actor, lambda: claims.load() == REMOVING, CLAIMS_TIMEOUT_NS, device.gpa
     ):

@@ -9,8 +9,9 @@ from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, add_drivers
 from guestproc.drivers.lenient import LenientDriver
 from guestproc.drivers.locked_nic import LockedNicDriver
 from guestproc.drivers.polling import PollingDriver
+from guestproc.drivers.stream import StreamDriver
 
-EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(), LockedNicDriver(), LenientDriver())
+EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(), LockedNicDriver(), LenientDriver(), StreamDriver())
 
 
 def add_exhibit_drivers(machine: Machine) -> None:

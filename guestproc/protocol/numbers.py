@@ -49,3 +49,4 @@ class Callbacks(IntEnum):
     HV_UIO_CHANNEL_CB = 24
     HV_UIO_RESCIND = 25
     POLLING_CHANNEL_CB = 60
+    HVS_CHANNEL_CB = 61

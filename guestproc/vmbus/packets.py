@@ -108,6 +108,13 @@ def vmbus_wait_for_room(current: Current, channel: Channel, size: int) -> int:
         return _refuse_outbound(current, channel, violation)
 
 
+def set_channel_pending_send_size(current: Current, channel: Channel, size: int) -> None:
+    """Say that `size` bytes are waited for (0: none), without a look at whether they are there."""
+    with channel.outbound_ring_lock.hold(current.actor):
+        if opening.is_open(channel):
+            current.rings.of(channel).outbound.words.store_pending(size)
+
+
 def vmbus_cancel_room(current: Current, channel: Channel) -> None:
     """Nobody waits for room any more: a wish that is left standing brings signals for nothing."""
     with channel.outbound_ring_lock.hold(current.actor):

@@ -1,4 +1,4 @@
-"""The drivers of schedules: one that waits for a reply on its stack, and NICs that share a lock; right and wrong."""
+"""The drivers of schedules: replies on a stack, NICs that share a lock, a socket that polls; right and wrong."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from emu.wire.device_classes import ECHO
 from emu.wire.messages import MessageType
 from emu.wire.packets import VM_PKT_COMP
 from guestproc.current import Current
+from guestproc.drivers import stream
 from guestproc.drivers.driver import DRIVER_OBJECTS
 from guestproc.drivers.exhibits import EXHIBIT_DRIVERS, add_exhibit_drivers
 from guestproc.kernel.layout import Channel
@@ -24,6 +25,7 @@ from tests.guestproc.conftest import HOST_VERSIONS
 from tests.guestproc.vmbus.test_vmbus_mistakes import circles, mistaken
 from tests.guestproc.vmbus.test_vmbus_subchannels import PRIMARY, Device
 from tests.guestproc.world import Task, World, new_world
+from tests.tools.settled_world import findings
 
 T = MessageType
 
@@ -195,3 +197,104 @@ def test_two_nics_and_a_lock(nic: World, fix: Fix, *, stuck: bool) -> None:
 
     assert len(circles(nic)) == stuck
     assert bool(nic.tables.connection.rtnl_mutex.owner) == stuck
+
+
+# -- hv_stream ------------------------------------------------------------------------------------------
+
+TOGGLES = {"recheck_after_stop": False, "variant": "hvsock_epoll"}
+
+
+def streaming(world: World, *, right: bool = True) -> None:
+    """A device that hv_stream is bound to, whose host reads nothing by itself."""
+    mistaken(world, **({} if right else TOGGLES))
+    world.host.device(9)
+    world.settle()
+    call(world, "unbind", device="9")
+    call(world, "override", device="9", driver="hv_stream")
+    task = bind(world, "hv_stream", 9)
+    world.settle()
+    assert task.result["driver"] == "hv_stream"
+    world.host.channels[9].echo = False
+
+
+def write(world: World, count: int) -> Task[dict[str, Any]]:
+    """A program that writes, which may sleep."""
+    task = world.start(lambda current: run_call(current, "stream_write", {"device": "9", "bytes": count}), cpu=1)
+    world.settle()
+    return task
+
+
+def host_reads(world: World, limit: int = 1_000) -> None:
+    """The host takes packets, and signals for room as the ring says."""
+    consumer = world.host.channels[9].consumer
+    assert consumer is not None
+    consumer.read_many(limit)
+    if consumer.take_signal():
+        world.host.signal(9)
+
+
+def test_writer_sleeps_until_there_is_room(booted: World) -> None:
+    """It is told of the room once the threshold is crossed; nobody is accused, asleep or done."""
+    streaming(booted)
+    assert findings(booted, 20) == [], "a threshold that stands for nobody accuses nobody"
+    task = write(booted, 30_000)
+    assert not task.ended()
+    assert (findings(booted, 20), findings(booted, 22)) == ([], [])
+
+    host_reads(booted)
+    booted.settle()
+
+    assert task.result["written"] == 30_000
+    assert booted.shut_down() == {}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_room_that_comes_before_the_wish(booted: World, monkeypatch: pytest.MonkeyPatch, *, right: bool) -> None:
+    """D4 and INV-20: the host reads all between a poll's look and its wish; a threshold that stands is crossed."""
+    streaming(booted, right=right)
+    look = stream.hvs_channel_writable_bytes
+
+    def look_too_early(current: Current, channel: Channel) -> int:
+        writable = look(current, channel)
+        if not writable:
+            host_reads(booted)
+        return writable
+
+    monkeypatch.setattr(stream, "hvs_channel_writable_bytes", look_too_early)
+    task = write(booted, 30_000)
+
+    assert task.ended() is right
+    assert len(findings(booted, 20)) == (not right)
+    assert booted.shut_down() == {}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_poll_that_takes_anothers_wish_back(booted: World, *, right: bool) -> None:
+    """D4 and INV-22: a second poll of the socket finds a little room, while the first one sleeps for more."""
+    streaming(booted, right=right)
+    write(booted, 1_000)
+    task = write(booted, 30_000)
+    host_reads(booted, 1)
+    booted.settle()
+    assert not task.ended(), "less than the threshold: no signal"
+    handle = booted.channel(9).handle
+    room = booted.call(lambda current: stream.hvs_stream_has_space(current, current.channel(handle)))
+    assert 0 < room < stream.THRESHOLD
+
+    host_reads(booted)
+    booted.settle()
+
+    assert task.ended() is right
+    assert len(findings(booted, 22)) == (not right)
+
+
+def test_removal_wakes_who_sleeps(booted: World) -> None:
+    """The device is taken away under a writer, which leaves with what it had written."""
+    streaming(booted)
+    task = write(booted, 30_000)
+    booted.start(lambda current: run_call(current, "unbind", {"device": "9"}))
+    booted.settle()
+
+    assert 0 < task.result["written"] < 30_000
+    assert call(booted, "stream_write", device="9", bytes=1)["errno"] == errno.ENODEV
+    assert (booted.tables.damage(), booted.shut_down()) == ([], {})
