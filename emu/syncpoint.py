@@ -107,6 +107,10 @@ class Point(IntEnum):
     )
     HOST_OPEN_DONE = 34, "h.vsp.open_done", Scope.HOST, "host: device told that it is open"
     HOST_THROTTLE = 35, "h.vsp.throttle", Scope.HOST, "host: signals without cause over the limit"
+    MSG_TAKEN = 36, "g.msg.taken", Scope.TASK, "message tasklet: a message read from its slot, nothing done with it"
+    TURN = 37, "g.turn", Scope.TASK, "worker or caller: out of its sleep, it has not looked what woke it"
+    HOST_ON_MESSAGE = 38, "h.ctl.on_message", Scope.HOST, "host: a message of the guest's received, not handled"
+    HOST_BEFORE_ANSWER = 39, "h.ctl.before_answer", Scope.HOST, "host: device done with what it was asked, not told"
 
 
 _BY_NUMBER: Final = {int(point): point for point in Point}

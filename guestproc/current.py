@@ -81,6 +81,8 @@ class Current:
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
         if points is not None and isinstance(hooks, Vcpu):
             hooks.armed, hooks.reach = points.armed, points.reach
+        elif points is not None and not isinstance(hooks, Vcpu):
+            hooks.stop_at_turns(points.armed, points.reach)
         if has_points(self):
             rings.reader = lambda channel: partial(PointedConsumer, self, channel)
         if not self.fix.signal_on_transition_only:

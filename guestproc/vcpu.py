@@ -34,7 +34,7 @@ from emu.interrupts import (
 from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
 from emu.switches import Fix
-from emu.syncpoint import NOT_ARMED, unreachable
+from emu.syncpoint import NOT_ARMED, Point, unreachable
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
@@ -45,6 +45,7 @@ CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
 
 STOPPING: Final = int(MachineState.STOPPING)
+_TURN: Final = int(Point.TURN)
 LONG_WATCHDOG_S: Final = 10.0
 """Who posts wakes; this is only for a poster that was killed, and then the launcher stops the machine anyway."""
 LOOK_AGAIN_S: Final = 2.0
@@ -451,6 +452,18 @@ class WorkerThread:
             stopping=self.stopping,
             deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
         )
+
+    def stop_at_turns(self, armed: bytes | memoryview, reach: Callable[[int], None]) -> None:
+        """In a machine that runs schedules: each sleep ends at a sync point, so that who was woken can be held."""
+        sleep = self._sleep
+
+        def sleep_then_stop(timeout_s: float) -> bool:
+            woken = sleep(timeout_s)
+            if armed[_TURN]:
+                reach(_TURN)
+            return woken
+
+        self._sleep = sleep_then_stop
 
     def block(self, deadline_ns: int) -> bool:
         """Sleep on this thread's semaphore until a token, for at most a watchdog period; False: deadline."""

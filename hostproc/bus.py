@@ -19,6 +19,7 @@ from functools import partial
 from typing import Final, Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
+from emu.faults import FaultKind
 from emu.gpadl import Gpadl, MapBudget
 from emu.host_tables import Traffic
 from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
@@ -26,6 +27,7 @@ from emu.ring_memory import RingMemory, RingWords
 from emu.switches import ALL_FIXED, Fix
 from emu.syncpoint import Point
 from emu.tracing import (
+    E_FAULT_HIT,
     E_GPADL_ADD,
     E_GPADL_DROP,
     E_MAP,
@@ -71,6 +73,7 @@ from hostproc.throttle import Throttle
 
 _MODIFYCHANNEL: Final = int(MessageType.MODIFYCHANNEL).to_bytes(4, "little")
 _ON_MODIFY: Final = int(Point.HOST_ON_MODIFY)
+_BEFORE_ANSWER: Final = int(Point.HOST_BEFORE_ANSWER)
 _BEFORE_OPEN_RESULT: Final = int(Point.HOST_BEFORE_OPEN_RESULT)
 _OPEN_DONE: Final = int(Point.HOST_OPEN_DONE)
 _STREAM_CLOSED: Final = int(Point.HOST_STREAM_CLOSED)
@@ -270,6 +273,11 @@ class Bus:
             self._take(self.server.revoke(key))
             self._meant.pop(relid, None)
 
+    def rescind_again(self, relid: int) -> None:
+        """Say once more that a relid was taken back, as a host that repeats itself does (races.md A6)."""
+        self._record(E_FAULT_HIT, FaultKind.HOST_DUP_RESCIND, relid, 0, 1)  # it was told to be wrong
+        self._take(self.server.rescind_again(relid))
+
     def forget_outgoing(self) -> None:
         """Another guest is here: drop what was to be sent to the one before."""
         self._outgoing.clear()
@@ -328,7 +336,7 @@ class Bus:
             case UnmapGpadl(key, gpadl):
                 del self._devices[key].gpadls[gpadl]
                 self._record(E_GPADL_DROP, self._devices[key].relid, gpadl)
-                self._take(self.server.gpadl_torn_down(key, gpadl))
+                self._answer(key, partial(self.server.gpadl_torn_down, key, gpadl))
             case BindEvent():
                 self._bind(effect)
             case UnbindEvent(key):
@@ -379,21 +387,33 @@ class Bus:
                 self._memory.reserve(gpa, length)
         except (ProtocolViolation, OutOfMemory) as fault:
             self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
-            self._take(self.server.gpadl_refused(effect.key, effect.gpadl))
+            self._answer(effect.key, partial(self.server.gpadl_refused, effect.key, effect.gpadl))
             return
         device = self._devices[effect.key]
         device.relid = effect.relid
         device.gpadls[effect.gpadl] = gpadl
         pages = sum(len(one.pfns) for one in effect.ranges)
         self._record(E_GPADL_ADD, effect.relid, effect.gpadl, pages)
-        self._take(self.server.gpadl_accepted(effect.key, effect.gpadl))
+        self._answer(effect.key, partial(self.server.gpadl_accepted, effect.key, effect.gpadl))
+
+    def _answer(self, key: int, tell: Callable[[], Iterable[Effect]]) -> None:
+        """A device has done what the server asked of it, and says so; held meanwhile, it may be gone by then."""
+
+        def answer() -> None:
+            if key in self._devices:
+                self._take(tell())
+
+        if not self._points.armed[_BEFORE_ANSWER] or not self._points.hold(
+            _BEFORE_ANSWER, self.server.relid_of(key), answer
+        ):
+            answer()
 
     def _retarget(self, effect: RetargetEvent) -> None:
         event = self._devices[effect.key].event
         assert event is not None
         event.retarget(effect.target_vp)
         self._record(E_TARGET_CHANGE, effect.relid, effect.target_vp)
-        self._take(self.server.event_retargeted(effect.key))
+        self._answer(effect.key, partial(self.server.event_retargeted, effect.key))
 
     # -- signals ------------------------------------------------------------------------------------
 
@@ -516,14 +536,14 @@ class Bus:
             signal=_nobody if event is None else event.signal,
             violation=lambda violation: self.refusals.add_violation(violation, f"channel {relid}"),
             closed=lambda: self._closed(key),
-            offer_subchannels=lambda indices: self._offer_subchannels(key, indices),
+            offer_subchannels=lambda indices: self.offer_subchannels(key, indices),
             subchannel_room=lambda: self.server.subchannel_room,
         )
         channel.attach()
         self._record(E_MAP, relid, effect.ring_gpadl, effect.ring_pages)
         return channel
 
-    def _offer_subchannels(self, key: int, indices: Iterable[int]) -> None:
+    def offer_subchannels(self, key: int, indices: Iterable[int]) -> None:
         """Offer sub-channels of an open primary, with its back end, as far as there are relids for them.
 
         They go with the primary: the server revokes them when that is closed or revoked.
@@ -575,7 +595,7 @@ class Bus:
         if device is None or device.channel is None or device.task is not None:
             return
         self._give_back(device)
-        self._take(self.server.device_closed(key))
+        self._answer(key, partial(self.server.device_closed, key))
 
     def _stop(self, device: _Device) -> None:
         """A device is gone: whatever it was doing ends here."""

@@ -13,6 +13,7 @@ from emu.control import Control
 from emu.errors import ProtocolViolation
 from emu.host_tables import SINTS, HostPartition, HostTables, HostTimer, HostVp
 from emu.mirror import Mirror
+from emu.syncpoint import Point
 from emu.tracing import E_MESSAGE_DONE, E_MESSAGE_TAKE, Recorder
 from emu.wire.hypercalls import HvStatus
 from emu.wire.message_relid import relid_of
@@ -20,10 +21,12 @@ from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
 from hostproc.bus import Bus
 from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
 from hostproc.partition import Partition
+from hostproc.points import NoPoints
 from hostproc.ports import EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
 from hostproc.protocol.versions import message_connections
 from hostproc.synthetic_timers import NEVER, SyntheticTimer
 
+_ON_MESSAGE: Final = int(Point.HOST_ON_MESSAGE)
 GUEST_PORT_ID: Final = 1
 MESSAGES_A_TURN: Final = 16
 
@@ -108,7 +111,10 @@ class ControlPlane:
         loop: Loop,
         control: Control,
         max_version: int,
+        points: NoPoints | None = None,
     ) -> None:
+        self._points = points or NoPoints()
+        self._holding = False
         self._partition = partition
         self._guest_ports = guest_ports
         self._bus = bus
@@ -141,11 +147,12 @@ class ControlPlane:
             for _ in range(MESSAGES_A_TURN):
                 if not bus.ready:
                     bus.flush()
-                message = self._next() if bus.ready else None
+                message = self._next() if bus.ready and not self._holding else None
                 if message is None:
                     yield WAIT
                     break
-                self._deliver(message)
+                if not self._points.armed[_ON_MESSAGE] or not self._hold(message):
+                    self._deliver(message)
             else:
                 yield AGAIN
 
@@ -154,6 +161,17 @@ class ControlPlane:
             if port.queue:
                 return port.queue.popleft()
         return None
+
+    def _hold(self, message: PostedMessage) -> bool:
+        """Whether a message is held at its sync point; those behind it wait until it has been handled."""
+
+        def rest() -> None:
+            self._holding = False
+            self._deliver(message)
+            self._task.wake()
+
+        self._holding = self._points.hold(_ON_MESSAGE, relid_of(message.payload), rest)
+        return self._holding
 
     def _deliver(self, message: PostedMessage) -> None:
         if message.message_type != HVMSG_CHANNEL_MESSAGE:

@@ -181,7 +181,13 @@ class Hypervisor:
         if machine.races:
             self.bus.throttle = Throttle(self.points, self._freeze)
         self.control_plane = ControlPlane(
-            self.partition, guest_ports, self.bus, self.loop, machine.control, self.scenario.machine.host_version
+            self.partition,
+            guest_ports,
+            self.bus,
+            self.loop,
+            machine.control,
+            self.scenario.machine.host_version,
+            self.points,
         )
         self.orders = HostOrders(machine.control, self.bus)
         self._looks: tuple[Callable[[], int], ...] = (*self.exits.loads, *self.doorbells.loads, *self.orders.loads)

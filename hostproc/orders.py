@@ -35,6 +35,8 @@ class HostOrders:
         self._orders: Final[Mapping[str, Callable[[Values], Values]]] = {
             "offer": self._offer,
             "rescind": self._rescind,
+            "rescind-again": self._rescind_again,
+            "offer-subchannel": self._offer_subchannel,
             "lives": self._lives,
             "send": self._send,
         }
@@ -111,6 +113,26 @@ class HostOrders:
         answer = {**self._name_of(key), "instance": str(parameters.if_instance)}
         self._bus.remove(key)
         return answer
+
+    def _rescind_again(self, asked: Values) -> Values:
+        """Send the RESCIND of a relid that was taken back, and not given back yet, once more."""
+        relid, server = asked["relid"], self._bus.server
+        if not server.holds(relid) or server.key_of(relid):
+            raise UserError(f"relid {relid} was not taken back, or is given back already; rescind it first")
+        self._bus.rescind_again(relid)
+        return {"relid": relid}
+
+    def _offer_subchannel(self, asked: Values) -> Values:
+        """Offer the `index`-th sub-channel of the open channel `relid`."""
+        key = self._bus.server.key_of(asked["relid"])
+        if not key or self._bus.channel(key) is None:
+            raise UserError(f"no open channel has relid {asked['relid']}; `vmbus-emu ls` lists them")
+        before = set(self._bus.offered())
+        self._bus.offer_subchannels(key, (asked["index"],))
+        new = set(self._bus.offered()) - before
+        if not new:
+            raise UserError(f"sub-channel {asked['index']} is offered already, or there is no relid; use another index")
+        return self._name_of(new.pop())
 
     def _send(self, asked: Values) -> Values:
         """Let a device write `count` packets of `size` bytes of its own accord, sleeping whenever the ring is full.

@@ -49,6 +49,10 @@ class Inconclusive(VmbusError):
     """A step did not come to its end: the schedule says nothing about the machine."""
 
 
+class Departed(Inconclusive):
+    """The machine has settled, and nobody came to the point at which `expect` wants somebody: it goes another way."""
+
+
 @dataclass(slots=True)
 class Seen:
     """The records of a run, decoded as they come."""
@@ -91,13 +95,16 @@ class Director:
             "disarm": self._disarm,
             "resume": self._resume,
             "until arrived": self._until_arrived,
+            "expect": self._expect,
             "until event": self._until_event,
             "until answered": self._until_answered,
             "until settled": self._until_settled,
             "advance": self._advance,
             "check": self._check,
             "offer": self._offer,
+            "offer-subchannel": self._offer_subchannel,
             "rescind": self._rescind,
+            "rescind-again": self._rescind_again,
             "send": self._send,
             "fault": self._fault,
             "end": self._end,
@@ -160,6 +167,19 @@ class Director:
         number = self._labels[step.words[0]]
         point = self.tickets.point(number)
         self._wait(f"somebody to come to {point.text}", lambda: self.tickets.arrived(number)[0] != 0)
+
+    def _expect(self, step: Step) -> None:
+        """As `until arrived`, for a step that follows another machine's: Departed once this one has settled without."""
+        number = self._labels[step.words[0]]
+        point = self.tickets.point(number)
+
+        def arrived() -> bool:
+            return self.tickets.arrived(number)[0] != 0
+
+        # Looked at again behind the look at everybody: who arrives stands still, and that is settled, too.
+        self._wait(f"somebody to come to {point.text}", lambda: arrived() or self.settling.take().settled)
+        if not arrived():
+            raise Departed(f"step {step.number} `{step.text}`: the machine has settled, nobody came to {point.text}")
 
     def _resume(self, step: Step) -> None:
         number = self._labels[step.words[0]]
@@ -264,13 +284,23 @@ class Director:
 
     def _offer(self, step: Step) -> None:
         arguments = {"class": step.words[0], "backend": None, "count": 1, "instance": None}
+        if "number" in step.options:
+            arguments["instance"] = str(derived_instance(step.words[0], int(step.options["number"])))
         if "subchannels" in step.options:
             arguments["subchannels"] = int(step.options["subchannels"])
         answer = self.host("offer", **arguments)
         self._relids[step.label] = answer["offered"][0]["relid"]
 
+    def _offer_subchannel(self, step: Step) -> None:
+        index = int(step.options.get("index", 1))
+        answer = self.host("offer-subchannel", relid=self.relid(step.words[0]), index=index)
+        self._relids[step.label] = answer["relid"]
+
     def _rescind(self, step: Step) -> None:
         self.host("rescind", relid=self.relid(step.words[0]), instance="")
+
+    def _rescind_again(self, step: Step) -> None:
+        self.host("rescind-again", relid=self.relid(step.words[0]))
 
     def _send(self, step: Step) -> None:
         """A device writes packets that nobody asked for; with an id, they ask for completions."""
@@ -336,8 +366,14 @@ class Director:
         raise UserError(f"{device} is no device of this schedule; name a label, CLASS#N or a relid")
 
     def _slot(self, name: str) -> int:
-        for row in self.machine.control.rows():
-            if row.name == name:
-                return row.slot
-        names = ", ".join(row.name for row in self.machine.control.rows())
-        raise UserError(f"no actor is called {name}; there are {names}")
+        """The slot of an actor, which may be a worker that has not quite begun; UserError."""
+
+        def slots() -> list[int]:
+            return [row.slot for row in self.machine.control.rows() if row.name == name]
+
+        try:
+            self._wait(f"an actor called {name}", lambda: bool(slots()))
+        except Inconclusive:
+            names = ", ".join(row.name for row in self.machine.control.rows())
+            raise UserError(f"no actor is called {name}; there are {names}") from None
+        return slots()[0]

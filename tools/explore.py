@@ -19,12 +19,13 @@ from emu.scenario_text import nearest
 from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus
 from tools.findings import Case, InFolder, folder_of
+from tools.histograms import check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 
 if TYPE_CHECKING:
     from tools.explore_cores import Setting
-    from tools.explore_search import Explorer, Found
+    from tools.explore_search import Explorer, Found, Violation
 
 
 ERAS: Final = ("current", "seed")
@@ -70,6 +71,11 @@ def _switches(_context: click.Context, _option: click.Parameter, given: tuple[st
 @click.option(
     "--replay", type=click.Path(path_type=Path), help="Do the schedule of a counterexample (a file of --json) again."
 )
+@click.option(
+    "--schedule-out",
+    type=click.Path(path_type=Path),
+    help="Write what is found as a schedule for processes (`races run FILE.toml`).",
+)
 @json_option
 def explore(
     depth: int,
@@ -83,6 +89,7 @@ def explore(
     states: int,
     time_limit: float,
     replay: Path | None,
+    schedule_out: Path | None,
     as_json: bool,
 ) -> int:
     """Try every order in which host and guest may act, and check each state.
@@ -93,15 +100,17 @@ def explore(
     Example:
       vmbus-emu explore --depth 12
       vmbus-emu explore --depth 14 --json > found.json || vmbus-emu explore --replay found.json
+      vmbus-emu explore --without wake_before_probe_wait --schedule-out a5.toml || vmbus-emu races run a5.toml
       vmbus-emu explore --threads --devices 1 --subchannels 0 --depth 16 --without offer_gate
     """
     from tools.explore_cores import Setting
     from tools.explore_search import Explorer
 
+    check_writable(schedule_out, "--schedule-out")
     schedule = None
     setting = Setting(devices, subchannels, threads, without, era, TWICE in faults)
     if replay is not None:
-        setting, schedule = _schedule_of(replay)
+        setting, _problems, schedule = read_found(replay, "--replay: ")
 
     begin = time.monotonic()
     explorer = Explorer(setting)
@@ -130,6 +139,8 @@ def explore(
     else:
         show(report)
     if found.violation is not None:
+        if schedule_out is not None:
+            export(schedule_out, setting, found.violation)
         return ExitStatus.FINDING
     return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
 
@@ -151,26 +162,41 @@ def _kept(report: dict[str, Any], replay: Path | None) -> str | None:
     return None if kept is None else str(kept)
 
 
-def _schedule_of(path: Path) -> tuple[Setting, list[dict[str, Any]]]:
-    """The small world and the steps of a counterexample; UserError for a file without one."""
+def read_found(path: Path, source: str = "") -> tuple[Setting, list[str], list[dict[str, Any]]]:
+    """Small world, problems and steps of a counterexample; UserError (behind `source`) for a file without one."""
     from tools.explore_cores import Setting
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         devices, subchannels, schedule = found["devices"], found["subchannels"], found["violation"]["schedule"]
         threads, without, era, faults = found["threads"], found["without"], found["era"], found["faults"]
+        problems = found["violation"]["problems"]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--replay: {path} cannot be read: {error}") from None
+        raise UserError(f"{source}{path} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--replay: {path} holds no counterexample; write one with `explore --json`") from None
+        raise UserError(f"{source}{path} holds no counterexample; write one with `explore --json`") from None
     plain = isinstance(schedule, list) and all(isinstance(event, dict) for event in schedule)
+    told = isinstance(problems, list) and problems and all(isinstance(one, str) for one in problems)
     known = devices in range(1, 5) and subchannels in range(3) and isinstance(threads, bool) and era in ERAS
-    if not (plain and known and isinstance(without, list) and faults in ([], [TWICE])):
-        raise UserError(f"--replay: {path} holds no schedule; write one with `explore --json`")
+    if not (plain and told and known and isinstance(without, list) and faults in ([], [TWICE])):
+        raise UserError(f"{source}{path} holds no schedule; write one with `explore --json`")
     for name in without:
         if name not in SWITCHES:
-            raise UserError(f"--replay: {path} names the switch {name!r}; known: {', '.join(SWITCHES)}")
-    return Setting(devices, subchannels, threads, tuple(without), era, TWICE in faults), schedule
+            raise UserError(f"{source}{path} names the switch {name!r}; known: {', '.join(SWITCHES)}")
+    return Setting(devices, subchannels, threads, tuple(without), era, TWICE in faults), problems, schedule
+
+
+def export(path: Path, setting: Setting, violation: Violation) -> None:
+    """Write a counterexample as a schedule for processes; one that cannot be forced on them is told, not written."""
+    from tools.explore_schedule import schedule_text
+    from tools.schedule import NotForced
+
+    try:
+        text = schedule_text(setting, violation.problems, violation.schedule, path.stem)
+    except NotForced as why:
+        say(f"--schedule-out: {path} is not written: {why}")
+        return
+    write_text(path, text, "--schedule-out")
 
 
 def report_of(explorer: Explorer, found: Found, seconds: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
+from uuid import UUID
 
 from emu.scenario import derived_instance
 from emu.wire.messages import OfferChannel, parse
@@ -50,6 +51,11 @@ class Names:
     def of(self, relid: int) -> Event:
         """The device of a relid, as part of an event; nothing for a relid that was never offered."""
         return {} if relid not in self._relids else place(*self._relids[relid])
+
+
+def device_of(instance: UUID) -> int:
+    """The number of the device that has this instance."""
+    return _DEVICES[instance]
 
 
 def place(device: int, subchannel: int) -> Event:

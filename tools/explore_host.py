@@ -22,7 +22,7 @@ from uuid import UUID
 
 from emu.scenario import derived_instance
 from emu.wire.device_classes import ECHO
-from emu.wire.messages import Message, RescindChannelOffer
+from emu.wire.messages import Message, OfferChannel, RescindChannelOffer
 from hostproc.protocol.channel_table import ChannelTable
 from hostproc.protocol.effects import (
     CloseDevice,
@@ -121,6 +121,8 @@ class Host:
                     sent.append(message.pack())
                     if self._twice and isinstance(message, RescindChannelOffer):
                         self._once.add(message.child_relid)
+                    elif isinstance(message, OfferChannel):
+                        self._once.discard(message.child_relid)
                 case MapGpadl(key, _relid, gpadl):
                     self._answers.append(("map", key, gpadl))
                 case UnmapGpadl(key, gpadl):

@@ -89,7 +89,7 @@ class Explorer:
         self._boot = self._record_boot()
         self.host = Core(self._new_host, self.messages, kept=HOSTS_KEPT)
         self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT)
-        self._slots = host(self.setting).slots()
+        self.slots = host(self.setting).slots()
         self._own: dict[tuple[int, int], list[Transition]] = {}
         """What may happen besides messages, by the states of the two: many pairs of queues share it."""
         self._judged: dict[tuple[int, int, tuple[int, ...] | None], list[str]] = {}
@@ -119,11 +119,14 @@ class Explorer:
         guest.close()
         return said
 
+    def said_by_guest(self) -> list[bytes]:
+        """What the guest says until it has asked for offers."""
+        return [payload for way, payload in self._boot if way == TO_HOST]
+
     def _new_host(self) -> Host:
         host = self._host_class(self.setting)
-        for way, payload in self._boot:
-            if way == TO_HOST:
-                host.do("receive", payload)
+        for payload in self.said_by_guest():
+            host.do("receive", payload)
         return host
 
     def _new_guest(self) -> Guest:
@@ -220,7 +223,7 @@ class Explorer:
                 others = "; ".join(event["text"] for _, event in possible)
                 what = wanted.get("text", dict(wanted))
                 raise UserError(f"schedule, step {number}: {what!r} is not possible here; possible: {others}")
-            pair, problems = self._told(pair, transition, names)
+            pair, problems = self.told(pair, transition, names)
             found.transitions = found.depth = number
             wrong = list(problems) or self.judge(pair)
             if wrong:
@@ -265,10 +268,10 @@ class Explorer:
         schedule = []
         for pair, transition in reversed(steps):
             schedule.append(self.event_of(pair, transition, names))
-            self._told(pair, transition, names)
+            self.told(pair, transition, names)
         return Violation(problems, schedule)
 
-    def _told(self, pair: Pair, transition: Transition, names: Names) -> tuple[Pair, tuple[str, ...]]:
+    def told(self, pair: Pair, transition: Transition, names: Names) -> tuple[Pair, tuple[str, ...]]:
         """As `follow`; `names` learns what was offered."""
         after, problems = self.follow(pair, transition)
         for number in after[2][len(pair[2]) - (transition[0] == TO_GUEST) :]:
@@ -284,7 +287,7 @@ class Explorer:
             return of_message("receive", self.messages.payloads[pair[3][0]], names)
         assert what is not None
         if who == HOST:
-            return of_host(what, names, self._slots)
+            return of_host(what, names, self.slots)
         held: GuestFacts = self.guest.facts(self.guest.step(pair[1], what).state)
         return of_guest(what, names, held.held)
 

@@ -46,7 +46,8 @@ REGISTERS: Final = (
 PAGE_REGISTERS: Final = (HV_X64_MSR_SIMP, HV_X64_MSR_SIEFP)
 ZEROS: Final = bytes(PAGE_SIZE)
 POINT_NAMES: Final = {int(point): name for name, point in BY_TEXT.items()}
-EVERY_POINT: Final = b"\1" * (max(Point) + 1)
+EVERY_POINT: Final = bytes(point != Point.TURN for point in range(max(Point) + 1))
+"""Armed for who takes turns. A turn itself is none of them: who comes out of a sleep has one anyway."""
 
 Pages = Mapping[int, bytes]
 """Content of a segment by offset; what is not in it was never touched."""

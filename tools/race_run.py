@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 from emu.errors import DeadlinePassed
 from emu.recording import RecordingWriter
-from tools.director import Broken, Director, Inconclusive, Seen
+from tools.director import Broken, Departed, Director, Inconclusive, Seen
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
 from tools.invariants import Machine, judge
@@ -164,9 +164,7 @@ class RaceMachine:
             director = Director(running, seen)
             director.judge = judged
             note.relids = director.relids
-            for step in self._schedule.steps:
-                note.began_ns.append(time.monotonic_ns())
-                director.do(step)
+            self._follow(director, note)
             director.release_all()
             director.settle()
         except MachineDied as died:
@@ -174,6 +172,16 @@ class RaceMachine:
         except (Inconclusive, DeadlinePassed) as why:
             return [], str(why)
         return list(dict.fromkeys([*director.checked, *judged(director)])), ""
+
+    def _follow(self, director: Director, note: RunNote) -> None:
+        """Every step; a machine that is right may go another way than the one that a schedule was found in."""
+        try:
+            for step in self._schedule.steps:
+                note.began_ns.append(time.monotonic_ns())
+                director.do(step)
+        except Departed:
+            if not self._fix:
+                raise
 
 
 def judged(director: Director) -> list[Broken]:

@@ -22,7 +22,7 @@ from tools.histograms import check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
-from tools.schedule import Schedule
+from tools.schedule import NotForced, Schedule
 
 EXHIBITS: Final = "exhibits"
 SEED: Final = 0
@@ -60,7 +60,14 @@ def find_schedule(name: str) -> Schedule:
             return Schedule.load(path)
     if Path(name).suffix == ".toml":
         return Schedule.load(Path(name))
-    raise UserError(f"no exhibit is called {name}; `vmbus-emu races list` lists them, or give a schedule FILE.toml")
+    if Path(name).suffix == ".json":
+        from tools.explore_schedule import schedule_of
+
+        return schedule_of(Path(name))
+    raise UserError(
+        f"no exhibit is called {name}; `vmbus-emu races list` lists them, or give a schedule FILE.toml, "
+        "or what `explore --json` found"
+    )
 
 
 @races.command("list")
@@ -95,15 +102,21 @@ def list_(as_json: bool) -> None:
 def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path | None, as_json: bool) -> int:
     """Run an exhibit, or a schedule of your own.
 
-    Exit status 1: a violation was seen. 0: none. 124: inconclusive, a step did not come about.
+    What `explore --json` found is run, too: as far as it can be forced on processes, with the same switches off.
+    Exit status 1: a violation was seen. 0: none. 124: inconclusive, a step did not come about, or cannot be forced.
 
     \b
     Example:
       vmbus-emu races run A1 --fix off
       vmbus-emu races run my-schedule.toml --fix on --times 20
+      vmbus-emu explore --depth 9 --without wake_before_probe_wait --json >found.json || vmbus-emu races run found.json
     """
     check_writable(junit, "--junit")
-    schedule = find_schedule(name)
+    try:
+        schedule = find_schedule(name)
+    except NotForced as why:
+        say(f"{name}: inconclusive: {why}")
+        return ExitStatus.TIME_LIMIT
     runs: list[RaceRun] = []
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
         with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine:
@@ -210,7 +223,7 @@ def keep(schedule: Schedule, runs: list[RaceRun]) -> Path | None:
     words = (file, "--fix", "on" if worst.fix else "off", "--times", str(len(runs)))
     scenario = (schedule.with_fix() if worst.fix else schedule).scenario
     case = Case(("races", "run"), scenario, SEED, words, label=schedule.name)
-    text = schedule.path.read_text(encoding="utf-8")
+    text = schedule.text or schedule.path.read_text(encoding="utf-8")
     return case.keep(line_of(worst).splitlines(), recording=worst.recording, files={SCHEDULE: text})
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from emu import faults
-from emu.errors import UserError
+from emu.errors import UserError, VmbusError
 from emu.scenario import SCHEDULE_KEYS, Scenario
 from emu.scenario_text import Nonsense, Table, nearest, read_toml, shown, type_name
 from emu.switches import ALL_FIXED
@@ -34,6 +34,10 @@ MOST_ADVANCE_NS: Final = 86_400 * _SCALE["s"]
 """A day: nothing in a machine waits that long."""
 _NONE: Final[tuple[str, ...]] = ()
 _INVARIANT: Final = re.compile(r"INV-\d\d")
+
+
+class NotForced(VmbusError):
+    """A schedule that cannot be forced on real processes: which event, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ VERBS: Final[dict[str, Verb]] = {
     "disarm": Verb("disarm LABEL", (1, 1)),
     "resume": Verb("resume LABEL", (1, 1)),
     "until arrived": Verb("until arrived LABEL", (1, 1)),
+    "expect": Verb("expect LABEL", (1, 1)),
     "until event": Verb("until event NAME [argument=value …]", (1, 1), None),
     "until answered": Verb("until answered LABEL", (1, 1)),
     "until settled": Verb("until settled", (0, 0)),
@@ -80,8 +85,10 @@ VERBS: Final[dict[str, Verb]] = {
     "check": Verb("check", (0, 0)),
     "fault": Verb("fault NAME[=VALUE][@KEY=WORD,…] [as LABEL]", (1, 1), names=True, raw=True),
     "end": Verb("end LABEL", (1, 1)),
-    "offer": Verb("offer CLASS [subchannels=N] as LABEL", (1, 1), ("subchannels",), names=True),
+    "offer": Verb("offer CLASS [subchannels=N] [number=N] as LABEL", (1, 1), ("subchannels", "number"), names=True),
+    "offer-subchannel": Verb("offer-subchannel DEVICE index=N as LABEL", (1, 1), ("index",), names=True),
     "rescind": Verb("rescind DEVICE", (1, 1)),
+    "rescind-again": Verb("rescind-again DEVICE", (1, 1)),
     "send": Verb("send DEVICE [count=N] [size=BYTES] [id=N]", (1, 1), ("count", "size", "id")),
     "run": Verb(
         "run PROGRAM [cpu=N] [relid=DEVICE] [wanted=N] [size=BYTES] [rate=N] [as LABEL]",
@@ -93,15 +100,16 @@ VERBS: Final[dict[str, Verb]] = {
     "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
-NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels", "id")
+NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels", "id", "number", "index")
 """Options that are whole numbers (of `call` and `until event`, options are whatever the callee says)."""
-_WITH_NUMBERS: Final = ("arm", "offer", "send", "run")
+_WITH_NUMBERS: Final = ("arm", "offer", "offer-subchannel", "send", "run")
 _NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)
 _DEVICE: Final = re.compile(r"[^\s#]+#[1-9]\d{0,8}|\d{1,9}", re.ASCII)
 _WANTS: Final[dict[str, str]] = {
     "resume": "arm",
     "disarm": "arm",
     "until arrived": "arm",
+    "expect": "arm",
     "until answered": "call",
     "until done": "run",
     "end": "fault",
@@ -126,14 +134,16 @@ class Schedule:
     path: Path = field(compare=False)
     document: Mapping[str, Any] = field(compare=False)
     """What the file says, as it stands there."""
+    text: str = field(default="", compare=False, repr=False)
+    """The file itself, where it was read or made."""
 
     @classmethod
     def load(cls, path: Path) -> Schedule:
         """Read a schedule file; UserError names the file, the key or step, and the cure."""
-        return cls.of_document(read_toml(path), path)
+        return cls.of_document(read_toml(path), path, path.read_text(encoding="utf-8"))
 
     @classmethod
-    def of_document(cls, whole: Mapping[str, Any], path: Path) -> Schedule:
+    def of_document(cls, whole: Mapping[str, Any], path: Path, text: str = "") -> Schedule:
         """The schedule in what was read from a file already; raises as `load`."""
         document = dict(whole)
         top = Table({key: document.pop(key) for key in SCHEDULE_KEYS if key in document}, str(path), "")
@@ -149,6 +159,7 @@ class Schedule:
             invariants,
             path,
             whole,
+            text,
         )
 
     def with_fix(self) -> Schedule:
@@ -268,7 +279,7 @@ def _check_labels(step: Step, labels: Mapping[str, str]) -> None:
         if named not in fitting:
             raise Nonsense(f"{named} is a step `{labels[named]}`", f"name one of `{wanted}`")
     devices = [step.options["relid"]] if "relid" in step.options and step.verb in _WITH_NUMBERS else []
-    if step.verb in ("rescind", "send"):
+    if step.verb in ("rescind", "rescind-again", "offer-subchannel", "send"):
         devices.append(step.words[0])
     for device in devices:
         if labels.get(device) != "offer" and not _DEVICE.fullmatch(device):

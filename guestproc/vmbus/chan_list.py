@@ -7,8 +7,9 @@ a call that waits, or itself if it is that processor. A worker never is, whateve
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from emu.syncpoint import Point
 from guestproc.kernel.functions import IPI_FUNCTIONS
 from guestproc.kernel.layout import Channel
 from guestproc.kernel.smp import ProcessorGone
@@ -16,6 +17,8 @@ from guestproc.protocol.numbers import Ipis
 
 if TYPE_CHECKING:
     from guestproc.current import Current
+
+_TURN: Final = int(Point.TURN)
 
 
 @IPI_FUNCTIONS.register(Ipis.PERCPU_CHANNEL_ENQ)
@@ -63,4 +66,8 @@ def smp_call_function_single(current: Current, cpu: int, function: Ipis, argumen
     def online() -> bool:
         return bool(record.online.load()) and not current.actor.is_dead(record.actor.load())
 
+    blocks = current.counters.blocks
     record.call.call(current.actor, cpu, function, argument, online)
+    # Whether it had to sleep for that is chance: to a schedule it did (a sleep ends at this point by itself).
+    if current.armed[_TURN] and current.counters.blocks == blocks:
+        current.reach(_TURN)

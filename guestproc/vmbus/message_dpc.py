@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_TRIES: Final = 1_000
 """How often a tasklet that never gives up may ask, before its processor is called stuck."""
+_TAKEN: Final = int(Point.MSG_TAKEN)
 _BEFORE_ALLOC: Final = int(Point.MSG_BEFORE_ALLOC)
 _AFTER_PENDING_READ: Final = int(Point.MSG_AFTER_PENDING_READ)
 
@@ -50,6 +51,8 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
     current.record(E_VMBUS_ON_MSG_DPC, message.msgtype)
     current.counters.messages_taken += 1
     current.counters.tasklets += 1
+    if current.armed[_TAKEN]:
+        current.reach(_TAKEN, relid_of(message.payload))
     if message.complaint is not None:
         current.refuse(message.complaint, "vmbus_on_msg_dpc")
     if message.blocking:

@@ -42,6 +42,7 @@ from emu.wire.messages import (
     PauseResponse,
     RelidReleased,
     RequestOffers,
+    RescindChannelOffer,
     Resume,
     TlConnectRequest,
     Unload,
@@ -136,6 +137,11 @@ class Server:
     def revoke(self, key: int) -> list[Effect]:
         """Take a device away, at any moment; DropDevice is among the effects."""
         return self._act(lambda: self._channels.revoke(key))
+
+    def rescind_again(self, relid: int) -> list[Effect]:
+        """Repeat the RESCIND of a relid that the guest has not given back."""
+        assert self.holds(relid) and not self.key_of(relid), relid
+        return self._act(lambda: self._session.send(RescindChannelOffer(relid)))
 
     # -- from the devices -----------------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from emu.wire.messages import MessageType, RelidReleased, parse
 from tools.explore_cores import Setting
+from tools.explore_host import Host
 from tools.explore_search import Explorer, Violation
 
 STUCK = "INV-15: OPENCHANNEL of relid 1 is never answered"
@@ -27,6 +29,15 @@ def found(setting: Setting, depth: int = 30) -> Violation | None:
         explorer.close()
 
 
+def connected() -> list[bytes]:
+    """What a guest says until it has asked for offers."""
+    explorer = Explorer(Setting(1, 0))
+    try:
+        return explorer.said_by_guest()
+    finally:
+        explorer.close()
+
+
 @pytest.mark.parametrize("switch", ["rescind_own_queue", "wake_before_probe_wait"])
 def test_a_mistake_in_the_order_of_messages_is_found(switch: str) -> None:
     """A rescind behind its own offer (A2), and one that wakes after the probe (A5): the opener waits for ever."""
@@ -35,11 +46,48 @@ def test_a_mistake_in_the_order_of_messages_is_found(switch: str) -> None:
     assert violation is not None and STUCK in violation.problems
 
 
-def test_a_twin_rescind_is_found() -> None:
-    """Two rescinds that are both handled (A6): a relid is given back twice, the second time another device's."""
-    violation = found(Setting(1, 0, without=("rescind_once",), era="seed", twice=True))
+def test_an_offer_inside_whose_work_something_is_opened_is_found() -> None:
+    """A3: a second offer, of any device, is counted behind one whose work waits for the host; a rescind waits for both.
 
-    assert violation is not None and any("INV-30: RELID_RELEASED" in one for one in violation.problems)
+    It takes two offers at once. One device with one sub-channel has none: the sub-channel's is sent only once the
+    primary is open, and that device's next life only once the relid of the one before was given back.
+    """
+    violation = found(Setting(2, 0, without=("addchan_offload",)))
+
+    assert violation is not None and STUCK in [one.replace("relid 2", "relid 1") for one in violation.problems]
+
+
+@pytest.mark.soak
+def test_a_sub_channel_that_is_opened_inside_its_offer_is_found() -> None:
+    """A3 as it was met: two sub-channels of one device, the first of which is opened in the work of its offer."""
+    violation = found(Setting(1, 2, without=("addchan_offload",)))
+
+    assert violation is not None and "INV-15: OPENCHANNEL of relid 2 is never answered" in violation.problems
+    assert found(Setting(1, 1, without=("addchan_offload",)), 20) is None
+
+
+def test_no_rescind_is_said_again_once_the_relid_was_offered_again() -> None:
+    """A host that says it twice means the same life of the relid."""
+    host = Host(Setting(1, 0, twice=True))
+    for payload in connected():
+        host.do("receive", payload)
+    host.do("offer", 0)
+    host.do("revoke", 0)
+    assert ("rescind-again", 1) in host.actions()
+
+    host.do("receive", RelidReleased(1).pack())
+    sent, _ = host.do("offer", 0)
+
+    assert parse(sent[0]).TYPE is MessageType.OFFERCHANNEL
+    assert ("rescind-again", 1) not in host.actions()
+
+
+@pytest.mark.soak
+def test_a_twin_rescind_is_found() -> None:
+    """Two rescinds that are both handled (A6): one of them goes on with a channel that the other has freed."""
+    violation = found(Setting(1, 0, threads=True, without=("rescind_once",), era="seed", twice=True), 20)
+
+    assert violation is not None and any("stale, generation" in one for one in violation.problems)
 
 
 @pytest.mark.soak
