@@ -4,7 +4,7 @@ What a core does with an input depends on its state alone. So a step, once made 
 every pair of states may use in which this one is met again with whatever the other core and the two queues hold:
 there are far more pairs than states of either. The first step out of a state is made by whoever came there, if it
 still stands there; for others the nearest state before it that could be kept is put back, and what led from there
-to this one is done again.
+to this one is done again. What will be asked for in a new state is made as long as somebody stands there (`ahead`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from emu.wire.messages import RelidReleased, parse
 
 FLAT: Final = 2
 """The version of `marshal` that writes equal values alike: later ones refer back to what is the same object."""
+
+MOST_AHEAD: Final = 8
+"""Steps that are made in one go, at most: those behind the last level of an exploration are made in vain."""
 
 Input = tuple[str, Any]
 I = TypeVar("I", bound="Instance")  # noqa: E741
@@ -47,6 +50,9 @@ class Instance(Protocol):
 
     def do(self, kind: str, argument: Any) -> tuple[list[bytes], list[str]]:
         """Do one input: what was sent, what was wrong."""
+
+    def again(self, kind: str, argument: Any) -> None:
+        """Do an input of which it is known what comes of it."""
 
     def actions(self) -> list[Input]:
         """Inputs that are possible now, besides messages."""
@@ -114,8 +120,12 @@ class Messages:
 class Core(Generic[I]):
     """The states of a core that are known, and the steps between them."""
 
-    def __init__(self, make: Callable[[], I], messages: Messages, *, kept: int) -> None:
-        """`kept`: how many instances are kept at the state that they are in."""
+    def __init__(self, make: Callable[[], I], messages: Messages, *, kept: int, ahead: str = "") -> None:
+        """`kept`: how many instances are kept at the state that they are in.
+
+        `ahead`: the kind of input that is made before it is asked for ("": none).
+        """
+        self._ahead = ahead
         self._make = make
         self._most = kept
         self._messages = messages
@@ -151,7 +161,8 @@ class Core(Generic[I]):
         """Where an input leads."""
         found = self._steps[state].get(what)
         if found is None:
-            found = self._steps[state][what] = self._walk(state, what)
+            self._walk(state, what)
+            found = self._steps[state][what]
         return found
 
     def close(self) -> None:
@@ -161,17 +172,29 @@ class Core(Generic[I]):
         while self._spare:
             self._spare.pop().close()
 
-    def _walk(self, state: int, what: Input) -> Step:
+    def _walk(self, state: int, what: Input) -> None:
+        """Make a step, and then, as long as that leads to what was never seen, one that is possible there.
+
+        Such a step will be asked for, and then nobody would stand there any more: what led there would be done again.
+        """
         instance = self._at(state)
-        self.made += 1
-        sent, problems = instance.do(*what)
-        numbers = tuple(map(self._messages.number, sent))
-        if problems:
-            instance.close()  # nobody knows what it is good for now
-            return Step(state, numbers, tuple(problems))
-        following = self._enter(instance, (state, what))
-        self._keep(following, instance)
-        return Step(following, numbers, ())
+        for _ in range(MOST_AHEAD):
+            self.made += 1
+            sent, problems = instance.do(*what)
+            numbers = tuple(map(self._messages.number, sent))
+            if problems:
+                instance.close()  # nobody knows what it is good for now
+                self._steps[state][what] = Step(state, numbers, tuple(problems))
+                return
+            known = len(self._states)
+            following = self._enter(instance, (state, what))
+            self._steps[state][what] = Step(following, numbers, ())
+            ahead = next((one for one in self._states[following].actions if one[0] == self._ahead), None)
+            state = following
+            if following < known or ahead is None:
+                break
+            what = ahead
+        self._keep(state, instance)
 
     def _at(self, state: int) -> I:
         """An instance in that state, which is the caller's from now on."""
@@ -188,7 +211,7 @@ class Core(Generic[I]):
         instance = self._spare.pop() if self._spare else self._make()
         instance.restore(known.saved)
         for what in reversed(inputs):
-            instance.do(*what)
+            instance.again(*what)
             self.made += 1
         return instance
 

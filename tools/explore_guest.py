@@ -154,6 +154,11 @@ class Guest:
         problems += [f"INV-13: {line}" for line in self.world.tables.damage()]
         return posted, problems
 
+    def again(self, kind: str, argument: Any) -> None:
+        """Do an input of which it is known what comes of it: nobody looks for damage."""
+        self._order(kind, argument)
+        self._settle()
+
     def _order(self, kind: str, argument: Any) -> None:
         """Bring an input in: a message into its slot, a task to its processor, a turn to whoever has it."""
         world = self.world

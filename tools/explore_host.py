@@ -139,6 +139,10 @@ class Host:
                     problems.append(f"INV-30: {text} [{rule}]")
         return sent, problems
 
+    def again(self, kind: str, argument: Any) -> None:
+        """Do an input of which it is known what comes of it."""
+        self.do(kind, argument)
+
     def _effects(self, kind: str, argument: Any) -> list[Effect]:
         server = self.server
         if kind == "receive":

@@ -88,7 +88,7 @@ class Explorer:
         self.setting = setting or Setting()
         self._boot = self._record_boot()
         self.host = Core(self._new_host, self.messages, kept=HOSTS_KEPT)
-        self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT)
+        self.guest = Core(self._new_guest, self.messages, kept=GUESTS_KEPT, ahead="run")
         self.slots = host(self.setting).slots()
         self._own: dict[tuple[int, int], list[Transition]] = {}
         """What may happen besides messages, by the states of the two: many pairs of queues share it."""
