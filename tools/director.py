@@ -17,6 +17,7 @@ from emu.event_fields import decoder_of
 from emu.fault_plan import PlannedFault
 from emu.faults import parse as parse_fault
 from emu.machine import USER_WAKEUP
+from emu.mirror import Mirror
 from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
 from emu.recording import RecordedActor, TraceRecord
 from emu.scenario import derived_instance
@@ -24,6 +25,7 @@ from emu.syncpoint import TICKETS, Action, Ticket, Tickets, director_wakeup, tic
 from emu.task_board import Program, TaskBoard, TaskState
 from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context
 from emu.vmexit import HostBell
+from hostproc.protocol.states import REVOKED_STATES
 from tools.device_list import list_devices
 from tools.event_names import name_of
 from tools.launch import RunningMachine
@@ -80,6 +82,7 @@ class Director:
         self._wakeup: Final = self.machine.wakeup(director_wakeup())
         self._labels: Final[dict[str, int]] = {}
         self._relids: Final[dict[str, int]] = {}
+        self._instances: Final[dict[str, str]] = {}
         self._letters: Final[dict[str, int]] = {}
         self.answers: Final[dict[str, dict[str, Any]]] = {}
         self._planned: Final[dict[str, PlannedFault]] = {}
@@ -289,7 +292,8 @@ class Director:
         if "subchannels" in step.options:
             arguments["subchannels"] = int(step.options["subchannels"])
         answer = self.host("offer", **arguments)
-        self._relids[step.label] = answer["offered"][0]["relid"]
+        offered = answer["offered"][0]
+        self._relids[step.label], self._instances[step.label] = offered["relid"], offered["instance"]
 
     def _offer_subchannel(self, step: Step) -> None:
         index = int(step.options.get("index", 1))
@@ -297,7 +301,8 @@ class Director:
         self._relids[step.label] = answer["relid"]
 
     def _rescind(self, step: Step) -> None:
-        self.host("rescind", relid=self.relid(step.words[0]), instance="")
+        relid = self.relid(step.words[0])
+        self.host("rescind", relid=relid, instance="" if relid else self._instances[step.words[0]])
 
     def _rescind_again(self, step: Step) -> None:
         self.host("rescind-again", relid=self.relid(step.words[0]))
@@ -354,15 +359,21 @@ class Director:
         """The relid of a label, of `CLASS#N`, or itself; UserError."""
         if device.isdecimal():
             return int(device)
-        if device in self._relids:
-            return self._relids[device]
         name, hashed, index = device.partition("#")
         if hashed and index.isdecimal():
-            instance = str(derived_instance(name, int(index) - 1))
-            for one in list_devices(self.machine):
-                if str(one.device_id) == instance:
-                    self._relids[device] = one.relid
-                    return one.relid
+            self._instances[device] = str(derived_instance(name, int(index) - 1))
+        if self._relids.get(device):
+            return self._relids[device]
+        if device in self._relids:  # offered, and no relid until the guest lets go of its life before this one
+            for offer in Mirror(self.machine.control).channels():
+                gone = offer.sub_channel_index or offer.state in REVOKED_STATES
+                if str(offer.if_instance) == self._instances[device] and not gone:
+                    self._relids[device] = offer.relid
+            return self._relids[device]
+        for one in list_devices(self.machine):
+            if str(one.device_id) == self._instances.get(device):
+                self._relids[device] = one.relid
+                return one.relid
         raise UserError(f"{device} is no device of this schedule; name a label, CLASS#N or a relid")
 
     def _slot(self, name: str) -> int:

@@ -886,3 +886,53 @@ def test_late_end_of_a_devices_requests(fix: Fix, taken: list[Message]) -> None:
     rest()
 
     assert guest.sent() == taken
+
+
+class HeldAnswers(NoPoints):
+    """A host in which what devices answer is held."""
+
+    def __init__(self) -> None:
+        self.armed = bytes(point == Point.HOST_BEFORE_ANSWER for point in range(64))
+        self.rests: list[Callable[[], object]] = []
+
+    def hold(self, point: int, relid: int, rest: Callable[[], object]) -> bool:
+        """Put it aside."""
+        assert (point, relid) == (Point.HOST_BEFORE_ANSWER, 1)
+        self.rests.append(rest)
+        return True
+
+
+class SlowGuest(Guest):
+    """A guest of such a host."""
+
+    def make_bus(self, server: Server, budget: MapBudget | None) -> Bus:
+        """With points."""
+        self.points = HeldAnswers()
+        return Bus(server, self.partition, self.partition, self.memory, budget=budget, points=self.points)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_answer_that_was_held(gone: bool) -> None:
+    """It is told to the guest when it is let go; that of a device which is gone by then is nobody's."""
+    guest = SlowGuest()
+    guest.boot()
+    assert guest.post(*gpadl_messages(1, RING, range(RING_PFN, RING_PFN + 2 * HALF))) == []
+    if gone:
+        guest.bus.remove(guest.keys[0])
+        guest.sent()
+
+    (rest,) = guest.points.rests
+    rest()
+
+    assert [type(message) for message in guest.sent()] == ([] if gone else [GpadlCreated])
+
+
+def test_a_rescind_is_said_again() -> None:
+    """The same message once more, for a relid that the guest has not given back."""
+    guest = Guest()
+    guest.boot()
+    guest.bus.remove(guest.keys[0])
+
+    guest.bus.rescind_again(1)
+
+    assert guest.sent() == [RescindChannelOffer(1), RescindChannelOffer(1)]
