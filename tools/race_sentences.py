@@ -129,6 +129,7 @@ _SENTENCES: Final[Mapping[str, Callable[[Step], str]]] = {
     "disarm": lambda step: f"Hold nobody for {step.words[0]} any more.",
     "resume": lambda step: f"Let {step.words[0]} go on.",
     "until arrived": lambda step: f"Wait until {step.words[0]} is held there.",
+    "expect": lambda step: f"Wait until {step.words[0]} is held there; who settles without goes another way.",
     "until event": _until_event,
     "until answered": lambda step: f"Wait until the call {step.words[0]} comes back.",
     "until settled": lambda _step: "Wait until nothing more happens by itself.",
@@ -138,7 +139,11 @@ _SENTENCES: Final[Mapping[str, Callable[[Step], str]]] = {
     "fault": lambda step: f"From here on the fault {step.words[0]} strikes{_called(step)}.",
     "end": lambda step: f"The fault {step.words[0]} strikes no more.",
     "offer": _offer,
+    "offer-subchannel": lambda step: (
+        f"The host offers sub-channel {step.options.get('index', 1)} of {step.words[0]}: {step.label}."
+    ),
     "rescind": lambda step: f"The host takes {step.words[0]} back.",
+    "rescind-again": lambda step: f"The host says once more that it takes {step.words[0]} back.",
     "send": _send,
     "run": _run,
     "call": _call,

@@ -27,6 +27,7 @@ from tools.schedule import VERBS, Schedule, read_steps
 EVERY_VERB = (
     "arm g.isr.enter actor=vcpu0 cpu=0 relid=1 skip=2 as ISR",
     "until arrived ISR",
+    "expect ISR",
     "resume ISR",
     "arm g.open.waiting as NOBODY",
     "disarm NOBODY",
@@ -34,7 +35,9 @@ EVERY_VERB = (
     "until event work_done queue=WORK",
     "send NIC count=3 size=64",
     "send echo#1",
+    "offer-subchannel NIC index=1 as SUB",
     "rescind NIC",
+    "rescind-again NIC",
     "call bind device=echo#1 driver=hv_echo as BIND",
     "call drivers_autoprobe value=0",
     "until answered BIND",
