@@ -274,6 +274,13 @@ _RECORD, _RECORD_BYTES = 1, 2
 """Bits of the recording word."""
 
 
+def _packed(config: dict[str, Any]) -> bytes:
+    """A configuration as it is stored."""
+    blob: bytes = msgpack.packb(config)
+    assert len(blob) <= CONFIG_BYTES, f"configuration of {len(blob)} bytes"
+    return blob
+
+
 class Control:
     """Typed access to the `control` segment."""
 
@@ -290,14 +297,20 @@ class Control:
     @classmethod
     def create(cls, name: str, config: dict[str, Any]) -> Control:
         """Make the segment and store the configuration (a msgpack map of at most 256 KiB)."""
-        blob = msgpack.packb(config)
-        assert len(blob) <= CONFIG_BYTES, f"configuration of {len(blob)} bytes"
+        blob = _packed(config)  # before anything is made
         control = cls(Segment.create(name, CONTROL_BYTES, reserved=CONTROL_BYTES))
-        control.memory[_CONFIG : _CONFIG + len(blob)] = blob
-        control.view.store_u64(_CONFIG_LENGTH, len(blob))
+        control._store_config(blob)
         control.clock.start()
         control.view.store_u64(_HEAD, CONTROL_MAGIC)
         return control
+
+    def store_config(self, config: dict[str, Any]) -> None:
+        """Store the configuration; of a machine that is there already only while nobody is in it."""
+        self._store_config(_packed(config))
+
+    def _store_config(self, blob: bytes) -> None:
+        self.memory[_CONFIG : _CONFIG + len(blob)] = blob
+        self.view.store_u64(_CONFIG_LENGTH, len(blob))
 
     def wipe(self) -> None:
         """As new, but for the configuration, what to record, and the launcher's and the zygote's rows: nobody else is

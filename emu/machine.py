@@ -138,6 +138,11 @@ class Machine:
         machine._page = ram_bytes, vp_indices, cpuid
         return machine
 
+    def read_config(self) -> None:
+        """Read the configuration again: its maker has stored another one."""
+        self.config = self.control.config()
+        self.races = self.config.get("races", False)
+
     def wipe(self) -> None:
         """Power off: no RAM, no interrupt, no doorbell, no token, no record is left; names and configuration are.
 

@@ -117,6 +117,8 @@ class RunningMachine:
     """Pids of processes that are being killed on purpose: no deaths to report."""
     by_hand: frozenset[str] = frozenset()
     """Processes that somebody starts by hand (`python -m guestproc …`), or has started."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What its configuration says beside the scenario."""
     _stopping: bool = False
     _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
@@ -341,10 +343,11 @@ class RunningMachine:
         while self._alive() and not self._zygote_gone and time.monotonic() < end + STOP_TIMEOUT_S:
             self.pump(0.2)
 
-    def power_cycle(self) -> None:
+    def power_cycle(self, scenario: Scenario | None = None) -> None:
         """Kill what runs in the machine, forget everything it held, and boot it again (see `wait_ready`).
 
         For machines whose processes may all be killed: nothing is saved, nobody is asked. A death before that is over.
+        `scenario`: with what it says from now on; processors and memory are those that there are.
         """
         self._stopping = True
         for name in self._alive():
@@ -355,10 +358,23 @@ class RunningMachine:
         self.log.clear()
         self.peers = None
         self.inner = {name: inner for name, inner in self.inner.items() if name == "sweeper"}
+        if scenario is not None:
+            self._configure(scenario)
         self.machine.wipe()
         _plan_faults(self.machine, self.scenario)
         self.machine.set_state(MachineState.RUNNING)
         _fork_all(self, no_guest=self.machine.config["no_guest"])
+
+    def _configure(self, scenario: Scenario) -> None:
+        before = self.scenario.machine
+        assert (scenario.machine.vcpus, scenario.machine.ram_bytes) == (before.vcpus, before.ram_bytes), (
+            "another machine"
+        )
+        self.scenario = scenario
+        self.machine.control.store_config(config_of(scenario, **self.extra))
+        self.machine.read_config()
+        # Before any fork: the zygote's children have the configuration that it has.
+        self.link.send("configured")
 
     def _alive(self) -> list[str]:
         return [inner.name for inner in self.inner.values() if not inner.exited and inner.name != "sweeper"]
@@ -460,11 +476,12 @@ def launch(
     unknown = without - names.keys()
     if unknown:
         raise UserError(f"--without: no process is called {min(unknown)}; there are {', '.join(names)}")
+    extra.update(no_guest=no_guest, by_hand=bool(without))
     link = start_zygote()
     with _unlinking_on_failure(name, link.process):
         machine = Machine.create(
             name,
-            config_of(scenario, no_guest=no_guest, by_hand=bool(without), **extra),
+            config_of(scenario, **extra),
             ram_bytes=scenario.machine.ram_bytes,
             vp_indices=scenario.machine.vp_indices(),
             cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
@@ -474,7 +491,7 @@ def launch(
         _plan_faults(machine, scenario)
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
-        running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without)
+        running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without, extra=extra)
         try:
             _start_processes(running, no_guest=no_guest)
         except BaseException:

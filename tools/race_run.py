@@ -117,11 +117,12 @@ class RaceMachine:
     """A machine on which one schedule is run, as often as you like; a context manager. Reset between two runs."""
 
     def __init__(self, schedule: Schedule, *, fix: bool, seed: int = 0) -> None:
-        self._schedule: Final = schedule.with_fix() if fix else schedule
-        self._fix: Final = fix
+        self._told: Final = schedule
         self._seed: Final = seed
         self._stack: Final = ExitStack()
         self._running: RunningMachine | None = None
+        self._schedule = schedule.with_fix() if fix else schedule
+        self._fix = fix
 
     def __enter__(self) -> RaceMachine:
         return self
@@ -129,9 +130,11 @@ class RaceMachine:
     def __exit__(self, *_error: object) -> None:
         self._stack.close()
 
-    def run(self, recording: Path) -> RaceRun:
-        """Once, recorded into a file. UserError: a step that cannot be meant."""
+    def run(self, recording: Path, *, fix: bool | None = None) -> RaceRun:
+        """Once, recorded into a file; from now on with or without the fix. UserError: a step that cannot be meant."""
         began = time.monotonic()
+        if fix is not None:
+            self._schedule, self._fix = self._told.with_fix() if fix else self._told, fix
         schedule = self._schedule
         broken, reason = self._run(recording)
         broken.sort(key=lambda one: (one.invariant not in schedule.invariants, one.invariant))
@@ -142,12 +145,12 @@ class RaceMachine:
 
     def _booting(self) -> RunningMachine:
         """The machine, launched or reset."""
+        scenario = self._schedule.scenario
         if self._running is None:
-            scenario, seed = self._schedule.scenario, self._seed
-            launched = launch(scenario, record=True, races=True, faults=True, seed=seed)
+            launched = launch(scenario, record=True, races=True, faults=True, seed=self._seed)
             self._running = self._stack.enter_context(launched)
         else:
-            self._running.power_cycle()
+            self._running.power_cycle(None if scenario == self._running.scenario else scenario)
         return self._running
 
     def _run(self, recording: Path) -> tuple[list[Broken], str]:

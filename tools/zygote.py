@@ -4,7 +4,7 @@ It imports what they need, collects and freezes the heap (otherwise each child's
 un-share it: 6 x the memory), and forks on demand: 1 ms and 1 MB a child. It is their parent: it reaps them
 and reports name and status to the launcher over a SEQPACKET socket, one msgpack array a datagram.
 
-    launcher -> zygote   ["attach", machine] ["fork", name, kind, number] ["kill", name] ["bye"]
+    launcher -> zygote   ["attach", machine] ["fork", name, kind, number] ["configured"] ["kill", name] ["bye"]
     zygote   -> launcher ["warm"] ["forked", name, pid] ["exited", name, pid, status]
     children -> launcher ["crashed", name, traceback] ["stage", name, stage]
 """
@@ -91,6 +91,9 @@ class Zygote:
                 return False
         elif verb == "fork":
             self._fork_inner(*arguments)
+        elif verb == "configured":
+            assert self._machine is not None, "configured before attach"
+            self._machine.read_config()
         elif verb == "kill":
             self._kill(arguments[0])
         elif verb == "bye":
