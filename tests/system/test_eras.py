@@ -16,7 +16,7 @@ from emu.wire.messages import Pause, PauseResponse, Resume
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT, event_flag
 from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, FeatureFlags, version_from_text
 from guestproc.vcpu import CALL_FUNCTION_VECTOR
-from tests.system.commands import assert_gone, call, report
+from tests.system.commands import assert_gone, call, report, wait_for
 from tests.system.python_guest import SIEFP_PAGE, PythonGuest
 from tools.ctl import ask_host
 from tools.launch import MachineDied, launch
@@ -142,7 +142,8 @@ def test_guest_of_6_0_chooses_its_signals_and_pauses() -> None:
             channel = guest.open(offers[0], connection_id=0x3ABC, event_flag=77)
             assert len(channel.echo(4)) == 4
             own, bit = event_flag(VMBUS_MESSAGE_SINT, 77)
-            assert guest.memory.read(SIEFP_PAGE + own, 1)[0] & bit
+            # The answers can be read before the host has signalled them.
+            wait_for(lambda: guest.memory.read(SIEFP_PAGE + own, 1)[0] & bit != 0, "the flag that the guest named")
             theirs, other = event_flag(VMBUS_MESSAGE_SINT, channel.relid)
             assert not guest.memory.read(SIEFP_PAGE + theirs, 1)[0] & other
             ordinary = guest.open(offers[1])
