@@ -13,30 +13,27 @@ from typing import Any, Final
 
 from emu.control import ActorKind, ActorRow, slot_of
 from emu.errors import UserError, VmbusError
-from emu.event_fields import decoder_of
 from emu.fault_plan import PlannedFault
 from emu.faults import parse as parse_fault
 from emu.machine import USER_WAKEUP
 from emu.mirror import Mirror
 from emu.orders import OrderDesk, OrderRefused, OrderState, Recipient
-from emu.recording import RecordedActor, TraceRecord
+from emu.recording import TraceRecord
 from emu.scenario import derived_instance
 from emu.syncpoint import TICKETS, Action, Ticket, Tickets, director_wakeup, ticket_wakeup
 from emu.task_board import Program, TaskBoard, TaskState
-from emu.tracing import BY_NUMBER, NO_VP, RECORD, Context
 from emu.vmexit import HostBell
 from hostproc.protocol.states import REVOKED_STATES
 from tools.device_list import list_devices
 from tools.event_names import name_of
 from tools.launch import RunningMachine
+from tools.live_records import records_of
 from tools.schedule import Step, duration_ns, point_of
 from tools.settled import SettleTest
 
 STEP_S: Final = 3.0
 """How long a step may take: everything in a machine that is not held takes milliseconds."""
 LOOK_S: Final = 0.001
-
-_DECODERS: Final = {number: decoder_of(spec) for number, spec in BY_NUMBER.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +60,7 @@ class Seen:
 
     def take(self, row: ActorRow, raw: bytes) -> None:
         """Another piece of one actor's records (`RecordingWriter.tee`)."""
-        actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
-        for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(raw):
-            vp_index, where = None if vp == NO_VP else vp, Context(context).name
-            spec = BY_NUMBER[number]
-            self.records.append(TraceRecord(t_ns, seq, actor, vp_index, where, spec, _DECODERS[number](words)))
+        self.records += records_of(row, raw)
 
 
 class Director:

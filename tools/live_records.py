@@ -39,26 +39,28 @@ class LiveRecords:
         taken = self._later
         for row in list(self._control.rows()):
             if row.state != ActorState.STARTING:
-                taken += self._of(row)
+                taken += records_of(row, self._drain.take(row.slot))
         taken.sort(key=_time_of)
         count = bisect_right(taken, began_ns, key=_time_of)
         self._later = taken[count:]
         return taken[:count]
 
-    def _of(self, row: ActorRow) -> list[TraceRecord]:
-        actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
-        return [
-            TraceRecord(
-                t_ns,
-                seq,
-                actor,
-                None if vp == NO_VP else vp,
-                Context(context).name,
-                BY_NUMBER[number],
-                _DECODERS[number](words),
-            )
-            for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(self._drain.take(row.slot))
-        ]
+
+def records_of(row: ActorRow, raw: bytes) -> list[TraceRecord]:
+    """A piece of one actor's ring, decoded: `raw` is whole records (`emu.tracing.RECORD`), oldest first."""
+    actor = RecordedActor(row.slot, row.name, row.kind.name, row.pid, row.cpu)
+    return [
+        TraceRecord(
+            t_ns,
+            seq,
+            actor,
+            None if vp == NO_VP else vp,
+            Context(context).name,
+            BY_NUMBER[number],
+            _DECODERS[number](words),
+        )
+        for t_ns, seq, number, vp, context, *words in RECORD.iter_unpack(raw)
+    ]
 
 
 def _time_of(record: TraceRecord) -> int:
