@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import click
 
 from emu.errors import UserError
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import RECORDING, Case, InFolder
 from tools.histograms import check_writable, write_text
 from tools.options import json_option
@@ -119,11 +119,16 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
         return ExitStatus.TIME_LIMIT
     runs: list[RaceRun] = []
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
-        with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine:
+        with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine, noting_interruption() as interruption:
             for number in range(times):
-                runs.append(machine.run(record_path if times == 1 and record_path else Path(folder, f"{number}.rec")))
+                kept = record_path if times == 1 and record_path else Path(folder, f"{number}.rec")
+                runs.append(machine.run(kept))
                 if not as_json:
                     click.echo(line_of(runs[-1]))
+        if interruption.status is not None:
+            say(f"interrupted after {len(runs)} of {times} runs")
+        if not runs:
+            return interruption.status or ExitStatus.FAILED
         finding = keep(schedule, runs)
         if record_path is not None and times > 1:
             shutil.copyfile(worst_of(runs).recording, record_path)
@@ -131,7 +136,7 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
         write_text(junit, junit_of(runs), "--junit")
     if as_json:
         print_json("races-run", 1, report_of(runs, record_path, finding))
-    return STATUS[worst_of(runs).verdict]
+    return interruption.status or STATUS[worst_of(runs).verdict]
 
 
 def report_of(runs: list[RaceRun], record_path: Path | None, finding: Path | None) -> dict[str, object]:
