@@ -315,16 +315,17 @@ class Control:
     def wipe(self) -> None:
         """As new, but for the configuration, what to record, and the launcher's and the zygote's rows: nobody else is
         there any more (the launcher, when it resets the machine)."""
-        kept = {at: bytes(self.memory[at : at + size]) for at, size in ((_CONFIG_LENGTH, 8), (_RECORDING, 4))}
-        for row in self.rows():
-            if row.kind in (ActorKind.LAUNCHER, ActorKind.ZYGOTE):
-                at = self._row_offset(row.slot)
-                kept[at] = bytes(self.memory[at : at + ACTOR_ROW])
-        behind_magic = _HEAD + 8
-        self.memory[behind_magic:_CONFIG] = bytes(_CONFIG - behind_magic)
-        self.memory[_ORDERS:CONTROL_BYTES] = bytes(CONTROL_BYTES - _ORDERS)
-        for at, data in kept.items():
-            self.memory[at : at + len(data)] = data
+        kept = [(_HEAD, 8), (_CONFIG_LENGTH, 8), (_RECORDING, 4), (_CONFIG, CONFIG_BYTES)]
+        kept += [
+            (self._row_offset(row.slot), ACTOR_ROW)
+            for row in self.rows()
+            if row.kind in (ActorKind.LAUNCHER, ActorKind.ZYGOTE)
+        ]
+        # What is kept is never written, not even for a moment: the zygote may be reading the configuration now.
+        start = 0
+        for at, size in [*sorted(kept), (CONTROL_BYTES, 0)]:
+            self.memory[start:at] = bytes(at - start)
+            start = at + size
         self.clock.start()
 
     @classmethod

@@ -79,6 +79,44 @@ def test_configuration_that_cannot_be_stored_leaves_nothing(machine_name: str, n
     assert objects_of(machine_name) == []
 
 
+def test_wiped_is_everything_but_what_is_kept(control: Control) -> None:
+    """Actors, counts, stages, orders and refusals go; the configuration, what to record and the zygote's row stay."""
+    control.store_config({"vcpus": 4})
+    control.set_recording(with_bytes=True)
+    control.enlist(ActorKind.LAUNCHER, "launcher")
+    control.enlist(ActorKind.ZYGOTE, "zygote")
+    control.enlist(ActorKind.HYPERVISOR, "hypervisor")
+    control.reach(Ready.CHANNELS_OPEN)
+    control.memory[CONTROL_BYTES - 64 :] = b"x" * 64
+
+    control.wipe()
+
+    assert control.config() == {"vcpus": 4} and control.recording_bytes and control.made
+    assert [row.name for row in control.rows()] == ["launcher", "zygote"]
+    assert control.ready == 0 and not any(control.memory[CONTROL_BYTES - 64 :])
+
+
+def test_configuration_can_be_read_at_every_moment_of_a_wipe(control: Control) -> None:
+    """The zygote may be reading it while the launcher wipes: no single write touches it."""
+    control.store_config({"vcpus": 4})
+    memory, written = control.memory, 0
+
+    class Watched:
+        def __getitem__(self, key: Any) -> Any:
+            return memory[key]
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            nonlocal written
+            memory[key] = value
+            written += 1
+            assert control.config() == {"vcpus": 4}
+
+    control.memory = Watched()  # type: ignore[assignment]
+    control.wipe()
+
+    assert written > 2
+
+
 def test_areas_do_not_overlap(control: Control) -> None:
     """Process table, serials, tasks, mirror and refusals each end before the next begins."""
     areas = [
