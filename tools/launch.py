@@ -30,7 +30,7 @@ from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
 from emu.machine import ACTOR_WAKEUPS, Machine
-from emu.scenario import Scenario
+from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.vmexit import HostBell
 from guestproc.kernel.report import held_locks
@@ -367,9 +367,7 @@ class RunningMachine:
 
     def _configure(self, scenario: Scenario) -> None:
         before = self.scenario.machine
-        assert (scenario.machine.vcpus, scenario.machine.ram_bytes) == (before.vcpus, before.ram_bytes), (
-            "another machine"
-        )
+        assert _made_alike(scenario.machine, before), "another machine"
         self.scenario = scenario
         self.machine.control.store_config(config_of(scenario, **self.extra))
         self.machine.read_config()
@@ -513,6 +511,13 @@ def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
     running.machine.set_state(MachineState.RUNNING)
     running.link.send("attach", running.name)
     _fork_all(running, no_guest=no_guest)
+
+
+def _made_alike(one: MachineSpec, other: MachineSpec) -> bool:
+    """Whether both have the same processors, memory and CPUID: what only a launch lays out."""
+    return all(
+        getattr(one, name) == getattr(other, name) for name in ("vcpus", "ram_bytes", "vp_order", "deprecate_auto_eoi")
+    )
 
 
 def _fork_all(running: RunningMachine, *, no_guest: bool) -> None:

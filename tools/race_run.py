@@ -114,10 +114,10 @@ class RunNote:
 
 
 class RaceMachine:
-    """A machine on which one schedule is run, as often as you like; a context manager. Reset between two runs."""
+    """A machine on which a schedule is run, as often as you like; a context manager. Reset between two runs."""
 
     def __init__(self, schedule: Schedule, *, fix: bool, seed: int = 0) -> None:
-        self._told: Final = schedule
+        self._told = schedule
         self._seed: Final = seed
         self._stack: Final = ExitStack()
         self._running: RunningMachine | None = None
@@ -129,6 +129,12 @@ class RaceMachine:
 
     def __exit__(self, *_error: object) -> None:
         self._stack.close()
+
+    def take(self, schedule: Schedule, *, fix: bool) -> None:
+        """From now on another schedule, of a machine with the same processors and memory."""
+        self._told = schedule
+        self._schedule = schedule.with_fix() if fix else schedule
+        self._fix = fix
 
     def run(self, recording: Path, *, fix: bool | None = None) -> RaceRun:
         """Once, recorded into a file; from now on with or without the fix. UserError: a step that cannot be meant."""

@@ -32,32 +32,62 @@ def busy_loops(count: int) -> Iterator[None]:
         yield
 
 
-def runs_as_told(name: str, *, times: int, home: Path) -> None:
+class Machines:
+    """A machine for each number of processors, launched when an exhibit first wants it: each exhibit is the next
+    schedule on one of them, which is reset before every run."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._machines: dict[tuple[int, int], RaceMachine] = {}
+
+    def of(self, schedule: Schedule) -> RaceMachine:
+        """The one that such a schedule runs on, for it from now on, with its fix off."""
+        spec = schedule.scenario.machine
+        key = spec.vcpus, spec.ram_bytes
+        if key not in self._machines:
+            self._machines[key] = self._stack.enter_context(RaceMachine(schedule, fix=False))
+        self._machines[key].take(schedule, fix=False)
+        return self._machines[key]
+
+    def close(self) -> None:
+        """Switch all off."""
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    """Machines for all exhibits."""
+    machines = Machines()
+    yield machines
+    machines.close()
+
+
+def runs_as_told(machines: Machines, name: str, *, times: int, home: Path) -> None:
     """Run an exhibit so often on one machine, with its fix off and with it on; every run must be what its file says."""
     schedule = Schedule.load(exhibits()[name])
     assert schedule.invariants and schedule.scenario.fix.off(), "an exhibit names its switch and its invariant"
-    with RaceMachine(schedule, fix=False) as machine:
-        for fix in (False, True):
-            for number in range(times):
-                run = machine.run(home / f"{number}.rec", fix=fix)
-                assert run.expected, f"run {number}: {run.report()}"
-                assert run.fix is fix and run.verdict == (HELD if fix else VIOLATED)
+    machine = machines.of(schedule)
+    for fix in (False, True):
+        for number in range(times):
+            run = machine.run(home / f"{number}.rec", fix=fix)
+            assert run.expected, f"run {number}: {run.report()}"
+            assert run.fix is fix and run.verdict == (HELD if fix else VIOLATED)
 
 
 @pytest.mark.parametrize("name", EXHIBITS)
-def test_an_exhibit_is_the_same_twice(name: str, tmp_path: Path) -> None:
-    """Over real processes, twice with its fix off and twice with it on, on one machine that is reset in between."""
-    runs_as_told(name, times=2, home=tmp_path)
+def test_an_exhibit_is_the_same_twice(machines: Machines, name: str, tmp_path: Path) -> None:
+    """Over real processes, twice with its fix off and twice with it on, on a machine that is reset in between."""
+    runs_as_told(machines, name, times=2, home=tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loops", [0, 2], ids=["idle", "loaded"])
 @pytest.mark.parametrize("name", EXHIBITS)
-def test_an_exhibit_is_the_same_twenty_times(name: str, loops: int, tmp_path: Path) -> None:
+def test_an_exhibit_is_the_same_twenty_times(machines: Machines, name: str, loops: int, tmp_path: Path) -> None:
     """Over real processes, twenty times each way, idle and beside two busy loops."""
     with busy_loops(loops):
-        runs_as_told(name, times=20, home=tmp_path)
+        runs_as_told(machines, name, times=20, home=tmp_path)
 
 
 def test_the_command_says_what_it_saw(run_cli: RunCli) -> None:
