@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -186,6 +187,7 @@ class EventSpec:
         return _CONVERSION.sub(printed, self.format)
 
 
+@lru_cache(maxsize=1024)
 def decoder_of(spec: EventSpec) -> Decoder:
     """What turns the words of a record of this event into its values; made once, as recordings are long."""
     places = places_of(spec.fields)

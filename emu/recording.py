@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
@@ -411,15 +412,18 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
 
 def _events(head: dict[str, Any]) -> dict[int, EventSpec]:
     """The event table of a HEAD, by number; an event that this program knows the same way has its print format."""
-    specs = {}
-    for number, name, written in head.get("events", ()):
-        fields = tuple(map(parse_argument, map(str, written)))
-        spec = EventSpec(int(number), str(name), fields)
-        if spec.words > WORDS:
-            raise ValueError(f"{name} has {spec.words} words")
-        known = EVENTS.get(spec.name)
-        specs[spec.number] = known if known and (known.number, known.fields) == (spec.number, fields) else spec
-    return specs
+    specs = (_event(int(number), str(name), *map(str, written)) for number, name, written in head.get("events", ()))
+    return {spec.number: spec for spec in specs}
+
+
+@lru_cache(maxsize=1024)  # nearly all recordings that a process reads have the same table
+def _event(number: int, name: str, *written: str) -> EventSpec:
+    fields = tuple(map(parse_argument, written))
+    spec = EventSpec(number, name, fields)
+    if spec.words > WORDS:
+        raise ValueError(f"{name} has {spec.words} words")
+    known = EVENTS.get(name)
+    return known if known and (known.number, known.fields) == (number, fields) else spec
 
 
 def _contexts(head: dict[str, Any]) -> dict[int, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -21,7 +22,6 @@ from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.run_machine import exercise
-from tools.zygote_start import start_early
 
 VCPUS: Final = 2
 DEVICES: Final = 4
@@ -54,7 +54,7 @@ class Boot:
 def matrix(as_json: bool) -> int:
     """Boot every era of the guest on every version of the host.
 
-    One machine after the other, with 2 vCPUs and 4 devices; each exchanges some packets and shuts down. Exit
+    One boot after the other, with 2 vCPUs and 4 devices; each exchanges some packets and shuts down. Exit
     status 1 when one of them did otherwise than the protocol says: a guest that asks for newer versions only is
     to be refused. Exit status 4 when a process of one of them died.
 
@@ -64,8 +64,8 @@ def matrix(as_json: bool) -> int:
       vmbus-emu matrix --json | jq -r '.results[] | select(.ok | not)'
     """
     results = []
-    with noting_interruption() as interruption:
-        for result in boot_all():
+    with noting_interruption() as interruption, closing(boot_all()) as boots:
+        for result in boots:
             results.append(result)
             if not as_json and narrates():
                 say(f"{result.era} on {result.version}: {result.negotiated or 'refused'}")
@@ -81,31 +81,46 @@ def matrix(as_json: bool) -> int:
     return ExitStatus.FINE if all(result.ok for result in results) else ExitStatus.FINDING
 
 
-def boot_all() -> Iterator[Boot]:
-    """Every pair; the zygote of the next machine warms up while this one runs."""
-    pairs = [(era, version) for era in ERAS for version in KNOWN_VERSIONS]
-    for number, (era, version) in enumerate(pairs, 1):
-        yield boot(era, version, last=number == len(pairs))
+def boot_all() -> Generator[Boot, None, None]:
+    """Every pair, on one machine that is switched off and on in between; another one behind a death."""
+    with ExitStack() as stack:
+        running: RunningMachine | None = None
+        for era in ERAS:
+            for version in KNOWN_VERSIONS:
+                scenario = scenario_of(era, version)
+                if running is None:
+                    running = stack.enter_context(launch(scenario))
+                else:
+                    running.power_cycle(scenario)
+                result = boot(running)
+                if result.died:
+                    stack.close()
+                    running = None
+                yield result
 
 
-def boot(era: str, version: int, *, last: bool = True) -> Boot:
-    """One machine, from launch to its end; `last`: no other will follow at once."""
+def scenario_of(era: str, version: int) -> Scenario:
+    """The machine of one pair."""
     machine = MachineSpec(vcpus=VCPUS, ram_bytes=RAM_BYTES, era=era, host_version=version)
-    scenario = Scenario(machine, (DeviceSpec(count=DEVICES),), "the matrix")
-    expected = predicted(era, version)
-    with launch(scenario) as running:
-        if not last:
-            start_early()
-        try:
-            running.wait_ready(Ready.CHANNELS_OPEN, timeout_s=BOOT_TIMEOUT_S)
-            return _used(running, expected)
-        except (MachineDied, DeadlinePassed) as error:
-            text = _cause(error)
-            refused = REFUSAL in text
-            if isinstance(error, MachineDied) and not refused:
-                text += f"; crash record: {write_crash_record(running, error)}"
-            died = isinstance(error, MachineDied) and not refused
-            return Boot(era, version_text(version), refused=text, ok=expected is None and refused, died=died)
+    return Scenario(machine, (DeviceSpec(count=DEVICES),), "the matrix")
+
+
+def boot(running: RunningMachine) -> Boot:
+    """What comes of a machine that was just switched on, up to its guest's end."""
+    spec = running.scenario.machine
+    expected = predicted(spec.era, spec.host_version)
+    try:
+        running.wait_ready(Ready.CHANNELS_OPEN, timeout_s=BOOT_TIMEOUT_S)
+        return _used(running, expected)
+    except (MachineDied, DeadlinePassed) as error:
+        text = _cause(error)
+        refused = REFUSAL in text
+        died = False
+        if isinstance(error, MachineDied) and not refused:
+            text += f"; crash record: {write_crash_record(running, error)}"
+            died = True
+        ok = expected is None and refused
+        return Boot(spec.era, version_text(spec.host_version), refused=text, ok=ok, died=died)
 
 
 def _used(running: RunningMachine, expected: int | None) -> Boot:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -13,21 +12,16 @@ from click.testing import CliRunner
 from emu.wire.versions import VERSION_WIN10_V5_3, VERSION_WS2008
 from tools import matrix as module
 from tools.exit_status import ExitStatus
-from tools.launch import Death, MachineDied
-from tools.matrix import Boot, boot, matrix
+from tools.launch import Death, MachineDied, RunningMachine
+from tools.matrix import Boot, boot, matrix, scenario_of
 
 
 class Dying:
-    """A launched machine of which a process dies before its channels are open."""
+    """A machine that was switched on, of which a process dies before its channels are open."""
 
-    def __init__(self, death: Death) -> None:
+    def __init__(self, version: int, death: Death) -> None:
+        self.scenario = scenario_of("current", version)
         self._death = death
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        return None
 
     def wait_ready(self, *_arguments: Any, **_named: Any) -> None:
         """It never comes so far."""
@@ -51,10 +45,9 @@ def test_death_is_no_answer_of_the_protocol(
     monkeypatch: pytest.MonkeyPatch, version: int, death: Death, ok: bool, died: bool
 ) -> None:
     """A guest that was refused is right or wrong by its version; one that was killed is neither."""
-    monkeypatch.setattr(module, "launch", lambda _scenario: Dying(death))
     monkeypatch.setattr(module, "write_crash_record", lambda *_arguments: Path("/state/record.json"))
 
-    result = boot("current", version)
+    result = boot(cast(RunningMachine, Dying(version, death)))
 
     assert (result.ok, result.died) == (ok, died)
     assert ("/state/record.json" in (result.refused or "")) == died
@@ -72,7 +65,7 @@ def test_exit_status_is_the_worst_that_was_met(
     monkeypatch: pytest.MonkeyPatch, boots: list[Boot], status: ExitStatus
 ) -> None:
     """4 for a death, 1 for a finding, 0."""
-    monkeypatch.setattr(module, "boot_all", lambda: iter(boots))
+    monkeypatch.setattr(module, "boot_all", lambda: (one for one in boots))
 
     done = CliRunner().invoke(matrix, standalone_mode=False)
 
