@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from tests import lacking
+from tests.command_server import CommandServer
 
 SOURCES = Path(__file__).resolve().parent.parent
 
@@ -75,18 +76,32 @@ def _state_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[CommandServer]:
+    """Forks the processes of `run_cli`."""
+    server = CommandServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def run_cli(tmp_path: Path) -> RunCli:
+def run_cli(tmp_path: Path, command_server: CommandServer) -> RunCli:
     """Runs `vmbus-emu ARGUMENTS…` in an empty directory with XDG directories of its own, through pipes."""
 
     def run(
         *arguments: str | Path, env: dict[str, str] | None = None, timeout_s: float = 30.0
     ) -> subprocess.CompletedProcess[str]:
         places = {f"XDG_{kind}_HOME": str(tmp_path / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
+        environment = {**os.environ, "PYTHONPATH": str(SOURCES), **places, **(env or {})}
+        words = [str(one) for one in arguments]
+        if not any(name.startswith("PYTHON") for name in env or ()):
+            return command_server.run(words, environment, tmp_path, timeout_s)
+        # Said to an interpreter that starts.
+        command = [sys.executable, "-m", "tools.cli", *words]
         return subprocess.run(
-            [sys.executable, "-m", "tools.cli", *map(str, arguments)],
+            command,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(SOURCES), **places, **(env or {})},
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

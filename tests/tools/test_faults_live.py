@@ -66,7 +66,9 @@ def test_faults_are_turned_on_and_off_in_a_running_machine() -> None:
         offered = ask_host(machine, "offer", **{"class": "echo", "backend": "echo", "count": 1, "instance": ""})
         name = offered["offered"][0]
         running.wait_until(lambda: hits(running) == [1], 20, "the answer to be held")
-        assert Mirror(machine.control).head().open == 2
+        mirror = Mirror(machine.control)
+        # The hit is counted within the host's step, the mirror is published behind it.
+        running.wait_until(lambda: mirror.head().open == 2, 20, "the host to have opened it")
         running.turn_off(hold)
         wait_until_open(machine, name["relid"], name["generation"])
         running.turn_on("alloc.fail=probe@times=1")
