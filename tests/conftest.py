@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     expression: str = config.getoption("markexpr", "")
     settings.load_profile("suite" if "not soak" in expression else "soak")
     keep_bytecode(config)
+    # In the background of a shell it is ignored, and so it would be in every program that a test interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
