@@ -17,15 +17,26 @@ from emu.scenario_text import Nonsense, Table, nearest, one_of, shown, type_name
 ANSWERS: Final = ("silent", "refuse", "accept")
 _GONE: Final = ("revoked", "reoffered")
 _NOT_OPEN: Final = ("closed", "opening", "closing", "closing_reopen")
+_REVOKING: Final = "revoking"
+_UNLOADED: Final = "unloaded"
 
 CELLS: Final[Mapping[str, tuple[str, ...]]] = {
-    "openchannel": _GONE,
+    "openchannel": (*_GONE, _REVOKING, _UNLOADED),
     "closechannel": _GONE,
-    "gpadl_header": _GONE,
-    "gpadl_teardown": _GONE,
-    "modifychannel": (*_GONE, *_NOT_OPEN),
+    "gpadl_header": (*_GONE, _REVOKING, _UNLOADED),
+    "gpadl_teardown": (*_GONE, _REVOKING, _UNLOADED),
+    "modifychannel": (*_GONE, *_NOT_OPEN, _REVOKING, _UNLOADED),
+    "requestoffers": (_UNLOADED,),
+    "tl_connect_request": (_UNLOADED,),
+    "modify_connection": (_UNLOADED,),
+    "pause": (_UNLOADED,),
+    "unload": (_UNLOADED,),
 }
-"""The states in which there is a choice, by the kind of message."""
+"""The states in which there is a choice, by the kind of message.
+
+Two of them are no states of a channel: `revoking` is the moment at which a channel is taken back while a request of
+its guest's is under way, `unloaded` the time between an UNLOAD and the next INITIATE_CONTACT.
+"""
 
 
 def read_policy(entries: object, source: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ from hostproc.protocol.effects import (
 from hostproc.protocol.gpadls import Gpadls
 from hostproc.protocol.offers import Channel, OfferParameters
 from hostproc.protocol.openings import judge_opening
-from hostproc.protocol.policy import Answer
+from hostproc.protocol.policy import Answer, Moment
 from hostproc.protocol.session import Session
 from hostproc.protocol.states import REVOKED_STATES, ChannelEvent, ChannelState
 from hostproc.protocol.versions import FAILED, VMBUS_SINT
@@ -216,8 +216,12 @@ class Channels:
         # Before RESCIND: a guest that has seen it uses the pages for something else, without a teardown.
         self._session.emit(DropDevice(channel.key))
         self._table.drop_device(channel)
-        self._end_retarget(channel)
+        self._end_retarget(channel, self._status_at_revoke(MessageType.MODIFYCHANNEL))
         self._gpadls.revoke(channel)
+        if before in (S.OPENING, S.CLOSING_REOPEN):
+            status = self._status_at_revoke(MessageType.OPENCHANNEL)
+            if status is not None:
+                self._send_open_result(channel, status)
         if state is None:
             self._gpadls.forget(channel)
             self._table.remove(channel)
@@ -306,23 +310,22 @@ class Channels:
             return "modify-target-vp", "target_vp", target_vp
         return None
 
-    def _end_retarget(self, channel: Channel) -> None:
-        """Answer a MODIFYCHANNEL that will not be carried out."""
+    def _end_retarget(self, channel: Channel, status: int | None = FAILED) -> None:
+        """Answer a MODIFYCHANNEL that will not be carried out; None: not at all."""
         if channel.retarget is not None:
             channel.retarget = channel.retarget_next = None
-            self._session.send(ModifyChannelResponse(channel.relid, FAILED))
+            if status is not None:
+                self._session.send(ModifyChannelResponse(channel.relid, status))
 
     def _status_without_device(self, channel: Channel, message_type: MessageType, rule: str) -> int | None:
         """Look up how to answer for a channel that has no open device, and record it; None: not at all."""
         text = f"{message_type.name} for channel {channel.relid}, which is {channel.state.name}"
         self._session.ignore(rule, text, "child_relid", channel.relid)
-        match self._session.policy[message_type, channel.state]:
-            case Answer.SILENT:
-                return None
-            case Answer.REFUSE:
-                return FAILED
-            case Answer.ACCEPT:
-                return STATUS_SUCCESS
+        return _status(self._session.policy[message_type, channel.state])
+
+    def _status_at_revoke(self, message_type: MessageType) -> int | None:
+        """How to answer what was asked before the revoke; None: not at all."""
+        return _status(self._session.policy[message_type, Moment.REVOKING])
 
     def _find(self, relid: int, rule: str, name: str) -> Channel | None:
         channel = self._table.of_relid(relid)
@@ -330,3 +333,14 @@ class Channels:
             text = f"{name} for channel {relid:#x}, which is not offered"
             self._session.refuse(rule, text, "child_relid", relid)
         return channel
+
+
+def _status(answer: Answer) -> int | None:
+    """What the guest is told; None: nothing."""
+    match answer:
+        case Answer.SILENT:
+            return None
+        case Answer.REFUSE:
+            return FAILED
+        case Answer.ACCEPT:
+            return STATUS_SUCCESS

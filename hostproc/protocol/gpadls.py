@@ -22,7 +22,7 @@ from hostproc.protocol.channel_table import ChannelTable
 from hostproc.protocol.effects import MapGpadl, UnmapGpadl
 from hostproc.protocol.gpadl_ranges import WORD, GpadlRecord
 from hostproc.protocol.offers import Channel
-from hostproc.protocol.policy import Answer
+from hostproc.protocol.policy import Answer, Moment
 from hostproc.protocol.session import Session
 from hostproc.protocol.states import (
     REVOKED_STATES,
@@ -165,14 +165,15 @@ class Gpadls:
                 self._session.emit(UnmapGpadl(channel.key, gpadl.handle))
 
     def revoke(self, channel: Channel) -> None:
-        """The device is gone: answer whoever waited for it. Handles that it had accepted stay taken."""
+        """The device is gone: answer whoever waited for it, by the policy. Handles that it had accepted stay taken."""
         channel.ring_gpadl = None
         for gpadl in list(channel.gpadls.values()):
-            before = gpadl.state
+            if gpadl.state is GpadlState.OFFERED:
+                self._create_at_revoke(channel, gpadl)
+                continue
+            answer = gpadl.state is GpadlState.TEARING_DOWN and gpadl.answer
             self._advance(channel, gpadl, GpadlEvent.CHANNEL_REVOKED)
-            if before is GpadlState.OFFERED:
-                self._session.send(GpadlCreated(channel.relid, gpadl.handle, FAILED))
-            elif before is GpadlState.TEARING_DOWN and gpadl.answer:
+            if answer and self._session.policy[MessageType.GPADL_TEARDOWN, Moment.REVOKING] is Answer.ACCEPT:
                 self._session.send(GpadlTorndown(gpadl.handle))
 
     def forget(self, channel: Channel) -> None:
@@ -228,6 +229,17 @@ class Gpadls:
             return
         self._advance(channel, gpadl, GpadlEvent.COMPLETED)
         self._session.emit(MapGpadl(channel.key, channel.relid, gpadl.handle, ranges))
+
+    def _create_at_revoke(self, channel: Channel, gpadl: GpadlRecord) -> None:
+        """Answer for a GPADL about which the device, now gone, had not decided."""
+        answer = self._session.policy[MessageType.GPADL_HEADER, Moment.REVOKING]
+        if answer is Answer.ACCEPT:
+            self._advance(channel, gpadl, GpadlEvent.COMPLETED_WITHOUT_DEVICE)
+            self._session.send(GpadlCreated(channel.relid, gpadl.handle, STATUS_SUCCESS))
+            return
+        self._advance(channel, gpadl, GpadlEvent.CHANNEL_REVOKED)
+        if answer is Answer.REFUSE:
+            self._session.send(GpadlCreated(channel.relid, gpadl.handle, FAILED))
 
     def _create_without_device(self, channel: Channel, gpadl: GpadlRecord) -> None:
         """Answer for a channel whose device is gone."""

@@ -46,12 +46,12 @@ from emu.wire.messages import (
     Resume,
     TlConnectRequest,
     Unload,
-    UnloadResponse,
     parse,
 )
 from emu.wire.versions import FeatureFlags
 from hostproc.protocol.channel_table import ChannelTable
 from hostproc.protocol.channels import Channels
+from hostproc.protocol.departure import Departure
 from hostproc.protocol.effects import (
     Connected,
     Disconnected,
@@ -68,7 +68,6 @@ from hostproc.protocol.states import REVOKED_STATES, ChannelState
 from hostproc.protocol.versions import (
     FAILED,
     VERSIONS,
-    VMBUS_SINT,
     Limits,
     Verdict,
     elsewhere,
@@ -107,7 +106,7 @@ class Server:
         self._channels = Channels(self._session, self._table, self._gpadls)
         self._sockets = Sockets(self._session)
         # What ended the connection: an UNLOAD that wants an answer, or the contact that comes next.
-        self._unloading = False
+        self._departure = Departure(self._session)
         self._next_contact: InitiateContact | None = None
 
     def watch(self, watcher: StateWatcher) -> None:
@@ -291,7 +290,7 @@ class Server:
             case TlConnectRequest():
                 self._sockets.request(message)
             case Unload():
-                self._unloading = True
+                self._departure.begin()
                 self._disconnect()
             case OpenReservedChannel() | CloseReservedChannel():
                 self._refuse_reserved(message)
@@ -323,6 +322,7 @@ class Server:
                 session.ignore("released-while-disconnected", text, "child_relid", message.child_relid)
             else:
                 session.refuse("not-connected", f"{name} while nobody is connected", "msgtype", int(message.TYPE))
+                self._departure.answer(message)
         elif session.version.number < spec.least_version:
             text = f"{name} in version {session.version.text}"
             session.refuse("message-before-its-version", text, "msgtype", int(message.TYPE))
@@ -346,13 +346,14 @@ class Server:
             self._connect(contact)
         else:
             self._next_contact = contact
-            self._unloading = False
+            self._departure.forget()
             if self._session.connected:
                 self._disconnect()
 
     def _connect(self, contact: InitiateContact) -> None:
         verdict = judge(contact, self.limits)
         if verdict.refused is None:
+            self._departure.forget()
             version = VERSIONS[contact.vmbus_version_requested]
             features = granted_features(contact, self.limits)
             monitored = contact.monitor_page1 != 0
@@ -389,20 +390,16 @@ class Server:
         self._channels.disconnect()
 
     def _reset(self) -> None:
-        self._unloading = False
+        self._departure.forget()
         self._next_contact = None
         if self._session.connected:
             self._disconnect()
 
     def _end_disconnecting(self) -> None:
         """Nothing of the guest's is in use any more: say so to whoever waits for it."""
-        session = self._session
-        vp_index, answers = session.vp_index, session.knows(UnloadResponse)
-        session.disconnected()
-        session.emit(Disconnected())
-        if self._unloading and answers:
-            session.emit(SendMessage(UnloadResponse(), vp_index, VMBUS_SINT))
-        self._unloading = False
+        self._session.disconnected()
+        self._session.emit(Disconnected())
+        self._departure.end()
         contact, self._next_contact = self._next_contact, None
         if contact is not None:
             self._connect(contact)

@@ -5,15 +5,14 @@ What channels and GPADLs share: to whom messages go, in which version, and where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import Enum
 from typing import Final, Protocol
 
 from emu.errors import ProtocolViolation
-from emu.wire.messages import MESSAGES, Message, MessageType
+from emu.wire.messages import MESSAGES, Message
 from emu.wire.versions import FeatureFlags
 from hostproc.protocol.effects import Effect, Refused, SendMessage
-from hostproc.protocol.policy import Answer, Policy
+from hostproc.protocol.policy import Policy
 from hostproc.protocol.states import ChannelState, GpadlState
 from hostproc.protocol.versions import VERSIONS, VMBUS_SINT, Limits, Version
 
@@ -60,7 +59,7 @@ class Session:
 
     def __init__(self, limits: Limits, policy: Policy) -> None:
         self.limits = limits
-        self.policy: Mapping[tuple[MessageType, ChannelState], Answer] = policy
+        self.policy: Policy = policy
         self.link = Link.DISCONNECTED
         self.version = NOBODY
         self.features = FeatureFlags(0)

@@ -85,7 +85,7 @@ class GpadlEvent(IntEnum):
     CHANNEL_REVOKED = 7
     """The device is gone."""
     COMPLETED_WITHOUT_DEVICE = 8
-    """It became whole on a revoked channel."""
+    """It is whole on a revoked channel, whose device did not decide; the host takes it all the same."""
     TEARDOWN_WITHOUT_DEVICE = 9
     """The guest tears down on a revoked channel."""
 
@@ -186,6 +186,7 @@ GPADL_TRANSITIONS: Final[Mapping[GpadlState, Mapping[GpadlEvent, GpadlState | No
         V.DEVICE_REFUSED: None,
         V.CHANNEL_RELEASED: G.OFFERED_TEARING_DOWN,
         V.CHANNEL_REVOKED: None,
+        V.COMPLETED_WITHOUT_DEVICE: G.ACCEPTED,
     },
     G.ACCEPTED: {
         V.TEARDOWN_REQUESTED: G.TEARING_DOWN,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from emu.faults import FAULTS, KEYS, PLACES, Form, parse
@@ -26,10 +28,12 @@ def table() -> str:
 def policy_table() -> str:
     """The host's policy, from the code."""
     default = {f"{kind.name}.{state.name}".lower(): answer.value for (kind, state), answer in DEFAULT_POLICY.items()}
-    rows = ["| message | states of the channel | default |", "|---|---|---|"]
+    rows = ["| message | when | default |", "|---|---|---|"]
     for kind, states in CELLS.items():
-        rows.append(f"| `{kind}` | {' '.join(f'`{state}`' for state in states)} | {default[f'{kind}.{states[0]}']} |")
-        assert len({default[f"{kind}.{state}"] for state in states}) == 1, kind
+        # Neighbours with one default share a row.
+        cells = [(default[f"{kind}.{state}"], f"`{state}`") for state in states]
+        for answer, some in groupby(cells, itemgetter(0)):
+            rows.append(f"| `{kind}` | {' '.join(state for _, state in some)} | {answer} |")
     return "\n".join(rows)
 
 

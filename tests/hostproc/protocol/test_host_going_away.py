@@ -402,7 +402,9 @@ def test_policy_for_revoked_channels(
     acceptance: list[Message],
 ) -> None:
     """Silent, refused or accepted: each kind of message in each revoked state, by the table."""
-    policy = {**DEFAULT_POLICY, **{(kind, revoked): answer for revoked in REVOKED_STATES}}
+    policy = dict(DEFAULT_POLICY)
+    for revoked in REVOKED_STATES:
+        policy[kind, revoked] = answer
     world = World(policy=policy)
     (key,) = world.boot()
     world.lend()

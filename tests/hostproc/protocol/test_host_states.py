@@ -44,7 +44,7 @@ CHANNELS = """
 # revoked, then completed and torn down without a device.
 GPADLS = """
     IN_PROGRESS           OFFERED gone . . . . gone IN_PROGRESS ACCEPTED .
-    OFFERED               . . ACCEPTED gone . . OFFERED_TEARING_DOWN gone . .
+    OFFERED               . . ACCEPTED gone . . OFFERED_TEARING_DOWN gone ACCEPTED .
     ACCEPTED              . . . . TEARING_DOWN . TEARING_DOWN ACCEPTED . gone
     TEARING_DOWN          . . . . . gone TEARING_DOWN gone . .
     OFFERED_TEARING_DOWN  . . TEARING_DOWN gone . . OFFERED_TEARING_DOWN gone . .
