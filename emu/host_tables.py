@@ -5,11 +5,14 @@ written while others read: of a GPADL one gets the whole row or none, of a VP ea
 was read.
 
     +0      partition: GUEST_OS_ID, HYPERCALL, the port to the guest, the host's own message ports
-    +512    how many GPADL rows were ever used, and how many GPADLs found none
+    +512    how many GPADL rows were ever used, how many GPADLs found none, and of how many not all pages are told
     +768    when traffic was published last, in machine ns
     +1024   a row for each VP by position: SCONTROL, SIMP, SIEFP, SINT0..15, messages that wait for each SINT,
             then of each synthetic timer CONFIG, COUNT and when it expires
-    behind  GPADL rows, in no order; then a row of traffic for each relid, written while somebody looks
+    behind  GPADL rows, in no order; then a row of traffic for each relid, written while somebody looks; then chunks
+
+A GPADL's pages are runs of neighbours, of which there is nearly always one. Four have room in its row; those of a
+scattered one go on in chunks, each with the number of the next (plus 1; 0: the last).
 """
 
 from __future__ import annotations
@@ -35,12 +38,20 @@ _VPS: Final = 1_024
 _VP: Final = Struct("<3Q16Q16I12Q")
 _VP_ROW: Final = 512
 _GPADLS: Final = _VPS + MAX_VPS * _VP_ROW
-_GPADL: Final = Struct("<IIIII")
-_GPADL_ROW: Final = 32
+_RUNS_IN_ROW: Final = 4
+_GPADL: Final = Struct(f"<IIIIIII{2 * _RUNS_IN_ROW}I")
+_GPADL_ROW: Final = 64
 _TRAFFIC: Final = _GPADLS + GPADL_ROWS * _GPADL_ROW
 _TRAFFIC_ROW: Final = Struct("<QQQ")
+_CHUNKS: Final = _TRAFFIC + MIRROR_CHANNELS * _TRAFFIC_ROW.size
+_RUNS_IN_CHUNK: Final = 7
+_CHUNK: Final = Struct(f"<II{2 * _RUNS_IN_CHUNK}I")
+CHUNKS: Final = 4_096
 _MOST_LOOKS: Final = 100
-assert _VP.size <= _VP_ROW and _TRAFFIC + MIRROR_CHANNELS * _TRAFFIC_ROW.size <= HOST_TABLES_BYTES
+assert _VP.size <= _VP_ROW and _GPADL.size <= _GPADL_ROW and _CHUNKS + CHUNKS * _CHUNK.size <= HOST_TABLES_BYTES
+
+PageRuns = tuple[tuple[int, int], ...]
+"""Pages as (first PFN, how many follow each other from there)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,8 @@ class HostVp:
 class HostGpadl(NamedTuple):
     """One GPADL; `state` is a `GpadlState` value of hostproc.protocol, `pages` the most that it can name.
 
-    A plain tuple: one is made and compared for each transition of a channel.
+    `runs` are its pages, once it is whole; of one that is scattered all over RAM perhaps not all of them. A plain
+    tuple: one is made and compared for each transition of a channel.
     """
 
     relid: int
@@ -78,6 +90,7 @@ class HostGpadl(NamedTuple):
     state: int
     pages: int
     ring: bool
+    runs: PageRuns = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +131,12 @@ class HostTables:
         self._free: list[int] = []
         self._used = 0
         self._unlisted = 0
+        self._cut = 0
+        # By row: what stands in it, and which chunks are its own.
+        self._shown: dict[int, HostGpadl] = {}
+        self._chunks: dict[int, list[int]] = {}
+        self._free_chunks: list[int] = []
+        self._used_chunks = 0
 
     # -- the partition and its VPs -------------------------------------------------------------------
 
@@ -185,6 +204,11 @@ class HostTables:
         """How often a GPADL found no free row."""
         return self._view.load_u32(self._base + _GPADL_HEAD + 4)
 
+    @property
+    def cut(self) -> int:
+        """How often there was no room for all the pages of a GPADL."""
+        return self._view.load_u32(self._base + _GPADL_HEAD + 8)
+
     def _at(self, number: int) -> int:
         return self._base + _GPADLS + number * _GPADL_ROW
 
@@ -193,6 +217,8 @@ class HostTables:
         if number is not None:
             self._view.store_u32(self._at(number), 0)
             self._free.append(number)
+            self._free_chunks += self._chunks.pop(number, ())
+            del self._shown[number]
 
     def _write(self, one: HostGpadl) -> None:
         number = self._rows.get((one.relid, one.gpadl))
@@ -204,11 +230,46 @@ class HostTables:
         at = self._at(number)
         # State 0 while the rest is written, and stored one higher: who reads another state behind reads again. Where
         # only the state changes, nobody may miss the row meanwhile.
-        rest = (one.relid, one.gpadl, one.pages, one.ring)
-        if load_row(self._memory, at, _GPADL)[1:] != rest:
+        shown = self._shown.get(number)
+        if shown is None or shown._replace(state=one.state) != one:
             self._view.store_u32(at, 0)
-            store_row(self._memory, at, _GPADL, 0, *rest)
+            count, more = self._write_chunks(number, one.runs)
+            inside = [word for run in one.runs[:_RUNS_IN_ROW] for word in run]
+            inside += [0] * (2 * _RUNS_IN_ROW - len(inside))
+            store_row(self._memory, at, _GPADL, 0, one.relid, one.gpadl, one.pages, one.ring, count, more, *inside)
+        self._shown[number] = one
         self._view.store_u32(at, one.state + 1)
+
+    def _write_chunks(self, number: int, runs: PageRuns) -> tuple[int, int]:
+        """Write down what has no room in a row, the last chunk first; how many runs are told, and the first chunk."""
+        self._free_chunks += self._chunks.pop(number, ())
+        rest = runs[_RUNS_IN_ROW:]
+        if not rest:
+            return len(runs), 0
+        room = len(self._free_chunks) + CHUNKS - self._used_chunks
+        if len(rest) > room * _RUNS_IN_CHUNK:
+            rest = rest[: room * _RUNS_IN_CHUNK]
+            self._cut += 1
+            self._view.store_u32(self._base + _GPADL_HEAD + 8, self._cut)
+        mine = self._chunks[number] = []
+        more = 0
+        for first in range((len(rest) - 1) // _RUNS_IN_CHUNK * _RUNS_IN_CHUNK, -1, -_RUNS_IN_CHUNK):
+            words = [word for run in rest[first : first + _RUNS_IN_CHUNK] for word in run]
+            chunk = self._take_chunk()
+            mine.append(chunk)
+            at, filling = self._chunk_at(chunk), [0] * (2 * _RUNS_IN_CHUNK - len(words))
+            store_row(self._memory, at, _CHUNK, more, len(words) // 2, *words, *filling)
+            more = chunk + 1
+        return _RUNS_IN_ROW + len(rest), more
+
+    def _chunk_at(self, chunk: int) -> int:
+        return self._base + _CHUNKS + chunk * _CHUNK.size
+
+    def _take_chunk(self) -> int:
+        if self._free_chunks:
+            return self._free_chunks.pop()
+        self._used_chunks += 1
+        return self._used_chunks - 1
 
     def _take_row(self) -> int | None:
         if self._free:
@@ -225,9 +286,15 @@ class HostTables:
         at = self._at(number)
         for _ in range(_MOST_LOOKS):
             before = self._view.load_u32(at)
-            _, relid, gpadl, pages, ring = load_row(self._memory, at, _GPADL)
+            if not before:
+                return None
+            _, relid, gpadl, pages, ring, count, more, *words = load_row(self._memory, at, _GPADL)
+            runs = list(zip(words[::2], words[1::2], strict=True))[: min(count, _RUNS_IN_ROW)]
+            while 0 < more <= CHUNKS and len(runs) < count:
+                more, some, *words = load_row(self._memory, self._chunk_at(more - 1), _CHUNK)
+                runs += list(zip(words[::2], words[1::2], strict=True))[: min(max(some, 1), _RUNS_IN_CHUNK)]
             if self._view.load_u32(at) == before:
-                return HostGpadl(relid, gpadl, before - 1, pages, bool(ring)) if before else None
+                return HostGpadl(relid, gpadl, before - 1, pages, bool(ring), tuple(runs))
         return None
 
     # -- traffic -------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ NAMES: Final = frozenset(
         "policy",
         "_known",
         "identity",
+        "page_runs",
     }
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Final
 
+from emu.host_tables import HostGpadl
 from emu.wire.ring_layout import CONTROL_PAGE_SIZE, FEAT_PENDING_SEND_SZ, FEATURE_BITS, PENDING_SEND_SZ
 from emu.wire.synic import VMBUS_MESSAGE_SINT, page_register_enabled, page_register_gpa
 from guestproc.drivers.stream import SLEEPERS, STREAM
@@ -134,29 +135,59 @@ def _granted(guest: GuestView, channel: Channel, side: int) -> int:
 def lent_pages_are_taken(scene: Scene) -> Iterator[Finding]:
     """INV-12: a page in a live GPADL, an open ring, an overlay or the connection is in no free list."""
     view = scene.view
-    tables = view.tables
-    if tables is None:
+    if view.tables is None:
         return
-    held = {one.gpadl: one for one in view.host.gpadls()}
     channels = {channel.relid: channel for channel in view.channels()}
-    opened = {channel.handle for channel in open_channels(scene)}
-    for channel in channels.values():
-        if channel.ring_gpa and (channel.handle in opened or channel.ringbuffer_gpadlhandle in held):
-            yield from _given_away(view, channel)
-    for one in held.values():
+    given_away: set[int] = set()
+    for one in view.host.gpadls():
         host = view.mirror.channel(one.relid)
         if host is None or host.state in REVOKED_STATES:
             # The device's mapping is gone; only the handle is still taken.
             continue
-        owner = channels.get(one.relid)
-        if owner is None or (one.ring and not owner.ring_gpa):
-            text = f"the host holds GPADL {one.gpadl:#x} of relid {one.relid}, whose pages the guest has taken back"
-            yield Finding(12, text, relid=one.relid)
+        for finding in _lent(view, one, channels.get(one.relid)):
+            given_away.add(one.relid)
+            yield finding
+    # The guest's own list: an open ring is the channel's whatever the host says.
+    for channel in open_channels(scene):
+        if channel.ring_gpa and channel.relid not in given_away:
+            yield from _rings(view, channel)
     yield from _registered_pages(view)
 
 
-def _given_away(view: LiveView, channel: Channel) -> Iterator[Finding]:
-    """Pages of a channel's rings that are not the channel's."""
+def _lent(view: LiveView, one: HostGpadl, channel: Channel | None) -> Iterator[Finding]:
+    """What is wrong with the pages of a GPADL that the host's device has; the first page tells."""
+    assert view.tables is not None
+    if channel is None or (one.ring and not channel.ring_gpa):
+        text = f"the host holds GPADL {one.gpadl:#x} of relid {one.relid}, whose pages the guest has taken back"
+        yield Finding(12, text, relid=one.relid)
+        return
+    is_ring = one.ring or one.gpadl == channel.ringbuffer_gpadlhandle
+    what = "its ring" if is_ring else "lent by its driver"
+    lenders = _lenders(view, channel)
+    for pfn in (pfn for first, count in one.runs for pfn in range(first, first + count)):
+        # Memory that the allocator never had is nobody's to free.
+        if not view.tables.layout.first_free_page <= pfn < view.tables.layout.end_page:
+            continue
+        owner = view.tables.pages.owner_of(pfn)
+        if owner not in lenders:
+            text = f"page {pfn:#x} of GPADL {one.gpadl:#x} of relid {one.relid} ({what}), which the host has, is "
+            yield Finding(12, text + owner_text(owner), relid=one.relid)
+            return
+
+
+def _lenders(view: LiveView, channel: Channel) -> set[int]:
+    """To whom pages that a channel's GPADLs name may belong: its rings, or the driver of its device."""
+    assert view.tables is not None
+    primary = channel if not channel.primary_channel else view.tables.channels.find(channel.primary_channel)
+    owners = {owned_by(PageOwner.RING, channel.index)}
+    device = view.tables.devices.find(primary.device_obj) if primary is not None and primary.device_obj else None
+    if device is not None:
+        owners.add(owned_by(PageOwner.DRIVER, device.index))
+    return owners
+
+
+def _rings(view: LiveView, channel: Channel) -> Iterator[Finding]:
+    """Pages of an open channel's rings that are not the channel's; the first tells."""
     assert view.tables is not None
     expected = owned_by(PageOwner.RING, channel.index)
     for pfn in _ring_pfns(view, channel):

@@ -83,6 +83,8 @@ from tools.state_records import record_values
 from tools.sysfs_guest import instance_of
 
 FLAG_BYTES: Final = 256
+SHOWN_RUNS: Final = 8
+"""Runs of pages that are shown of a GPADL."""
 """Event flags of one SINT in SIEFP's page."""
 _U32: Final = Struct("<I")
 _U64: Final = Struct("<Q")
@@ -469,7 +471,9 @@ def _host_channel(channel: MirrorChannel) -> dict[str, Node]:
 
 def _gpadl(one: HostGpadl) -> Mapping[str, Node]:
     state = GpadlState(one.state).name if one.state in set(GpadlState) else f"?{one.state}"
-    return {"state": state, "pages": one.pages, "ring": one.ring}
+    runs = [f"{first:#x}+{count}" for first, count in one.runs[:SHOWN_RUNS]]
+    more = ["…"] if len(one.runs) > SHOWN_RUNS else []
+    return {"state": state, "pages": one.pages, "ring": one.ring, "pfns": ",".join(runs + more)}
 
 
 def _page_register(value: int) -> Mapping[str, Node]:

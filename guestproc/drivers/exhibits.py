@@ -6,12 +6,19 @@ from typing import Final
 
 from emu.machine import Machine
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, add_drivers
+from guestproc.drivers.lender import LenderDriver
 from guestproc.drivers.lenient import LenientDriver
 from guestproc.drivers.locked_nic import LockedNicDriver
 from guestproc.drivers.polling import PollingDriver
 from guestproc.drivers.stream import StreamDriver
 
-EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (PollingDriver(), LockedNicDriver(), LenientDriver(), StreamDriver())
+EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (
+    PollingDriver(),
+    LockedNicDriver(),
+    LenientDriver(),
+    StreamDriver(),
+    LenderDriver(),
+)
 
 
 def add_exhibit_drivers(machine: Machine) -> None:

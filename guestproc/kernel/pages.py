@@ -34,7 +34,7 @@ _U32: Final = Struct("<I")
 
 
 class PageOwner(IntEnum):
-    """What pages are for; `owned_by` adds which one."""
+    """What pages are for; `owned_by` adds which one: of RING the channel's record, of DRIVER the device's."""
 
     KERNEL = 1
     SYNIC = 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from emu.errors import ProtocolViolation
+from emu.host_tables import PageRuns
 from emu.wire.gpa_range import PAGE_SIZE, GpaRange, parse_gpa_ranges
 from hostproc.protocol.states import GpadlState
 
@@ -21,9 +22,9 @@ WORD: Final = 8
 class GpadlRecord:
     """The server's record of one GPADL.
 
-    `words` and `range_count` are what the header announced. Of the ranges only what OPENCHANNEL asks about is
-    kept: `ring_pages`, the number of pages if it is one range of whole pages, else 0. `answer`: the guest
-    waits for TORNDOWN.
+    `words` and `range_count` are what the header announced. Of the ranges only this is kept: `ring_pages`, the number
+    of pages if it is one range of whole pages, else 0 (OPENCHANNEL asks about it); and `page_runs`, which pages they
+    are, for whoever looks. `answer`: the guest waits for TORNDOWN.
     """
 
     handle: int
@@ -32,6 +33,7 @@ class GpadlRecord:
     state: GpadlState = GpadlState.IN_PROGRESS
     data: bytearray = field(default_factory=bytearray)
     ring_pages: int = 0
+    page_runs: PageRuns = ()
     answer: bool = False
 
     @property
@@ -61,7 +63,26 @@ class GpadlRecord:
         first = ranges[0]
         whole = len(ranges) == 1 and first.byte_offset == 0 and first.byte_count % PAGE_SIZE == 0
         self.ring_pages = len(first.pfns) if whole else 0
+        self.page_runs = _runs(ranges)
         return ranges
+
+
+def _runs(ranges: tuple[GpaRange, ...]) -> PageRuns:
+    """The pages in their order, neighbours as one; an honest guest's are mostly all neighbours."""
+    runs: list[tuple[int, int]] = []
+    for one in ranges:
+        first, count = one.pfns[0], len(one.pfns)
+        if one.pfns == tuple(range(first, first + count)):
+            runs.append((first, count))
+            continue
+        count = 0
+        for pfn in one.pfns:
+            if pfn != first + count:
+                runs.append((first, count))
+                first, count = pfn, 0
+            count += 1
+        runs.append((first, count))
+    return tuple(runs)
 
 
 def _fault(rule: str, field_name: str, value: int, text: str) -> ProtocolViolation:

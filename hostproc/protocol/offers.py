@@ -122,7 +122,9 @@ class Channel:
     def gpadl_summaries(self) -> tuple[HostGpadl, ...]:
         """Say where the channel's GPADLs are, as the host's tables show them."""
         return tuple(
-            HostGpadl(self.relid, one.handle, int(one.state), one.most_pages, one.handle == self.ring_gpadl)
+            HostGpadl(
+                self.relid, one.handle, int(one.state), one.most_pages, one.handle == self.ring_gpadl, one.page_runs
+            )
             for one in self.gpadls.values()
         )
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
-from emu.host_tables import GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostTimer, HostVp, Traffic
+from emu.host_tables import CHUNKS, GPADL_ROWS, SINTS, HostGpadl, HostPartition, HostTables, HostTimer, HostVp, Traffic
 from emu.ipc.segments import object_name, unlink_objects
 from emu.layout import MAX_VPS
 
@@ -87,6 +87,35 @@ def test_gpadls_are_those_last_written(shared: Control, steps: list[tuple[int, d
     for relid in model:
         tables.write_gpadls(relid, ())
     assert list(tables.gpadls()) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 40)), max_size=12))
+def test_pages_of_a_gpadl_are_read_back(shared: Control, steps: list[tuple[int, int]]) -> None:
+    """However scattered, and whoever had its chunks before: each GPADL has its own pages, in their order."""
+    tables = HostTables(shared)
+    model: dict[int, HostGpadl] = {}
+    for number, (relid, count) in enumerate(steps):
+        runs = tuple((1 + number * 100 + 2 * n, 1 + n % 2) for n in range(count))
+        model[relid] = HostGpadl(relid, 7, 1, count, False, runs)
+        tables.write_gpadls(relid, (model[relid],))
+
+    assert list(HostTables(shared).gpadls()) == [model[relid] for relid in sorted(model)]
+    for relid in model:
+        tables.write_gpadls(relid, ())
+
+
+def test_pages_without_room_are_counted(control: Control) -> None:
+    """More chunks than there are: the GPADL is there with as many pages as could be told, and its neighbours whole."""
+    tables = HostTables(control)
+    few, many = ((1, 1),), tuple((2 * n, 1) for n in range(8 * CHUNKS))
+    tables.write_gpadls(1, (HostGpadl(1, 1, 2, 1, False, few),))
+    tables.write_gpadls(2, (HostGpadl(2, 1, 2, len(many), False, many),))
+    tables.write_gpadls(3, (HostGpadl(3, 1, 2, 1, False, few),))
+
+    one, two, three = tables.gpadls()
+    assert (one.runs, three.runs, tables.cut) == (few, few, 1)
+    assert two.runs == many[: 4 + 7 * CHUNKS]
 
 
 def test_gpadl_without_a_row_is_counted(control: Control) -> None:

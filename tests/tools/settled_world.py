@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from emu.control import HOST_TABLES_BYTES
 from emu.host_tables import HostGpadl, HostTables, HostVp
 from emu.interrupts import HALTED
 from emu.layout import D_HOST_RUN_STATE
 from emu.mirror import Mirror, MirrorChannel
 from emu.wire.synic import HV_SYNIC_SINT_COUNT
 from hostproc.protocol.states import ChannelState, GpadlState
-from tests.guestproc.scripted_host import HostChannel
+from tests.guestproc.scripted_host import Assembly, HostChannel
 from tests.guestproc.world import World
 from tools.invariants import Finding
 from tools.invariants_settled import judge
@@ -32,6 +33,9 @@ def findings(world: World, number: int, parked: tuple[int, ...] = ()) -> list[Fi
 def publish(world: World) -> None:
     """Write the mirror, and halt the host."""
     host, machine = world.host, world.machine
+    # The host's tables are written once, by one writer: another one begins afresh.
+    begin = machine.control.host_tables_offset
+    machine.control.memory[begin : begin + HOST_TABLES_BYTES] = bytes(HOST_TABLES_BYTES)
     tables, mirror = HostTables(machine.control), Mirror(machine.control)
     for position, synic in enumerate(world.partition.synics):
         waiting = tuple(world.partition.queues.waiting(position, sint) for sint in range(HV_SYNIC_SINT_COUNT))
@@ -40,13 +44,10 @@ def publish(world: World) -> None:
     for channel in host.channels.values():
         relid = channel.offer.child_relid
         mirror.clear_channel(relid)
-        tables.write_gpadls(relid, ())
         if not channel.released:
             mirror.write_channel(_row(channel))
             rows = [(handle, one) for handle, one in host.gpadls.items() if one.child_relid == relid]
-            tables.write_gpadls(
-                relid, tuple(HostGpadl(relid, handle, GpadlState.ACCEPTED, 1, ring=True) for handle, _ in rows)
-            )
+            tables.write_gpadls(relid, tuple(_gpadl(relid, handle, one, channel) for handle, one in rows))
     mirror.write_head(
         version=0 if host.contact is None else host.contact.vmbus_version_requested,
         offers=len(host.channels),
@@ -60,6 +61,12 @@ def publish(world: World) -> None:
     )
     machine.doorbells.view.store_u32(D_HOST_RUN_STATE, HALTED)
     machine.control.host_wakes_ns.store(1 << 62)
+
+
+def _gpadl(relid: int, handle: int, one: Assembly, channel: HostChannel) -> HostGpadl:
+    runs = tuple((pfn, 1) for each in one.ranges for pfn in each.pfns)
+    ring = channel.opened is not None and channel.opened.ringbuffer_gpadlhandle == handle
+    return HostGpadl(relid, handle, GpadlState.ACCEPTED, len(runs), ring, runs)
 
 
 def _row(channel: HostChannel) -> MirrorChannel:

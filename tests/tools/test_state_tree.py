@@ -48,7 +48,9 @@ def guest(machine: Machine) -> Guest:
     Mirror(machine.control).write_channel(
         MirrorChannel(7, ChannelState.OPEN, 2, 0, 0xE1E10, 1, 1, 0x2007, 0, BY_NAME["echo"].guid, UUID(int=5))
     )
-    HostTables(machine.control).write_gpadls(7, (HostGpadl(7, 0xE1E10, GpadlState.ACCEPTED, 8, True),))
+    HostTables(machine.control).write_gpadls(
+        7, (HostGpadl(7, 0xE1E10, GpadlState.ACCEPTED, 8, True, ((0x100, 6), (0x200, 2))),)
+    )
     return guest
 
 
@@ -65,7 +67,7 @@ def test_both_ends_of_a_channel_are_joined(machine: Machine, guest: Guest) -> No
     assert found["guest"]["state"] == "OPENED"
     assert found["ring"]["out"]["bytes_to_read"] == 64
     assert found["ring"]["out"]["interrupt_mask"] == 1
-    assert found["gpadls"] == {"0xe1e10": {"state": "ACCEPTED", "pages": 8, "ring": True}}
+    assert found["gpadls"] == {"0xe1e10": {"state": "ACCEPTED", "pages": 8, "ring": True, "pfns": "0x100+6,0x200+2"}}
     assert at(machine, "gpadls/7") == found["gpadls"]
     assert at(machine, "ports/events") == {"0x2007": {"relid": 7, "state": "OPEN"}}
     assert at(machine, f"devices/{UUID(int=5)}/driver") == "hv_echo"

@@ -1,4 +1,4 @@
-"""The drivers of schedules: replies on a stack, NICs that share a lock, a socket that polls; right and wrong."""
+"""The drivers of schedules: replies on a stack, NICs with one lock, a buffer, a socket that polls; right and wrong."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import pytest
 from emu.ring import Packet
 from emu.switches import ALL_FIXED, Fix
 from emu.wire.device_classes import ECHO
-from emu.wire.messages import MessageType
+from emu.wire.messages import GpadlCreated, MessageType
 from emu.wire.packets import VM_PKT_COMP
 from guestproc.current import Current
 from guestproc.drivers import stream
 from guestproc.drivers.driver import DRIVER_OBJECTS
 from guestproc.drivers.exhibits import EXHIBIT_DRIVERS, add_exhibit_drivers
+from guestproc.drivers.lender import BUFFER_GPA, BUFFER_GPADL
 from guestproc.kernel.layout import Channel
+from guestproc.kernel.pages import PageOwner, PageRun, owned_by
 from guestproc.user import run_call
 from guestproc.vmbus import channel_mgmt
 from tests.guestproc.conftest import HOST_VERSIONS
@@ -197,6 +199,88 @@ def test_two_nics_and_a_lock(nic: World, fix: Fix, *, stuck: bool) -> None:
 
     assert len(circles(nic)) == stuck
     assert bool(nic.tables.connection.rtnl_mutex.owner) == stuck
+
+
+# -- hv_lender ------------------------------------------------------------------------------------------
+
+
+def lending(world: World) -> PageRun:
+    """A device that hv_lender is bound to; where its buffer is."""
+    world.host.device(9)
+    world.settle()
+    call(world, "unbind", device="9")
+    call(world, "override", device="9", driver="hv_lender")
+    task = bind(world, "hv_lender", 9)
+    world.settle()
+    assert task.result["driver"] == "hv_lender"
+    (device,) = (one for one in world.tables.devices.live() if one.driver_state[BUFFER_GPADL])
+    return world.tables.pages.run_at(device.driver_state[BUFFER_GPA] >> 12)
+
+
+def lent_pages(world: World) -> list[tuple[int, ...]]:
+    """The pages of each GPADL that the host has."""
+    return [one.ranges[0].pfns for one in world.host.gpadls.values()]
+
+
+def test_buffer_is_lent_beside_the_rings(booted: World) -> None:
+    """The host has its pages; they come back behind the close, and go to the free list behind that."""
+    buffer = lending(booted)
+    assert tuple(buffer.pfns) in lent_pages(booted) and len(lent_pages(booted)) == 2
+    assert findings(booted, 12) == []
+    said = len(booted.host.posted)
+
+    call(booted, "unbind", device="9")
+
+    assert [type(message).__name__ for message in booted.host.posted[said:]] == [
+        "CloseChannel",
+        "GpadlTeardown",
+        "GpadlTeardown",
+    ]
+    assert lent_pages(booted) == [] and booted.tables.pages.owner_of(buffer.pfn) == 0
+    assert findings(booted, 12) == []
+
+
+def test_buffer_of_a_device_that_goes_comes_back_without_a_word(booted: World) -> None:
+    """Behind a RESCIND the host has no device that could touch it."""
+    buffer = lending(booted)
+
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert booted.tables.pages.owner_of(buffer.pfn) == 0
+    assert findings(booted, 12) == []
+
+
+def test_device_without_its_buffer_is_not_bound(booted: World) -> None:
+    """A host that refuses the second GPADL: the channel is closed again, and nothing is lost."""
+    booted.host.device(9)
+    booted.settle()
+    call(booted, "unbind", device="9")
+    before = booted.tables.pages.pages_in_use
+    call(booted, "override", device="9", driver="hv_lender")
+    booted.host.answer[T.GPADL_BODY] = lambda body: [GpadlCreated(9, body.gpadl, 0xC000_0044)]  # type: ignore[attr-defined]
+
+    result = bind(booted, "hv_lender", 9)
+    booted.settle()
+
+    assert result.result["errno"] == errno.EDQUOT
+    assert booted.tables.pages.pages_in_use == before
+
+
+def test_buffer_that_is_freed_before_it_is_torn_down(booted: World) -> None:
+    """INV-12: its pages are free while the host has them, or another's already; then nobody may write there."""
+    buffer = lending(booted)
+    pages = booted.tables.pages
+    booted.call(lambda current: pages.free(current.actor, buffer))
+    (found,) = findings(booted, 12)
+    assert f"page {buffer.pfn:#x} of GPADL" in found.text and "(lent by its driver)" in found.text
+    assert found.relid == 9 and found.text.endswith("is free")
+
+    stranger = owned_by(PageOwner.DRIVER, 77)
+    while pages.owner_of(buffer.pfn) == 0:
+        booted.call(lambda current: pages.alloc_pages_exact(current.actor, buffer.count, stranger))
+
+    assert [one.text.rsplit(" ", 1)[1] for one in findings(booted, 12)] == ["DRIVER[77]"]
 
 
 # -- hv_stream ------------------------------------------------------------------------------------------

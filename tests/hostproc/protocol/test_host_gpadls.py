@@ -71,6 +71,19 @@ def test_header_and_body_at_every_split(split: int) -> None:
     assert world.refused() == []
 
 
+def test_pages_of_a_gpadl_are_told_as_runs() -> None:
+    """Neighbours are one run, ranges are apart; there are none before it is whole."""
+    world = booted()
+    ranges = GpaRange(96, 4000, (9,)), GpaRange(5 * 4096, 0, (20, 21, 7, 8, 22)), GpaRange(2 * 4096, 0, (9, 10))
+    data = pack_gpa_ranges(ranges)
+    world.post(GpadlHeader(1, RING, len(data), 3, data[:16]))
+    assert [one.runs for one in world.server.gpadls_of(1)] == [()]
+
+    world.post(GpadlBody(0, RING, data[16:]))
+
+    assert [one.runs for one in world.server.gpadls_of(1)] == [((9, 1), (20, 2), (7, 2), (22, 1), (9, 2))]
+
+
 def test_several_ranges() -> None:
     """Ranges follow each other in the byte stream, split anywhere."""
     ranges = (
