@@ -40,7 +40,11 @@ class Fix:
     addchan_offload: bool = True
     split_pri_sub: bool = True
     recheck_rescind_after_enlist: bool = True
+    wake_on_rescind: bool = True
+    unlink_before_free: bool = True
+    wake_all_waiters: bool = True
     wake_before_probe_wait: bool = True
+    close_waits_unlocked: bool = True
     rescind_once: bool = True
     quiesce_before_flag: bool = True
     revoke_seq: bool = True
@@ -121,7 +125,17 @@ SWITCHES: Final[dict[str, Switch]] = {
     "recheck_rescind_after_enlist": Switch(
         "a requester does not look at the rescind flag once it is on the list of those who wait", ("A4",)
     ),
+    "wake_on_rescind": Switch("a rescind wakes nobody who waits for the host, as before 2017", ("A4",)),
+    "unlink_before_free": Switch(
+        "an open that finds its channel taken back frees its request, which is still on the list", ("A4",)
+    ),
+    "wake_all_waiters": Switch(
+        "a rescind wakes the first who waits on its channel, and nobody else, as Linux 6.12 still does", ("A4",)
+    ),
     "wake_before_probe_wait": Switch("a rescind waits for the probe before it wakes who waits for the host", ("A5",)),
+    "close_waits_unlocked": Switch(
+        "who closes a device waits for the rescinds of its sub-channels with channel_mutex held", ("A5",)
+    ),
     "rescind_once": Switch("two rescinds of one channel are both handled", ("A6",)),
     "quiesce_before_flag": Switch("a rescind raises its flag while the channel's callback may still run", ("A7",)),
     "revoke_seq": Switch("the host takes back whatever has the relid now, when an old device's stream ends", ("A8",)),

@@ -7,7 +7,6 @@ message is posted, so that a reply can never come first; a reply that matches no
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from emu.wire.messages import (
@@ -23,8 +22,6 @@ from guestproc.kernel.layout import Channel, KernelTables, Request
 from guestproc.kernel.records import Fields
 
 M = TypeVar("M", bound=Message)
-
-Matches = Callable[[Request], bool]
 
 _OPENCHANNEL = int(MessageType.OPENCHANNEL)
 _GPADL_HEADER = int(MessageType.GPADL_HEADER)
@@ -81,10 +78,10 @@ def answered_by(tables: KernelTables, reply: Message) -> list[Request]:
     return []
 
 
-def first_waiting_on(tables: KernelTables, channel: Channel) -> Request | None:
-    """The first request that waits on behalf of a channel (a rescind completes it)."""
+def waiting_on(tables: KernelTables, channel: Channel) -> list[Request]:
+    """The requests that wait on behalf of a channel, in the order in which they were entered (a rescind ends them)."""
     handle = channel.handle
-    return next(_first(tables, lambda request: request.waiting_channel == handle), None)
+    return [request for request in tables.chn_msg_list if request.waiting_channel == handle]
 
 
 def is_moving(tables: KernelTables, relid: int) -> bool:
@@ -110,13 +107,6 @@ def _wanted(reply: Message) -> tuple[int, int | None, int | None, int | None]:
         case ModifyChannelResponse():
             return _MODIFYCHANNEL, reply.child_relid, None, None
     raise AssertionError(f"{type(reply).__name__} answers no request")
-
-
-def _first(tables: KernelTables, matches: Matches) -> Iterator[Request]:
-    for request in tables.chn_msg_list:
-        if matches(request):
-            yield request
-            return
 
 
 # -- what it came to, for the one who waited ----------------------------------------------------------

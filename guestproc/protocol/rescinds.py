@@ -39,10 +39,10 @@ def claim(channel: Channel) -> bool:
     return not channel.rescind_ref.exchange(1)
 
 
-def mark(tables: KernelTables, channel: Channel) -> Request | None:
-    """Set the rescind flag; the first request that waits on the channel is to be completed."""
+def mark(tables: KernelTables, channel: Channel) -> list[Request]:
+    """Set the rescind flag; the requests that wait on the channel are to be completed."""
     channel.rescind.store(1)
-    return pending.first_waiting_on(tables, channel)
+    return pending.waiting_on(tables, channel)
 
 
 def meets(channel: Channel) -> bool:

@@ -291,8 +291,11 @@ def _open_on_host(current: Current, channel: Channel, userdata: bytes) -> int:
     )
     if request is None:
         return -errno.ENOMEM
+    unlink = True
     try:
         if taken_back(current, channel):
+            # Off, it is wrong on purpose (races.md A4, ii): the first form of this look freed the request and went.
+            unlink = current.fix.unlink_before_free
             return -errno.ENODEV
         if current.armed[_BEFORE_POST]:
             current.reach(_BEFORE_POST, channel.relid)
@@ -309,7 +312,7 @@ def _open_on_host(current: Current, channel: Channel, userdata: bytes) -> int:
         result = result or _wait_for_open_result(current, channel, request)
         return result or pending.open_result(request, rescinded=channel.rescind.load() != 0)
     finally:
-        leave_request(current, request)
+        leave_request(current, request, unlink=unlink)
 
 
 def _wait_for_open_result(current: Current, channel: Channel, request: Request) -> int:
@@ -395,6 +398,8 @@ def vmbus_disconnect_ring(current: Current, channel: Channel) -> int:
     mutex = current.connection.channel_mutex
     with mutex.hold(current.actor):
         subs = [sub.handle for sub in current.tables.sc_list(channel)]
+        if not current.fix.close_waits_unlocked:
+            return _disconnect_locked(current, channel, subs)
     for handle in subs:
         while not _close_sub_channel(current, handle) and _wait_for_rescind(current, handle):
             pass  # the rescind was decided: look again who removes it
@@ -402,19 +407,37 @@ def vmbus_disconnect_ring(current: Current, channel: Channel) -> int:
         return vmbus_close_internal(current, channel)
 
 
+def _disconnect_locked(current: Current, channel: Channel, subs: Sequence[int]) -> int:
+    """Wrong on purpose (races.md A5, its second half): everything under one holding of the mutex.
+
+    The rescinds that are waited for here need that mutex to end.
+    """
+    for handle in subs:
+        sub = current.tables.channels.find(handle)
+        if sub is not None and closing(sub) is Closing.AWAIT_RESCIND:
+            sub.rescind_event.wait_timeout(current.actor, REPLY_TIMEOUT_NS)
+        _close_sub_locked(current, handle)
+    return vmbus_close_internal(current, channel)
+
+
 def _close_sub_channel(current: Current, handle: int) -> bool:
     """Close one sub-channel, and remove it if its rescind was left to us; False: wait for its rescind first."""
     with current.connection.channel_mutex.hold(current.actor):
-        sub = current.tables.channels.find(handle)
-        # Looked up under the mutex, under which it is removed as well: what is found here stays.
-        if sub is None:
-            return True
-        todo = closing(sub)
-        if todo in (Closing.CLOSE, Closing.CLOSE_AND_REMOVE) and vmbus_close_internal(current, sub) == 0:
-            vmbus_free_ring(current, sub)
-        if todo is Closing.CLOSE_AND_REMOVE:
-            hv_process_channel_removal(current, sub)
-        return todo is not Closing.AWAIT_RESCIND
+        return _close_sub_locked(current, handle)
+
+
+def _close_sub_locked(current: Current, handle: int) -> bool:
+    """As `_close_sub_channel`, under channel_mutex."""
+    sub = current.tables.channels.find(handle)
+    # Looked up under the mutex, under which it is removed as well: what is found here stays.
+    if sub is None:
+        return True
+    todo = closing(sub)
+    if todo in (Closing.CLOSE, Closing.CLOSE_AND_REMOVE) and vmbus_close_internal(current, sub) == 0:
+        vmbus_free_ring(current, sub)
+    if todo is Closing.CLOSE_AND_REMOVE:
+        hv_process_channel_removal(current, sub)
+    return todo is not Closing.AWAIT_RESCIND
 
 
 def _wait_for_rescind(current: Current, handle: int) -> bool:

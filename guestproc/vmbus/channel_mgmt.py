@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.control import Ready
 from emu.errors import ProtocolViolation
+from emu.switches import Fix
 from emu.syncpoint import Point
 from emu.tracing import (
     E_OFFER,
@@ -33,7 +34,7 @@ from emu.wire.guids import guid_from_wire
 from emu.wire.messages import HEADER, OfferChannel, RescindChannelOffer, parse
 from guestproc.kernel.cpus import cpus_read_lock
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
-from guestproc.kernel.layout import Channel, ChannelState
+from guestproc.kernel.layout import Channel, ChannelState, Request
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import faults, offers, opening, pending, rescinds
@@ -414,19 +415,26 @@ def _offers_are_known(current: Current, relid: int) -> bool:
 
 
 def vmbus_rescind_cleanup(current: Current, channel: Channel) -> None:
-    """Set the rescind flag and complete the first request that waits on this channel, in one critical section.
+    """Set the rescind flag and complete every request that waits on this channel, in one critical section.
 
     A requester enters its request under the same lock and looks at the flag afterwards, so one of the two
     sees the other (races.md A4).
     """
     with current.connection.channelmsg_lock.hold(current.actor):
-        request = rescinds.mark(current.tables, channel)
-        waitevent = None if request is None else request.waitevent
-        asleep = 0 if waitevent is None else waitevent.let_through()
-    if waitevent is not None:
-        waitevent.wake(current.actor, asleep)
+        woken = _to_be_woken(current.fix, rescinds.mark(current.tables, channel))
+        asleep = [(request.waitevent, request.waitevent.let_through()) for request in woken]
+    for waitevent, chain in asleep:
+        waitevent.wake(current.actor, chain)
     # A probe may wait for something of the device's own on this channel.
     current.connection.state_wait.wake_all(current.actor)
+
+
+def _to_be_woken(fix: Fix, waiting: list[Request]) -> list[Request]:
+    """Everybody who waits on the channel: whoever is left asleep here is woken by nobody."""
+    if not fix.wake_on_rescind:
+        return []  # wrong on purpose (races.md A4, i): nobody, as in kernels before 2017
+    # Wrong on purpose (races.md A4, iii): the first, as in Linux 6.12; of two who wait, one is left.
+    return waiting if fix.wake_all_waiters else waiting[:1]
 
 
 def _finish_rescind(current: Current, channel: Channel) -> None:

@@ -66,10 +66,11 @@ def wait_for_reply(current: Current, request: Request, timeout_ns: int = REPLY_T
     return -errno.ETIMEDOUT
 
 
-def leave_request(current: Current, request: Request) -> None:
-    """Off the list, and its record free."""
-    with current.connection.channelmsg_lock.hold(current.actor):
-        pending.leave(current.tables, request)
+def leave_request(current: Current, request: Request, *, unlink: bool = True) -> None:
+    """Off the list, and its record free. Without `unlink` it stays on the list, which is wrong on purpose."""
+    if unlink:
+        with current.connection.channelmsg_lock.hold(current.actor):
+            pending.leave(current.tables, request)
     if current.trace:
         key = request.openid or request.gpadl
         current.record(E_REQ_FREE, request.msgtype, key, request.index, request.child_relid)

@@ -215,8 +215,9 @@ def test_a_relid_released_twice_is_found() -> None:
 def test_a_waiter_that_a_rescind_does_not_wake_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wake of whoever waits on the channel (races.md A4), an opener waits for ever."""
 
-    def mark(_tables: Any, channel: Any) -> None:
+    def mark(_tables: Any, channel: Any) -> list[Any]:
         channel.rescind.store(1)
+        return []
 
     monkeypatch.setattr(rescinds, "mark", mark)
     with exploring(devices=1, subchannels=0) as explorer:
@@ -254,7 +255,7 @@ def test_an_exploration_that_is_cut_short_says_so() -> None:
 
 def test_a_counterexample_is_done_again_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`explore --json` writes what `explore --replay` does again, to the same end, with the same exit status."""
-    monkeypatch.setattr(rescinds, "mark", lambda _tables, channel: channel.rescind.store(1))
+    monkeypatch.setattr(rescinds, "mark", lambda _tables, channel: channel.rescind.store(1) or [])
     arguments = ["--depth", "9", "--devices", "1", "--subchannels", "0", "--json"]
     first = CliRunner().invoke(explore, arguments, standalone_mode=False)
     file = tmp_path / "found.json"

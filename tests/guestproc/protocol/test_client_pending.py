@@ -92,7 +92,7 @@ def test_message_that_is_no_reply_is_our_mistake(tables: KernelTables) -> None:
         pending.answered_by(tables, AllOffersDelivered())
 
 
-def test_rescind_finds_the_first_who_waits_on_its_channel(tables: KernelTables) -> None:
+def test_rescind_finds_all_who_wait_on_its_channel(tables: KernelTables) -> None:
     """By the channel's record, not by its relid: a successor of the same relid is another channel."""
     channels: list[Channel] = []
     for _ in range(2):
@@ -107,8 +107,8 @@ def test_rescind_finds_the_first_who_waits_on_its_channel(tables: KernelTables) 
         pending.enter(tables, request)
         requests.append(request)
 
-    assert pending.first_waiting_on(tables, channels[0]) == requests[1]
-    assert pending.first_waiting_on(tables, channels[1]) == requests[0]
+    assert pending.waiting_on(tables, channels[0]) == requests[1:]
+    assert pending.waiting_on(tables, channels[1]) == requests[:1]
 
 
 def test_table_of_requests_has_an_end(tables: KernelTables) -> None:

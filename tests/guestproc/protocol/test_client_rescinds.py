@@ -39,8 +39,8 @@ def test_rescind_of_nothing_finds_nothing(tables: KernelTables, relid: int) -> N
     assert rescinds.find(tables, relid) is None
 
 
-def test_mark_raises_the_flag_and_names_the_first_waiter(tables: KernelTables) -> None:
-    """One request of this channel, if there is any; others are not touched."""
+def test_mark_raises_the_flag_and_names_who_waits(tables: KernelTables) -> None:
+    """The requests of this channel, if there are any; others are not touched."""
     channel, other = new_channel(tables), new_channel(tables, 10)
     for waiting in (other, channel):
         request = pending.new_request(tables, MessageType.OPENCHANNEL, channel=waiting.handle)
@@ -50,9 +50,8 @@ def test_mark_raises_the_flag_and_names_the_first_waiter(tables: KernelTables) -
     found = rescinds.mark(tables, channel)
 
     assert (channel.rescind.load(), other.rescind.load()) == (1, 0)
-    assert found is not None
-    assert found.waiting_channel == channel.handle
-    assert rescinds.mark(tables, new_channel(tables, 11)) is None
+    assert [one.waiting_channel for one in found] == [channel.handle]
+    assert rescinds.mark(tables, new_channel(tables, 11)) == []
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 from emu.switches import Fix
 from emu.wire.messages import MessageType
 from guestproc.current import Current
+from guestproc.protocol import pending
 from guestproc.vmbus import channel_mgmt
-from guestproc.vmbus.channel import vmbus_close_internal
-from guestproc.vmbus.requests import taken_back
+from guestproc.vmbus.channel import _open_on_host, vmbus_close, vmbus_close_internal
+from guestproc.vmbus.requests import enter_request, taken_back
+from tests.guestproc.vmbus.test_vmbus_rescind import OPEN_SUB, add_subs
 from tests.guestproc.world import World
 from tests.tools.settled_world import findings
 
@@ -97,6 +99,75 @@ def test_no_second_look_at_the_flag(booted: World) -> None:
     mistaken(booted, recheck_rescind_after_enlist=False)
 
     assert not booted.call(lambda current: taken_back(current, channel))
+
+
+@pytest.mark.parametrize(("right", "waiting"), [(True, []), (False, [9])])
+def test_rescind_that_says_nothing(booted: World, right: bool, waiting: list[int]) -> None:
+    """A4, i: the opener's request is completed by its channel's rescind, or by nobody."""
+    opener_that_waits(mistaken(booted, wake_on_rescind=right))
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert [one.relid for one in findings(booted, 27)] == waiting
+    assert (booted.host.released == [9]) is right
+
+
+def test_request_that_is_freed_on_the_list(booted: World) -> None:
+    """A4, ii: the opener that sees the flag leaves a freed record behind, which the next walk meets (INV-13)."""
+    booted.host.device(9)
+    booted.settle()
+    channel = booted.channel(9)
+    channel.rescind.store(1)
+
+    def opened(current: Current) -> int:
+        return _open_on_host(current, channel, b"")
+
+    assert booted.call(opened) == -errno.ENODEV
+    assert pending.waiting_on(booted.tables, channel) == []
+
+    mistaken(booted, unlink_before_free=False)
+
+    assert booted.call(opened) == -errno.ENODEV
+    with pytest.raises(AssertionError, match="stale, generation"):
+        pending.waiting_on(booted.tables, channel)
+
+
+@pytest.mark.parametrize(("right", "woken"), [(True, [1, 1, 0]), (False, [1, 0, 0])])
+def test_two_who_wait_on_one_channel(booted: World, right: bool, woken: list[int]) -> None:
+    """A4, iii: both are woken, or the first; who waits on another channel is left alone in any case."""
+    for relid in (9, 10):
+        booted.host.device(relid)
+    booted.settle()
+    mistaken(booted, wake_all_waiters=right)
+
+    def done(current: Current) -> list[int]:
+        waiting = [
+            enter_request(current, msgtype, child_relid=relid, channel=booted.channel(relid).handle)
+            for msgtype, relid in ((T.GPADL_HEADER, 9), (T.MODIFYCHANNEL, 9), (T.MODIFYCHANNEL, 10))
+        ]
+        channel_mgmt.vmbus_rescind_cleanup(current, booted.channel(9))
+        return [int(request is not None and request.waitevent.done > 0) for request in waiting]
+
+    assert booted.call(done) == woken
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_closer_that_holds_what_a_rescind_needs(booted: World, right: bool) -> None:
+    """A5, second half: it waits for the sub-channel's rescind, which waits for its mutex; or has given that back."""
+    booted.host.device(9)
+    booted.settle()
+    booted.channel(9).sc_creation_callback = OPEN_SUB
+    (sub,) = add_subs(booted, 1)
+    mistaken(booted, close_waits_unlocked=right)
+    sub.rescind.store(1)
+    task = booted.start(lambda current: vmbus_close(current, booted.channel(9)))
+    booted.settle()
+    assert not task.ended()
+    booted.host.rescind(10)
+    booted.settle()
+
+    assert (task.ended(), booted.host.released == [10]) == (right, right)
+    assert len(circles(booted)) == (0 if right else 1)
 
 
 def test_channel_that_two_rescinds_find(booted: World) -> None:
