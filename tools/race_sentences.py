@@ -120,6 +120,11 @@ def _call(step: Step) -> str:
     return f"A thread of the guest's user space calls {step.words[0]}{given}{_called(step)}."
 
 
+def _named(device: str) -> str:
+    """A device as a sentence names it: its label, or its relid."""
+    return f"relid {device}" if device.isdecimal() else device
+
+
 def _called(step: Step) -> str:
     return f"; call it {step.label}" if step.label else ""
 
@@ -142,8 +147,8 @@ _SENTENCES: Final[Mapping[str, Callable[[Step], str]]] = {
     "offer-subchannel": lambda step: (
         f"The host offers sub-channel {step.options.get('index', 1)} of {step.words[0]}: {step.label}."
     ),
-    "rescind": lambda step: f"The host takes {step.words[0]} back.",
-    "rescind-again": lambda step: f"The host says once more that it takes {step.words[0]} back.",
+    "rescind": lambda step: f"The host takes {_named(step.words[0])} back.",
+    "rescind-again": lambda step: f"The host says once more that it takes {_named(step.words[0])} back.",
     "send": _send,
     "run": _run,
     "call": _call,
