@@ -1,7 +1,8 @@
-"""The museum: a page of all exhibits, made of their files and of a run of each with its fix off and one with it on.
+"""The museum: a page of all exhibits, made of their files and of a run of each with its fix off and one with it on; and
+of the boards, on which two exhibits are played together.
 
-`head_of` and `index_of` say what depends on the files alone; the diagrams are told in an order that depends on causes,
-not on times, so that the same schedules make the same page.
+`head_of`, `head_of_board` and `index_of` say what depends on the files alone; the diagrams are told in an order that
+depends on causes, not on times, so that the same schedules make the same page.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from tools.race_board import BOARDS, Game, head_of_board, run_of_board
 from tools.race_sentences import (
     expected_of,
     finding_text,
@@ -36,12 +38,15 @@ their queue), threads of the guest's user space. `▸` is a step of the schedule
 point until `□` (its line is dotted meanwhile), an arrow a message, work or a signal from one to another, `✗` one that
 never arrives. Waits are steps, too; they are left out.
 
+Behind the exhibits come the boards: two exhibits that are halves of one matter, each run under all four settings of
+the two fixes (`vmbus-emu races board A4xA5`).
+
 This page is made by `vmbus-emu races museum -o docs/races.md`, of the schedules in `tools/exhibits/` and a run of
 each."""
 
 
 def page(schedules: Iterable[Schedule], told: Callable[[str], object] = lambda _line: None) -> str:
-    """The whole page; runs every exhibit twice. `told` is given a line about each."""
+    """The whole page; runs every exhibit twice, and plays every board. `told` is given a line about each."""
     exhibits = list(schedules)
     parts = [OPENING, "\n".join(index_of(exhibits))]
     for schedule in exhibits:
@@ -49,17 +54,25 @@ def page(schedules: Iterable[Schedule], told: Callable[[str], object] = lambda _
         on = run_and_show(schedule, fix=True, told=True)
         told(f"{schedule.name}: run and drawn")
         parts += ["\n".join(head_of(schedule)), "\n".join(run_of(off, on))]
+    by_number = {number_of(one): one for one in exhibits}
+    for board in BOARDS:
+        game = Game.of(board, by_number.__getitem__)
+        for _cell in game.play():
+            pass
+        told(f"{board.name}: played")
+        parts += ["\n".join(head_of_board(board, game.schedules, WIDTH)), "\n".join(run_of_board(game))]
     return "\n\n".join(parts) + "\n"
 
 
 def index_of(schedules: Sequence[Schedule]) -> list[str]:
-    """The table of all exhibits: it depends on their files alone."""
+    """The tables of all exhibits and of the boards: they depend on the files alone."""
     rows = ["| | exhibit | switch | breaks |", "|---|---|---|---|"]
     for one in schedules:
         switches = ", ".join(f"`{name}`" for name, _wrong in switches_of(one))
         broken = ", ".join(name for name, _title in expected_of(one))
         rows.append(f"| {number_of(one)} | [{name_of(one)}](#{_anchor(one)}) | {switches} | {broken} |")
-    return rows
+    boards = [f"| [{one.name}](#{one.name.lower()}) | {one.title} |" for one in BOARDS]
+    return [*rows, "", "| board | what it is about |", "|---|---|", *boards]
 
 
 def head_of(schedule: Schedule) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import textwrap
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree
 
 import click
@@ -20,9 +21,12 @@ from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import RECORDING, Case, InFolder
 from tools.histograms import check_writable, write_text
 from tools.options import json_option
-from tools.output import print_json, print_table, say
+from tools.output import narrates, print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
 from tools.schedule import NotForced, Schedule
+
+if TYPE_CHECKING:
+    from tools.race_board import Game
 
 EXHIBITS: Final = "exhibits"
 SEED: Final = 0
@@ -64,6 +68,10 @@ def find_schedule(name: str) -> Schedule:
         from tools.explore_schedule import schedule_of
 
         return schedule_of(Path(name))
+    from tools.race_board import BOARDS
+
+    if board := next((one for one in BOARDS if one.name.casefold() == name.casefold()), None):
+        raise UserError(f"{name} is a board of two exhibits; `vmbus-emu races board {board.name}` plays it")
     raise UserError(
         f"no exhibit is called {name}; `vmbus-emu races list` lists them, or give a schedule FILE.toml, "
         "or what `explore --json` found"
@@ -182,6 +190,70 @@ def show(name: str | None, fix: str, recording: Path | None, picture: Path | Non
         title = f"{shown.schedule.name}: {shown.schedule.title} (fix {'on' if shown.note.fix else 'off'})"
         write_text(picture, picture_of(shown.diagram, title, shown.outcome), "--svg")
     return ExitStatus.TIME_LIMIT if shown.note.reason else ExitStatus.FINE
+
+
+@races.command()
+@click.argument("name", required=False)
+@click.option("--times", type=click.IntRange(1, 1_000), default=1, help="How often to run each schedule and setting.")
+@json_option
+def board(name: str | None, times: int, as_json: bool) -> int:
+    """Play a board: two exhibits that belong together, each under all four settings of their two fixes.
+
+    Without a name the boards are listed. Exit status 0: everything came out as the board says. 1: something did not.
+    124: inconclusive, a step did not come about.
+
+    \b
+    Example:
+      vmbus-emu races board A4xA5
+      vmbus-emu races board B1xB2 --times 5 --json
+    """
+    from tools.race_board import BOARDS, Game, find_board
+
+    if name is None:
+        if as_json:
+            print_json("races-boards", 1, {"boards": [{"name": one.name, "title": one.title} for one in BOARDS]})
+        else:
+            print_table(("board", "title"), [(one.name, one.title) for one in BOARDS])
+        return ExitStatus.FINE
+    game = Game.of(find_board(name), find_schedule)
+    done, wanted = 0, times * len(game.cells)
+    with noting_interruption() as interruption:
+        for cell in game.play(times, SEED):
+            done += 1
+            if narrates():
+                say(f"{done} of {wanted}: {cell.schedule.name}, {game.setting_text(cell.setting)}: {cell.text}")
+    if interruption.status is not None:
+        say(f"interrupted after {done} of {wanted} runs")
+    if as_json:
+        print_json("races-board", 1, game.report())
+    else:
+        print_game(game)
+    return interruption.status or status_of(game)
+
+
+def print_game(game: Game) -> None:
+    """Story, a table for each schedule, and which settings survive both."""
+    from tools.race_board import paragraphs_of
+
+    click.echo(f"{game.board.name}: {game.board.title}")
+    for paragraph in paragraphs_of(game.board):
+        click.echo("\n" + textwrap.fill(paragraph, 100))
+    for schedule in game.schedules:
+        click.echo("\n" + game.heading(schedule))
+        sys.stdout.flush()
+        print_table(*game.table(schedule))
+        sys.stdout.flush()
+    for cell in game.cells:
+        for reason in sorted({one.reason for one in cell.runs if one.reason}):
+            click.echo(f"\n{cell.schedule.name}, {game.setting_text(cell.setting)}: {reason}")
+    click.echo("\n" + game.summary())
+
+
+def status_of(game: Game) -> ExitStatus:
+    """An exit status: an inconclusive run says less than one that is not as told."""
+    if any(not cell.as_told and not cell.inconclusive for cell in game.cells):
+        return ExitStatus.FINDING
+    return ExitStatus.TIME_LIMIT if any(cell.inconclusive for cell in game.cells) else ExitStatus.FINE
 
 
 @races.command()

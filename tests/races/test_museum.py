@@ -10,10 +10,11 @@ import pytest
 
 from emu.tracing import EVENTS
 from tests.conftest import SOURCES, RunCli
-from tools.museum import OPENING, head_of, index_of, page
+from tools.museum import OPENING, WIDTH, head_of, index_of, page
+from tools.race_board import BOARDS, Game, head_of_board
 from tools.race_rows import TELLINGS
 from tools.race_sentences import expected_of, sentence_of
-from tools.races import exhibits
+from tools.races import exhibits, find_schedule
 from tools.schedule import VERBS, Schedule, read_steps
 
 PAGE = SOURCES / "docs" / "races.md"
@@ -26,15 +27,17 @@ def schedules() -> list[Schedule]:
 
 
 def test_the_page_is_of_these_exhibits() -> None:
-    """Opening, table, titles, stories, switches, invariants and steps of the page are those of the files, in order."""
+    """Opening, tables, titles, stories, switches, invariants and steps of the page are those of the files, in order."""
     text = PAGE.read_text(encoding="utf-8")
     parts = [OPENING, "\n".join(index_of(schedules())), *("\n".join(head_of(one)) for one in schedules())]
+    games = [Game.of(board, find_schedule) for board in BOARDS]
+    parts += ["\n".join(head_of_board(game.board, game.schedules, WIDTH)) for game in games]
     at = 0
     for part in parts:
         found = text.find(part, at)
         assert found >= 0, f"{REMAKE} (missing: {part[:80]!r})"
         at = found + len(part)
-    assert text.count("\n## ") == len(exhibits()), REMAKE
+    assert text.count("\n## ") == len(exhibits()) + len(BOARDS), REMAKE
 
 
 @pytest.mark.soak
