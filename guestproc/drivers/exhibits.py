@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from emu.machine import Machine
-from guestproc.drivers.buffered import BufferedDriver
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver, add_drivers
 from guestproc.drivers.lender import LenderDriver
 from guestproc.drivers.lenient import LenientDriver
@@ -19,7 +18,6 @@ EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (
     LenientDriver(),
     StreamDriver(),
     LenderDriver(),
-    BufferedDriver(),
 )
 
 

@@ -155,59 +155,6 @@ def test_callback_when_the_flag_goes_up(
     assert booted.host.released == [9]
 
 
-# -- hv_buffered ----------------------------------------------------------------------------------------
-
-
-def buffered(world: World) -> Task[dict[str, Any]]:
-    """A device that hv_buffered is bound to, or hangs in its probe."""
-    world.host.device(9)
-    world.settle()
-    call(world, "unbind", device="9")
-    call(world, "override", device="9", driver="hv_buffered")
-    task = bind(world, "hv_buffered", 9)
-    world.settle()
-    return task
-
-
-def test_buffer_is_lent_and_taken_back(booted: World) -> None:
-    """Two GPADLs while it is bound; none, and no page, when it is not."""
-    assert buffered(booted).result["driver"] == "hv_buffered"
-    assert len(booted.host.gpadls) == 2
-    call(booted, "unbind", device="9")
-
-    assert len(booted.host.gpadls) == 0
-    assert booted.shut_down() == {}
-
-
-def test_rescind_ends_the_wait_for_a_buffer(booted: World) -> None:
-    """-ENODEV: the channel that was open is closed, and released; no page is left."""
-    booted.host.device(9)
-    booted.settle()
-    call(booted, "unbind", device="9")
-    call(booted, "override", device="9", driver="hv_buffered")
-    booted.host.answer[T.OPENCHANNEL] = _then_hold_gpadls(booted)
-    task = bind(booted, "hv_buffered", 9)
-    booted.settle()
-    assert not task.ended()
-    booted.host.rescind(9)
-    booted.settle()
-
-    assert task.result["errno"] == errno.ENODEV
-    assert booted.host.released == [9]
-    assert booted.shut_down() == {}
-
-
-def _then_hold_gpadls(world: World) -> Callable[[Message], list[Message]]:
-    """Opens the channel, and answers no GPADL that comes behind it."""
-
-    def answer(message: Message) -> list[Message]:
-        assert isinstance(message, OpenChannel)
-        world.host.hold(T.GPADL_HEADER)
-        return world.host._open(message)
-
-    return answer
-
-
 # -- hv_locked_nic --------------------------------------------------------------------------------------
 
 
@@ -334,6 +281,36 @@ def test_buffer_that_is_freed_before_it_is_torn_down(booted: World) -> None:
         booted.call(lambda current: pages.alloc_pages_exact(current.actor, buffer.count, stranger))
 
     assert [one.text.rsplit(" ", 1)[1] for one in findings(booted, 12)] == ["DRIVER[77]"]
+
+
+def test_rescind_ends_the_wait_for_a_buffer(booted: World) -> None:
+    """-ENODEV: the channel that was open is closed, and released; no page is left."""
+    booted.host.device(9)
+    booted.settle()
+    call(booted, "unbind", device="9")
+    call(booted, "override", device="9", driver="hv_lender")
+    booted.host.answer[T.OPENCHANNEL] = _then_hold_gpadls(booted)
+    task = bind(booted, "hv_lender", 9)
+    booted.settle()
+    assert not task.ended()
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert task.result["errno"] == errno.ENODEV
+    assert booted.host.released == [9]
+    assert booted.shut_down() == {}
+
+
+def _then_hold_gpadls(world: World) -> Callable[[Message], list[Message]]:
+    """Opens the channel, and answers no GPADL that comes behind it."""
+
+    def answer(message: Message) -> list[Message]:
+        assert isinstance(message, OpenChannel)
+        world.host.hold(T.GPADL_HEADER)
+        world.host.hold(T.GPADL_BODY)
+        return world.host._open(message)
+
+    return answer
 
 
 # -- hv_stream ------------------------------------------------------------------------------------------

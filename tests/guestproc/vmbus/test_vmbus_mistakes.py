@@ -14,7 +14,7 @@ from guestproc.protocol import pending
 from guestproc.vmbus import channel_mgmt
 from guestproc.vmbus.channel import _open_on_host, vmbus_close, vmbus_close_internal
 from guestproc.vmbus.requests import enter_request, taken_back
-from tests.guestproc.vmbus.test_vmbus_rescind import OPEN_SUB, add_subs
+from tests.guestproc.vmbus.sub_callbacks import OPEN_SUB, add_subs
 from tests.guestproc.world import World
 from tests.tools.settled_world import findings
 

@@ -17,29 +17,15 @@ from emu.wire.messages import (
 from guestproc.current import Current
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.vmbus.channel import vmbus_close, vmbus_open
+from guestproc.vmbus.channel import vmbus_close
 from guestproc.vmbus.connection import vmbus_connect, vmbus_request_offers
+from tests.guestproc.vmbus.sub_callbacks import CALLED, OPEN_SUB, SUB_CREATED, add_subs
 from tests.guestproc.world import World
 
 pytestmark = pytest.mark.parametrize("era", ["current", "seed"])
 
 T = MessageType
-SUB_CREATED = 900
-OPEN_SUB = 901
 RESCIND_CALLBACK = 902
-CALLED: list[int] = []
-
-
-@CHANNEL_CALLBACKS.register(SUB_CREATED)
-def on_sub_created(current: Current, channel: Channel) -> None:
-    """A driver that notes its sub-channels and leaves them closed."""
-    CALLED.append(channel.relid)
-
-
-@CHANNEL_CALLBACKS.register(OPEN_SUB)
-def open_sub(current: Current, channel: Channel) -> None:
-    """A driver that opens its sub-channels as they come."""
-    CALLED.append(vmbus_open(current, channel, 8192, 8192, b"", 16))
 
 
 @CHANNEL_CALLBACKS.register(RESCIND_CALLBACK)
@@ -402,14 +388,6 @@ def primary(booted: World) -> Channel:
     channel = booted.channel(9)
     channel.sc_creation_callback = SUB_CREATED
     return channel
-
-
-def add_subs(world: World, count: int = 2) -> list[Channel]:
-    """Sub-channels 10, 11, ... of the device."""
-    for index in range(1, count + 1):
-        world.host.device(9 + index, instance=9, index=index)
-    world.settle()
-    return [world.channel(9 + index) for index in range(1, count + 1)]
 
 
 def test_sub_channels_are_told_to_the_driver(booted: World, primary: Channel) -> None:
