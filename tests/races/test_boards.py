@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.conftest import RunCli
+from tests.races.test_exhibits import busy_loops
 from tools.director import Broken
 from tools.exit_status import ExitStatus
 from tools.race_board import BOARDS, SETTINGS, Board, Cell, Game, find_board, run_of_board
@@ -176,10 +177,12 @@ def test_a_board_is_played_on_real_processes(run_cli: RunCli) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("loops", [0, 2], ids=["idle", "loaded"])
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.name)
-def test_a_board_is_the_same_twenty_times(board: Board) -> None:
-    """Every schedule under every setting, twenty times on one machine."""
+def test_a_board_is_the_same_twenty_times(board: Board, loops: int) -> None:
+    """Every schedule under every setting, twenty times on one machine, idle and beside two busy loops."""
     game = Game.of(board, find_schedule)
-    for _cell in game.play(times=20):
-        pass
+    with busy_loops(loops):
+        for _cell in game.play(times=20):
+            pass
     assert [cell.text for cell in game.cells if not cell.as_told] == []
