@@ -20,6 +20,8 @@ EXHIBIT_DRIVERS: Final[tuple[HvDriver, ...]] = (
     LenderDriver(),
 )
 
+assert len({driver.number for driver in EXHIBIT_DRIVERS}) == len(EXHIBIT_DRIVERS), "two drivers have one number"
+
 
 def add_exhibit_drivers(machine: Machine) -> None:
     """Make them known to this process, if its machine runs schedules; once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -12,7 +12,7 @@ import pytest
 from emu.ring import Packet
 from emu.switches import ALL_FIXED, Fix
 from emu.wire.device_classes import ECHO
-from emu.wire.messages import GpadlCreated, Message, MessageType, OpenChannel
+from emu.wire.messages import GpadlCreated, MessageType
 from emu.wire.packets import VM_PKT_COMP
 from guestproc.current import Current
 from guestproc.drivers import stream
@@ -265,6 +265,25 @@ def test_device_without_its_buffer_is_not_bound(booted: World) -> None:
 
     assert result.result["errno"] == errno.EDQUOT
     assert booted.tables.pages.pages_in_use == before
+
+
+def test_rescind_ends_the_wait_for_a_buffer(booted: World) -> None:
+    """-ENODEV: the channel that was open is closed, and released; no page is left."""
+    booted.host.device(9)
+    booted.settle()
+    call(booted, "unbind", device="9")
+    before = booted.tables.pages.pages_in_use
+    call(booted, "override", device="9", driver="hv_lender")
+    booted.host.answer[T.GPADL_BODY] = lambda _body: []
+    task = bind(booted, "hv_lender", 9)
+    booted.settle()
+    assert not task.ended()
+    booted.host.rescind(9)
+    booted.settle()
+
+    assert task.result["errno"] == errno.ENODEV
+    assert (booted.host.released, booted.tables.pages.pages_in_use) == ([9], before)
+    assert booted.shut_down() == {}
 
 
 def test_buffer_that_is_freed_before_it_is_torn_down(booted: World) -> None:
