@@ -107,6 +107,7 @@ class ActorKind(IntEnum):
     WORKQUEUE = 6
     WORKER = 7
     FOREIGN = 8
+    TASK = 9  # one of several tasks of a vCPU, in its process and its thread
 
 
 class Ready(IntEnum):

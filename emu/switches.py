@@ -90,7 +90,7 @@ SWITCHES: Final[dict[str, Switch]] = {
     "msg_reserve": Switch(
         "a message for which there is no record of work stays in its slot", ("B3",), ("wedge", "spin")
     ),
-    "post_atomic": Switch("a processor's hypercall page is filled and called without a lock", ("B4",)),
+    "post_atomic": Switch("a processor's hypercall page is filled and called, and others may come between", ("B4",)),
     "timer_waits_for_slot": Switch("a one-shot timer that finds its slot full is armed again for now", ("B5",)),
     "kick_after_enqueue": Switch(
         "a processor's loop looks for messages and then sleeps, without another look", ("B6",)

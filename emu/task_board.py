@@ -7,6 +7,7 @@ guest's user space (`guestproc.tasks`); a path is a file of this computer that t
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -46,6 +47,11 @@ class Program(IntEnum):
     LISTEN = 7
     EXCHANGE = 8
     TRANSMIT = 9
+    BIND = 10
+    UNBIND = 11
+
+
+ALL_PROGRAMS: Final = frozenset(Program)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,10 @@ class TaskRow:
 class TaskBoard:
     """All rows of one machine."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, programs: Container[Program] = ALL_PROGRAMS) -> None:
+        """`programs`: those that `take` is for."""
         self._control = control
+        self._programs = programs
         self._ordered = control.tasks_ordered
         self._nothing_behind: dict[int, int] = {}
         """By CPU: how many programs had been ordered when none waited for it."""
@@ -167,6 +175,8 @@ class TaskBoard:
             if view.load_u32(at) != TaskState.ORDERED:
                 continue
             row = self.row(index)
+            if row.program not in self._programs:
+                continue
             if row.cpu == cpu and view.cas_u32(at, TaskState.ORDERED, TaskState.RUNNING) == TaskState.ORDERED:
                 return row
         self._nothing_behind[cpu] = ordered

@@ -23,11 +23,11 @@ from guestproc.page_trace import record_pages
 from guestproc.points import Points
 from guestproc.protocol.era import Era
 from guestproc.ring_points import EagerProducer, PointedConsumer, has_points
-from guestproc.vcpu import Vcpu
+from guestproc.vcpu import Vcpu, WorkerThread
 
 if TYPE_CHECKING:
     from guestproc.kernel.tasklet import TaskletQueue
-    from guestproc.vcpu import WorkerThread
+    from guestproc.run_queue import GuestTask
     from guestproc.vmbus.percpu import PerCpuContext
     from guestproc.vmbus.ring_buffer import RingCache
 
@@ -42,7 +42,7 @@ class Current:
 
     def __init__(
         self,
-        hooks: Vcpu | WorkerThread,
+        hooks: Vcpu | GuestTask | WorkerThread,
         tables: KernelTables,
         era: Era,
         rings: RingCache,
@@ -81,7 +81,7 @@ class Current:
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
         if points is not None and isinstance(hooks, Vcpu):
             hooks.armed, hooks.reach = points.armed, points.reach
-        elif points is not None and not isinstance(hooks, Vcpu):
+        elif points is not None and isinstance(hooks, WorkerThread):
             hooks.stop_at_turns(points.armed, points.reach)
         if has_points(self):
             rings.reader = lambda channel: partial(PointedConsumer, self, channel)

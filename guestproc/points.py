@@ -1,7 +1,8 @@
 """How a thread of the guest comes to a sync point, and waits there (`emu.syncpoint`).
 
 A processor that has its interrupts on takes them meanwhile, as a task or a tasklet that another actor overtakes would;
-with interrupts off it stands still, and what comes for it stays pending. A worker stands still.
+with interrupts off it stands still, and what comes for it stays pending. Of a processor with several tasks one is held,
+and the others go on meanwhile. A worker stands still.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 from emu.errors import MachineStopping
 from emu.syncpoint import PointAction, Tickets, director_wakeup, ticket_wakeup
 from emu.tracing import E_POINT
+from guestproc.run_queue import GuestTask
 from guestproc.vcpu import Vcpu, WorkerThread
 
 _HELD: Final = int(PointAction.HELD)
@@ -21,7 +23,7 @@ _PASSED: Final = int(PointAction.PASSED)
 class Points:
     """The points of one thread, in a machine that runs schedules."""
 
-    def __init__(self, hooks: Vcpu | WorkerThread, record: Callable[..., None]) -> None:
+    def __init__(self, hooks: Vcpu | GuestTask | WorkerThread, record: Callable[..., None]) -> None:
         machine = hooks.machine
         self._hooks: Final = hooks
         self._record: Final = record
@@ -35,7 +37,7 @@ class Points:
         `still`: a processor takes no interrupt there, although it could.
         """
         hooks, tickets = self._hooks, self._tickets
-        halts = isinstance(hooks, Vcpu) and not still and not hooks.irqs_disabled()
+        halts = hooks.is_vcpu and not still and not hooks.irqs_disabled()
         ticket = tickets.take(point, hooks.row.number, hooks.cpu, relid, halted=halts)
         if ticket is None:
             return
@@ -45,7 +47,7 @@ class Points:
             return
         self._record(E_POINT, point, _HELD, relid)
         self._director.post()
-        if isinstance(hooks, Vcpu) and halts:
+        if halts and not isinstance(hooks, WorkerThread):
             hooks.wait_interruptible(lambda: tickets.may_go(ticket))
         else:
             self._stand_still(ticket)

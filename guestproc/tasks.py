@@ -1,7 +1,8 @@
 """The guest's user space: programs that the harness orders on a CPU, between whose lines interrupts come.
 
 ECHO_CHECK, STREAM and NET_CHECK have safe points: every call into the guest kernel is one. CRUNCH computes, and is
-interrupted by signal between two bytecodes. Each counts what it sent, got back, and found wrong. A channel
+interrupted by signal between two bytecodes. Each counts what it sent, got back, and found wrong. BIND and UNBIND are an
+administrator's shell that happens to run on that CPU: a call of `guestproc.user`. A channel
 that is taken away ends a program early, which is nothing wrong; one where nothing moves any more is.
 """
 
@@ -33,6 +34,7 @@ from guestproc.net_check import net_check
 from guestproc.stress import stress
 from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally
 from guestproc.transmit import transmit
+from guestproc.user import run_call
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -319,6 +321,31 @@ class _Pinger:
                 self.samples.append(done_ns)
 
 
+# -- BIND, UNBIND -----------------------------------------------------------------------------------------
+
+
+def bind(current: Current, _vcpu: Vcpu, row: TaskRow) -> Tally:
+    """`echo DEVICE >drivers_probe`, on this processor: a driver that fits probes it, and opens its channel."""
+    return _call(current, "drivers_probe", row.relid)
+
+
+def unbind(current: Current, _vcpu: Vcpu, row: TaskRow) -> Tally:
+    """`echo DEVICE >drivers/DRIVER/unbind`, on this processor: the driver closes the channel."""
+    return _call(current, "unbind", row.relid)
+
+
+def _call(current: Current, name: str, relid: int) -> Tally:
+    answer = run_call(current, name, {"device": str(relid)})
+    wrong = answer.get("error") or (name == "drivers_probe" and not answer["driver"] and "no driver took it")
+    if wrong:
+        current.log(f"{name} of relid {relid}: {wrong}")
+    return Tally(errors=int(bool(wrong)))
+
+
+CALLERS: Final = frozenset({Program.BIND, Program.UNBIND})
+"""Programs that only call into the kernel, so that a processor may run several at a time: those that read a channel
+take turns, as what arrives lies in their process."""
+
 PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.ECHO_CHECK: echo_check,
     Program.CRUNCH: crunch,
@@ -329,6 +356,8 @@ PROGRAMS: Final[dict[Program, Callable[[Current, Vcpu, TaskRow], Tally]]] = {
     Program.LISTEN: listen,
     Program.EXCHANGE: exchange,
     Program.TRANSMIT: transmit,
+    Program.BIND: bind,
+    Program.UNBIND: unbind,
 }
 
 
@@ -336,7 +365,7 @@ def run_task(current: Current, vcpu: Vcpu, board: TaskBoard, row: TaskRow) -> No
     """Run one ordered program to its end and report on the board."""
     current.record(E_TASK_RUN, row.program, row.cpu, row.relid)
     tally = PROGRAMS[row.program](current, vcpu, row)
-    vcpu.counters.flush()
+    current.counters.flush()
     state = TaskState.FAILED if tally.errors else TaskState.DONE
     current.record(E_TASK_DONE, row.program, row.cpu, state)
     board.report(row, state, packets=tally.packets, nbytes=tally.nbytes, errors=tally.errors, digest=tally.digest)

@@ -39,7 +39,7 @@ from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
 from guestproc.halt_points import PointedHalt
-from guestproc.kernel.actors import Context
+from guestproc.kernel.actors import ActorHooks, Context
 
 CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
@@ -87,7 +87,7 @@ class Peers:
 
     def _resolve(self, actor: int) -> Callable[[], None]:
         row = self._machine.control.row(actor & 0xFFF)
-        if row.kind == ActorKind.VCPU:
+        if row.kind in (ActorKind.VCPU, ActorKind.TASK):
             return lambda: self.request(row.cpu, RESCHEDULE_VECTOR)
         return self._machine.wakeup(f"actor.{row.cpu}").post
 
@@ -312,7 +312,7 @@ class Vcpu:
             self.machine.vps.view,
             vp_page_offset(self.position) + VP_RUN_STATE,
             self.machine.wakeup(f"vp.{self.position}"),
-            lambda: self._deliverable() or over() or self.stopping(),
+            lambda: self._deliverable() or over() or self.stopping() or self.others_wait(),
             PollPolicy("off"),
             self.counters,
             longest_s=LONG_WATCHDOG_S,
@@ -322,6 +322,14 @@ class Vcpu:
             halt.halt(HELD_NS)
             if self._deliverable():
                 self.take_interrupts()
+            self.let_others_run()
+
+    def others_wait(self) -> bool:
+        """Whether another task of this processor may have something to do: it has none (see `run_queue`)."""
+        return False
+
+    def let_others_run(self) -> None:
+        """What it does where its task is held at a sync point and others are not."""
 
     def play_dead(self, start: Callable[[], bool]) -> None:
         """Offline: take no interrupt until `start()`, which a token to this VP's semaphore is the hint for.
@@ -535,7 +543,7 @@ def _never() -> bool:
     return False
 
 
-def raise_if_stopping(hooks: Vcpu | WorkerThread) -> None:
+def raise_if_stopping(hooks: ActorHooks) -> None:
     """MachineStopping once the state word says so."""
     if hooks.stopping():
         raise MachineStopping("the machine is stopping")

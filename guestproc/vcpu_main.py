@@ -15,7 +15,7 @@ from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
 from emu.memory import GuestMemory
-from emu.task_board import TaskBoard
+from emu.task_board import ALL_PROGRAMS, TaskBoard, TaskRow
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
 from guestproc.drivers.echo import INBOXES
@@ -29,7 +29,8 @@ from guestproc.kernel.tasklet_trace import RecordedTaskletQueue
 from guestproc.kernel.wait import SECOND_NS
 from guestproc.kernel.wait_trace import record_waits
 from guestproc.protocol.era import ERAS
-from guestproc.tasks import run_task
+from guestproc.run_queue import Body, GuestTask, RunQueue, SharedVcpu
+from guestproc.tasks import CALLERS, run_task
 from guestproc.user import end_user_space
 from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
@@ -58,9 +59,11 @@ def run(machine: Machine, cpu: int, report: Report) -> int:
     """Boot or come online, then serve until the machine stops; the process's exit status."""
     add_plugins(plugin.attach(machine.config))
     add_exhibit_drivers(machine)
-    vcpu = Vcpu(machine, cpu, report)
+    vcpu = (SharedVcpu if machine.races else Vcpu)(machine, cpu, report)
     try:
         current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
+        if isinstance(vcpu, SharedVcpu):
+            _share(current, vcpu, report)
         _serve(current, vcpu)
     except MachineStopping:
         pass
@@ -75,25 +78,46 @@ def run(machine: Machine, cpu: int, report: Report) -> int:
 def _serve(current: Current, vcpu: Vcpu) -> None:
     """Interrupts, what the harness orders, and nothing in between, until the machine stops."""
     control = current.machine.control
-    board = TaskBoard(control)
+    queue = vcpu.run_queue if isinstance(vcpu, SharedVcpu) else None
+    board = TaskBoard(control, ALL_PROGRAMS if queue is None else ALL_PROGRAMS - CALLERS)
+    go_offline = cpuhp_thread_fun if queue is None else _unless_busy(queue)
     while not vcpu.stopping():
         vcpu.safe_point()
         if (row := board.take(vcpu.cpu)) is not None:
             run_task(current, vcpu, board, row)
         elif vcpu.cpu == BOOT_CPU and control.shutdown_requested and not control.shutdown_done:
             _shut_down(current)
-        elif not cpuhp_thread_fun(current, vcpu.play_dead):
+        elif not go_offline(current, vcpu.play_dead):
             vcpu.idle(IDLE_NS)
+
+
+def _share(current: Current, vcpu: SharedVcpu, report: Report) -> None:
+    """From here on programs that only make calls get a task each, beside whatever else this processor does."""
+    machine = vcpu.machine
+    board = TaskBoard(machine.control, CALLERS)
+
+    def body_of(task: GuestTask) -> Body:
+        # Its own view of guest RAM, as every thread has one: what is recorded goes to whoever did it.
+        tables = KernelTables.attach(machine.ram.memory)
+        own = _kernel_thread(task, tables, report)
+
+        def run_row(row: TaskRow) -> None:
+            own.percpu, own.tasklets = current.percpu, current.tasklets
+            run_task(own, vcpu, board, row)
+
+        return run_row
+
+    vcpu.run_queue = RunQueue(vcpu, board, body_of)
+
+
+def _unless_busy(queue: RunQueue) -> Callable[[Current, Callable[[Callable[[], bool]], None]], bool]:
+    """`cpuhp_thread_fun` of a processor with several tasks: it goes between two programs of theirs, too."""
+    return lambda current, play_dead: not queue.busy and cpuhp_thread_fun(current, play_dead)
 
 
 def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
     """This processor as the kernel code sees it; its tasklets and its vectors are in place afterwards."""
-    machine = vcpu.machine
-    if vcpu.trace:
-        record_waits(tables.ram)
-    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
-    era = ERAS[machine.config["machine"]["era"]]
-    current = Current(vcpu, tables, era, RingCache(memory, lambda: vcpu.trace), memory, report)
+    current = _kernel_thread(vcpu, tables, report)
     idle = tables.connection.tasklet_idle
     if vcpu.trace:
         tasklets: TaskletQueue = RecordedTaskletQueue(current.actor, idle, current, vcpu.trace)
@@ -118,6 +142,16 @@ def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
     current.tasklets = tasklets
     vcpu.rescheduled = lambda: take_what_was_left(current, INBOXES)
     return current
+
+
+def _kernel_thread(hooks: Vcpu | GuestTask, tables: KernelTables, report: Report) -> Current:
+    """A thread of this processor's as the kernel code sees it."""
+    machine = hooks.machine
+    if hooks.trace:
+        record_waits(tables.ram)
+    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+    era = ERAS[machine.config["machine"]["era"]]
+    return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
 
 
 # -- coming up --------------------------------------------------------------------------------------------

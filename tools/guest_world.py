@@ -79,6 +79,9 @@ class FakeClock:
     def hold(self) -> None:
         """Somebody is held at a sync point; nothing passes by itself here anyway."""
 
+    def release(self) -> None:
+        """And goes on."""
+
 
 class FakeRecorder:
     """Keeps what an actor records, with its name and context, in the world's one list."""
@@ -194,21 +197,24 @@ class Lane:
         self.finished = False
         self.error = ""
         self._stack = greenlet(self._run)
+        # Where it waits: its own stack, or that of a task that runs on it (`guestproc.run_queue`).
+        self._at = self._stack
 
     @property
     def frame(self) -> FrameType | None:
         """Where it waits; None before its first turn and after its last."""
-        frame: FrameType | None = self._stack.gr_frame
+        frame: FrameType | None = self._at.gr_frame
         return frame
 
     def switch(self) -> None:
         """Give it the turn; returns when it waits, or is finished."""
         self._stack.parent = getcurrent()
-        self._stack.switch()
+        self._at.switch()
 
     def wait(self) -> None:
         """Give the turn back; called by the lane itself."""
         assert self._stack.parent is not None
+        self._at = getcurrent()
         self._stack.parent.switch()
 
     def _run(self) -> None:
@@ -244,6 +250,7 @@ class Task(Generic[T]):
 class World:
     """The machine, its guest and its host; see the module's docstring."""
 
+    VCPU: type[Vcpu] = Vcpu
     records = True
     """Whether what happens is kept in `events`."""
 
@@ -281,7 +288,7 @@ class World:
         self.partition = self._make_partition()
         self.host = make_host(self.partition, self.machine)
         self._handler = signal.getsignal(KICK_SIGNAL)
-        self.cpus = [Vcpu(self.machine, cpu, self._report) for cpu in range(cpus)]
+        self.cpus = [self.VCPU(self.machine, cpu, self._report) for cpu in range(cpus)]
         for cpu in self.cpus:
             cpu.exits = cast(ExitClient, DirectExits(self, cpu.position))
             cpu._die_of_isr = _raise_again  # type: ignore[method-assign]

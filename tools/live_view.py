@@ -62,7 +62,7 @@ from guestproc.protocol.numbers import Works
 from guestproc.protocol.triage import payload_of
 from guestproc.view import GuestView
 
-INNER: Final = (ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.WORKER)
+INNER: Final = (ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.TASK, ActorKind.WORKER)
 """Kinds of actors that move a machine; the workqueue process's first thread only waits for the others."""
 _U32: Final = Struct("<I")
 _SUMMARY_WORDS: Final = CONNECTIONS // 64 // 64

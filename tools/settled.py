@@ -122,7 +122,7 @@ class SettleTest:
 
     def moving(self) -> Iterator[str]:
         """Every reason why something will still happen."""
-        parked = frozenset(self._parked())
+        parked = frozenset(self._parked()) | self._held_still()
         yield from self._host()
         yield from self._held_with_interrupts()
         rows = [row for row in self.view.actors() if row.state == ActorState.ALIVE and row.slot not in parked]
@@ -146,6 +146,14 @@ class SettleTest:
         for row in self.view.actors():
             if row.state == ActorState.DEAD:
                 yield f"{row.name} (wait status {row.status})"
+
+    def _held_still(self) -> frozenset[int]:
+        """Slots of processors that stand still because a task of theirs is held with interrupts off."""
+        held = self._tickets.parked() if self._tells else {}
+        still = {slot_of(number) for ticket, number in held.items() if not self._tickets.is_halted(ticket)}
+        rows = self.view.actors()
+        cpus = {row.cpu for row in rows if row.kind == ActorKind.TASK and row.slot in still}
+        return frozenset(row.slot for row in rows if row.kind == ActorKind.VCPU and row.cpu in cpus)
 
     def _held_with_interrupts(self) -> Iterator[str]:
         """Processors that are held with interrupts on: what is requested they take."""

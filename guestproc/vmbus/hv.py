@@ -7,7 +7,8 @@ up; SINT2 masked, SIMP, SIEFP, SCONTROL on the way down. Who asks whether a CPU 
 from __future__ import annotations
 
 import errno
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +44,8 @@ from emu.wire.synic import (
     HYPERVISOR_CALLBACK_VECTOR,
     VMBUS_MESSAGE_SINT,
 )
+from guestproc.kernel.actors import Actor
+from guestproc.kernel.layout import Cpu
 from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.protocol.numbers import Tasklets
 from guestproc.vmbus.hyperv_timer import hv_stimer_legacy_init
@@ -151,14 +154,13 @@ def hv_synic_disable_regs(current: Current) -> None:
 def hv_post_message(current: Current, connection_id: int, payload: bytes) -> int:
     """HvCallPostMessage through the CPU's page: the hypercall status, or -EMSGSIZE without a call.
 
-    The page belongs to the CPU; the kernel switches interrupts off, we take the per-CPU lock, because a
-    worker that carries this CPU number is another process.
+    The page belongs to the CPU, so between fill and call nobody else may have it.
     """
     if len(payload) > MAX_MESSAGE_PAYLOAD:
         return -errno.EMSGSIZE
     cpu = current.cpu_record()
     # Filled and called as one; without that (races.md B4) it is wrong, and another poster may fill it in between.
-    with cpu.post_msg_mutex.hold(current.actor) if current.fix.post_atomic else nullcontext():
+    with _page_alone(current.actor, cpu) if current.fix.post_atomic else nullcontext():
         page = cpu.post_msg_page_gpa
         current.memory.write(page, _POST_HEAD.pack(connection_id, 0, HVMSG_CHANNEL_MESSAGE, len(payload)) + payload)
         if current.armed[_AFTER_FILL]:
@@ -166,6 +168,22 @@ def hv_post_message(current: Current, connection_id: int, payload: bytes) -> int
         status = current.exit(_HYPERCALL, HVCALL_POST_MESSAGE, page)[0] & 0xFFFF
     current.counters.messages_posted += 1
     return status
+
+
+@contextmanager
+def _page_alone(actor: Actor, cpu: Cpu) -> Iterator[None]:
+    """The CPU's hypercall page for this thread alone.
+
+    Its processor has interrupts off, as in the kernel: neither one of them nor another task comes between. And the
+    per-CPU lock is taken, because a worker that carries this CPU number is another process.
+    """
+    cpu.post_msg_mutex.acquire(actor)  # may sleep, so with interrupts on
+    flags = actor.irq_save()
+    try:
+        yield
+    finally:
+        cpu.post_msg_mutex.release(actor)
+        actor.irq_restore(flags)
 
 
 def hv_do_fast_hypercall8(current: Current, code: int, argument: int) -> int:

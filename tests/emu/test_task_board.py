@@ -43,6 +43,19 @@ def test_order_is_taken_once_by_its_cpu(board: TaskBoard) -> None:
     assert board.take(1) is None
 
 
+def test_a_board_takes_the_programs_that_it_is_for(board: TaskBoard) -> None:
+    """Two who share a CPU's orders: each finds its own, and passes the other's over."""
+    rest, some = (
+        TaskBoard(board._control, frozenset(Program) - {Program.BIND}),
+        TaskBoard(board._control, {Program.BIND}),
+    )
+    for program in (Program.CRUNCH, Program.BIND, Program.PING):
+        board.order(program, 1)
+    taken = [row.program for one in (some, rest, some, rest, rest) if (row := one.take(1)) is not None]
+
+    assert taken == [Program.BIND, Program.CRUNCH, Program.PING]
+
+
 def test_orders_of_a_cpu_are_taken_in_order(board: TaskBoard) -> None:
     """First come, first served."""
     for wanted in (5, 6, 7):

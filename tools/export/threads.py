@@ -1,8 +1,8 @@
 """Who recorded, as other tools see it: a thread with a number and a name, and a processor that it is on.
 
-Guest processors keep their numbers. Workers carry the boot CPU's; what is not of the guest (the hypervisor)
-gets a processor of its own behind the last. A recording knows the pid of a process only: the first of its actors
-has that number, the others get numbers that no process of the recording has.
+Guest processors keep their numbers; a processor with several tasks has each as a thread. Workers carry the boot CPU's;
+what is not of the guest (the hypervisor) gets a processor of its own behind the last. A recording knows the pid of a
+process only: the first of its actors has that number, the others get numbers that no process of the recording has.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Thread:
     pid: int
     name: str
     cpu: int
+    process: str = ""
+    """Of what runs on a thread of another name: that one's (a processor's tasks)."""
 
     @property
     def comm(self) -> str:
@@ -59,7 +61,9 @@ class Threads:
 
     def process_of(self, thread: Thread) -> str:
         """The name of a thread's process: its own, but where several share it, it is the workqueue's."""
-        alone = sum(one.pid == thread.pid for one in self) == 1
+        if thread.process:
+            return thread.process
+        alone = sum(one.pid == thread.pid and not one.process for one in self) == 1
         return thread.name if alone else "workqueue"
 
     def __iter__(self) -> Iterator[Thread]:
@@ -70,5 +74,6 @@ class Threads:
         if not tid or tid in self._taken:
             tid, self._next = self._next, self._next + 1
         self._taken.add(tid)
-        cpu = {"VCPU": actor.cpu, "WORKER": BOOT_CPU, "WORKQUEUE": BOOT_CPU}.get(actor.kind, self.guest_cpus)
-        return Thread(tid, actor.pid or tid, actor.name, cpu)
+        on = {"VCPU": actor.cpu, "TASK": actor.cpu, "WORKER": BOOT_CPU, "WORKQUEUE": BOOT_CPU}
+        process = f"vcpu{actor.cpu}" if actor.kind == "TASK" else ""
+        return Thread(tid, actor.pid or tid, actor.name, on.get(actor.kind, self.guest_cpus), process)

@@ -42,3 +42,13 @@ def test_actor_that_nobody_introduced_is_a_thread_all_the_same() -> None:
 
     assert lost.tid not in {0, 71, 72}
     assert lost.cpu == 2
+
+
+def test_a_processors_tasks_are_threads_of_it() -> None:
+    """On that processor, and of its process, which is not the workers' for having several threads."""
+    task = RecordedActor(30, "vcpu1/1", "TASK", VCPUS[1].pid, 1)
+    threads = Threads([HYPERVISOR, *VCPUS, *WORKERS, task])
+    thread = threads.of(task)
+
+    assert (thread.pid, thread.cpu) == (VCPUS[1].pid, 1) and thread.tid not in {one.pid for one in VCPUS}
+    assert threads.process_of(thread) == threads.process_of(threads.of(VCPUS[1])) == "vcpu1"
