@@ -253,6 +253,8 @@ def _check_values(step: Step) -> None:
         if step.words[0].upper() not in Program.__members__:
             names = [one.lower() for one in Program.__members__]
             raise Nonsense(f"{step.words[0]!r} is no program of the guest's", nearest(step.words[0], names))
+        if Program[step.words[0].upper()] in (Program.BIND, Program.UNBIND) and "relid" not in step.options:
+            raise Nonsense("it names no device", f"write it as `run {step.words[0]} relid=CLASS#1`")
     elif step.verb == "fault":
         faults.parse(step.words[0], source=f"step {step.number}")
     elif step.verb == "advance":

@@ -96,6 +96,7 @@ def test_every_verb_is_read() -> None:
         (["send echo#0"], "echo#0 is no device of an earlier step; "),
         (["send echo#1 size=-1"], "size=-1 is no number; "),
         (["run pong"], "'pong' is no program of the guest's; "),
+        (["run unbind cpu=1"], "it names no device; write it as `run unbind relid=CLASS#1`"),
         (["advance soon"], "'soon' is no duration; write it as 5s, 20ms or 7us"),
         (["advance 1000000s"], "1000000s is too long; at most 86400s"),
         (["until event offers"], "'offers' is no event; did you mean offer"),
