@@ -302,36 +302,6 @@ def test_buffer_that_is_freed_before_it_is_torn_down(booted: World) -> None:
     assert [one.text.rsplit(" ", 1)[1] for one in findings(booted, 12)] == ["DRIVER[77]"]
 
 
-def test_rescind_ends_the_wait_for_a_buffer(booted: World) -> None:
-    """-ENODEV: the channel that was open is closed, and released; no page is left."""
-    booted.host.device(9)
-    booted.settle()
-    call(booted, "unbind", device="9")
-    call(booted, "override", device="9", driver="hv_lender")
-    booted.host.answer[T.OPENCHANNEL] = _then_hold_gpadls(booted)
-    task = bind(booted, "hv_lender", 9)
-    booted.settle()
-    assert not task.ended()
-    booted.host.rescind(9)
-    booted.settle()
-
-    assert task.result["errno"] == errno.ENODEV
-    assert booted.host.released == [9]
-    assert booted.shut_down() == {}
-
-
-def _then_hold_gpadls(world: World) -> Callable[[Message], list[Message]]:
-    """Opens the channel, and answers no GPADL that comes behind it."""
-
-    def answer(message: Message) -> list[Message]:
-        assert isinstance(message, OpenChannel)
-        world.host.hold(T.GPADL_HEADER)
-        world.host.hold(T.GPADL_BODY)
-        return world.host._open(message)
-
-    return answer
-
-
 # -- hv_stream ------------------------------------------------------------------------------------------
 
 TOGGLES = {"recheck_after_stop": False, "variant": "hvsock_epoll"}
