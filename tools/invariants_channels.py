@@ -66,6 +66,8 @@ class ReleasedOnce(Rule):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self._released: dict[int, TraceRecord] = {}
+        self._lives: dict[int, int] = {}
+        """By relid: offers that were taken, and whose release was not told yet."""
         self._state: dict[int, TraceRecord] = {}
         self._taken: dict[int, TraceRecord] = {}
 
@@ -80,10 +82,13 @@ class ReleasedOnce(Rule):
 
     def _release(self, record: TraceRecord) -> None:
         relid = record.values[0]
-        if (before := self._released.get(relid)) is not None:
+        # The guest says so when it has posted it; by then the host may have offered the relid again, and it was taken.
+        lives = self._lives.get(relid, 0)
+        self._lives[relid] = max(0, lives - 1)
+        if not lives and (before := self._released.get(relid)) is not None:
             self.violate(f"relid {relid} is released a second time", before, record)
         self._released[relid] = record
-        state = self._state.get(relid)
+        state = self._state.get(relid) if lives <= 1 else None
         if state is not None and state.values[2] == ChannelState.OPENED_STATE:
             self.violate(f"relid {relid} is released while its channel is open", state, record)
 
@@ -96,6 +101,7 @@ class ReleasedOnce(Rule):
         else:
             self._state.pop(record.values[0], None)
             self._released.pop(record.values[0], None)
+            self._lives[record.values[0]] = self._lives.get(record.values[0], 0) + 1
 
     def _message_take(self, record: TraceRecord) -> None:
         msgtype, _serial, _size, relid = record.values

@@ -305,6 +305,19 @@ def test_device_that_came_back_is_offered_when_its_relid_is_given_up(records: li
     assert broken(edited.records) == set()
 
 
+def test_release_that_is_told_behind_the_next_offer(records: list[TraceRecord]) -> None:
+    """INV-02: a worker records it when it has posted it; by then the relid's next life may have begun, even be open."""
+    edited = Edited(records)
+    told = edited.records.pop(edited.where("release", actor="WORKER", relid=4))
+    life = edited.where("offer", actor="WORKER", relid=4, last=True)
+    opened = edited.where("open", actor="WORKER", relid=4, last=True)
+    assert life < opened
+
+    edited.records.insert(opened + 1, replace(told, t_ns=edited.records[opened].t_ns))
+
+    assert broken(edited.records) == set()
+
+
 def test_signal_for_a_ring_that_was_not_empty(records: list[TraceRecord]) -> None:
     """D3: a second publish, and a signal for it, before the host has read the first: nobody is to be told twice.
 
