@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from emu.errors import DeadlinePassed, UserError
-from emu.wire.versions import VERSION_WIN10_V4_1, version_text
+from emu.wire.device_classes import HV_SOCK, class_of, hv_sock_guid
+from emu.wire.versions import VERSION_WIN10, VERSION_WIN10_V4_1, version_text
 from guestproc.drivers import claims, stream
 from guestproc.drivers.driver import DRIVER_OBJECTS, HvDriver
 from guestproc.kernel.layout import Channel, Connection, ConnectionState, Device, Driver, KernelTables
@@ -29,7 +30,7 @@ from guestproc.protocol.uevents import Action
 from guestproc.vmbus import device as bus
 from guestproc.vmbus import uevents
 from guestproc.vmbus.chan_list import smp_call_function_single
-from guestproc.vmbus.connection import VMBUS_CONNECT_CPU
+from guestproc.vmbus.connection import VMBUS_CONNECT_CPU, vmbus_send_tl_connect_request
 from guestproc.vmbus.cpu_hotplug import cpu_down, cpu_up
 from guestproc.vmbus.hyperv_timer import HV_MAX_MAX_DELTA_TICKS, HV_MIN_DELTA_TICKS, TICK_NS
 from guestproc.vmbus.retarget import scan_unsigned, target_cpu_store
@@ -363,6 +364,33 @@ def stream_write(current: Current, asked: Values) -> Values:
     finally:
         claims.release_claim(current, channel)
     return {"relid": channel.relid, "written": written}
+
+
+# -- sockets --------------------------------------------------------------------------------------------
+
+
+@_call("connect")
+def connect(current: Current, asked: Values) -> Values:
+    """`connect` of a socket that does not block, from `endpoint` to the host's `service`, both GUIDs of AF_VSOCK ports.
+
+    It is under way then: a host that has the service offers a channel, one that has not says so to nobody who looks.
+    """
+    endpoint, service = (_socket_guid(asked[name]) for name in ("endpoint", "service"))
+    version = current.connection.vmbus_proto_version
+    if version < VERSION_WIN10:
+        text = f"sockets are there from VMBus 4.0 on, this is {version_text(version)}"
+        raise CallFailed(errno.ENODEV, f"{text}; start a machine whose host speaks more")
+    result = vmbus_send_tl_connect_request(current, endpoint, service)
+    if result:
+        raise CallFailed(-result, "the host does not take the request; try again")
+    return {"endpoint": str(endpoint), "service": str(service)}
+
+
+def _socket_guid(text: str) -> UUID:
+    guid = _guid(text)
+    if class_of(guid) is not HV_SOCK:
+        raise CallFailed(errno.EINVAL, f"{guid} is no GUID of a port; that of port 5000 is {hv_sock_guid(5000)}")
+    return guid
 
 
 # -- faults ---------------------------------------------------------------------------------------------

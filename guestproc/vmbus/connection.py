@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 from emu.doorbells import make_bell
 from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory
+from emu.event_fields import guid_value
 from emu.layout import CONNECTIONS
 from emu.tracing import (
     E_CONN_STATE,
@@ -20,8 +22,11 @@ from emu.tracing import (
     E_VMBUS_NEGOTIATE_VERSION,
     E_VMBUS_RELEASE_RELID,
     E_VMBUS_REQUEST_OFFERS,
+    E_VMBUS_SEND_TL_CONNECT_REQUEST,
     E_VMBUS_SETEVENT,
+    EVENTS,
 )
+from emu.wire.guids import guid_to_wire
 from emu.wire.hypercalls import VMBUS_MESSAGE_CONNECTION_ID, VMBUS_MESSAGE_CONNECTION_ID_4
 from emu.wire.message_relid import relid_of
 from emu.wire.messages import (
@@ -30,6 +35,7 @@ from emu.wire.messages import (
     MessageType,
     RelidReleased,
     RequestOffers,
+    TlConnectRequest,
     Unload,
 )
 from emu.wire.synic import VMBUS_MESSAGE_SINT
@@ -215,6 +221,19 @@ def vmbus_release_relid(current: Current, relid: int, generation: int = 0) -> in
     result = vmbus_post_msg(current, RelidReleased(relid))
     current.record(E_VMBUS_RELEASE_RELID, relid, result)
     current.record(E_RELEASE, relid, generation, result)
+    return result
+
+
+def vmbus_send_tl_connect_request(current: Current, guest_endpoint_id: UUID, host_service_id: UUID) -> int:
+    """Ask the host for a channel from a socket of ours to a service of its: 0, or what a post says.
+
+    Nobody waits for an answer here: a host that has the service offers a channel of this class (the service) and
+    instance (the endpoint); a refusal is a message that the kernel does not look at.
+    """
+    result = vmbus_post_msg(current, TlConnectRequest(guest_endpoint_id, host_service_id))
+    ids = guid_value(guid_to_wire(guest_endpoint_id)), guid_value(guid_to_wire(host_service_id))
+    words = EVENTS["vmbus_send_tl_connect_request"].pack(*ids, result)
+    current.record(E_VMBUS_SEND_TL_CONNECT_REQUEST, *words)
     return result
 
 
