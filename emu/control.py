@@ -159,15 +159,26 @@ _STAT_BYTES: Final = 4096
 
 def start_time_of(pid: int) -> int:
     """When a process started, in clock ticks since boot (0 when it is gone): tells a reused pid apart."""
+    fields = _stat(pid)
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether a process's first thread sleeps in the kernel: one that only waits for a core does not."""
+    return _stat(pid)[:1] == [b"S"]
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What follows the name in `/proc/PID/stat`: state, parent and so on; empty when it is gone."""
     # By system calls alone: each inner process asks, and Python's file objects would un-share 50 kB in each.
     try:
         descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
-        return 0
+        return []
     try:
-        return int(os.read(descriptor, _STAT_BYTES).rsplit(b")", 1)[1].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
+        return os.read(descriptor, _STAT_BYTES).rsplit(b")", 1)[-1].split()
+    except OSError:
+        return []
     finally:
         os.close(descriptor)
 

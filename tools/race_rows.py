@@ -222,10 +222,19 @@ def diagram_of(recording: Recording, note: RunNote, schedule: Schedule, *, told:
     renamed = equal_threads(rows) if told else {}
     rows = [replace(row, actor=renamed.get(row.actor, row.actor), to=renamed.get(row.to, row.to)) for row in rows]
     rows = cut(folded(told_order(rows) if told else rows))
-    slots = {lifeline_of(record): record.actor.slot for record in reversed(records)}
+    kinds = {renamed.get(name, name): kind for name, kind in ((lifeline_of(one), one.actor.kind) for one in records)}
     used = {name for row in rows for name, _at in row.touches()}
-    lifelines = sorted(used, key=lambda name: (name != HOST, slots.get(name, 0), name))
+    lifelines = sorted(used, key=lambda name: (name != HOST, _place(name, kinds.get(name, "")), name))
     return Diagram(tuple(lifelines), tuple(rows), note.began_ns[0] if note.began_ns else 0, renamed)
+
+
+def _place(name: str, kind: str) -> int:
+    """Where a lifeline stands: processors and their tasks, then the queues' threads in the order of the queues, then
+    other threads."""
+    if kind in (ActorKind.VCPU.name, ActorKind.TASK.name):
+        return 0
+    queue = name.partition("/")[0].upper()
+    return 1 + QueueNumber[queue] if queue in QueueNumber.__members__ else 1 + len(QueueNumber)
 
 
 def equal_threads(rows: Iterable[Row]) -> dict[str, str]:

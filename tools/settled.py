@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from emu.blocked import Blocked
-from emu.control import ActorKind, ActorRow, ActorState, slot_of
+from emu.control import ActorKind, ActorRow, ActorState, is_asleep, slot_of
 from emu.layout import ExitOperation, RunState
 from emu.machine import Machine
 from emu.orders import OrderDesk, OrderState
@@ -69,17 +69,24 @@ def parked_at_points(machine: Machine) -> Parked:
 class SettleTest:
     """The test, for one machine.
 
-    `parked` names the actors that somebody holds; by default those who wait at a sync point. One that is held there
-    with interrupts on takes them, and has to come to rest again. Of the hypervisor only tasks are ever held: its loop
-    goes on, so it is looked at all the same.
+    `asleep` says of a process whether the kernel has it asleep. `parked` names the actors that somebody holds; by default
+    those who wait at a sync point. One that is held there with interrupts on takes them, and has to come to rest again.
+    Of the hypervisor only tasks are ever held: its loop goes on, so it is looked at all the same.
     """
 
-    def __init__(self, machine: Machine, parked: Parked | None = None, tables: KernelTables | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        parked: Parked | None = None,
+        tables: KernelTables | None = None,
+        asleep: Callable[[int], bool] = is_asleep,
+    ) -> None:
         self.view: Final = LiveView(machine, tables)
         self._machine: Final = machine
         self._tickets: Final = Tickets(machine.control)
         self._parked: Final = parked or parked_at_points(machine)
         self._tells: Final = machine.races
+        self._asleep: Final = asleep
         self._board: Final = TaskBoard(machine.control)
         self._orders: Final = OrderDesk(machine.control)
 
@@ -183,8 +190,12 @@ class SettleTest:
         if state != RunState.HALTED:
             name = RunState(state).name if state in set(RunState) else str(state)
             yield f"{row.name} is {name}"
-        elif (vector := self.view.deliverable(position)) and self._machine.wakeup(f"vp.{position}").tokens:
+        elif (vector := self.view.deliverable(position)) and self._was_kicked(row, position):
             yield f"{row.name} has vector {vector:#x} to take"
+
+    def _was_kicked(self, row: ActorRow, position: int) -> bool:
+        """A token that it has not seen; or it took it and has not come to say that it is awake: it waits for a core."""
+        return self._machine.wakeup(f"vp.{position}").tokens > 0 or not self._asleep(row.pid)
 
     def _worker(self, row: ActorRow, waiting: dict[int, Wait]) -> Iterator[str]:
         # The threads of user space wait for letters, which are looked at apart.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ from emu.control import (
     Control,
     Ready,
     actor_number,
+    is_asleep,
     slot_of,
     start_time_of,
 )
@@ -157,6 +159,25 @@ def test_row_can_be_written_for_another_process(control: Control) -> None:
     row = control.enlist(ActorKind.ZYGOTE, "zygote", pid=1)
 
     assert (row.pid, row.start_time) == (1, start_time_of(1))
+
+
+def test_process_that_waits_is_asleep_and_one_that_runs_is_not() -> None:
+    """By the kernel's word; nobody is not asleep."""
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        os.read(reader, 1)
+
+    with Forked(wait) as waiting:
+        end = time.monotonic() + 10
+        while not is_asleep(waiting.pid):
+            assert time.monotonic() < end
+            os.sched_yield()
+        os.write(writer, b"x")
+    os.close(reader)
+    os.close(writer)
+
+    assert not is_asleep(os.getpid()) and not is_asleep(waiting.pid)
 
 
 def test_start_time_of_nobody_is_zero() -> None:

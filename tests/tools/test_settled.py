@@ -47,7 +47,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 def look(world: World, *parked: int) -> Settlement:
     """One look at it."""
-    return SettleTest(world.machine, lambda: parked, world.tables).take()
+    return SettleTest(world.machine, lambda: parked, world.tables, asleep=lambda _pid: True).take()
 
 
 def slot_named(world: World, name: str) -> int:
@@ -78,6 +78,16 @@ def test_running_processor_is_named(world: World) -> None:
     assert look(world).settled
     world.machine.wakeup(f"vp.{position}").post()
     assert look(world).moving == ("vcpu1 has vector 0xf3 to take",)
+
+
+def test_processor_that_has_taken_its_token_is_about_to_wake(world: World) -> None:
+    """It still says HALTED, on a loaded computer for milliseconds; the kernel knows that it does not sleep."""
+    position = world.cpus[1].position
+    world.machine.vps.view.store_u64(vp_page_offset(position) + VP_REQUEST + 24, 1 << (0xF3 - 192))
+
+    found = SettleTest(world.machine, lambda: (), world.tables, asleep=lambda _pid: False).take()
+
+    assert found.moving == ("vcpu1 has vector 0xf3 to take",)
 
 
 def test_vector_behind_one_in_service_is_not_deliverable(world: World) -> None:
