@@ -69,9 +69,9 @@ def parked_at_points(machine: Machine) -> Parked:
 class SettleTest:
     """The test, for one machine.
 
-    `asleep` says of a process whether the kernel has it asleep. `parked` names the actors that somebody holds; by default
-    those who wait at a sync point. One that is held there with interrupts on takes them, and has to come to rest again.
-    Of the hypervisor only tasks are ever held: its loop goes on, so it is looked at all the same.
+    `asleep` says of a process whether the kernel has it asleep. `parked` names the actors that somebody holds; by
+    default those who wait at a sync point. One that is held there with interrupts on takes them, and has to come to
+    rest again. Of the hypervisor only tasks are ever held: its loop goes on, so it is looked at all the same.
     """
 
     def __init__(
