@@ -12,7 +12,7 @@ from typing import Any, Final
 from emu.control import Counters
 from emu.interrupts import Halt, InterruptRequester, Kick
 from emu.ipc.atomics import AtomicView
-from emu.tracing import E_HALT, E_HALT_END, E_IRQ_RAISE, E_KICK, E_POLL, Recorder
+from emu.tracing import E_HALT, E_HALT_END, E_IRQ_RAISE, E_KICK, E_POLL, Bound, Recorder
 from emu.tracing import Kick as How
 
 _MERGED: Final = int(How.MERGED)
@@ -24,21 +24,24 @@ _SIGNAL: Final = int(How.SIGNAL)
 class RecordedRequester(InterruptRequester):
     """Says of each request that it is made, and then how it reached the VP."""
 
-    __slots__ = ("_position", "_record", "_counted")
+    __slots__ = ("_bound", "_counted", "_position", "_recorder")
 
     def __init__(self, vps: AtomicView, position: int, kick: Kick, counters: Counters, recorder: Recorder) -> None:
         super().__init__(vps, position, kick, counters)
         self._counted = counters
         self._position = position
-        self._record = recorder.record
+        self._recorder = recorder
+        self._bound: dict[int, tuple[Bound, tuple[Bound, ...]]] = {}
+        # What each vector's requests record: made at its first.
 
     def request(self, vector: int) -> None:
         """Record, request, record what came of it."""
         counted = self._counted
         merged, semaphore, signals = counted.merged, counted.kicks_semaphore, counted.kicks_signal
+        raised, kicks = self._bound.get(vector) or self._bind(vector)
         # Before the request: the interrupt it asks for may be taken before we are back.
-        self._record(E_IRQ_RAISE, self._position, vector)
-        super().request(vector)
+        raised()
+        InterruptRequester.request(self, vector)
         how = _NONE
         if counted.merged != merged:
             how = _MERGED
@@ -46,29 +49,37 @@ class RecordedRequester(InterruptRequester):
             how = _SEMAPHORE
         elif counted.kicks_signal != signals:
             how = _SIGNAL
-        self._record(E_KICK, self._position, vector, how)
+        kicks[how]()
+
+    def _bind(self, vector: int) -> tuple[Bound, tuple[Bound, ...]]:
+        bind = self._recorder.bind
+        kicks = tuple(bind(E_KICK, self._position, vector, how) for how in How)
+        bound = self._bound[vector] = bind(E_IRQ_RAISE, self._position, vector), kicks
+        return bound
 
 
 class RecordedHalt(Halt):
     """Says of each poll whether it paid, and of each block when it began and how long it was."""
 
-    __slots__ = ("_record",)
+    __slots__ = ("_blocks", "_polled", "_woke")
 
     def __init__(self, recorder: Recorder, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._record = recorder.record
+        self._polled = recorder.bind_first(E_POLL)
+        self._blocks = recorder.bind_first(E_HALT)
+        self._woke = recorder.bind_first(E_HALT_END)
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
         before = time.monotonic_ns()
-        paid = super()._poll(look, window_ns)
-        self._record(E_POLL, paid, time.monotonic_ns() - before)
+        paid = Halt._poll(self, look, window_ns)
+        self._polled(paid, time.monotonic_ns() - before)
         return paid
 
     def _sleep(self, timeout_s: float) -> None:
         before = time.monotonic_ns()
-        self._record(E_HALT, int(timeout_s * 1e9))
-        super()._sleep(timeout_s)
-        self._record(E_HALT_END, time.monotonic_ns() - before)
+        self._blocks(int(timeout_s * 1e9))
+        Halt._sleep(self, timeout_s)
+        self._woke(time.monotonic_ns() - before)
 
 
 def requester_of(

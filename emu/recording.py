@@ -130,8 +130,9 @@ class RecordingWriter:
         if self._file.closed:
             return 0
         before = self.records
-        for row in self._control.rows():
-            if row.state != ActorState.STARTING:
+        for slot in self._drain.recorded():
+            row = self._control.row(slot)
+            if row.state not in (ActorState.FREE, ActorState.STARTING):
                 self._take(row)
         if self.records != before:
             self._flush()

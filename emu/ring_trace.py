@@ -39,21 +39,24 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
     )
     load_write, load_read, load_pending = words.load_write, words.load_read, words.load_pending
 
+    published = recorder.bind_first(E_RING_PUBLISH, relid, side)
+    released = recorder.bind_first(E_RING_RELEASE, relid, side)
+
     def publish(index: int) -> None:
         # Before it can be read: a reader releases at once, and no effect may precede its cause.
-        record(E_RING_PUBLISH, relid, side, index, (index - load_write()) % size)
+        published(index, (index - load_write()) % size)
         store_write(index)
 
     def publish_bytes(index: int) -> None:
         before = load_write()
-        record(E_RING_PUBLISH, relid, side, index, (index - before) % size)
+        published(index, (index - before) % size)
         recorder.keep(first_bytes(memory, before, (index - before) % size))
         store_write(index)
 
     def release(index: int) -> None:
         freed = (index - load_read()) % size
         store_read(index)
-        record(E_RING_RELEASE, relid, side, index, freed)
+        released(index, freed)
         if wanted := load_pending() & -ALIGNMENT:
             room = (index - load_write() - ALIGNMENT) % size
             if room - freed < wanted <= room:
@@ -65,12 +68,16 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
         if wanted:
             record(E_RING_FULL, relid, side, wanted, (load_read() - load_write() - ALIGNMENT) % size)
 
+    masked, unmasked = recorder.bind(E_MASK, relid, side), recorder.bind(E_UNMASK, relid, side, 0)
+
     def mask(value: int) -> None:
         store_mask(value)
         if value:
-            record(E_MASK, relid, side)
+            masked()
+        elif left := (load_write() - load_read()) % size:
+            record(E_UNMASK, relid, side, left)
         else:
-            record(E_UNMASK, relid, side, (load_write() - load_read()) % size)
+            unmasked()
 
     record(E_RING_ATTACH, relid, side, size, load_write(), load_read())
     store = publish_bytes if recorder.keeps_bytes else publish

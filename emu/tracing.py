@@ -16,11 +16,17 @@ from typing import ClassVar, Final
 
 from emu.control import ACTORS
 from emu.errors import MissingPrerequisite
-from emu.event_fields import EventSpec, parse_argument, text_value
+from emu.event_fields import WORDS, EventSpec, parse_argument, text_value
 from emu.ipc.segments import Segment
 
 RECORD: Final = Struct("<QIHBBQQQQQQ")
 RECORD_BYTES: Final = RECORD.size
+_SAME_BYTES: Final = 52
+_SAME: Final = Struct("<QI52s")
+"""A record as time, sequence, and what is the same each time."""
+_SAME_TWICE: Final = Struct("<QI52sQI52s")
+WRITTEN_AT_ONCE: Final = 2
+"""So many records may be on their way at once: the oldest ones of a full ring may be theirs already."""
 _WORDS: Final = Struct("<5Q")
 """What a `bytes` record holds behind its first word."""
 CAPACITY: Final = 8_192
@@ -31,6 +37,7 @@ TRACE_HEAD_BYTES: Final = _RINGS
 TRACE_BYTES: Final = _RINGS + ACTORS * CAPACITY * RECORD_BYTES
 NO_VP: Final = 255
 _U64: Final = (1 << 64) - 1
+_LAST_SEQUENCE: Final = (1 << 32) - 1
 
 
 class Context(IntEnum):
@@ -390,8 +397,44 @@ Record = Callable[..., None]
 """`record(event, a, b, c, d, e, f)`: the event's number and up to six u64 words."""
 
 
+Bound = Callable[[], None]
+"""Records always the same event with the same words, but for time, sequence and context."""
+BoundFirst = Callable[..., None]
+"""`(a, b=0)`: the same for an event whose last words differ."""
+BoundPair = Callable[[int], None]
+"""Records always the same two events, at the time it is given (CLOCK_MONOTONIC ns): that of the first."""
+Bind = Callable[..., Bound]
+BindFirst = Callable[..., BoundFirst]
+BindPair = Callable[[tuple[int, ...], tuple[int, ...]], BoundPair]
+
+
 def not_recorded(*_what: int) -> None:
     """What stands for `record` where a machine does not record."""
+
+
+class OneByOne:
+    """What binds by calling `record`: for whoever keeps records otherwise than in a ring."""
+
+    now_ns = staticmethod(time.monotonic_ns)
+
+    record: Record
+
+    def bind(self, event: int, *words: int) -> Bound:
+        """As `Recorder.bind`."""
+        return lambda: self.record(event, *words)
+
+    def bind_first(self, event: int, *words: int) -> BoundFirst:
+        """As `Recorder.bind_first`."""
+        return lambda *last: self.record(event, *words, *last)
+
+    def bind_pair(self, first: tuple[int, ...], second: tuple[int, ...]) -> BoundPair:
+        """As `Recorder.bind_pair`, at whatever time it is."""
+
+        def both(_time_ns: int) -> None:
+            self.record(*first)
+            self.record(*second)
+
+        return both
 
 
 class Recorder:
@@ -399,11 +442,20 @@ class Recorder:
 
     `record` writes one; the oldest gives way when the ring is full. A word that is no u64 (an errno below 0) is stored
     modulo 2^64.
+
+    What happens over and over with the same words is bound once: `bind` takes an event with all its words, `bind_first`
+    with all but the last two (or the last one and none), `bind_pair` two events, each a tuple with all its words. The
+    functions that these return take 0.75, 0.8 and, for both records together, 1.0 of what `record` takes.
     """
 
-    __slots__ = ("context", "record", "vp")
+    __slots__ = ("bind", "bind_first", "bind_pair", "context", "record", "vp")
 
+    now_ns = staticmethod(time.monotonic_ns)
+    """The time that records have, for `bind_pair`."""
     record: Record
+    bind: Bind
+    bind_first: BindFirst
+    bind_pair: BindPair
 
     keeps_bytes: ClassVar[bool] = False
     """Whether `keep` does anything: whoever has to collect the bytes first looks here when it attaches."""
@@ -417,7 +469,7 @@ class Recorder:
             raise MissingPrerequisite(f"no room for {size} bytes of recording: {error.strerror}") from None
         self.vp = vp
         self.context = int(context)
-        self.record = _recording(self, segment, slot)
+        self.record, self.bind, self.bind_first, self.bind_pair = _functions(self, segment, slot)
 
     def keep(self, data: bytes) -> None:
         """Keep the bytes that the record before this one is about: not here, only where that was asked for."""
@@ -431,9 +483,13 @@ class Recorder:
         self.record(E_PROCESS_STOP, *EVENTS["process_stop"].pack(pid, status, text_value(name, 16)))
 
 
-def _recording(recorder: Recorder, segment: Segment, slot: int) -> Record:
-    """Make `record`: a function over variables of its own, since a method over attributes takes a tenth longer."""
-    memory, pack, now = segment.memory, RECORD.pack_into, time.monotonic_ns
+def _functions(recorder: Recorder, segment: Segment, slot: int) -> tuple[Record, Bind, BindFirst, BindPair]:
+    """Make `record` and what binds: functions over variables that they share.
+
+    A method over attributes takes a tenth longer.
+    """
+    memory, now = segment.memory, time.monotonic_ns
+    pack, pack_same, pack_both = RECORD.pack_into, _SAME.pack_into, _SAME_TWICE.pack_into
     head = segment.view.cell_u64(_HEADS + slot * 64)
     store, count = head.store, head.load()
     begin = _RINGS + slot * CAPACITY * RECORD_BYTES
@@ -454,7 +510,71 @@ def _recording(recorder: Recorder, segment: Segment, slot: int) -> Record:
         # After the bytes: the drain reads whole records only.
         store(count)
 
-    return record
+    def bind(event: int, *words: int) -> Bound:
+        same = _by_context(recorder.vp, event, *words)
+
+        def bound() -> None:
+            nonlocal at, count
+            try:
+                pack_same(memory, at, now(), count, same[recorder.context])
+            except struct_error:
+                pack_same(memory, at, now(), count & 0xFFFFFFFF, same[recorder.context])
+            count += 1
+            at += RECORD_BYTES
+            if at == end:
+                at = begin
+            store(count)
+
+        return bound
+
+    def bind_first(event: int, *words: int) -> BoundFirst:
+        same_bytes, left = _SAME_BYTES - (WORDS - len(words)) * 8, WORDS - len(words) - 2
+        pack_two = Struct(f"<QI{same_bytes}sQQ{8 * left}x").pack_into
+        same = tuple(record[:same_bytes] for record in _by_context(recorder.vp, event, *words))
+
+        def bound_first(a: int, b: int = 0) -> None:
+            nonlocal at, count
+            try:
+                pack_two(memory, at, now(), count, same[recorder.context], a, b)
+            except struct_error:
+                pack_two(memory, at, now(), count & 0xFFFFFFFF, same[recorder.context], a & _U64, b & _U64)
+            count += 1
+            at += RECORD_BYTES
+            if at == end:
+                at = begin
+            store(count)
+
+        return bound_first
+
+    def bind_pair(first: tuple[int, ...], second: tuple[int, ...]) -> BoundPair:
+        same, other = _by_context(recorder.vp, *first), _by_context(recorder.vp, *second)
+        last = end - RECORD_BYTES
+
+        def bound_pair(time_ns: int) -> None:
+            nonlocal at, count
+            context = recorder.context
+            if at != last and count < _LAST_SEQUENCE:
+                pack_both(memory, at, time_ns, count, same[context], time_ns, count + 1, other[context])
+                count += 2
+                at += 2 * RECORD_BYTES
+                if at == end:
+                    at = begin
+            else:
+                for part in same, other:
+                    pack_same(memory, at, time_ns, count & 0xFFFFFFFF, part[context])
+                    count += 1
+                    at = begin if at == last else at + RECORD_BYTES
+            store(count)
+
+        return bound_pair
+
+    return record, bind, bind_first, bind_pair
+
+
+def _by_context(vp: int, event: int, *words: int) -> tuple[bytes, ...]:
+    """A record without its time and sequence, for each context."""
+    values = [value & _U64 for value in words] + [0] * (WORDS - len(words))
+    return tuple(RECORD.pack(0, 0, event, vp, context, *values)[-_SAME_BYTES:] for context in Context)
 
 
 class BytesRecorder(Recorder):
@@ -486,6 +606,10 @@ class Drain:
         self._taken = [0] * ACTORS
         self.dropped = 0
 
+    def recorded(self) -> list[int]:
+        """Slots of the actors that recorded since they were last taken."""
+        return [slot for slot, head in enumerate(self._heads) if head.load() != self._taken[slot]]
+
     def take(self, slot: int) -> bytes:
         """New records of one actor as raw bytes (a multiple of 64)."""
         head = self._heads[slot].load()
@@ -506,7 +630,7 @@ class Drain:
                 + memory[base : base + end * RECORD_BYTES]
             )
         # The writer may have lapped us while we copied: what it overwrote meanwhile is not ours any more.
-        torn = max(0, self._heads[slot].load() + 1 - CAPACITY - first)
+        torn = max(0, self._heads[slot].load() + WRITTEN_AT_ONCE - CAPACITY - first)
         if torn:
             self.dropped += min(torn, head - first)
             raw = raw[torn * RECORD_BYTES :]

@@ -16,7 +16,7 @@ from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED, unreachable
-from emu.tracing import E_REFUSED, not_recorded, refused_words
+from emu.tracing import E_REFUSED, BoundPair, not_recorded, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from guestproc.vmbus.ring_buffer import RingCache
 
 
-Bell = tuple[bool, int, Callable[[int], int], Callable[[], None] | None]
+Bell = tuple[bool, int, Callable[[int], int], Callable[[], None] | None, BoundPair | None]
 """How a channel signals the host: whether by a bit of the interrupt page, too; the connection id; what counts it; what
-rings it (None: the hypercall does)."""
+rings it (None: the hypercall does); what records it."""
 
 
 class Current:

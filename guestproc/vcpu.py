@@ -35,7 +35,7 @@ from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED, Point, unreachable
-from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Recorder
+from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Bound, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
 from guestproc.halt_points import PointedHalt
@@ -50,6 +50,9 @@ LONG_WATCHDOG_S: Final = 10.0
 """Who posts wakes; this is only for a poster that was killed, and then the launcher stops the machine anyway."""
 LOOK_AGAIN_S: Final = 2.0
 """How long a token that was lost costs a processor. A wake-up for nothing costs 0.1 ms of cold caches."""
+
+_IN_ISR_CONTEXT: Final = int(TraceContext.ISR)
+_TASKLET_CONTEXT: Final = int(TraceContext.TASKLET)
 
 HELD_NS: Final = 1_000_000_000
 """A turn of waiting at a sync point, whose end the director's interrupt tells."""
@@ -105,6 +108,8 @@ class Vcpu:
         vps = machine.vps.view
         self.vp_index = machine.vp_index(self.position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
+        self._bound: dict[int, tuple[Bound, Bound]] = {}
+        # By vector: the records around its handler.
         if self.trace:
             self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)
@@ -178,8 +183,9 @@ class Vcpu:
         counters.interrupts += 1
         trace = self.trace
         if trace:
-            before, trace.context = trace.context, TraceContext.ISR
-            trace.record(E_ISR_ENTER, vector)
+            before, trace.context = trace.context, _IN_ISR_CONTEXT
+            enter, leave = self._bound.get(vector) or self._bind(trace, vector)
+            enter()
         handler = self.vectors.get(vector)
         if handler is None:
             counters.spurious += 1
@@ -187,8 +193,12 @@ class Vcpu:
         else:
             handler()
         if trace:
-            trace.record(E_ISR_EXIT, vector)
+            leave()
             trace.context = before
+
+    def _bind(self, trace: Recorder, vector: int) -> tuple[Bound, Bound]:
+        bound = self._bound[vector] = trace.bind(E_ISR_ENTER, vector), trace.bind(E_ISR_EXIT, vector)
+        return bound
 
     def entering_irq(self) -> None:
         """Enter hard-interrupt context: interrupts are off until `exiting_irq`."""
@@ -210,7 +220,7 @@ class Vcpu:
         self._softirq = True
         trace = self.trace
         if trace:
-            before, trace.context = trace.context, TraceContext.TASKLET
+            before, trace.context = trace.context, _TASKLET_CONTEXT
         try:
             self.softirqs()
         except MachineStopping:

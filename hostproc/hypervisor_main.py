@@ -34,7 +34,7 @@ from emu.ring_memory import RingMemory, RingWords
 from emu.ring_trace import recorded
 from emu.scenario import Scenario
 from emu.switches import Fix
-from emu.tracing import E_DOORBELL, E_FAULT, E_FREEZE, E_THAW, Context
+from emu.tracing import E_DOORBELL, E_FAULT, E_FREEZE, E_THAW, Bound, Context, Recorder
 from emu.vmexit import ExitServer
 from hostproc.control_plane import ControlPlane, GuestPorts
 from hostproc.devices.table import add_plugins, new_backend, offer_of
@@ -65,6 +65,8 @@ LOOKED_AT_NS: Final = 900_000_000
 """How often the host looks whether anybody wants to see its traffic."""
 HELD_HALT_NS: Final = 10_000_000
 """How soon the host notices that machine time goes on again, for its timers."""
+MOST_BOUND: Final = 4_096
+"""Doorbells whose records are kept at hand."""
 EXPECTING_NS: Final = 2_000_000
 """For so long after a control message the guest's next one is expected, and polled for."""
 
@@ -77,6 +79,8 @@ class Hypervisor:
         self.report = report
         row, self.counters = machine.enlist(ActorKind.HYPERVISOR, "hypervisor")
         self.trace = machine.recorder(row, context=Context.HOST)
+        self._rung: dict[int, Bound] = {}
+        # By connection id: what records its doorbell.
         if self.trace:
             self.trace.start(row.pid, row.kind, row.cpu, row.name)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
@@ -267,13 +271,19 @@ class Hypervisor:
         events = self.partition.connections.events
         for connection_id in rung:
             if self.trace:
-                self.trace.record(E_DOORBELL, connection_id)
+                (self._rung.get(connection_id) or self._bind_doorbell(self.trace, connection_id))()
             port = events.get(connection_id)
             if port is None or port.flag_count != 1:
                 self._rung_in_vain(connection_id)
             else:
                 port.signal(0)
         self.counters.doorbells += len(rung)
+
+    def _bind_doorbell(self, trace: Recorder, connection_id: int) -> Bound:
+        if len(self._rung) >= MOST_BOUND:
+            self._rung.clear()  # a guest may ring any
+        bound = self._rung[connection_id] = trace.bind(E_DOORBELL, connection_id)
+        return bound
 
     def _rung_in_vain(self, connection_id: int) -> None:
         """Nobody listens: legal where it crossed our closing of a channel that the guest still holds."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from emu.synic import Synic
-from emu.tracing import E_FLAG_SET, Recorder
+from emu.tracing import E_FLAG_SET, Bound, Recorder
 from emu.wire.hypercalls import PORT_MESSAGE_BUFFERS, HvStatus
 from emu.wire.synic import HV_EVENT_FLAGS_COUNT, MESSAGE_HEADER
 from hostproc.message_queues import MessageQueues, QueuedMessage
@@ -80,8 +80,9 @@ class HostMessagePort:
         return HvStatus.SUCCESS
 
 
-Route = tuple[Synic, int, int, Callable[[int], int], int, int]
-"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; the vector."""
+Route = tuple[Synic, int, int, Callable[[int], int], int, int, tuple[Bound, Bound] | None]
+"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; the vector;
+what records that the flag was set already, and that it was clear."""
 _SUCCESS: Final = HvStatus.SUCCESS
 
 
@@ -121,11 +122,11 @@ class EventPort:
             if isinstance(found, HvStatus):
                 return found
             route = found
-        _synic, _changes, position, fetch_or, bit, vector = route
+        _synic, _changes, position, fetch_or, bit, vector, records = route
         self.signaled += 1
         was_clear = not fetch_or(bit) & bit
-        if self._trace:
-            self._trace.record(E_FLAG_SET, position, self.sint, self.base_flag + flag_number, not was_clear)
+        if records:
+            records[was_clear]()
         if was_clear and vector:
             self._request_interrupt(position, vector)
         return _SUCCESS
@@ -143,7 +144,11 @@ class EventPort:
         if not synic.events_enabled() or synic.masked(self.sint):
             return HvStatus.INVALID_SYNIC_STATE
         cell = synic.flag_cell(self.sint, self.base_flag + flag_number)
-        route = synic, synic.changes, self.position, *cell, synic.vector_to_raise(self.sint)
+        records = None
+        if self._trace:
+            words = E_FLAG_SET, self.position, self.sint, self.base_flag + flag_number
+            records = self._trace.bind(*words, 1), self._trace.bind(*words, 0)
+        route = synic, synic.changes, self.position, *cell, synic.vector_to_raise(self.sint), records
         if not flag_number:
             self._route = route
         return route

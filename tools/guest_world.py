@@ -33,7 +33,7 @@ from emu.ipc.semaphores import Wakeup
 from emu.layout import DOORBELLS, VP_AUTO_EOI, VP_INDEX, MachineState, vp_page_offset, vps_bytes
 from emu.machine import KICK_SIGNAL, Machine
 from emu.memory import GuestMemory
-from emu.tracing import EVENTS, Recorder
+from emu.tracing import EVENTS, OneByOne, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient
 from guestproc import vcpu_main, workqueue_main
@@ -83,7 +83,7 @@ class FakeClock:
         """And goes on."""
 
 
-class FakeRecorder:
+class FakeRecorder(OneByOne):
     """Keeps what an actor records, with its name and context, in the world's one list."""
 
     keeps_bytes = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from emu.tracing import E_TASKLET_DONE, Recorder
+from emu.tracing import E_TASKLET_DONE, Bound, Recorder
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.tasklet import Tasklet, TaskletQueue
 from guestproc.kernel.wait import WaitQueue
@@ -15,10 +15,14 @@ class RecordedTaskletQueue(TaskletQueue):
 
     def __init__(self, actor: Actor, idle: WaitQueue, owner: Any, recorder: Recorder) -> None:
         super().__init__(actor, idle, owner)
-        self._record = recorder.record
+        self._bind = recorder.bind
+        self._done: dict[int, Bound] = {}
 
     def _call(self, tasklet: Tasklet) -> None:
         # Whoever waits for its end may free it at once.
         function = tasklet.function
-        super()._call(tasklet)
-        self._record(E_TASKLET_DONE, function, 0)
+        TaskletQueue._call(self, tasklet)
+        done = self._done.get(function)
+        if done is None:
+            done = self._done[function] = self._bind(E_TASKLET_DONE, function, 0)
+        done()

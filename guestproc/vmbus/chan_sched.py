@@ -15,15 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from emu.errors import ProtocolViolation
 from emu.tracing import (
-    E_FLAG_CLEAR,
     E_MASK,
     E_TASKLET_RUN,
     E_TASKLET_SCHED,
     E_UNMASK,
-    E_VMBUS_CHAN_SCHED,
     E_VMBUS_ON_EVENT,
 )
-from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
 from guestproc.protocol.numbers import Tasklets
@@ -31,7 +28,7 @@ from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.vmbus.percpu import EventLane, FlagWord, PerCpuContext
+    from guestproc.vmbus.percpu import EventLane, FlagWord, LaneRecords, PerCpuContext
 
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
@@ -53,7 +50,7 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     gpa, words = hv_cpu.channel_flags()
     # One look at all flags; whatever is set after it brings an interrupt of its own.
     flags = int.from_bytes(current.tables.ram.buffer[gpa : gpa + 8 * len(words)], "little")
-    trace = current.trace
+    cleared = hv_cpu.flag_cleared
     while flags:
         word = (flags & -flags).bit_length() - 1 >> 6
         # The bits of one word are cleared together, by one locked operation, before any of their rings is looked at.
@@ -63,8 +60,8 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
             low = bits & -bits
             bits ^= low
             relid = 64 * word + low.bit_length() - 1
-            if trace:
-                current.record(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT, relid)
+            if cleared is not None:
+                cleared(relid)
             # Relid 0 is the legacy shared flag, never a channel.
             if relid and (lane := hv_cpu.find(current, hv_cpu, relid)) is not None and not lane.rescind():
                 hv_cpu.schedule(current, hv_cpu, lane)
@@ -96,8 +93,9 @@ def schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
         callback = channel.onchannel_callback
         if not callback:
             return
-        if current.trace:
-            current.record(E_VMBUS_CHAN_SCHED, channel.relid)
+        records = lane.records
+        if records is not None:
+            records.chan_sched()
         channel.interrupts += 1
         mode = channel.callback_mode
         if mode == _ISR:
@@ -108,8 +106,14 @@ def schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
             if rings is None:
                 return
             rings.inbound.begin_read()
-            if current.trace:
-                current.record(E_MASK, channel.relid, INBOUND)
+            if records is not None:
+                # The host sees the mask from here on; it is written down together with what follows at once.
+                masked_ns = records.now_ns()
+                if hv_cpu.tasklets.schedule(lane.callback_event):
+                    records.masked_and_scheduled(masked_ns)
+                else:
+                    records.masked()
+                return
         if hv_cpu.tasklets.schedule(lane.callback_event) and current.trace:
             current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, channel.relid)
 
@@ -124,16 +128,25 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     channel = current.tables.channels.find(handle)
     if channel is None or not channel.onchannel_callback:
         return
+    records = None
     if current.trace:
-        current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
-        current.record(E_VMBUS_ON_EVENT, channel.relid)
+        records = None if current.percpu is None else current.percpu.lane_of(channel).records
+        if records is not None:
+            records.run(records.now_ns())
+        else:  # its SynIC is down already
+            current.record(E_TASKLET_RUN, Tasklets.VMBUS_ON_EVENT, channel.relid)
+            current.record(E_VMBUS_ON_EVENT, channel.relid)
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
     while callback := channel.onchannel_callback:
         if CHANNEL_CALLBACKS.lookup(callback)(current, channel) is LEFT_TO_ANOTHER:
             return  # masked: another processor runs this tasklet next, for which this one has to end
-        if channel.callback_mode != _BATCHED or not channel.onchannel_callback or not _bytes_left(current, channel):
+        if (
+            channel.callback_mode != _BATCHED
+            or not channel.onchannel_callback
+            or not _bytes_left(current, channel, records)
+        ):
             return
         if not end or current.actor.now() >= end:
             assert current.tasklets is not None
@@ -141,7 +154,7 @@ def vmbus_on_event(current: Current, handle: int) -> None:
             return
 
 
-def _bytes_left(current: Current, channel: Channel) -> bool:
+def _bytes_left(current: Current, channel: Channel, records: LaneRecords | None) -> bool:
     """Unmask and look again; bytes that slipped in before the unmask bring no interrupt, so mask for them."""
     inbound = current.rings.of(channel).inbound
     try:
@@ -150,10 +163,11 @@ def _bytes_left(current: Current, channel: Channel) -> bool:
         inbound.begin_read()
         stop_reading(current, channel, violation)
         return False
-    if current.trace:
+    if records is not None and not left:
+        records.unmasked()
+    elif current.trace:
         current.record(E_UNMASK, channel.relid, INBOUND, left)
     if left:
         inbound.begin_read()
-        if current.trace:
-            current.record(E_MASK, channel.relid, INBOUND)
+        current.record(E_MASK, channel.relid, INBOUND)
     return bool(left)

@@ -25,6 +25,8 @@ from emu.tracing import (
     E_VMBUS_SEND_TL_CONNECT_REQUEST,
     E_VMBUS_SETEVENT,
     EVENTS,
+    Recorder,
+    Side,
 )
 from emu.wire.guids import guid_to_wire
 from emu.wire.hypercalls import VMBUS_MESSAGE_CONNECTION_ID, VMBUS_MESSAGE_CONNECTION_ID_4
@@ -248,13 +250,13 @@ def vmbus_set_event(current: Current, channel: Channel) -> None:
     bell = current.bells.get(channel.handle)
     if bell is None:
         bell = _bell_of(current, channel)
-    shared, connection_id, count, ring = bell
+    shared, connection_id, count, ring, record = bell
+    if record is not None:
+        record(Recorder.now_ns())
     if shared:
         _set_send_bit(current, channel.relid)
     count(1)
     current.counters.doorbells += 1
-    if current.trace:
-        current.record(E_SIGNAL, channel.relid, 0, connection_id)
     if ring is None:
         try:
             hv_signal_event(current, connection_id)
@@ -273,7 +275,11 @@ def _bell_of(current: Current, channel: Channel) -> Bell:
         ring = make_bell(machine.doorbells.view, connection_id, machine.wakeup("host").post)
     if len(current.bells) >= MOST_BELLS:
         current.bells.clear()  # handles of lives that are over
-    bell = not channel.is_dedicated_interrupt, connection_id, channel.sig_events.fetch_add, ring
+    record = None
+    if current.trace:
+        relid = channel.relid
+        record = current.trace.bind_pair((E_VMBUS_SETEVENT, relid), (E_SIGNAL, relid, Side.TO_HOST, connection_id))
+    bell = not channel.is_dedicated_interrupt, connection_id, channel.sig_events.fetch_add, ring, record
     current.bells[channel.handle] = bell
     return bell
 
@@ -287,7 +293,6 @@ def _set_send_bit(current: Current, relid: int) -> None:
 
 def vmbus_setevent(current: Current, channel: Channel) -> None:
     """Signal the host the way the channel wants it: no offer of ours is monitored, so always directly."""
-    current.record(E_VMBUS_SETEVENT, channel.relid)
     vmbus_set_event(current, channel)
 
 

@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.ipc.atomics import AtomicU64
 from emu.syncpoint import Point
+from emu.tracing import (
+    E_FLAG_CLEAR,
+    E_MASK,
+    E_TASKLET_RUN,
+    E_TASKLET_SCHED,
+    E_UNMASK,
+    E_VMBUS_CHAN_SCHED,
+    E_VMBUS_ON_EVENT,
+    Recorder,
+    Side,
+)
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
+from guestproc.protocol.numbers import Tasklets
 from guestproc.vmbus.chan_points import Find, Schedule, find_of, schedule_of
 
 if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.kernel.layout import Channel
 
+_INBOUND: Final = int(Side.TO_GUEST)
 EVENT_WORDS: Final = 32
 """2,048 flags of one SINT."""
 _AFTER_FLAG_LOAD: Final = int(Point.ISR_AFTER_FLAG_LOAD)
@@ -40,12 +53,29 @@ class FlagWord(Protocol):
         """Add those of `value`; what there was."""
 
 
+class LaneRecords:
+    """What is recorded of each interrupt of one channel, bound once: the words are the same each time."""
+
+    __slots__ = ("chan_sched", "masked", "masked_and_scheduled", "now_ns", "run", "unmasked")
+
+    def __init__(self, trace: Recorder, relid: int) -> None:
+        self.now_ns: Final = trace.now_ns
+        event = int(Tasklets.VMBUS_ON_EVENT)
+        mask = E_MASK, relid, _INBOUND
+        self.chan_sched: Final = trace.bind(E_VMBUS_CHAN_SCHED, relid)
+        self.masked: Final = trace.bind(*mask)
+        self.masked_and_scheduled: Final = trace.bind_pair(mask, (E_TASKLET_SCHED, event, relid))
+        self.run: Final = trace.bind_pair((E_TASKLET_RUN, event, relid), (E_VMBUS_ON_EVENT, relid))
+        self.unmasked: Final = trace.bind(E_UNMASK, relid, _INBOUND, 0)
+
+
 class EventLane:
     """A channel as the ISR uses it: the parts of its record at hand, for as long as the record lives."""
 
-    __slots__ = ("alive", "callback_event", "channel", "rescind", "sched_lock")
+    __slots__ = ("alive", "callback_event", "channel", "records", "rescind", "sched_lock")
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, trace: Recorder | None = None) -> None:
+        self.records: Final = None if trace is None else LaneRecords(trace, channel.relid)
         self.channel: Final = channel
         self.rescind: Final = channel.rescind.load
         self.sched_lock: Final = channel.sched_lock
@@ -107,6 +137,9 @@ class PerCpuContext:
         self.find: Final[Find] = find_of(current)
         self.schedule: Final[Schedule] = schedule_of(current)
         self._atomics: Final = atomics
+        self._trace: Final = current.trace
+        self.flag_cleared: Final = current.trace.bind_first(E_FLAG_CLEAR, VMBUS_MESSAGE_SINT) if current.trace else None
+        """Records that a channel's flag was taken."""
         self._connection: Final = current.connection
         self.may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
         self._int_page: tuple[int, tuple[AtomicU64, ...]] = (0, ())
@@ -120,7 +153,7 @@ class PerCpuContext:
         if lane is None:
             if len(self.lanes) >= MOST_LANES:
                 self.lanes.clear()  # most are of lives that are over
-            lane = self.lanes[channel.handle] = EventLane(channel)
+            lane = self.lanes[channel.handle] = EventLane(channel, self._trace)
         return lane
 
     def shares_interrupt(self) -> bool:

@@ -6,11 +6,11 @@ import pytest
 
 from emu.ring import RingProducer
 from emu.ring_trace import SNAP_BYTES, recorded
-from emu.tracing import E_RING_ATTACH, E_RING_PUBLISH
+from emu.tracing import E_RING_ATTACH, E_RING_PUBLISH, OneByOne
 from tests.emu.ring_pages import KINDS, ring_pages
 
 
-class Recorded:
+class Recorded(OneByOne):
     """A recorder that remembers."""
 
     def __init__(self, *, keeps_bytes: bool) -> None:

@@ -27,6 +27,7 @@ from emu.tracing import (
     RECORD_BYTES,
     TRACE_BYTES,
     TRACE_HEAD_BYTES,
+    WRITTEN_AT_ONCE,
     BytesRecorder,
     Context,
     Drain,
@@ -121,6 +122,82 @@ def test_argument_below_zero_is_stored_modulo_2_64(segment: Segment) -> None:
     assert record[5:8] == ((1 << 64) - 19, 0, 3)
 
 
+def without_time(raw: bytes) -> list[tuple[int, ...]]:
+    """Drained records, all but their times."""
+    return [record[1:] for record in RECORD.iter_unpack(raw)]
+
+
+def test_bound_record_is_what_record_writes(segment: Segment) -> None:
+    """Whichever way an event is recorded, its record is the same, in whatever context it is made."""
+    plain, bound = Recorder(segment, 0, vp=3), Recorder(segment, 1, vp=3)
+    words = 1, 2, 3, 4, 5, (1 << 64) - 1
+    same, pair = bound.bind(E_OFFER, *words), bound.bind_pair((E_EOM, 7, -1), (E_POST, *words))
+    none, four = bound.bind_first(E_EOM), bound.bind_first(E_POST, *words[:4])
+    written = [(E_OFFER, *words), (E_EOM, 7, -1), (E_POST, *words), (E_EOM, 9), (E_POST, *words[:5], -2)]
+    for context in Context:
+        plain.context = bound.context = context
+        for event, *given in written:
+            plain.record(event, *given)
+        same()
+        pair(bound.now_ns())
+        none(9)
+        four(5, -2)
+
+    drain = Drain(segment)
+    assert without_time(drain.take(1)) == without_time(drain.take(0))
+
+
+def test_bound_pair_has_the_time_it_was_given(segment: Segment) -> None:
+    """Both records happened at the time of the first."""
+    recorder = Recorder(segment, 0)
+    recorder.bind_pair((E_EOM,), (E_OFFER,))(12345)
+
+    assert [(record[0], record[1], record[2]) for record in RECORD.iter_unpack(Drain(segment).take(0))] == [
+        (12345, 0, E_EOM),
+        (12345, 1, E_OFFER),
+    ]
+
+
+@pytest.mark.parametrize("before", range(CAPACITY - 3, CAPACITY + 2))
+def test_bound_pair_goes_round_the_end_of_the_ring(segment: Segment, before: int) -> None:
+    """A pair that lies across the end is two records like any others."""
+    recorder, drain = Recorder(segment, 0), Drain(segment)
+    for _ in range(before):
+        recorder.record(E_EOM)
+    drain.take(0)
+    pair = recorder.bind_pair((E_OFFER, 1), (E_POST, 2))
+    for _ in range(3):
+        pair(recorder.now_ns())
+
+    raw = drain.take(0)
+    assert sequences(raw)[-6:] == list(range(before, before + 6))
+    assert [record[5] for record in RECORD.iter_unpack(raw)][-6:] == [1, 2] * 3
+
+
+@pytest.mark.parametrize("count", [(1 << 32) - 2, (1 << 32) - 1, 1 << 32])
+def test_sequence_starts_again_behind_the_last(segment: Segment, count: int) -> None:
+    """The sequence is that of the head modulo 2^32, for all ways to record."""
+    segment.view.store_u64(4096, count)
+    recorder = Recorder(segment, 0)
+    recorder.record(E_EOM)
+    recorder.bind(E_EOM)()
+    recorder.bind_pair((E_EOM,), (E_EOM,))(recorder.now_ns())
+    recorder.bind_first(E_EOM)(1)
+
+    wanted = [(count + number) % (1 << 32) for number in range(5)]
+    assert sequences(Drain(segment).take(0))[-5:] == wanted
+
+
+def test_only_who_recorded_is_looked_at(segment: Segment) -> None:
+    """A drain knows which actors have something new."""
+    first, second, drain = Recorder(segment, 2), Recorder(segment, 5), Drain(segment)
+    first.record(E_EOM)
+    second.record(E_EOM)
+    drain.take(2)
+
+    assert drain.recorded() == [5]
+
+
 def test_records_are_drained_once_in_order(segment: Segment) -> None:
     """Each taking gives what came since the last."""
     recorder, drain = Recorder(segment, 0), Drain(segment)
@@ -163,14 +240,14 @@ def test_records_survive_the_end_of_the_ring(segment: Segment) -> None:
 def test_overwritten_records_are_counted(segment: Segment, extra: int) -> None:
     """A drain that came too late gets the newest records, and knows how many it missed.
 
-    Of a full ring the oldest is left out: its writer might be overwriting it.
+    Of a full ring the oldest ones are left out: their writer might be overwriting them.
     """
     recorder, drain = Recorder(segment, 0), Drain(segment)
     total = CAPACITY + extra
     for _ in range(total):
         recorder.record(E_EOM)
 
-    kept = min(total, CAPACITY - 1)
+    kept = min(total, CAPACITY - WRITTEN_AT_ONCE)
     assert sequences(drain.take(0)) == list(range(total - kept, total))
     assert drain.dropped == total - kept
 
@@ -203,8 +280,8 @@ def test_record_that_was_overwritten_while_copied_is_not_given(segment: Segment)
     vars(drain)["_segment"] = SimpleNamespace(memory=LappedMemory(segment.memory, write_on))
     taken = sequences(drain.take(0))
 
-    assert taken == list(range(31, CAPACITY - 10))
-    assert drain.dropped == 31
+    assert taken == list(range(30 + WRITTEN_AT_ONCE, CAPACITY - 10))
+    assert drain.dropped == 30 + WRITTEN_AT_ONCE
 
 
 def test_successor_in_a_slot_goes_on_counting(segment: Segment) -> None:
