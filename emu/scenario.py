@@ -78,6 +78,8 @@ SUPPORTED_FEATURES: Final = (
 """The features of 6.0 that the host carries out."""
 
 BACKENDS: Final = ("echo", "netlike")
+SCENARIO_KEYS: Final = ("machine", "device", "fault", "policy", "plugins", "switches")
+"""What a scenario has at its top."""
 SCHEDULE_KEYS: Final = ("title", "story", "step", "expect")
 """What a schedule has beside its scenario (`tools.schedule`)."""
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")

@@ -57,7 +57,10 @@ class HostOrders:
             return {"error": str(error)}
 
     def _offer(self, asked: Values) -> Values:
-        """Offer `count` devices of `class`, with the back end `backend` (empty: the class's); or one of `instance`."""
+        """Offer `count` devices of `class`, with the back end `backend` (empty: the class's); or one of `instance`.
+
+        `subchannels`, if it is there, is how many each has for a guest that asks; otherwise it is the class's.
+        """
         class_name = asked["class"]
         backend = asked["backend"] or backend_of(class_name)
         if class_name not in DEVICES:
@@ -66,7 +69,7 @@ class HostOrders:
             raise UserError(f"{backend} is not a back end; there are {', '.join(sorted(BACKENDS))}")
         if (fault := backend_fault(class_name, backend)) is not None:
             raise UserError(f"{fault}; {fault.cure}")
-        subchannels = subchannels_of(class_name, self._bus.server.limits.vp_count)
+        subchannels = asked.get("subchannels", subchannels_of(class_name, self._bus.server.limits.vp_count))
         offered = []
         for _ in range(asked["count"]):
             instance = UUID(asked["instance"]) if asked["instance"] else self._unused_instance(class_name)

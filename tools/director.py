@@ -22,6 +22,7 @@ from emu.recording import TraceRecord
 from emu.scenario import derived_instance
 from emu.syncpoint import TICKETS, Action, Ticket, Tickets, director_wakeup, ticket_wakeup
 from emu.task_board import Program, TaskBoard, TaskState
+from emu.user_calls import DEVICES, GUID, NUMBERS
 from emu.vmexit import HostBell
 from hostproc.protocol.states import REVOKED_STATES
 from tools.device_list import list_devices
@@ -138,6 +139,9 @@ class Director:
 
     def _arm(self, step: Step) -> None:
         options = step.options
+        if not any(self.tickets.state(number) is Ticket.FREE for number in range(TICKETS)):
+            cure = "`disarm` or `resume` some that you do not need any more"
+            raise UserError(f"step {step.number} `{step.text}`: {TICKETS} are armed or held already; {cure}")
         self._labels[step.label] = self.tickets.arm(
             point_of(step.words[0]),
             actor=self._slot(options["actor"]) if "actor" in options else -1,
@@ -311,7 +315,7 @@ class Director:
         self._act()
         wake = self.machine.wakeup(f"actor.{USER_WAKEUP}").post
         desk = OrderDesk(self.machine.control)
-        arguments: dict[str, Any] = {name: self._value(value) for name, value in step.options.items()}
+        arguments: dict[str, Any] = {name: self._value(name, value) for name, value in step.options.items()}
         at = desk.post(Recipient.GUEST, step.words[0], wake, **arguments)
         self._letters[step.label or f"step {step.number}"] = at
 
@@ -343,10 +347,11 @@ class Director:
         self._act()
         self.running.turn_off(self._planned[step.words[0]])
 
-    def _value(self, text: str) -> int | str:
-        if text in self._relids or "#" in text:
-            return str(self.relid(text))
-        return int(text) if text.isdecimal() else text
+    def _value(self, name: str, text: str) -> int | str:
+        """An argument of a call, of the type that the guest expects of one of that name."""
+        if name in DEVICES and not GUID.fullmatch(text):
+            return self.relid(text) if name == "relid" else str(self.relid(text))
+        return int(text) if name in NUMBERS else text
 
     def relid(self, device: str) -> int:
         """The relid of a label, of `CLASS#N`, or itself; UserError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from tools.invariants import Rule
@@ -105,3 +106,16 @@ STATE_RULES: Final[tuple[StateRule, ...]] = (
     StateRule(28, "With everybody asleep nothing is left to do", nothing_is_left),
 )
 """In the order of their numbers: what a settled machine must not show."""
+
+_MORE_TITLES: Final[Mapping[str, str]] = {
+    "INV-29": "Nothing is tried for ever: whatever is repeated has a bound",
+    "INV-30": "No process dies, and nobody does what the state of a channel forbids",
+}
+"""Those that assertions guard, where no rule of a table does."""
+
+
+def titles() -> dict[str, str]:
+    """What each invariant says, by its name."""
+    found = dict(_MORE_TITLES)
+    found |= {one.name: one.title for one in STATE_RULES}
+    return found | {f"INV-{rule.NUMBER:02}": rule.TITLE for rule in RULES}

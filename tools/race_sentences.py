@@ -10,21 +10,8 @@ from typing import Final
 
 from emu.switches import SWITCHES
 from tools.director import Broken
-from tools.invariant_table import RULES, STATE_RULES
+from tools.invariant_table import titles
 from tools.schedule import Schedule, Step, point_of
-
-_MORE_TITLES: Final[Mapping[str, str]] = {
-    "INV-29": "Nothing is tried for ever: whatever is repeated has a bound",
-    "INV-30": "No process dies, and nobody does what the state of a channel forbids",
-}
-"""Those that assertions guard, where no rule of a table does."""
-
-
-def titles() -> dict[str, str]:
-    """What each invariant says, by its name."""
-    found = dict(_MORE_TITLES)
-    found |= {one.name: one.title for one in STATE_RULES}
-    return found | {f"INV-{rule.NUMBER:02}": rule.TITLE for rule in RULES}
 
 
 def number_of(schedule: Schedule) -> str:

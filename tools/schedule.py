@@ -15,24 +15,31 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 from emu import faults
 from emu.errors import UserError, VmbusError
-from emu.scenario import SCHEDULE_KEYS, Scenario
-from emu.scenario_text import Nonsense, Table, nearest, read_toml, shown, type_name
+from emu.layout import MAX_VPS
+from emu.scenario import MAX_OFFERS, SCENARIO_KEYS, SCHEDULE_KEYS, Scenario
+from emu.scenario_text import Nonsense, Table, complaint, nearest, read_toml, shown, type_name
 from emu.switches import ALL_FIXED
 from emu.syncpoint import BY_TEXT, Point
 from emu.task_board import Program
 from emu.tracing import EVENTS
+from emu.user_calls import DEVICES as CALL_DEVICES
+from emu.user_calls import GUID, check_call
 from emu.wire.device_classes import BY_NAME
+from emu.wire.subchannel_request import MAX_SUBCHANNELS
+from tools.invariant_table import titles
 
 _SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)(s|ms|us)")
 _SCALE: Final = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000}
 MOST_ADVANCE_NS: Final = 86_400 * _SCALE["s"]
 """A day: nothing in a machine waits that long."""
 _NONE: Final[tuple[str, ...]] = ()
+_HOW_TO_WRITE_STEPS: Final = 'write it as step = ["arm …", "until …"]'
 _INVARIANT: Final = re.compile(r"INV-\d\d")
 
 
@@ -100,8 +107,20 @@ VERBS: Final[dict[str, Verb]] = {
     "call": Verb("call NAME [argument=value …] [as LABEL]", (1, 1), None, names=True),
 }
 """The director's verbs; DEVICE is a label of `offer`, `CLASS#N` (the N-th of the scenario's), or a relid."""
-NUMBERS: Final = ("cpu", "skip", "count", "size", "wanted", "rate", "subchannels", "id", "number", "index")
-"""Options that are whole numbers (of `call` and `until event`, options are whatever the callee says)."""
+_ANY_NUMBER: Final = (0, 999_999_999)
+NUMBERS: Final[Mapping[str, tuple[int, int]]] = {
+    "cpu": (0, MAX_VPS - 1),
+    "skip": _ANY_NUMBER,
+    "count": (1, 1_000),
+    "size": (0, 65_536),
+    "wanted": _ANY_NUMBER,
+    "rate": _ANY_NUMBER,
+    "subchannels": (0, MAX_SUBCHANNELS),
+    "id": _ANY_NUMBER,
+    "number": _ANY_NUMBER,
+    "index": (1, MAX_SUBCHANNELS),
+}
+"""Options that are whole numbers, from and to (of `call` and `until event`, options are what the callee says)."""
 _WITH_NUMBERS: Final = ("arm", "offer", "offer-subchannel", "send", "run")
 _NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)
 _DEVICE: Final = re.compile(r"[^\s#]+#[1-9]\d{0,8}|\d{1,9}", re.ASCII)
@@ -115,6 +134,8 @@ _WANTS: Final[dict[str, str]] = {
     "end": "fault",
 }
 """Verbs about an earlier step, and which verb that one has."""
+_DEVICES_ARE_OF: Final = ("offer", "offer-subchannel")
+"""Verbs whose label names a device."""
 _USES_UP: Final = ("disarm", "until answered", "end")
 """Of these, those after which there is nothing more to say about it."""
 _OF_TWO: Final = {name.split()[0] for name in VERBS if " " in name}
@@ -147,15 +168,22 @@ class Schedule:
         """The schedule in what was read from a file already; raises as `load`."""
         document = dict(whole)
         top = Table({key: document.pop(key) for key in SCHEDULE_KEYS if key in document}, str(path), "")
+        _refuse_misspelt(document, path)
+        title, story = top.take("title", _text, path.stem), top.take("story", _text, "")
         expect = Table(top.take("expect", _anything, {}), str(path), "expect")
         invariants = expect.take("invariant", _invariants, _NONE)
         expect.end()
+        scenario = Scenario.of_document(document, str(path), path.parent)
+        steps = read_steps(top.take("step", _lines, _NONE), str(path))
+        if not steps:
+            raise top.complaint("step", Nonsense("it has no steps", _HOW_TO_WRITE_STEPS))
+        _check_cpus(steps, scenario.machine.vcpus, str(path))
         return cls(
             path.stem,
-            top.take("title", _text, path.stem),
-            top.take("story", _text, "").strip(),
-            Scenario.of_document(document, str(path), path.parent),
-            read_steps(top.take("step", _lines, _NONE), str(path)),
+            title,
+            story.strip(),
+            scenario,
+            steps,
             invariants,
             path,
             whole,
@@ -186,6 +214,21 @@ def read_steps(lines: tuple[str, ...], source: str) -> tuple[Step, ...]:
         if step.verb in _USES_UP:
             del labels[step.words[0]]
     return tuple(steps)
+
+
+def _refuse_misspelt(document: Mapping[str, Any], path: Path) -> None:
+    """UserError for a key that is none of a scenario's and looks like one of a schedule's."""
+    for key in document:
+        if key not in SCENARIO_KEYS and get_close_matches(key, SCHEDULE_KEYS, n=1):
+            raise complaint(str(path), key, Nonsense("unknown key", nearest(key, (*SCHEDULE_KEYS, *SCENARIO_KEYS))))
+
+
+def _check_cpus(steps: tuple[Step, ...], vcpus: int, source: str) -> None:
+    """UserError for a step about a processor that the machine does not have: nobody would ever come there."""
+    for step in steps:
+        if step.verb in _WITH_NUMBERS and int(step.options.get("cpu", 0)) >= vcpus:
+            what = f"step {step.number} `{step.text}`: the machine has {vcpus} vCPUs, and no {step.options['cpu']}"
+            raise UserError(f"{source}: {_in_one_line(what)}; they count from 0, or set machine.vcpus")
 
 
 def _in_one_line(text: str) -> str:
@@ -238,8 +281,12 @@ def _read_step(line: str, number: int) -> Step:
 def _check_values(step: Step) -> None:
     """What a step's own words may be."""
     for name, value in step.options.items():
-        if name in NUMBERS and step.verb in _WITH_NUMBERS and not _NUMBER.fullmatch(value):
-            raise Nonsense(f"{name}={value} is no number", f"write it as {name}=1")
+        if name in NUMBERS and step.verb in _WITH_NUMBERS:
+            least, most = NUMBERS[name]
+            if not _NUMBER.fullmatch(value):
+                raise Nonsense(f"{name}={value} is no number", f"write it as {name}=1")
+            if not least <= int(value) <= most:
+                raise Nonsense(f"{name}={value} is not between {least} and {most}", f"write it as {name}={least}")
     if step.verb == "arm":
         point_of(step.words[0])
         if step.options.get("do", "see") != "see" or {"do", "fault"} <= step.options.keys():
@@ -259,6 +306,8 @@ def _check_values(step: Step) -> None:
         faults.parse(step.words[0], source=f"step {step.number}")
     elif step.verb == "advance":
         duration_ns(step.words[0])
+    elif step.verb == "call":
+        check_call(step.words[0], step.options)
     elif step.verb == "until event":
         name = step.words[0]
         if name not in EVENTS:
@@ -277,17 +326,22 @@ def _check_labels(step: Step, labels: Mapping[str, str]) -> None:
         wants = (wanted, "arm") if step.verb == "end" else (wanted,)
         fitting = [label for label, verb in labels.items() if verb in wants]
         if named not in labels:
-            raise Nonsense(f"no earlier step is called {named}", nearest(named, fitting))
+            cure = nearest(named, fitting) if fitting else f"name one with `{wanted} … as LABEL` before it"
+            raise Nonsense(f"no earlier step is called {named}", cure)
         if named not in fitting:
             raise Nonsense(f"{named} is a step `{labels[named]}`", f"name one of `{wanted}`")
     devices = [step.options["relid"]] if "relid" in step.options and step.verb in _WITH_NUMBERS else []
+    if step.verb == "call":
+        devices += [value for name, value in step.options.items() if name in CALL_DEVICES and not GUID.fullmatch(value)]
     if step.verb in ("rescind", "rescind-again", "offer-subchannel", "send"):
         devices.append(step.words[0])
     for device in devices:
-        if labels.get(device) != "offer" and not _DEVICE.fullmatch(device):
+        if labels.get(device) not in _DEVICES_ARE_OF and not _DEVICE.fullmatch(device):
             raise Nonsense(
                 f"{device} is no device of an earlier step", "name a label of `offer`, CLASS#N (from 1), or a relid"
             )
+        if device.isdecimal() and int(device) > MAX_OFFERS:
+            raise Nonsense(f"{device} is no relid", f"they go from 1 to {MAX_OFFERS}")
 
 
 def _anything(value: object) -> Any:
@@ -302,7 +356,7 @@ def _text(value: object) -> str:
 
 def _lines(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
-        raise Nonsense("it is no list of strings", 'write it as step = ["arm …", "until …"]')
+        raise Nonsense("it is no list of strings", _HOW_TO_WRITE_STEPS)
     return tuple(value)
 
 
@@ -310,4 +364,8 @@ def _invariants(value: object) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(one, str) and _INVARIANT.fullmatch(one) for one in names):
         raise Nonsense(f"{shown(value)} names no invariant", 'write it as "INV-03", or as a list of such')
+    known = titles()
+    for one in names:
+        if one not in known:
+            raise Nonsense(f"there is no {one}", f"known: {', '.join(sorted(known))}")
     return tuple(names)

@@ -73,7 +73,7 @@ def test_every_verb_has_a_sentence() -> None:
                 "offer-subchannel NIC index=1 as SUB",
                 "rescind NIC",
                 "rescind-again NIC",
-                "call bind device=echo#1 as BIND",
+                "call bind device=echo#1 driver=hv_echo as BIND",
                 "until answered BIND",
                 "run echo_check relid=NIC as PING",
                 "until done PING",

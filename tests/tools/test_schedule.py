@@ -17,7 +17,7 @@ from emu.ipc.atomics import AtomicView
 from emu.ipc.clock import MachineClock
 from emu.layout import VP_RUN_STATE, vp_page_offset
 from emu.switches import ALL_FIXED
-from emu.syncpoint import Point, Tickets
+from emu.syncpoint import TICKETS, Point, Tickets
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish
 from tools.director import Director, Inconclusive, Seen
@@ -88,9 +88,9 @@ def test_every_verb_is_read() -> None:
         (["arm g.isr.enter cpu=one as X"], "cpu=one is no number; write it as cpu=1"),
         (["arm g.isr.enter relid=NIC as X"], "NIC is no device of an earlier step; name a label of `offer`"),
         (["until settled now"], "it has too few words or too many; write it as `until settled`"),
-        (["resume X"], "no earlier step is called X; "),
+        (["resume X"], "no earlier step is called X; name one with `arm … as LABEL` before it"),
         (["offer echo as X", "resume X"], "X is a step `offer`; name one of `arm`"),
-        (["call bind device=echo#1 as X", "until arrived X"], "X is a step `call`; name one of `arm`"),
+        (["call drivers_probe device=echo#1 as X", "until arrived X"], "X is a step `call`; name one of `arm`"),
         (["offer echo as X", "offer echo as X"], "there is a X already; choose another label"),
         (["rescind NIC"], "NIC is no device of an earlier step; "),
         (["send echo#0"], "echo#0 is no device of an earlier step; "),
@@ -102,7 +102,16 @@ def test_every_verb_is_read() -> None:
         (["until event offers"], "'offers' is no event; did you mean offer"),
         (["until event offer relids=1"], "relids is no argument of offer; did you mean relid"),
         (["fault alloc.fall"], "alloc.fall"),
-        (["call bind as X", "until answered X", "until answered X"], "no earlier step is called X; "),
+        (["call cpus as X", "until answered X", "until answered X"], "no earlier step is called X; "),
+        (["call ping"], "'ping' is no call of the guest's user space; "),
+        (["call move"], "`call move` needs device=; write it as `call move device=DEVICE cpu=N [index=N]`"),
+        (["call cpu_online cpu=x online=0"], "cpu=x is no number; write it as `call cpu_online cpu=N online=0|1`"),
+        (["call cpus cpu=1"], "cpu= is no argument of `call cpus`; write it as `call cpus`"),
+        (["call unbind device=NIC"], "NIC is no device of an earlier step; "),
+        (["arm g.isr.enter cpu=64 as X"], "cpu=64 is not between 0 and 63; "),
+        (["arm g.isr.enter relid=99999 as X"], "99999 is no relid; they go from 1 to 2047"),
+        (["send echo#1 count=5000"], "count=5000 is not between 1 and 1000; "),
+        (["send echo#1 size=999999999"], "size=999999999 is not between 0 and 65536; "),
         (["offer 'echo as X"], "No closing quotation; close the quote"),
         (["resume 'two\nlines'"], "no earlier step is called two lines; "),
     ],
@@ -121,10 +130,19 @@ def test_a_mistake_is_one_line(lines: list[str], problem: str) -> None:
     [
         ("step = 'until settled'", "step: it is no list of strings; write it as step = "),
         ("title = 7", "title: 7 is a whole number, not a string; write it in quotes"),
+        ("step = ['run ping cpu=4']", "no 4; they count from 0"),
         ("[expect]\ninvariant = 'INV-3'", "names no invariant; write it as "),
         ("[expect]\ninvariants = 'INV-03'", "invariants"),
         ("[switches]\noffer_gates = false", "offer_gates"),
-        ("steps = []", "steps"),
+        ("steps = []", "steps: unknown key; did you mean step? known: title, story, step, expect, machine, "),
+        ("titel = 'Mine'", "titel: unknown key; did you mean title? "),
+        ("", "step: it has no steps; write it as step = "),
+        ("[machine]\nvcpus = 2", "step: it has no steps; write it as step = "),
+        ("[expect]\ninvariant = ['INV-03', 'INV-99']", "there is no INV-99; known: INV-01, "),
+        (
+            "step = ['arm g.isr.enter cpu=2 as ISR']\n[machine]\nvcpus = 2",
+            "step 1 `arm g.isr.enter cpu=2 as ISR`: the machine has 2 vCPUs, and no 2; they count from 0, or set ",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
@@ -285,6 +303,14 @@ def test_nobody_is_let_go_who_did_not_come(director: Director) -> None:
         do(director, "arm g.isr.enter as ISR", "resume ISR")
 
     do(director, "arm g.open.waiting as OPEN", "disarm OPEN", "until settled")
+
+
+def test_more_points_than_there_are_tickets(director: Director) -> None:
+    """Whoever arms one too many is told which step that is, and what to do."""
+    arms = [f"arm g.open.timeout as A{number}" for number in range(TICKETS + 1)]
+
+    with pytest.raises(UserError, match=r"^step 33 `arm g\.open\.timeout as A32`: 32 are armed or held already; "):
+        do(director, *arms)
 
 
 def test_an_actor_that_nobody_knows(director: Director) -> None:
