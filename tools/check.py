@@ -2,13 +2,16 @@
 
 A violation is named by its number and shown with the records that it is in. The same rules run at the end of a
 recorded `stress`.
+
+The recording of a schedule's run says, besides, whether the machine had come to rest (then what has not happened never
+will), and what the run itself found in the machine's memory, which no recording has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
 import click
@@ -24,6 +27,9 @@ from tools.options import json_option
 from tools.output import print_json, say
 from tools.trace import as_json
 
+if TYPE_CHECKING:
+    from tools.race_run import RunNote
+
 SHOWN: Final = 10
 """Violations of one rule that are shown to people."""
 
@@ -32,8 +38,25 @@ def check_recording(path: Path) -> tuple[list[Verdict], Recording]:
     """Verdicts on a recording; UserError when it is none."""
     with Recording(path) as recording:
         machine = Machine(tuple(recording.head.get("vp_indices", ())))
-        verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording))
+        note = run_of(recording)
+        settled = note is not None and note.settled
+        verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording), settled=settled)
         return verdicts, recording
+
+
+def run_of(recording: Recording) -> RunNote | None:
+    """What the run of a schedule says of itself; None if the recording is of no such run."""
+    if not any(note.get("kind") == "race" for note in recording.notes):
+        return None  # without the import, which brings a launcher with it
+    from tools.race_run import RunNote
+
+    return RunNote.of(recording.notes)
+
+
+def told_of(verdicts: Sequence[Verdict], note: RunNote | None) -> list[tuple[str, str]]:
+    """What only the run itself saw: invariant and text of each."""
+    shown = {violation.text for violation in violations_of(verdicts)}
+    return [] if note is None else [(one.invariant, one.text) for one in note.broken if one.text not in shown]
 
 
 def violations_of(verdicts: Sequence[Verdict]) -> list[Finding]:
@@ -41,10 +64,11 @@ def violations_of(verdicts: Sequence[Verdict]) -> list[Finding]:
     return [violation for verdict in verdicts for violation in verdict.violations]
 
 
-def report_of(verdicts: Sequence[Verdict], path: Path) -> dict[str, Any]:
-    """The object that `--json` prints."""
+def report_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The object that `--json` prints; `told` is what the run itself saw beside the records."""
     return {
         "recording": str(path),
+        "told": [{"invariant": name, "text": text} for name, text in told],
         "violations": [
             {"invariant": one.name, "text": one.text, "records": [as_json(record) for record in one.records]}
             for one in violations_of(verdicts)
@@ -62,14 +86,14 @@ def report_of(verdicts: Sequence[Verdict], path: Path) -> dict[str, Any]:
     }
 
 
-def junit_of(verdicts: Sequence[Verdict], path: Path) -> str:
-    """One test case an invariant: failed where it is broken, skipped where it is undecided."""
-    broken = sum(1 for one in verdicts if one.count)
+def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, str]] = ()) -> str:
+    """One test case an invariant: failed where it is broken, skipped where it is undecided; one of what is `told`."""
+    broken = sum(1 for one in verdicts if one.count) + bool(told)
     skipped = sum(1 for one in verdicts if one.undecided)
     suite = ElementTree.Element(
         "testsuite",
         name=f"vmbus-emu check {path.name}",
-        tests=str(len(verdicts)),
+        tests=str(len(verdicts) + bool(told)),
         failures=str(broken),
         skipped=str(skipped),
     )
@@ -81,6 +105,10 @@ def junit_of(verdicts: Sequence[Verdict], path: Path) -> str:
         elif verdict.count:
             failure = ElementTree.SubElement(case, "failure", message=f"{verdict.count} violations")
             failure.text = "\n".join(line for one in verdict.violations for line in lines_of(one))
+    if told:
+        case = ElementTree.SubElement(suite, "testcase", classname="check", name="the machine as its run found it")
+        failure = ElementTree.SubElement(case, "failure", message=f"{len(told)} violations")
+        failure.text = "\n".join(f"{name}: {text}" for name, text in told)
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
@@ -94,13 +122,14 @@ def _line(record: TraceRecord) -> str:
     return f"{record.t_ns / 1e9:.6f} {where} #{record.seq} {record.event.name}: {shown_text(record)}"
 
 
-def keep(verdicts: Sequence[Verdict], recording: Recording) -> Path | None:
+def keep(verdicts: Sequence[Verdict], recording: Recording, told: Sequence[tuple[str, str]] = ()) -> Path | None:
     """Keep what was found, its recording left where it is; one that is in a finding's folder belongs to that."""
     path = recording.path.absolute()
     if (folder := folder_of(path)) is not None:
         say(f"vmbus-emu: this is the recording of the finding in {folder}")
         return folder
     found = [line for one in violations_of(verdicts) for line in lines_of(one)]
+    found += [f"{name}: {text}" for name, text in told]
     found += [recording.damage] if recording.damage else []
     case = Case(("check",), None, None, (str(path),), same=True)
     return case.keep(found, no_recording=f"it stays where it is, {path}; it does not say of which scenario it is")
@@ -130,7 +159,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
 def check(file: Path, junit: Path | None, as_json: bool) -> int:
     """Check a recording against the invariants of VMBus.
 
-    Exit status 1 if one is broken.
+    Of a recording of `races run` it also says what the run saw in the machine's memory. Exit status 1 if one is broken.
 
     \b
     Example:
@@ -140,14 +169,20 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
     """
     check_writable(junit, "--junit")
     verdicts, recording = check_recording(file)
+    note = run_of(recording)
+    told = told_of(verdicts, note)
     if junit is not None:
-        write_text(junit, junit_of(verdicts, file), "--junit")
-    is_finding = bool(recording.damage) or any(one.count for one in verdicts)
-    folder = keep(verdicts, recording) if is_finding else None
+        write_text(junit, junit_of(verdicts, file, told), "--junit")
+    is_finding = bool(recording.damage or told) or any(one.count for one in verdicts)
+    folder = keep(verdicts, recording, told) if is_finding else None
     if as_json:
-        print_json("check", 1, {**report_of(verdicts, file), "finding": None if folder is None else str(folder)})
+        print_json("check", 1, {**report_of(verdicts, file, told), "finding": None if folder is None else str(folder)})
     else:
         show(verdicts)
+        if told and note is not None:
+            click.echo(f"the run of {note.name}, fix {'on' if note.fix else 'off'}, found in the machine itself:")
+            for name, text in told:
+                click.echo(f"  {name}: {text}")
     if recording.damage:
         say(f"vmbus-emu: {recording.damage}")
     return ExitStatus.FINDING if is_finding else ExitStatus.FINE

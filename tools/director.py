@@ -49,6 +49,10 @@ class Inconclusive(VmbusError):
     """A step did not come to its end: the schedule says nothing about the machine."""
 
 
+class _TooLong(Inconclusive):
+    """Somebody waited in vain; `Director.do` adds for which step."""
+
+
 class Departed(Inconclusive):
     """The machine has settled, and nobody came to the point at which `expect` wants somebody: it goes another way."""
 
@@ -116,6 +120,8 @@ class Director:
             self._verbs[step.verb](step)
         except OrderRefused as refused:
             raise UserError(f"step {step.number} `{step.text}`: {refused}") from None
+        except _TooLong as passed:
+            raise Inconclusive(f"step {step.number} `{step.text}`: {passed}") from None
 
     def _check(self, _step: Step) -> None:
         """Judge it as it stands now; the end of a run judges it again."""
@@ -262,7 +268,7 @@ class Director:
                     for number in self.tickets.parked()
                 )
                 rest = who() if who is not None else ""
-                raise Inconclusive("; ".join(filter(None, (f"waited {STEP_S:g} s for {what}", held, rest))))
+                raise _TooLong("; ".join(filter(None, (f"waited {STEP_S:g} s for {what}", held, rest))))
             # Posted by who arrives at a point; what else it waits for it looks at.
             self._wakeup.block(LOOK_S)
 

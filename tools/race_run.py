@@ -86,6 +86,8 @@ class RunNote:
     broken: list[Broken] = field(default_factory=list)
     reason: str = ""
     ended_ns: int = 0
+    settled: bool = False
+    """Whether the machine came to rest after the steps: only then is what has not happened by now owed."""
 
     KIND: ClassVar[str] = "race"
 
@@ -101,6 +103,7 @@ class RunNote:
             "broken": [[one.invariant, one.text] for one in self.broken],
             "reason": self.reason,
             "ended_ns": time.monotonic_ns(),
+            "settled": self.settled,
         }
 
     @classmethod
@@ -180,6 +183,7 @@ class RaceMachine:
             self._follow(director, note)
             director.release_all()
             director.settle()
+            note.settled = True
         except MachineDied as died:
             return [of_death(death) for death in died.deaths], ""
         except (Inconclusive, DeadlinePassed) as why:

@@ -108,6 +108,10 @@ def test_the_command_says_what_it_saw(run_cli: RunCli) -> None:
     assert Path(told["recording"]) == folder / "recording.rec"
     assert Scenario.load(folder / "scenario.toml") == Schedule.load(folder / "schedule.toml").scenario
     assert "INV-03: the rescind of relid 2 finds no channel" in (folder / "finding.txt").read_text()
+    checked = run_cli("check", str(folder / "recording.rec"))
+    assert checked.returncode == 1, checked.stdout
+    assert "INV-03: the rescind of relid 2 finds no channel" in checked.stdout
+    assert "found in the machine itself:\n" in checked.stdout
     again = shlex.split((folder / "repeat").read_text())
     assert run_cli(*again[1:]).returncode == 1
 

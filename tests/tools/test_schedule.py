@@ -264,7 +264,9 @@ def arrive(world: World, point: Point, relid: int) -> None:
 
 def test_nobody_comes(director: Director) -> None:
     """A point that nobody comes to is named, and the step says nothing about the machine."""
-    with pytest.raises(Inconclusive, match=r"^waited 0\.02 s for somebody to come to g\.isr\.enter$"):
+    with pytest.raises(
+        Inconclusive, match=r"^step 2 `until arrived ISR`: waited 0\.02 s for somebody to come to g\.isr\.enter$"
+    ):
         do(director, "arm g.isr.enter as ISR", "until arrived ISR")
 
 
