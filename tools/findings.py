@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ FINDING, RECORDING, SCENARIO, SEED, REPEAT, CRASH = (
     "repeat",
     "crash.json",
 )
+PROGRAM: Final = "vmbus-emu"
 MOST_JUDGED: Final = 32 << 20
 """Bytes of a recording that are checked while a finding is kept; a longer one is left to `vmbus-emu check`."""
 
@@ -99,7 +101,7 @@ class Case:
     def line(self, folder: Path) -> str:
         """The command line that repeats it, from anywhere."""
         words = (str(folder / word.name) if isinstance(word, InFolder) else word for word in self.words)
-        return shlex.join(["vmbus-emu", *self.command, *words])
+        return shlex.join([program(), *self.command, *words])
 
     def _text(self, found: Sequence[str], recording: Path | None, why_not: str, crash_record: Path | None) -> str:
         rest = [f"recording: {RECORDING}" if recording is not None else f"no recording: {why_not}"]
@@ -138,6 +140,14 @@ class Case:
         for old in _folders()[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
+
+
+def program() -> str:
+    """How a shell calls this program: by its name, or by its path where that name is not on PATH (a venv's)."""
+    called = Path(sys.argv[0])
+    if shutil.which(PROGRAM) is None and called.name == PROGRAM and called.is_file():
+        return str(called.absolute())
+    return PROGRAM
 
 
 @contextmanager

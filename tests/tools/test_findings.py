@@ -35,6 +35,7 @@ from tools.findings import (
     folder_of,
     keep_death,
     kept_if_it_hangs,
+    program,
     scenario_text,
 )
 from tools.launch import Death, MachineDied
@@ -320,3 +321,18 @@ def test_interrupted_run_has_found_nothing(tmp_path: Path) -> None:
     assert process.returncode == ExitStatus.INTERRUPTED
     assert json.loads(out)["finding"] is None
     assert not (tmp_path / "state" / "vmbus-emu" / "findings").exists()
+
+
+def test_the_line_finds_a_program_that_is_not_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called by its path, as from a venv that nobody activated, it is repeated by its path; on PATH, by its name."""
+    called = tmp_path / "bin" / "vmbus-emu"
+    called.parent.mkdir()
+    called.write_text("#!/bin/sh\n")
+    called.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/vmbus-emu", "run"])
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert program() == str(called)
+    monkeypatch.setenv("PATH", str(called.parent))
+    assert program() == "vmbus-emu"
