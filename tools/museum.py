@@ -42,7 +42,7 @@ Behind the exhibits come the boards: two exhibits that are halves of one matter,
 the two fixes (`vmbus-emu races board A4xA5`).
 
 This page is made by `vmbus-emu races museum -o docs/races.md`, of the schedules in `tools/exhibits/` and a run of
-each."""
+each. [schedules.md](schedules.md) says how to write one of your own."""
 
 
 def page(schedules: Iterable[Schedule], told: Callable[[str], object] = lambda _line: None) -> str:

@@ -23,8 +23,13 @@ def print_json(name: str, version: int, body: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Print rows under headings: a drawn table on a terminal, aligned columns elsewhere."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", whole: Sequence[str] = ()
+) -> None:
+    """Print rows under headings: a drawn table on a terminal, aligned columns elsewhere.
+
+    Columns that are `whole` are not folded on a narrow terminal, as what somebody types again stands in them.
+    """
     texts = [[str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         print_plain(columns, texts)
@@ -34,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, tit
 
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in texts:
         table.add_row(*map(Text, row))
     console(sys.stdout).print(table)

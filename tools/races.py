@@ -97,7 +97,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json("races", 1, {"exhibits": rows})
         return
-    print_table(("id", "name", "title"), [(row["id"], row["name"], row["title"]) for row in rows])
+    print_table(("id", "name", "title"), [(row["id"], row["name"], row["title"]) for row in rows], whole=("id", "name"))
 
 
 @races.command()
@@ -112,6 +112,7 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
 
     What `explore --json` found is run, too: as far as it can be forced on processes, with the same switches off.
     Exit status 1: a violation was seen. 0: none. 124: inconclusive, a step did not come about, or cannot be forced.
+    docs/schedules.md has all that a schedule may say: verbs, points, switches, calls.
 
     \b
     Example:
@@ -234,10 +235,11 @@ def board(name: str | None, times: int, as_json: bool) -> int:
 def print_game(game: Game) -> None:
     """Story, a table for each schedule, and which settings survive both."""
     from tools.race_board import paragraphs_of
+    from tools.race_show import screen_width
 
     click.echo(f"{game.board.name}: {game.board.title}")
     for paragraph in paragraphs_of(game.board):
-        click.echo("\n" + textwrap.fill(paragraph, 100))
+        click.echo("\n" + textwrap.fill(paragraph, min(100, screen_width())))
     for schedule in game.schedules:
         click.echo("\n" + game.heading(schedule))
         sys.stdout.flush()

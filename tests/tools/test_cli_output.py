@@ -65,6 +65,16 @@ def test_table_on_a_terminal_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\N{BOX DRAWINGS LIGHT VERTICAL}" in screen.getvalue()
 
 
+def test_what_is_typed_again_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a narrow terminal a column that is whole stays so, and the others give way."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+
+    print_table(("name", "title"), [("rescind-behind-its-own-offer", "A rescind waits in line " * 3)], whole=("name",))
+
+    assert " rescind-behind-its-own-offer " in screen.getvalue()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "plain"),
     [("NO_COLOR", "1", True), ("NO_COLOR", "", False), ("TERM", "dumb", True)],
