@@ -15,11 +15,12 @@ import click
 
 from emu.errors import UserError
 from emu.recording import Recording
+from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
 from tools.flows import Flow, flows_of
 from tools.options import json_option
 from tools.output import print_json, print_table, say
-from tools.story import Debt, Told, debts_of, story_of_flow, story_of_relid
+from tools.story import Told, story_of_flow, story_of_relid
 
 
 @click.command()
@@ -52,7 +53,9 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
             if flow is None:
                 raise UserError(f"--message {message_id}: {file} has no such message; {_known(flows)}")
             told = story_of_flow(records, flow)
-            debts = [debt for debt in debts if debt.flow == flow.id]
+            # What its work waits for is its story's end as well.
+            about = {flow.id} | {one.id for one in flows if one.cause == flow.id}
+            debts = [debt for debt in debts if about & set(debt.messages)]
             report |= {"message": _message(flow), **_story(told, began_ns)}
         elif relid is not None:
             told = story_of_relid(records, flows, relid)

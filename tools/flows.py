@@ -185,14 +185,14 @@ _PLAIN: Final[Mapping[str, Role]] = {
     "probe": Role.PROBE,
     **dict.fromkeys(
         ("offer", "rescind", "release", "open", "close", "gpadl_add", "gpadl_drop", "state", "uevent", "remove_start",
-         "remove", "refused", "vmbus_open", "vmbus_establish_gpadl_header", "vmbus_establish_gpadl_body",
+         "remove", "refused", "fault_hit", "vmbus_open", "vmbus_establish_gpadl_header", "vmbus_establish_gpadl_body",
          "vmbus_close_internal", "vmbus_teardown_gpadl", "vmbus_release_relid"),
         Role.EFFECT,
     ),
 }  # fmt: skip
 _OF_HOST: Final = frozenset(
     ("host_state", "gpadl_state", "gpadl_add", "gpadl_drop", "map", "unmap", "target_change", "refused", "ignored",
-     "offer", "rescind")
+     "offer", "rescind", "fault_hit")
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from emu.wire.messages import VP_INDEX_DISABLE_INTERRUPT, MessageType
 from guestproc.kernel.layout import ChannelState
 from hostproc.protocol import states as host
 from hostproc.state_trace import REMOVED
+from tools.event_names import name_of
 from tools.invariants import Feed, Machine, Rule, is_host
 
 _FREE_STATES: Final = frozenset(
@@ -355,6 +356,10 @@ class PagesOfTheHost(Rule):
                 self.violate(f"pages of GPADL {gpadl:#x} are freed while the host has them", added, record)
 
 
+def _about(relid: int) -> str:
+    return f" of relid {relid}, got no answer, and the channel was not rescinded" if relid else ", got no answer"
+
+
 class RepliesMatch(Rule):
     """A reply completes one request, and a request gets its reply, unless its channel was taken back."""
 
@@ -413,7 +418,8 @@ class RepliesMatch(Rule):
         if asked is None:
             self.violate(f"request {request} is given up and was not outstanding", record)
         elif posted and request not in self._completed and relid not in self._rescinded:
-            self.violate(f"request {request} got no answer, and relid {relid} was not rescinded", asked, record)
+            name = name_of(asked.event.fields[0], asked.values[0]) or f"msgtype {asked.values[0]}"
+            self.violate(f"request {request}, {name}{_about(relid)}", asked, record)
 
     def _rescind(self, record: TraceRecord) -> None:
         if not is_host(record):

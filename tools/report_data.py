@@ -5,7 +5,7 @@
     flows       every message as its steps (`tools.flows`), as far as the page has room; the rest is counted
     stages      percentiles of each stage of a round trip (`tools.latency_stages`)
     activity    records of each process over time, and the share of time in which it was not halted
-    findings    which invariants are broken (`tools.check`), what was refused, lost, or left unfinished
+    findings    which invariants are broken (`tools.check`), what was refused, lost, left unfinished, or is owed
 
 Times are nanoseconds from the first record on. The recording is read once for each of them that needs it, so that a
 long one takes time and not memory.
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from emu.recording import RecordedActor, Recording, TraceRecord
 from emu.wire.device_classes import class_of
+from tools.debts import debts_of
 from tools.event_names import name_of
 from tools.flows import PATH, Flow, Flows, flows_in
 from tools.invariant_table import RULES
@@ -365,6 +366,8 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Seque
         told = ", ".join(f"{count} {name}" for name, count in names.most_common(5))
         shown_in = [flow.id for flow in open_ends]
         found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", shown_in))
+    if not missing_of(recording):
+        found += [_finding("owed", debt.text, debt.messages) for debt in debts_of(list(recording.records()), flows)]
     return found[:MOST_FINDINGS]
 
 

@@ -1,4 +1,4 @@
-"""Records told in words: what each step is, which function it stands for, and what is still owed at the end.
+"""Records told in words: what each step is, and which function it stands for.
 
 `TELLING` is the one table of sentences; an event that is not in it is told by its name and arguments. What goes through
 a device's rings is told in sums, as it is most of the records and none of the story.
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from emu.recording import TraceRecord
-from emu.tracing import WaitedFor
-from emu.wire.messages import MessageType
 from tools.event_names import name_of, shown_text
 from tools.flows import Flow, Flows, Role, Step
 from tools.invariants import is_host
@@ -87,6 +85,7 @@ TELLING: Final[Mapping[str, tuple[str, str]]] = {
     "wait_done": ("goes on", "schedule"),
     "wake": ("wakes actor {actor}", "try_to_wake_up"),
     "target_change": ("interrupts VP {target_vp} for it from now on", "control plane"),
+    "fault_hit": ("is made to go wrong here: fault {kind}", ""),
 }
 TELLING_OF_GUEST: Final[Mapping[str, tuple[str, str]]] = {
     "offer": ("has made a channel for relid {relid}", "alloc_channel"),
@@ -255,175 +254,3 @@ def _sum_up(traffic: Sequence[TraceRecord]) -> list[Told]:
         f"{names['ring_full']} times full"
     )
     return [Told(traffic[0], text, "")]
-
-
-# -- who owes whom what ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Debt:
-    """Something that has not happened at the end of the recording: who owes it, to whom, what, since when."""
-
-    who: str
-    whom: str
-    what: str
-    since_ns: int
-    now_ns: int
-    relid: int = 0
-    flow: str = ""
-
-    @property
-    def text(self) -> str:
-        """In one sentence."""
-        return f"{self.who} owes {self.whom} {self.what}, for {(self.now_ns - self.since_ns) / 1e6:,.3f} ms now"
-
-    def report(self) -> dict[str, Any]:
-        """As an object."""
-        return {
-            "who": self.who,
-            "whom": self.whom,
-            "what": self.what,
-            "since_ns": self.since_ns,
-            "for_ns": self.now_ns - self.since_ns,
-            "relid": self.relid,
-            "message": self.flow,
-        }
-
-
-def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
-    """Everything that is owed when the records end, the oldest first."""
-    if not records:
-        return []
-    now_ns = records[-1].t_ns
-    found = [debt for flow in flows for debt in (_debt_of_flow(flow, now_ns), _debt_of_work(flow, now_ns)) if debt]
-    found += _debts_of_requests(records, now_ns)
-    found += _debts_of_rescinds(records, now_ns)
-    found += _debts_of_writers(records, now_ns)
-    found += _debts_of_holders(records, now_ns)
-    return sorted(found, key=lambda debt: debt.since_ns)
-
-
-def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
-    """Where a message has stopped on its way into the guest; its work may wait beside that."""
-    if flow.ended:
-        return None
-    last = {step.role: step.record for step in flow.steps}
-    posted = flow.steps[0].record
-    if not flow.to_guest:
-        if Role.RECEIVED not in last or Role.HOST_TAKE in last:
-            return None
-        received = last[Role.RECEIVED]
-        what = f"the handling of {flow.name} ({flow.id})"
-        return Debt("hypervisor", posted.actor.name, what, received.t_ns, now_ns, flow.relid, flow.id)
-    if Role.SLOT_WRITE not in last:
-        what = f"the delivery of {flow.name} ({flow.id}): its slot was never free"
-        return Debt("hypervisor", f"VP page {flow.position}", what, posted.t_ns, now_ns, flow.relid, flow.id)
-    if Role.DPC not in last:
-        what = f"a look at {flow.name} ({flow.id}) in its slot"
-        since = last[Role.SLOT_WRITE]
-        return Debt(f"VP page {flow.position}", "hypervisor", what, since.t_ns, now_ns, flow.relid, flow.id)
-    if Role.SLOT_FREE not in last:
-        what = f"the end of message {flow.name} ({flow.id})"
-        since = last[Role.DPC]
-        return Debt(since.actor.name, "hypervisor", what, since.t_ns, now_ns, flow.relid, flow.id)
-    return None
-
-
-def _debt_of_work(flow: Flow, now_ns: int) -> Debt | None:
-    """Work of a message that has not begun, or not ended."""
-    if flow.ended:
-        return None
-    counts = Counter(step.role for step in flow.steps)
-    last = {step.role: step.record for step in flow.steps}
-    if counts[Role.WORK_QUEUED] > counts[Role.WORK_RUN]:
-        queued = last[Role.WORK_QUEUED]
-        queue = name_of(queued.event.fields[0], queued.values[0]).lower()
-        what = f"the work of {flow.name} ({flow.id})"
-        return Debt(f"kworker/{queue}", queued.actor.name, what, queued.t_ns, now_ns, flow.relid, flow.id)
-    if counts[Role.WORK_RUN] > counts[Role.WORK_DONE]:
-        running = last[Role.WORK_RUN]
-        what = f"the end of the work of {flow.name} ({flow.id})"
-        return Debt(running.actor.name, "its queue", what, running.t_ns, now_ns, flow.relid, flow.id)
-    return None
-
-
-def _debts_of_requests(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
-    """Requests that nobody has answered."""
-    waiting: dict[int, TraceRecord] = {}
-    for record in records:
-        if record.event.name == "req_alloc":
-            waiting[record.values[2]] = record
-        elif record.event.name in ("req_free", "req_complete"):
-            waiting.pop(record.values[2], None)
-    debts = []
-    for record in waiting.values():
-        msgtype, key, _request, relid = (*record.values, 0)[:4]
-        name = MessageType(msgtype).name if msgtype in set(MessageType) else f"msgtype {msgtype}"
-        what = f"the answer to {name} ({f'relid {relid}, ' if relid else ''}key {key:#x})"
-        debts.append(Debt("the host", record.actor.name, what, record.t_ns, now_ns, relid))
-    return debts
-
-
-def _debts_of_rescinds(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
-    """Relids that were taken back and not given up."""
-    rescinded: dict[int, TraceRecord] = {}
-    for record in records:
-        name = record.event.name
-        if name == "rescind" and is_host(record):
-            rescinded[record.values[0]] = record
-        elif name == "message_take" and record.values[0] in (
-            MessageType.RELID_RELEASED, MessageType.UNLOAD, MessageType.INITIATE_CONTACT,
-        ):  # fmt: skip
-            if record.values[0] == MessageType.RELID_RELEASED:
-                rescinded.pop(record.values[3], None)
-            else:
-                rescinded.clear()
-    return [
-        Debt("the guest", "the host", f"RELID_RELEASED of relid {relid}", record.t_ns, now_ns, relid)
-        for relid, record in rescinded.items()
-    ]
-
-
-def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
-    """Writers that wait for room in a ring."""
-    wishes: dict[tuple[int, int], TraceRecord] = {}
-    for record in records:
-        name = record.event.name
-        if name == "pending_size":
-            wishes[record.values[0], record.values[1]] = record
-        elif name == "close" or (name == "rescind" and not is_host(record)):
-            for side in (0, 1):
-                wishes.pop((record.values[0], side), None)
-    return [
-        Debt(
-            "the reader",
-            record.actor.name,
-            f"{record.values[2]} bytes of room in a ring of relid {relid}",
-            record.t_ns,
-            now_ns,
-            relid,
-        )
-        for (relid, _side), record in wishes.items()
-        if record.values[2]
-    ]
-
-
-def _debts_of_holders(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
-    """Mutexes that somebody sleeps for."""
-    holders: dict[int, TraceRecord] = {}
-    waits: dict[int, TraceRecord] = {}
-    for record in records:
-        name = record.event.name
-        if name == "lock":
-            holders[record.values[0]] = record
-        elif name == "unlock":
-            holders.pop(record.values[0], None)
-        elif name == "wait" and record.values[0] == WaitedFor.MUTEX:
-            waits[record.actor.slot] = record
-        elif name == "wait_done":
-            waits.pop(record.actor.slot, None)
-    return [
-        Debt(holders[object_].actor.name, record.actor.name, str(record.shown["name"]), record.t_ns, now_ns)
-        for record in waits.values()
-        if (object_ := record.values[1]) in holders
-    ]

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from emu.faults import FaultKind
 from emu.recording import TraceRecord
 from emu.tracing import EVENTS, WaitedFor
 from emu.wire.messages import MessageType
 from tests.conftest import RunCli
+from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
 from tools.flows import flows_of
-from tools.story import TELLING, TELLING_OF_GUEST, debts_of, story_of_relid
+from tools.story import TELLING, TELLING_OF_GUEST, story_of_flow, story_of_relid
 
 LINE = re.compile(r" *\d+\.\d{3} ms +[+-][\d,]+\.\d us  \S.*")
 
@@ -151,3 +153,62 @@ def test_holder_of_a_mutex_owes_it_to_who_sleeps(records: list[TraceRecord]) -> 
     records = [*records[: taken + 1], replace(lock, actor=sleeper.actor, event=wait, values=words)]
 
     assert f"{lock.actor.name} owes {sleeper.actor.name} {lock.shown['name']}" in owed(records)
+
+
+def without_the_answer(records: list[TraceRecord], msgtype: MessageType) -> list[TraceRecord]:
+    """The records without the last message of this type of the host's: nobody posted it, nobody had it."""
+    serial = records[index_of(records, "message_post", 0, 2, msgtype)].values[3]
+    flow = flows_of(records, (0, 1)).get(f"h{serial}")
+    assert flow is not None
+    steps = {(step.record.actor.slot, step.record.seq) for step in flow.steps}
+    return [one for one in records if (one.actor.slot, one.seq) not in steps]
+
+
+def debts_after(records: list[TraceRecord]) -> list[Debt]:
+    """All debts but those that the rest of the way into the guest leaves."""
+    return [debt for debt in debts_of(records, flows_of(records, (0, 1))) if debt.who == "the host"]
+
+
+def test_answer_that_its_asker_waited_for_in_vain_stays_owed(records: list[TraceRecord]) -> None:
+    """GPADL_TORNDOWN never came, and the guest went on when its time was over: the debt says so, and for how long."""
+    left = without_the_answer(records, MessageType.GPADL_TORNDOWN)
+    asked, freed = index_of(left, "req_alloc", MessageType.GPADL_TEARDOWN), index_of(left, "req_free")
+
+    (debt,) = debts_after(left)
+    assert (debt.given_up, debt.since_ns, debt.now_ns) == (True, left[asked].t_ns, left[freed].t_ns)
+    assert debt.text.startswith(f"the host never gave {left[asked].actor.name} the answer to GPADL_TEARDOWN (relid ")
+    assert debt.text.endswith(f"; then {left[asked].actor.name} gave up")
+
+
+def test_unload_that_is_not_answered_is_owed(records: list[TraceRecord]) -> None:
+    """It is no request of the kernel's list; that the host took it and posted nothing is enough."""
+    left = without_the_answer(records, MessageType.UNLOAD_RESPONSE)
+    (unload,) = [flow.id for flow in flows_of(left, (0, 1)) if flow.msgtype == MessageType.UNLOAD]
+
+    (debt,) = debts_after(left)
+    assert (debt.what, debt.messages, debt.given_up) == ("the answer to UNLOAD", (unload,), False)
+
+
+def test_answer_that_is_owed_is_a_debt_of_each_of_its_messages(records: list[TraceRecord]) -> None:
+    """A GPADL is asked for by a header and a body; whose work sleeps for the answer has the debt in its story, too."""
+    taken = index_of(records, "message_take", MessageType.GPADL_BODY)
+    left = records[: taken + 1]
+    flows = flows_of(left, (0, 1))
+    body = flows.of_record(records[taken])
+
+    (debt,) = [debt for debt in debts_after(left) if body in debt.messages]
+    header, *bodies = [flows.flows[one] for one in debt.messages]
+    assert (header.name, [one.name for one in bodies]) == ("GPADL_HEADER", ["GPADL_BODY"])
+    assert debt.report()["message"] == header.id
+
+
+def test_fault_is_told_where_it_struck(records: list[TraceRecord]) -> None:
+    """A fault of the host's is a step of the message that it was handling."""
+    taken = index_of(records, "message_take", MessageType.GPADL_TEARDOWN)
+    values = (int(FaultKind.REPLY_DROP), 0, 0, 1)
+    hit = replace(records[taken], event=EVENTS["fault_hit"], values=values, seq=records[taken].seq + 1_000_000)
+    edited = [*records[: taken + 1], hit, *records[taken + 1 :]]
+    flow = flows_of(edited, (0, 1)).get(f"g{records[taken].values[1]}")
+
+    assert flow is not None
+    assert "is made to go wrong here: fault REPLY_DROP" in [one.text for one in story_of_flow(edited, flow)]
