@@ -6,6 +6,7 @@ status (None is 0) or raises; here, and nowhere else, an exception becomes an `E
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -116,19 +117,17 @@ def vmbus_emu(ctx: click.Context, version: bool, as_json: bool) -> int:
     return 0
 
 
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; nothing but SystemExit passes."""
     _catch_signals()
     asked = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if _completes():
-            return 0
-        with vmbus_emu.make_context(PROGRAM, asked) as ctx:
-            status = vmbus_emu.invoke(ctx)
+        status = 0 if _completes() else _carry_out(asked)
         sys.stdout.flush()
-        return status if isinstance(status, int) else 0
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
+        return status
     except click.ClickException as error:
         return _complain(_usage(error), ExitStatus.USAGE)
     except UserError as error:
@@ -142,11 +141,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
-        # What is buffered for a reader who left must not be tried again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return ExitStatus.READER_LEFT
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and _stdout_fails():
+            _close_stdout()
+            said = f"cannot write to stdout: {error.strerror}; make room, or send it somewhere else"
+            return _complain(said, ExitStatus.USAGE)
         return _complain(f"internal error\n{traceback.format_exc()}", ExitStatus.FAILED, one_line=False)
+
+
+def _carry_out(arguments: list[str]) -> int:
+    """The command's exit status; --help and --version leave early with theirs."""
+    try:
+        with vmbus_emu.make_context(PROGRAM, arguments) as ctx:
+            status = vmbus_emu.invoke(ctx)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    return status if isinstance(status, int) else 0
+
+
+def _stdout_fails() -> bool:
+    """Whether it was stdout that had no room: then it has none for a line's end, which otherwise does no harm."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _close_stdout() -> None:
+    """What is buffered for a reader who left, or a full disk, must not be tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str, status: int, *, one_line: bool = True) -> int:

@@ -31,7 +31,9 @@ LICENCE: Final = "uPlot.LICENSE"
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page; default: FILE with .html behind it.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The page; default: FILE with .html behind it; -: stdout."
+)
 @json_option
 def report(file: Path, output: Path | None, as_json: bool) -> int:
     """Make a page of a recording that opens in any browser.
@@ -45,6 +47,8 @@ def report(file: Path, output: Path | None, as_json: bool) -> int:
       vmbus-emu run --record machine.rec --duration 1
       vmbus-emu report machine.rec -o report.html
     """
+    if output == Path("-"):
+        return _to_stdout(file, as_json=as_json)
     page = output or file.with_name(file.name + ".html")
     if page.absolute() == file.absolute():
         raise UserError(f"-o {page}: that is the recording itself; name another file")
@@ -67,8 +71,20 @@ def report(file: Path, output: Path | None, as_json: bool) -> int:
     else:
         megabytes, messages, findings = len(text.encode()) / 1e6, len(flows["shown"]), len(found["findings"])
         say(f"{page}: {megabytes:.2f} MB, {messages} messages, {findings} finding{'' if findings == 1 else 's'}")
+    return _status(recording)
+
+
+def _to_stdout(file: Path, *, as_json: bool) -> int:
+    if as_json:
+        raise UserError("-o - and --json both want stdout; leave one of them out")
+    with Recording(file) as recording:
+        click.echo(page_of(report_of(recording)), nl=False)
+    return _status(recording)
+
+
+def _status(recording: Recording) -> int:
+    """A damaged recording is said: the page says so, too, but whoever asked shall know before it is opened."""
     if recording.damage:
-        # The page says so, too; whoever asked shall know before it is opened.
         say(f"vmbus-emu: {recording.damage}")
         return ExitStatus.FINDING
     return ExitStatus.FINE

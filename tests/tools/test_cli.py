@@ -213,6 +213,25 @@ def test_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (ExitStatus.READER_LEFT, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_without_room_is_one_line(unbuffered: str) -> None:
+    """`vmbus-emu … > /dev/full` names what could not be written, whether Python buffers stdout or not."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.cli", "--version"],
+            cwd=SOURCES,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    said = "vmbus-emu: cannot write to stdout: No space left on device; make room, or send it somewhere else\n"
+    assert (done.returncode, done.stderr) == (ExitStatus.USAGE, said)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_is_printed(run_cli: RunCli, shell: str) -> None:
     """Each shell gets its completion script from the program itself."""

@@ -166,6 +166,16 @@ def test_command_writes_the_page(real_recording: Path, tmp_path: Path) -> None:
     assert itself.stderr.count("\n") == none.stderr.count("\n") == 1
 
 
+def test_page_through_a_pipe(real_recording: Path, tmp_path: Path) -> None:
+    """`-o -` gives the page to stdout and writes no file; the object of --json would stand in its midst."""
+    done = call(tmp_path, "report", str(real_recording), "-o", "-")
+    both = call(tmp_path, "report", str(real_recording), "-o", "-", "--json")
+
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
+    assert done.stdout.startswith("<!doctype html>") and done.stdout.rstrip().endswith("</html>")
+    assert (both.returncode, both.stderr.count("\n")) == (2, 1)
+
+
 def test_title_is_text(found: dict[str, Any]) -> None:
     """A machine's name cannot be markup."""
     assert "<title>vmbus-emu: &lt;b>" in page_of({**found, "meta": {**found["meta"], "machine": "<b>"}})
