@@ -66,7 +66,7 @@ KERNEL_RAM: Final = 16 << 20
 """What the guest kernel's records take at most, beside its 1/128 of RAM for a line on each page."""
 
 MIN_RING_PAGES: Final = 2  # one of indices, one of data
-MAX_RING_PAGES: Final = 1 << 15
+MAX_RING_PAGES: Final = 8190 // 2  # both rings are one GPADL, whose bytes in its header's field are 16 bits
 
 ERAS: Final = ("current", "seed")
 SUPPORTED_FEATURES: Final = (

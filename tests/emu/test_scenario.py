@@ -16,6 +16,7 @@ from emu.errors import UserError
 from emu.scenario import (
     MAX_OFFERS,
     MAX_RAM,
+    MAX_RING_PAGES,
     MIN_RAM,
     DeviceSpec,
     MachineSpec,
@@ -25,6 +26,7 @@ from emu.scenario import (
     parse_device,
 )
 from emu.wire.device_classes import BY_NAME
+from emu.wire.messages import GPADL_MAX_PFNS
 from emu.wire.versions import VERSION_COPPER, VERSION_WIN10_V5_3, FeatureFlags
 from guestproc.kernel.layout import compute
 
@@ -529,3 +531,8 @@ def test_rings_need_a_power_of_two_of_pages(ring_pages: int, contiguous: int, sc
     ring = DeviceSpec(ring_pages=ring_pages)
 
     assert (ring.ring_bytes(2) // 4096, ring.ring_bytes(2, scattered=True) // 4096) == (contiguous, scattered)
+
+
+def test_largest_rings_are_those_that_one_gpadl_describes() -> None:
+    """A channel's two rings are one GPADL: with a page more each it could not be opened."""
+    assert 2 * MAX_RING_PAGES <= GPADL_MAX_PFNS < 2 * (MAX_RING_PAGES + 1)
