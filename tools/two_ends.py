@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
+from multiprocessing.context import ForkProcess
 from types import TracebackType
 
 from emu.errors import DeadlinePassed, VmbusError
@@ -86,8 +88,7 @@ def run_both(what: str, first: End, second: End, cpus: Cpus, deadline_s: float) 
     ends = [context.Process(target=_run, args=(end, cpu, say), daemon=True) for end, cpu in pairs]
     deadline = time.monotonic() + deadline_s
     try:
-        for end in ends:
-            end.start()
+        _start(ends)
         waiting = list(ends)
         while waiting:
             left = deadline - time.monotonic()
@@ -109,6 +110,16 @@ def run_both(what: str, first: End, second: End, cpus: Cpus, deadline_s: float) 
                 end.join()
             if end.pid is not None:
                 end.close()
+
+
+def _start(ends: Sequence[ForkProcess]) -> None:
+    """Fork them with Ctrl-C blocked: a terminal sends it to all, but it is for who started them, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for end in ends:
+            end.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def two_cpus() -> Cpus | None:
