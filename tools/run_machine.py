@@ -23,11 +23,11 @@ from guestproc.drivers.echo import EchoDriver
 from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
-from tools.exit_status import ExitStatus
+from tools.exit_status import noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, keep_death, kept_if_it_hangs
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import GuestDeaths
-from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch
+from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch, unused_name
 from tools.options import check_record_path
 from tools.output import narrates, say
 from tools.run_outcome import Outcome, show_devices, tell
@@ -99,13 +99,27 @@ def check_stream_file(path: Path) -> None:
 
 
 def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
-    """Run in this process; `ready_pipe` is told the machine's name when all channels are open (--detach)."""
-    scenario = options.scenario
+    """Run in this process; `ready_pipe` is told the machine's name when all channels are open (--detach).
+
+    Whatever ends it, also before the machine stands and while it is taken away, is told of what there was by then.
+    """
+    outcome = Outcome(
+        options.scenario.machine.name or unused_name(), options.scenario, options.seed, foreign=options.no_guest
+    )
     interrupted: int | None = None
+    with noting_interruption() as beside:
+        interrupted = run_to_its_end(options, outcome, ready_pipe)
+    return tell(outcome, options.as_json, beside.status or interrupted)
+
+
+def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | None) -> int | None:
+    """Launch, live, settle, and keep what was found; the exit status of whoever interrupted its life, if one did."""
+    scenario = options.scenario
     case = options.case()
     death: MachineDied | None = None
     with launch(
         scenario,
+        name=outcome.machine,
         record=options.record_path is not None or options.flight_s > 0,
         record_bytes=options.record_bytes,
         no_guest=options.no_guest,
@@ -114,7 +128,6 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     ) as running:
         for process in sorted(options.without):
             say(f"start by hand: {by_hand_command(running.name, process)}")
-        outcome = Outcome(running.name, scenario, options.seed, foreign=options.no_guest)
         try:
             with (
                 # Nobody who waits for a guest in vain has found anything.
@@ -122,12 +135,8 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
                 saved_if_it_hangs(running, options.flight_s),
                 recording(running, options.record_path) as outcome.recording,
             ):
-                try:
+                with noting_interruption() as interruption:
                     live(running, options, outcome, ready_pipe)
-                except KeyboardInterrupt:
-                    interrupted = ExitStatus.INTERRUPTED
-                except SystemExit as leave:
-                    interrupted = int(leave.code or 0) if isinstance(leave.code, int) else ExitStatus.FAILED
                 settle(running, outcome, no_guest=options.no_guest)
             if outcome.finding():
                 outcome.flight = save_flight(running, options.flight_s, "finding: see what the run said")
@@ -139,14 +148,14 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
             outcome.crash_record = str(write_crash_record(running, death, options.flight_s))
             outcome.flight = death.flight
             look(running, outcome)
-    if scenario.plugins:
+    if scenario.plugins or outcome.unopened:
         outcome.log = running.log
     if death is not None:
         outcome.kept = keep_death(case, death, options.record_path)
-    elif interrupted is None and outcome.finding():
+    elif interruption.status is None and outcome.finding():
         recorded = options.record_path or outcome.flight
         outcome.kept = case.keep(outcome.findings(), recording=recorded, judge=True)
-    return tell(outcome, options.as_json, interrupted)
+    return interruption.status
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ class Outcome:
     state: dict[str, Any] = field(default_factory=lambda: {"state_violations": [], "unjudged": "it ended before"})
     """What the machine left undone when it had settled (`tools.invariants_settled`)."""
     log: list[str] = field(default_factory=list)
-    """The log of a machine with plugins: the guest's lines, and the tracebacks of back ends."""
+    """The log of a machine with plugins, or one whose devices are not all open: the guest's lines, and the
+    tracebacks of back ends."""
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
     recording: RecordingWriter | None = None
@@ -60,6 +61,11 @@ class Outcome:
         # The guest's OPENED_STATE, or the host's OPEN; the kernel's OPEN_STATE is an offer that nobody has opened.
         wanted = "open" if self.foreign else "opened"
         return sum(channel.state == wanted for device in self.devices for channel in device.channels)
+
+    @property
+    def unopened(self) -> bool:
+        """Whether our guest opened less than it was offered, so that its log is wanted."""
+        return not self.foreign and self.boot_s is not None and self.channels_open < self.offers
 
     def kicks(self) -> dict[str, int]:
         """How often a processor had to be reached, and how."""

@@ -42,6 +42,14 @@ def test_run_tells_its_faults(run_cli: RunCli, tmp_path: Path) -> None:
     assert len(struck) == delay["hits"] + dup["hits"]  # the launcher, who lets a guest die, records nothing
 
 
+def test_run_with_a_device_that_was_not_opened_shows_why(run_cli: RunCli) -> None:
+    """The guest's log is told when fewer channels are open than were offered."""
+    done = run_cli("run", "--device", "echo:1", "--duration", "0", "--fault", "alloc.fail=probe")
+
+    assert done.returncode == 0 and "0 of 1 channels open" in done.stdout
+    assert "probe failed for device" in done.stderr
+
+
 def test_stress_finds_what_a_fault_spoilt_and_says_how_to_repeat_it(run_cli: RunCli) -> None:
     """Packets that change in the ring are corrupt: a finding, with the line that has seed and fault."""
     fault = "host.mutate_pkt=40:0xaa"

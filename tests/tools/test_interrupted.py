@@ -1,4 +1,4 @@
-"""Measurements that Ctrl-C ends before anything is finished: one line says so, for programs one object."""
+"""What Ctrl-C ends before anything is finished: one line says so, for programs one object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tools import bench, cli, latency
+from tools import bench, cli, latency, run_machine
 from tools.anchors import Anchor
 from tools.exit_status import ExitStatus
 
@@ -56,3 +56,16 @@ def test_programs_get_one_object(capsys: pytest.CaptureFixture[str], command: st
     assert cli.main([command, *(["idle"] if command == "bench" else []), "--json"]) == ExitStatus.INTERRUPTED
     shown = capsys.readouterr()
     assert (json.loads(shown.out)["interrupted"], shown.err) == (True, "")
+
+
+@pytest.mark.parametrize("step", ["launch", "settle"])
+def test_run_that_is_interrupted_outside_its_life_still_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    """Ctrl-C before the machine stands, or a second one while it is taken away: one object with what there was."""
+    monkeypatch.setattr(run_machine, step, interrupt)
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0", "--name", "early", "--json"]) == 130
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["machine"], told["channels_open"]) == ("early", 0 if step == "launch" else 1)
