@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,3 +44,22 @@ def noting_interruption() -> Iterator[Interruption]:
         interruption.status = ExitStatus.INTERRUPTED
     except SystemExit as leave:  # SIGTERM and SIGHUP (`cli._catch_signals`)
         interruption.status = leave.code if isinstance(leave.code, int) else ExitStatus.FAILED
+
+
+@contextmanager
+def deferring_interruption() -> Iterator[Interruption]:
+    """As `noting_interruption`, for a block into which nothing may be raised: it looks at `status` and ends itself."""
+    interruption = Interruption()
+
+    def note(signum: int, _frame: object) -> None:
+        interruption.status = 128 + signum
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heard = {signum: handler for signum, handler in before.items() if handler is not signal.SIG_IGN}
+    try:
+        for signum in heard:
+            signal.signal(signum, note)
+        yield interruption
+    finally:
+        for signum, handler in heard.items():
+            signal.signal(signum, handler)

@@ -17,7 +17,7 @@ import click
 from emu.errors import UserError
 from emu.scenario_text import nearest
 from emu.switches import SWITCHES
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, deferring_interruption
 from tools.findings import Case, InFolder, folder_of
 from tools.histograms import check_writable, write_text
 from tools.options import json_option
@@ -41,6 +41,10 @@ def _switches(_context: click.Context, _option: click.Parameter, given: tuple[st
         if name not in SWITCHES:
             raise UserError(f"--without: there is no switch {name}; {nearest(name, list(SWITCHES))}")
     return tuple(dict.fromkeys(names))
+
+
+INTERRUPTED: Final = "interruption"
+"""`stopped` of an exploration that its user ended."""
 
 
 @click.command()
@@ -114,12 +118,19 @@ def explore(
 
     begin = time.monotonic()
     explorer = Explorer(setting)
-    if schedule is not None:
-        found = explorer.replay(schedule)
-    else:
-        found = explorer.explore(
-            depth, seed=seed, states=states, out_of_time=lambda: time.monotonic() - begin >= time_limit
-        )
+    # The two cores run inside this process: an exception out of a signal's handler would look like theirs.
+    with deferring_interruption() as interruption:
+        if schedule is not None:
+            found = explorer.replay(schedule)
+        else:
+            found = explorer.explore(
+                depth,
+                seed=seed,
+                states=states,
+                out_of_time=lambda: interruption.status is not None or time.monotonic() - begin >= time_limit,
+            )
+    if interruption.status is not None and found.stopped:
+        found.stopped = INTERRUPTED
     seconds = time.monotonic() - begin
     explorer.close()
     report = {
@@ -138,9 +149,11 @@ def explore(
         print_json("explore", 2, report)
     else:
         show(report)
+    if found.violation is not None and schedule_out is not None:
+        export(schedule_out, setting, found.violation)
+    if interruption.status is not None:
+        return interruption.status
     if found.violation is not None:
-        if schedule_out is not None:
-            export(schedule_out, setting, found.violation)
         return ExitStatus.FINDING
     return ExitStatus.TIME_LIMIT if found.stopped else ExitStatus.FINE
 
@@ -230,6 +243,8 @@ def show(report: dict[str, Any]) -> None:
     for core in ("guest", "host"):
         one = report[core]
         click.echo(f"{core}: {one['states']:,} states, {one['steps']:,} different steps, {one['made']:,} made")
-    if report["stopped"]:
+    if report["stopped"] == INTERRUPTED:
+        click.echo(f"interrupted, before the depth of {report['asked_depth']}")
+    elif report["stopped"]:
         click.echo(f"stopped by the limit of {report['stopped']}, before the depth of {report['asked_depth']}")
     click.echo("no violation" if violation is None else f"{len(violation['problems'])} violations")

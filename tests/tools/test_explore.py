@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -251,6 +253,28 @@ def test_an_exploration_that_is_cut_short_says_so() -> None:
     report = json.loads(result.stdout)
     assert result.return_value == 124
     assert report["stopped"] == "states" and report["depth"] < 9 and report["violation"] is None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_exploration_that_is_interrupted_says_how_far_it_came(
+    monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """A signal in the middle of a step is no violation; the figures are told, the exit status is the signal's."""
+    steps = iter(range(1_000_000))
+    real = Guest.do
+
+    def do(guest: Guest, kind: str, argument: Any) -> Any:
+        if next(steps) == 20:
+            os.kill(os.getpid(), signum)
+        return real(guest, kind, argument)
+
+    monkeypatch.setattr(Guest, "do", do)
+    result = CliRunner().invoke(explore, ["--depth", "100", "--json"], standalone_mode=False)
+
+    told = json.loads(result.stdout)
+    assert result.return_value == 128 + signum
+    assert (told["stopped"], told["violation"], told["finding"]) == ("interruption", None, None)
+    assert told["transitions"] > 20
 
 
 def test_a_counterexample_is_done_again_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
