@@ -68,6 +68,8 @@ def find_schedule(name: str) -> Schedule:
         from tools.explore_schedule import schedule_of
 
         return schedule_of(Path(name))
+    if Path(name).suffix == ".rec":
+        raise UserError(f"{name} is a recording; `vmbus-emu races show --from {name}` tells it")
     from tools.race_board import BOARDS
 
     if board := next((one for one in BOARDS if one.name.casefold() == name.casefold()), None):
@@ -125,6 +127,11 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
         schedule = find_schedule(name)
     except NotForced as why:
         say(f"{name}: inconclusive: {why}")
+        none = [RaceRun(Path(name).stem, fix == "on", INCONCLUSIVE, (), False, str(why), 0.0, Path())]
+        if junit is not None:
+            write_text(junit, junit_of(none), "--junit")
+        if as_json:
+            print_json("races-run", 1, report_of(none, None, None))
         return ExitStatus.TIME_LIMIT
     runs: list[RaceRun] = []
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
@@ -180,7 +187,11 @@ def show(name: str | None, fix: str, recording: Path | None, picture: Path | Non
     check_writable(picture, "--svg")
     if name is None and recording is None:
         raise UserError("nothing is said to show; name an exhibit (`vmbus-emu races list`) or give --from RECORDING")
-    schedule = find_schedule(name) if name is not None else None
+    try:
+        schedule = find_schedule(name) if name is not None else None
+    except NotForced as why:
+        say(f"{name}: inconclusive: {why}")
+        return ExitStatus.TIME_LIMIT
     if recording is not None:
         shown = of_recording(recording, schedule)
     else:

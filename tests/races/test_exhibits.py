@@ -126,6 +126,7 @@ def test_a_run_that_finds_nothing_leaves_nothing(run_cli: RunCli, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["show", "mine.rec"], "mine.rec is a recording; `vmbus-emu races show --from mine.rec` tells it"),
         (["run", "nothing"], "no exhibit is called nothing; `vmbus-emu races list` lists them"),
         (
             ["run", "bad.toml"],

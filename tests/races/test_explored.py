@@ -13,7 +13,7 @@ from tools.explore_cores import Setting
 from tools.explore_events import Event, Names
 from tools.explore_schedule import Translation, invariants_of, schedule_text
 from tools.explore_search import Explorer, Pair
-from tools.race_run import HELD, VIOLATED, RaceMachine
+from tools.race_run import HELD, INCONCLUSIVE, VIOLATED, RaceMachine
 from tools.schedule import NotForced, Schedule
 
 SEED_TWICE = Setting(1, 0, threads=True, without=("rescind_once",), era="seed", twice=True)
@@ -148,7 +148,7 @@ def test_a_counterexample_is_broken_on_processes_too(setting: Setting, tmp_path:
 
 
 def test_a_file_of_the_explorers_that_cannot_be_forced_is_inconclusive(run_cli: RunCli, tmp_path: Path) -> None:
-    """One line that says which step and why, exit status 124."""
+    """One line that says which step and why, exit status 124; for programs an object, a file, and the same status."""
     found = {
         "devices": 1,
         "subchannels": 0,
@@ -161,9 +161,14 @@ def test_a_file_of_the_explorers_that_cannot_be_forced_is_inconclusive(run_cli: 
     path = tmp_path / "found.json"
     path.write_text(json.dumps(found), encoding="utf-8")
 
-    done = run_cli("races", "run", str(path))
+    done = run_cli("races", "run", str(path), "--json", "--junit", str(tmp_path / "runs.xml"))
 
     assert done.returncode == 124
+    told = json.loads(done.stdout)
+    assert (told["verdict"], told["invariant"], told["recording"]) == (INCONCLUSIVE, "", None)
+    assert told["reason"].startswith("step 1, 'guest: unload', cannot be forced: ")
+    assert 'skipped="1"' in (tmp_path / "runs.xml").read_text()
+    assert run_cli("races", "show", str(path)).returncode == 124
     assert done.stderr.strip() == (
         f"{path}: inconclusive: step 1, 'guest: unload', cannot be forced: a guest of processes unloads only as it ends"
     )
