@@ -141,6 +141,18 @@ class Director:
         for number in self.tickets.parked():
             self._let_go(number)
 
+    def failed_calls(self) -> list[str]:
+        """What came back of calls that nobody waited for with `until answered`, where it is an error."""
+        desk, failed = OrderDesk(self.machine.control), []
+        for label, at in self._letters.items():
+            if desk.state(at) is OrderState.DONE:
+                try:
+                    desk.wait(at, label)
+                except OrderRefused as refused:
+                    failed.append(f"call {label}: {refused}")
+        self._letters.clear()
+        return failed
+
     # -- points -------------------------------------------------------------------------------------
 
     def _arm(self, step: Step) -> None:
@@ -323,7 +335,7 @@ class Director:
         desk = OrderDesk(self.machine.control)
         arguments: dict[str, Any] = {name: self._value(name, value) for name, value in step.options.items()}
         at = desk.post(Recipient.GUEST, step.words[0], wake, **arguments)
-        self._letters[step.label or f"step {step.number}"] = at
+        self._letters[step.label or f"of step {step.number}"] = at
 
     def _run(self, step: Step) -> None:
         """A program of the guest's on a processor; nobody waits for it here."""

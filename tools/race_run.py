@@ -49,6 +49,8 @@ class RaceRun:
     reason: str
     seconds: float
     recording: Path
+    failed: tuple[str, ...] = ()
+    """Calls that came back with an error, which need not be wrong: a device may be gone by then."""
 
     @property
     def invariant(self) -> str:
@@ -65,6 +67,7 @@ class RaceRun:
             "expected": self.expected,
             "violations": [{"invariant": one.invariant, "text": one.text} for one in self.broken],
             "reason": self.reason,
+            "failed_calls": list(self.failed),
             "seconds": round(self.seconds, 3),
             "recording": str(self.recording),
         }
@@ -88,6 +91,8 @@ class RunNote:
     ended_ns: int = 0
     settled: bool = False
     """Whether the machine came to rest after the steps: only then is what has not happened by now owed."""
+    failed: list[str] = field(default_factory=list)
+    """Calls that came back with an error."""
 
     KIND: ClassVar[str] = "race"
 
@@ -104,6 +109,7 @@ class RunNote:
             "reason": self.reason,
             "ended_ns": time.monotonic_ns(),
             "settled": self.settled,
+            "failed": self.failed,
         }
 
     @classmethod
@@ -145,7 +151,8 @@ class RaceMachine:
         if fix is not None:
             self._schedule, self._fix = self._told.with_fix() if fix else self._told, fix
         schedule = self._schedule
-        broken, reason = self._run(recording)
+        note = self._run(recording)
+        broken, reason = note.broken, note.reason
         broken.sort(key=lambda one: (one.invariant not in schedule.invariants, one.invariant))
         verdict = VIOLATED if broken else INCONCLUSIVE if reason else HELD
         # A schedule that expects nothing to break is one in which nothing is to break, whatever its switches are.
@@ -154,7 +161,8 @@ class RaceMachine:
         else:
             expected = bool(broken) and broken[0].invariant in schedule.invariants
         seconds = time.monotonic() - began
-        return RaceRun(schedule.name, self._fix, verdict, tuple(broken), expected, reason, seconds, recording)
+        failed = tuple(note.failed)
+        return RaceRun(schedule.name, self._fix, verdict, tuple(broken), expected, reason, seconds, recording, failed)
 
     def _booting(self) -> RunningMachine:
         """The machine, launched or reset."""
@@ -166,13 +174,13 @@ class RaceMachine:
             self._running.power_cycle(None if scenario == self._running.scenario else scenario)
         return self._running
 
-    def _run(self, recording: Path) -> tuple[list[Broken], str]:
-        """What is broken, and why the run says nothing ("" if it does)."""
+    def _run(self, recording: Path) -> RunNote:
+        """What came of it: what is broken, or why the run says nothing."""
         seen, running = Seen(), self._booting()
         note = RunNote(self._schedule.document, self._fix, self._schedule.name)
         with _recorded(running, recording, seen, note):
             note.broken, note.reason = self._steps(running, seen, note)
-        return note.broken, note.reason
+        return note
 
     def _steps(self, running: RunningMachine, seen: Seen, note: RunNote) -> tuple[list[Broken], str]:
         try:
@@ -184,11 +192,13 @@ class RaceMachine:
             director.release_all()
             director.settle()
             note.settled = True
+            found = list(dict.fromkeys([*director.checked, *judged(director)]))
+            note.failed = director.failed_calls()
         except MachineDied as died:
             return [of_death(death) for death in died.deaths], ""
         except (Inconclusive, DeadlinePassed) as why:
             return [], str(why)
-        return list(dict.fromkeys([*director.checked, *judged(director)])), ""
+        return found, ""
 
     def _follow(self, director: Director, note: RunNote) -> None:
         """Every step; a machine that is right may go another way than the one that a schedule was found in."""

@@ -299,7 +299,7 @@ def line_of(run: RaceRun) -> str:
     verdict = {VIOLATED: f"violated {run.invariant}", HELD: "held", INCONCLUSIVE: "inconclusive"}[run.verdict]
     as_expected = "as expected" if run.expected else "NOT as expected"
     head = f"{run.name}, fix {'on' if run.fix else 'off'}: {verdict}, {as_expected} ({run.seconds:.2f} s)"
-    lines = [head, *(f"  {one.invariant}: {one.text}" for one in run.broken)]
+    lines = [head, *(f"  {one.invariant}: {one.text}" for one in run.broken), *(f"  {one}" for one in run.failed)]
     return "\n".join([*lines, f"  {run.reason}"] if run.reason else lines)
 
 

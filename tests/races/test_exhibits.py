@@ -123,6 +123,16 @@ def test_a_run_that_finds_nothing_leaves_nothing(run_cli: RunCli, tmp_path: Path
     assert not (tmp_path / "state").exists()
 
 
+def test_a_call_that_fails_is_told(run_cli: RunCli, tmp_path: Path) -> None:
+    """Nobody waited for it, and it breaks nothing; whoever wrote the schedule learns of it all the same."""
+    (tmp_path / "mine.toml").write_text('step = ["call unbind device=echo#1 driver=nobody", "until settled"]\n')
+    done = run_cli("races", "run", "mine.toml", "--json")
+
+    assert done.returncode == 0, done.stderr
+    (failed,) = json.loads(done.stdout)["failed_calls"]
+    assert failed.startswith("call of step 1: -ENODEV: no driver nobody is registered; ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
