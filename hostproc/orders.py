@@ -14,6 +14,7 @@ from uuid import UUID
 from emu.control import Control
 from emu.errors import UserError
 from emu.orders import Order, OrderDesk, Recipient
+from emu.ring_packets import PacketTooLong
 from emu.scenario import backend_fault, backend_of, derived_instance, subchannels_of
 from emu.wire.packets import COMPLETION_REQUESTED
 from hostproc.bus import Bus
@@ -152,8 +153,11 @@ class HostOrders:
         payloads = self._bus.backends()[key].unasked(channel, count, size)
         first, flags = asked.get("id", 0), COMPLETION_REQUESTED if asked.get("id") else 0
         sent = 0
-        while sent < count and channel.send(payloads[sent], first and first + sent, flags):
-            sent += 1
+        try:
+            while sent < count and channel.send(payloads[sent], first and first + sent, flags):
+                sent += 1
+        except PacketTooLong as error:
+            raise UserError(f"{error}; send less, or give the device more ring_pages") from None
         if sent < count:
             self._bus.run_beside(key, channel.send_all(payloads[sent:], first and first + sent, flags))
         return {"sent": sent}
