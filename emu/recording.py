@@ -1,7 +1,8 @@
 """A recording: what all actors of a machine recorded, in one file that tells how to read itself.
 
-The file is a head and then chunks, each (kind, slot, length, payload), so that it can be written while the
-machine runs and read although its writer was killed: whatever is whole is read, and `damage` says the rest.
+The file is a head and then chunks, each (kind, slot, length, CRC-32 of these three, CRC-32 of the payload, payload), so
+that it can be written while the machine runs and read although its writer was killed: whatever is whole is read, and
+`damage` says the rest. A chunk whose sums are wrong is damage, too: what is read is what was written.
 
     head   8 bytes VMBUSREC, u32 format version, u32 0
     HEAD   msgpack: schema, machine, contexts, the event table, when the recording began
@@ -25,6 +26,7 @@ from pathlib import Path
 from struct import Struct
 from types import TracebackType
 from typing import IO, Any, Final, NoReturn
+from zlib import crc32
 
 import msgpack
 
@@ -35,11 +37,12 @@ from emu.machine import Machine
 from emu.tracing import EVENTS, NO_VP, RECORD, RECORD_BYTES, Context, Drain
 
 MAGIC: Final = b"VMBUSREC"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 SCHEMA: Final = {"name": "vmbus-emu.recording", "version": 1}
 
 _FILE_HEAD: Final = Struct("<8sII")
-_CHUNK: Final = Struct("<4sIQ")
+_CHUNK: Final = Struct("<4sII")
+_SUMS: Final = Struct("<II")
 _SEQUENCES: Final = 1 << 32
 
 
@@ -163,14 +166,13 @@ class RecordingWriter:
             self._known.add(row.slot)
             actor = {"name": row.name, "kind": row.kind.name, "pid": row.pid, "cpu": row.cpu}
             self._write_map(b"ACTR", actor, row.slot)
-        self._write(_CHUNK.pack(b"RECS", row.slot, len(raw)) + raw)
+        self._write(chunk_of(b"RECS", row.slot, raw))
         self.records += len(raw) // RECORD_BYTES
         if self._tee is not None:
             self._tee(row, raw)
 
     def _write_map(self, kind: bytes, content: dict[str, Any], slot: int = 0) -> None:
-        payload = msgpack.packb(content)
-        self._write(_CHUNK.pack(kind, slot, len(payload)) + payload)
+        self._write(chunk_of(kind, slot, msgpack.packb(content)))
 
     def _write(self, data: bytes) -> None:
         try:
@@ -190,6 +192,12 @@ class RecordingWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         raise UserError(f"cannot record into {self.path}: {error.strerror}") from None
+
+
+def chunk_of(kind: bytes, slot: int, payload: bytes) -> bytes:
+    """A chunk as it stands in the file."""
+    head = _CHUNK.pack(kind, slot, len(payload))
+    return head + _SUMS.pack(crc32(head), crc32(payload)) + payload
 
 
 def _first_since(raw: bytes, since_ns: int) -> int:
@@ -329,16 +337,19 @@ class Recording:
 
     def _read_chunk(self, at: int) -> int:
         """Note one chunk; where the next one begins."""
-        left = len(self._data) - at - _CHUNK.size
+        start = at + _CHUNK.size + _SUMS.size
+        left = len(self._data) - start
         if left < 0:
             return self._damaged(at, "the file ends in the head of a chunk")
         kind, slot, length = _CHUNK.unpack_from(self._data, at)
-        start = at + _CHUNK.size
-        if not (kind.isascii() and kind.isalpha() and kind.isupper()):
+        head_sum, payload_sum = _SUMS.unpack_from(self._data, at + _CHUNK.size)
+        if head_sum != crc32(self._data[at : at + _CHUNK.size]):
             return self._damaged(at, "this is no chunk")
         if length > left:
-            self._damaged(at, f"the file ends in the middle of a {kind.decode()} chunk")
+            self._damaged(at, f"the file ends in the middle of a {_shown(kind)} chunk")
             length = left
+        elif payload_sum != crc32(self._data[start : start + length]):
+            return self._damaged(at, f"the {_shown(kind)} chunk is not what was written")
         elif kind == b"RECS" and length % RECORD_BYTES:
             self._damaged(at, f"{length} bytes are no whole number of records")
         if kind == b"RECS":
@@ -363,7 +374,7 @@ class Recording:
             else:
                 self._tail = {"records": int(content["records"])}
         except (ValueError, TypeError, KeyError, AttributeError):
-            self._damaged(at, f"a {kind.decode()} chunk that cannot be read")
+            self._damaged(at, f"a {_shown(kind)} chunk that cannot be read")
 
     def _check_tail(self) -> None:
         if self.damage:
@@ -394,6 +405,10 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shown(kind: bytes) -> str:
+    return kind.decode("ascii", "backslashreplace")
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from emu.control import ActorKind
 from emu.errors import UserError
 from emu.machine import Machine
-from emu.recording import MAGIC, RecordedActor, Recording, RecordingError, RecordingWriter
+from emu.recording import MAGIC, RecordedActor, Recording, RecordingError, RecordingWriter, chunk_of
 from emu.tracing import (
     CAPACITY,
     E_EOM,
@@ -222,9 +222,9 @@ def test_file_that_is_no_recording_is_refused(tmp_path: Path, content: bytes) ->
 def test_another_format_is_refused(tmp_path: Path) -> None:
     """A newer format is named, not guessed at."""
     path = tmp_path / "x"
-    path.write_bytes(MAGIC + (2).to_bytes(4, "little") + bytes(4))
+    path.write_bytes(MAGIC + (3).to_bytes(4, "little") + bytes(4))
 
-    with pytest.raises(RecordingError, match="format 2; this program reads 1"):
+    with pytest.raises(RecordingError, match="format 3; this program reads 2"):
         Recording(path)
 
 
@@ -286,7 +286,7 @@ def test_recording_cut_at_any_byte_is_read_as_far_as_it_goes(sample: bytes, tmp_
     """
     path = tmp_path / "cut"
     before = 0
-    head_ends = 32 + int.from_bytes(sample[24:32], "little")
+    head_ends = 36 + int.from_bytes(sample[24:28], "little")
     for length in range(16, head_ends):
         path.write_bytes(sample[:length])
         with pytest.raises(RecordingError, match=r"cut was cut short .*; `vmbus-emu run --record FILE` makes another"):
@@ -331,7 +331,7 @@ def test_tail_that_disagrees_is_damage(sample: bytes, tmp_path: Path) -> None:
     """A file that lost chunks in the middle does not pass as whole."""
     first = sample.index(b"RECS")
     path = tmp_path / "hole"
-    path.write_bytes(sample[:first] + sample[first + 16 + RECORD_BYTES :])
+    path.write_bytes(sample[:first] + sample[first + 20 + RECORD_BYTES :])
 
     with Recording(path) as recording:
         assert "8 records were written, 7 are there" in recording.damage
@@ -341,7 +341,7 @@ def test_unknown_chunk_is_passed_over(sample: bytes, tmp_path: Path) -> None:
     """A later program may add kinds of chunks."""
     first = sample.index(b"RECS")
     path = tmp_path / "more"
-    path.write_bytes(sample[:first] + b"MORE" + bytes(4) + (5).to_bytes(8, "little") + b"12345" + sample[first:])
+    path.write_bytes(sample[:first] + chunk_of(b"MORE", 0, b"12345") + sample[first:])
 
     with Recording(path) as recording:
         assert (recording.damage, recording.count) == ("", 8)
@@ -350,7 +350,10 @@ def test_unknown_chunk_is_passed_over(sample: bytes, tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_scribbled_recording_never_breaks_its_reader(sample: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Any bytes anywhere: refused in one line, or read as far as it makes sense."""
+    """Any bytes anywhere: refused in one line, or read as far as it is what was written, and not a record further."""
+    (tmp_path / "whole").write_bytes(sample)
+    with Recording(tmp_path / "whole") as whole:
+        written = {(record.actor, record.seq): record for record in whole.records()}
     content = bytearray(sample)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -362,6 +365,8 @@ def test_scribbled_recording_never_breaks_its_reader(sample: bytes, tmp_path: Pa
         with Recording(path) as recording:
             records = list(recording.records())
             assert len(records) == recording.count == recording.counts().total()
+            assert all(written[record.actor, record.seq] == record for record in records)
+            assert recording.damage or len(records) == len(written)
             assert recording.dropped >= 0
     except RecordingError as refusal:
         assert "\n" not in str(refusal)
@@ -380,8 +385,8 @@ def test_any_map_in_a_chunk_is_survived(tmp_path_factory: pytest.TempPathFactory
     payload = msgpack.packb(content)
     chunks = b""
     for kind in (b"HEAD", b"ACTR", b"TAIL"):
-        chunks += kind + bytes(4) + len(payload).to_bytes(8, "little") + payload
-    path.write_bytes(MAGIC + (1).to_bytes(4, "little") + bytes(4) + chunks)
+        chunks += chunk_of(kind, 0, payload)
+    path.write_bytes(MAGIC + (2).to_bytes(4, "little") + bytes(4) + chunks)
 
     try:
         with Recording(path) as recording:
