@@ -1,13 +1,13 @@
 """What a recording leaves owed: who owes whom what, and since when.
 
 A debt is read off the records alone: a message that stopped on its way, work that has not begun or not ended, an answer
-that has not come, room in a ring, a mutex. An answer for which nobody waits any more, since the time for it was over,
-stays owed; its sentence says that its asker gave up.
+to a message or a packet that has not come, room in a ring, a mutex. An answer for which nobody waits any more, since
+the time for it was over, stays owed; its sentence says that its asker gave up.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -80,6 +80,7 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
     found += _debts_of_rescinds(records, now_ns)
     found += _debts_of_writers(records, now_ns)
     found += _debts_of_holders(records, now_ns)
+    found += _debts_of_devices(records, now_ns)
     return sorted(found, key=lambda debt: debt.since_ns)
 
 
@@ -267,6 +268,35 @@ def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
         for (relid, _side), record in wishes.items()
         if record.values[2]
     ]
+
+
+def _debts_of_devices(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Packets of a program that measures round trips, which a device has not answered; it answers in their order.
+
+    Of other programs no packet is recorded, so nobody can say.
+    """
+    waiting: dict[tuple[int, str], deque[TraceRecord]] = {}
+    debts = []
+
+    def owe(relid: int, whom: str, packets: deque[TraceRecord], until_ns: int, *, given_up: bool) -> None:
+        if packets:
+            what = f"the answer to {len(packets)} packet{'s' if len(packets) > 1 else ''}"
+            since_ns = packets[0].t_ns
+            debts.append(Debt(f"the device of relid {relid}", whom, what, since_ns, until_ns, relid, given_up=given_up))
+
+    for record in records:
+        name, relid = record.event.name, record.values[0] if record.values else 0
+        if name == "request_start":
+            waiting.setdefault((relid, record.actor.name), deque()).append(record)
+        elif name == "request_end" and (packets := waiting.get((relid, record.actor.name))):
+            for _ in range(min(record.values[2], len(packets))):
+                packets.popleft()
+        elif name == "close":
+            for key in [key for key in waiting if key[0] == relid]:
+                owe(*key, waiting.pop(key), record.t_ns, given_up=True)
+    for key, packets in waiting.items():
+        owe(*key, packets, now_ns, given_up=False)
+    return debts
 
 
 def _debts_of_holders(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:

@@ -212,3 +212,23 @@ def test_fault_is_told_where_it_struck(records: list[TraceRecord]) -> None:
 
     assert flow is not None
     assert "is made to go wrong here: fault REPLY_DROP" in [one.text for one in story_of_flow(edited, flow)]
+
+
+def test_packet_that_its_device_forgot_is_owed(records: list[TraceRecord]) -> None:
+    """Three were sent, two answered: the last is owed until the channel closes, and is given up then."""
+    closed = index_of(records, "close")
+    relid, near = records[closed].values[0], records[closed]
+    sent, answered = EVENTS["request_start"], EVENTS["request_end"]
+    told = [
+        replace(near, event=event, values=values, t_ns=near.t_ns - 10 + number)
+        for number, (event, values) in enumerate(
+            [(sent, (relid, 1)), (sent, (relid, 1)), (answered, (relid, 1, 2)), (sent, (relid, 1))]
+        )
+    ]
+    left = [*records[:closed], *told]
+
+    (debt,) = [debt for debt in debts_of(left, flows_of(left, (0, 1))) if debt.who == f"the device of relid {relid}"]
+    assert (debt.what, debt.since_ns, debt.given_up) == ("the answer to 1 packet", told[-1].t_ns, False)
+    left += records[closed:]
+    (debt,) = debts_of(left, flows_of(left, (0, 1)))
+    assert (debt.now_ns, debt.given_up) == (near.t_ns, True)
