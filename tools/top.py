@@ -63,7 +63,8 @@ def top(machine_name: str | None, interval_s: float, sort: str, text: str, once:
     """Watch a machine's channels, processors and processes.
 
     Ring fill is a bar each way, seen from the guest; mask is who asked for no interrupts of a ring (g: guest, h: host);
-    open counts requests that nobody has answered, and oldest is how long the first of them waits.
+    open counts requests that nobody has answered, and oldest is how long the first of them waits; so does a packet
+    that the host has not read between two looks.
 
     \b
     Example:

@@ -101,7 +101,8 @@ class Sampler:
         self._view: GuestView | None = None
         self._watched: dict[tuple[str, int], Watched] = {}
         self._first_seen: dict[tuple[int, int, int], int] = {}
-        """When an unanswered packet was first seen: (channel's handle, id, address) → machine ns."""
+        """When an unanswered packet was first seen, in machine ns: by (channel's handle, id, address), and where nobody
+        reads by (channel's handle, -1, read_index)."""
         # What was published before anybody looked is old: a rate from it would be that of a whole life.
         self._since_ns = 0 if machine.control.watched else machine.clock.now()
 
@@ -147,8 +148,10 @@ class Sampler:
             guest, host = guests.get(relid), hosts.get(relid)
             with contextlib.suppress(AssertionError):
                 if guest is not None:
-                    unanswered = self._unanswered(guest)
-                    seen.update(unanswered)
+                    unanswered, unread = self._unanswered(guest), self._unread(guest)
+                    seen.update(unanswered | unread)
+                    # What the host had no time for yet is under way; what lay there at the last look waits.
+                    unanswered |= {key: since for key, since in unread.items() if key in self._first_seen}
                     oldest = [since for since in (requests.get(relid), *unanswered.values()) if since]
                     waiting = len(unanswered) + (relid in requests)
                     found.append(self._guest_channel(guest, host, waiting, min(oldest, default=0)))
@@ -192,6 +195,15 @@ class Sampler:
         now = self._machine.clock.now()
         ids = ((channel.handle, number, address) for number, address in Requestor(ram, gpa, size).out().items())
         return {key: self._first_seen.get(key, now) for key in ids}
+
+    def _unread(self, channel: Channel) -> dict[tuple[int, int, int], int]:
+        """The packet at which the host's reader stands, if there is one, and when it was first seen there."""
+        assert self._view is not None
+        ring = self._view.ring(channel, OUTBOUND)
+        if ring is None or ring.read_index == ring.write_index:
+            return {}
+        key = (channel.handle, -1, ring.read_index)
+        return {key: self._first_seen.get(key, self._machine.clock.now())}
 
     # -- processors and processes --------------------------------------------------------------------
 

@@ -228,6 +228,25 @@ def test_oldest_unanswered_request_is_timed(machine: Machine) -> None:
     assert machine.control.watched
 
 
+def test_packet_that_the_host_does_not_read_waits(machine: Machine) -> None:
+    """From the second look on: one that was read between two looks was under way. Then it is timed as a request is."""
+    guest = guest_of(machine)
+    _device, channel = guest.device(1, 1)
+    channel.ring_gpa, channel.ring_send_pages, channel.ring_recv_pages = machine.ram.size - 65536, 4, 4
+    write_index, read_index = channel.ring_gpa, channel.ring_gpa + 4
+    guest.store(write_index, 128, 4)
+    sampler = Sampler(machine)
+
+    assert sampler.look().channels[0].unanswered == 0
+    before, after = sampler.look(), sampler.look()
+    (row,) = rows_between(before, after).channels
+    assert (row.unanswered, row.oldest_s > 0) == (1, True)
+    guest.store(read_index, 64, 4)
+    assert sampler.look().channels[0].unanswered == 0
+    guest.store(read_index, 128, 4)
+    assert sampler.look().channels[0].unanswered == sampler.look().channels[0].unanswered == 0
+
+
 def test_foreign_guest_is_seen_as_the_host_sees_it(machine: Machine) -> None:
     """Without a look at its RAM: classes, states, VPs and what the host counted."""
     machine.config["no_guest"] = True
