@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from emu.errors import UserError
+from emu.errors import MissingPrerequisite, UserError
 from tools.anchors import Anchor
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.options import json_option
@@ -111,16 +111,22 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
         raise UserError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)} and all")
     anchors: list[Anchor] = []
     left = list(chosen)
+    lacking: list[str] = []
     with noting_interruption() as interruption:
         for name in chosen:
             if not as_json and narrates():
                 say(f"measuring {name} …")
-            anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
+            try:
+                anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
+            except MissingPrerequisite as error:
+                # The others can be measured all the same.
+                lacking.append(f"{name}: {error}")
+                anchors.append(Anchor.of(name, (), "-", better="higher", reason=str(error)))
             left.remove(name)
     if as_json:
         told = {"machine": machine_description(), "results": [one.as_json() for one in anchors]}
         print_json("bench", 1, {**told, "interrupted": interruption.status is not None})
-    elif anchors:
+    elif len(anchors) > len(lacking):
         print_table(
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
         )
@@ -128,7 +134,12 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
         if not as_json:
             say(f"vmbus-emu: interrupted; not measured: {', '.join(left)}")
         return interruption.status
-    return ExitStatus.FINDING if strict and any(one.met is False for one in anchors) else ExitStatus.FINE
+    if not as_json:
+        for line in lacking:
+            say(f"vmbus-emu: {line}")
+    if strict and any(one.met is False for one in anchors):
+        return ExitStatus.FINDING
+    return ExitStatus.MISSING if lacking else ExitStatus.FINE
 
 
 def row(anchor: Anchor) -> tuple[str, ...]:

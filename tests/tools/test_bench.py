@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from emu.errors import MissingPrerequisite
 from tests.conftest import RunCli
 from tools import bench as module
 from tools.anchors import Against, Anchor
@@ -87,6 +88,25 @@ def test_missed_goal_is_a_finding_only_when_strict(arguments: list[str], status:
     told = json.loads(done.output)
     assert told["schema"] == {"name": "vmbus-emu.bench", "version": 1}
     assert all(len(one["runs"]) == 3 for one in told["results"])
+
+
+@pytest.mark.usefixtures("benches")
+@pytest.mark.parametrize(("arguments", "status"), [(["all"], 3), (["slow", "lame", "--strict"], 1)])
+def test_bench_that_cannot_run_here_does_not_take_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+) -> None:
+    """On one core, for example: it is named with the reason, the others are measured; exit 3."""
+
+    def lame(*_: object) -> list[Anchor]:
+        raise MissingPrerequisite("there is one core")
+
+    monkeypatch.setitem(module.BENCHES, "lame", lame)
+    done = CliRunner().invoke(module.bench, [*arguments, "--json"], standalone_mode=False)
+
+    assert done.return_value == status
+    told = {one["name"]: one for one in json.loads(done.output)["results"]}
+    assert told["slow"]["value"] == 5.0
+    assert (told["lame"]["ratio"], told["lame"]["met"], told["lame"]["reason"]) == (None, None, "there is one core")
 
 
 def test_unknown_bench_is_one_line_with_those_there_are(run_cli: RunCli) -> None:
