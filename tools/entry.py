@@ -5,6 +5,7 @@ Nothing is imported before that: click and what it brings take as long as the zy
 
 from __future__ import annotations
 
+import os
 import sys
 
 INTERRUPTED = 130
@@ -14,6 +15,7 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line of this process; its exit status."""
     asked = sys.argv[1:]
+    replace_closed_streams()
     try:
         if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
             from tools.zygote_start import start_early
@@ -23,6 +25,21 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return run_command(asked)
+
+
+def replace_closed_streams() -> None:
+    """Put /dev/null where whoever started us closed a standard stream (`>&-`).
+
+    Otherwise the first file that is opened gets its number, a segment for example, and Python has no stream at all.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 if __name__ == "__main__":
