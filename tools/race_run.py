@@ -7,9 +7,11 @@ inconclusive   a step or the settling did not come to its end: that says nothing
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +197,7 @@ class RaceMachine:
             found = list(dict.fromkeys([*director.checked, *judged(director)]))
             note.failed = director.failed_calls()
         except MachineDied as died:
-            return [of_death(death) for death in died.deaths], ""
+            return outcome_of(died.deaths)
         except (Inconclusive, DeadlinePassed) as why:
             return [], str(why)
         return found, ""
@@ -225,6 +227,18 @@ def judged(director: Director) -> list[Broken]:
     found = [finding for verdict in verdicts for finding in verdict.violations[:1]]
     state = judge_state(director.settling.view) if over else []
     return [Broken(one.name, one.text) for one in (*found, *state)]
+
+
+def outcome_of(deaths: Sequence[Death]) -> tuple[list[Broken], str]:
+    """What is broken by deaths in a run; or, if somebody outside ended all who died, why it says nothing."""
+    if all(killed_from_outside(death) for death in deaths):
+        return [], "; ".join(f"{death.name} was {death.how} from outside" for death in deaths)
+    return [of_death(death) for death in deaths], ""
+
+
+def killed_from_outside(death: Death) -> bool:
+    """Whether it died of a signal that no process of a machine sends to another in a run."""
+    return os.WIFSIGNALED(death.status) and os.WTERMSIG(death.status) in (signal.SIGKILL, signal.SIGTERM)
 
 
 def of_death(death: Death) -> Broken:
