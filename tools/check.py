@@ -86,14 +86,17 @@ def report_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str,
     }
 
 
-def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, str]] = ()) -> str:
-    """One test case an invariant: failed where it is broken, skipped where it is undecided; one of what is `told`."""
-    broken = sum(1 for one in verdicts if one.count) + bool(told)
+def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, str]] = (), damage: str = "") -> str:
+    """One test case an invariant: failed where it is broken, skipped where it is undecided.
+
+    One more of what is `told`, and one of damage, since nearly everything is undecided then.
+    """
+    broken = sum(1 for one in verdicts if one.count) + bool(told) + bool(damage)
     skipped = sum(1 for one in verdicts if one.undecided)
     suite = ElementTree.Element(
         "testsuite",
         name=f"vmbus-emu check {path.name}",
-        tests=str(len(verdicts) + bool(told)),
+        tests=str(len(verdicts) + bool(told) + bool(damage)),
         failures=str(broken),
         skipped=str(skipped),
     )
@@ -109,6 +112,9 @@ def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, 
         case = ElementTree.SubElement(suite, "testcase", classname="check", name="the machine as its run found it")
         failure = ElementTree.SubElement(case, "failure", message=f"{len(told)} violations")
         failure.text = "\n".join(f"{name}: {text}" for name, text in told)
+    if damage:
+        case = ElementTree.SubElement(suite, "testcase", classname="check", name="the recording is whole")
+        ElementTree.SubElement(case, "failure", message=damage)
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
@@ -172,11 +178,12 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
     note = run_of(recording)
     told = told_of(verdicts, note)
     if junit is not None:
-        write_text(junit, junit_of(verdicts, file, told), "--junit")
+        write_text(junit, junit_of(verdicts, file, told, recording.damage), "--junit")
     is_finding = bool(recording.damage or told) or any(one.count for one in verdicts)
     folder = keep(verdicts, recording, told) if is_finding else None
     if as_json:
-        print_json("check", 1, {**report_of(verdicts, file, told), "finding": None if folder is None else str(folder)})
+        kept = {"damage": recording.damage, "finding": None if folder is None else str(folder)}
+        print_json("check", 1, {**report_of(verdicts, file, told), **kept})
     else:
         show(verdicts)
         if told and note is not None:

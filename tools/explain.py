@@ -69,6 +69,7 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
             told = []
             report["messages"] = [_message(flow) for flow in flows]
         report["owed"] = [debt.report() for debt in debts]
+        report["damage"] = recording.damage
     if as_json:
         print_json("explain", 1, report)
     else:

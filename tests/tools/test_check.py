@@ -399,7 +399,9 @@ def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path, t
     assert report["violations"] == []
     assert {one["verdict"] for one in report["invariants"]} == {"held", "undecided"}
     suite = ElementTree.parse(junit).getroot()
-    assert (suite.get("tests"), suite.get("failures")) == (str(len(RULES)), "0")
+    assert "the file ends in " in report["damage"] and report["damage"] in done.stderr
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(RULES) + 1), "1")
+    assert suite.findall("testcase/failure")[0].get("message") == report["damage"]
 
 
 def test_file_that_is_none_is_one_line(run_cli: RunCli, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_message_is_told_as_json(run_cli: RunCli, recording_path: Path) -> None:
     report = json.loads(run_cli("explain", recording_path, "--message", offer["id"], "--json").stdout)
 
     assert (listed["schema"]["name"], report["message"]["id"]) == ("vmbus-emu.explain", offer["id"])
-    assert (report["owed"], listed["owed"]) == ([], [])
+    assert (report["owed"], listed["owed"], listed["damage"]) == ([], [], "")
     first = report["steps"][0]
     assert (first["role"], first["actor"], first["context"], first["later_ns"]) == ("posted", "hypervisor", "host", 0)
     assert {"slot_write", "isr", "dpc", "work_run", "probe"} <= {step["role"] for step in report["steps"]}
