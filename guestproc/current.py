@@ -52,6 +52,7 @@ class Current:
         self.hooks: Final = hooks
         self.machine: Final = hooks.machine
         self.tables: Final = tables
+        tables.ram.reserve = memory.reserve
         self.era: Final = era
         self.rings: Final = rings
         self.memory: Final = memory

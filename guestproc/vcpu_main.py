@@ -23,7 +23,7 @@ from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.steering import take_what_was_left
 from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
-from guestproc.kernel.layout import KernelTables
+from guestproc.kernel.layout import KernelTables, compute
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.tasklet_trace import RecordedTaskletQueue
 from guestproc.kernel.wait import SECOND_NS
@@ -165,9 +165,13 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     vp_indices = [machine.vp_index(position) for position in positions]
     era = ERAS[machine.config["machine"]["era"]]
     try:
+        for gpa, nbytes in compute(machine.ram.size, machine.vp_count).looked_at():
+            machine.ram.reserve(gpa, nbytes)
         tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices)
     except OutOfMemory as error:
         raise BootFailed(str(error)) from None
+    except OSError as error:
+        raise BootFailed(f"no memory behind the guest's tables: {error.strerror}; is /dev/shm full?") from None
     current = _current(vcpu, tables, report)
     _note_numa(machine, tables)
     _expect(vmbus_bus_init(current, machine.vp_count), "vmbus_bus_init")

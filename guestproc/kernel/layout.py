@@ -15,7 +15,7 @@ in RAM is laid out as its own code thinks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -341,6 +341,9 @@ ARRAYS: Final[Mapping[str, int]] = {
 depends on RAM."""
 
 
+SMALL_TABLE_BYTES: Final = 1 << 15
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one table lies: its GPA, its bytes, a record's bytes (0: an array) and how many records."""
@@ -364,6 +367,15 @@ class Layout:
     def end_page(self) -> int:
         """One behind the last page of RAM."""
         return self.ram_bytes // PAGE_SIZE
+
+    def looked_at(self) -> Iterator[tuple[int, int]]:
+        """GPA and bytes of what anybody may read although nothing was written there yet.
+
+        A first read needs memory, too. Of a pool of records that is the header alone; the pages' columns are left out.
+        """
+        for placement in self.tables.values():
+            small = placement.nbytes <= SMALL_TABLE_BYTES
+            yield placement.gpa, placement.nbytes if small else PAGE_SIZE
 
 
 def compute(ram_bytes: int, ncpus: int) -> Layout:

@@ -13,7 +13,7 @@ lock covers all columns but `used`, which belongs to the page's owner.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -164,7 +164,7 @@ class PageAllocator:
                 self._zone.refusals += 1
         if not pfn:
             raise OutOfMemory(f"no {count} contiguous pages of guest RAM for {owner_text(owner)}, {self._state()}")
-        self._prepare(run, owner, zeroed)
+        self._prepare(actor, [run], owner, zeroed)
         return run
 
     def alloc_scattered(self, actor: Actor, count: int, owner: int, seed: int, *, zeroed: bool = True) -> list[PageRun]:
@@ -184,8 +184,7 @@ class PageAllocator:
                 self._zone.refusals += 1
         if not runs:
             raise OutOfMemory(f"no {count} scattered pages of guest RAM for {owner_text(owner)}, {self._state()}")
-        for run in runs:
-            self._prepare(run, owner, zeroed)
+        self._prepare(actor, runs, owner, zeroed)
         random.Random(seed).shuffle(runs)
         return runs
 
@@ -196,6 +195,12 @@ class PageAllocator:
         if self._poison_freed:
             for pfn in run.pfns:
                 self._ram.octets[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT] = POISON_PAGE
+        self._give_back(actor, run)
+        if self.ledger is not None:
+            self.ledger("free", run, owner)
+
+    def _give_back(self, actor: Actor, run: PageRun) -> None:
+        """The run's pages are free again."""
         with self._lock.hold(actor):
             self.assert_live(run)
             start, end = 4 * run.pfn, 4 * (run.pfn + run.count)
@@ -203,8 +208,6 @@ class PageAllocator:
             self._count[run.pfn] = 0
             self._zone.free_pages += run.count
             self._give(run.pfn, run.count)
-        if self.ledger is not None:
-            self.ledger("free", run, owner)
 
     def assert_live(self, run: PageRun) -> None:
         """The run is still the one that was handed out."""
@@ -256,19 +259,34 @@ class PageAllocator:
         self._count[pfn] = count
         return PageRun(pfn, count, generation)
 
-    def _prepare(self, run: PageRun, owner: int, zeroed: bool) -> None:
-        """Without the lock, the pages are ours: clear those that somebody had before."""
-        end = run.pfn + run.count
-        used = bytes(self._used[run.pfn : end])
+    def _prepare(self, actor: Actor, runs: Sequence[PageRun], owner: int, zeroed: bool) -> None:
+        """Without the lock, the pages are ours: clear those that somebody had before.
+
+        Who had a page need not have touched it, so there may be no memory behind it: then all go back, and
+        OutOfMemory is raised.
+        """
         if zeroed:
-            position = used.find(1)
-            while position >= 0:
-                gpa = run.pfn + position << PAGE_SHIFT
-                self._ram.octets[gpa : gpa + PAGE_SIZE] = ZERO_PAGE
-                position = used.find(1, position + 1)
-        self._used[run.pfn : end] = b"\1" * run.count
-        if self.ledger is not None:
-            self.ledger("alloc", run, owner)
+            try:
+                for run in runs:
+                    self._clear(run)
+            except OutOfMemory:
+                for run in runs:
+                    self._give_back(actor, run)
+                raise
+        for run in runs:
+            self._used[run.pfn : run.pfn + run.count] = b"\1" * run.count
+            if self.ledger is not None:
+                self.ledger("alloc", run, owner)
+
+    def _clear(self, run: PageRun) -> None:
+        """Zero what was used before."""
+        used = bytes(self._used[run.pfn : run.pfn + run.count])
+        position = used.find(1)
+        while position >= 0:
+            gpa = run.pfn + position << PAGE_SHIFT
+            self._ram.reserve(gpa, PAGE_SIZE)
+            self._ram.octets[gpa : gpa + PAGE_SIZE] = ZERO_PAGE
+            position = used.find(1, position + 1)
 
     def _take(self, order: int) -> int:
         """Under the lock: a block of this order off the free lists, split if need be; 0: there is none."""

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
+from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELAXED, RELEASE, AtomicU32, AtomicU64, AtomicView
 
 RECORD_HEADER_SIZE: Final = 8
@@ -42,10 +43,14 @@ Views = tuple[memoryview, memoryview, memoryview, dict[int, Any]]
 """A record as u8, u32 and u64 words, and its parts by offset."""
 
 
+def _always_there(_gpa: int, _length: int) -> None:
+    """RAM that is memory already has nothing to reserve."""
+
+
 class Ram:
     """Guest RAM as this process sees it: bytes and atomic words at guest physical addresses."""
 
-    __slots__ = ("atomics", "buffer", "octets", "size", "variants")
+    __slots__ = ("atomics", "buffer", "octets", "reserve", "size", "variants")
 
     def __init__(self, buffer: Any, atomics: AtomicView | None = None) -> None:
         # The collector of CPython 3.11 dies of an AtomicView on a memoryview that goes in the same cycle.
@@ -56,6 +61,8 @@ class Ram:
         self.size: Final = len(self.octets)
         self.variants: dict[Any, Any] = {}
         """What this process builds in place of a class: its recorded variant, where the machine records."""
+        self.reserve: Callable[[int, int], None] = _always_there
+        """Called with GPA and length before a first touch; raises OutOfMemory when the tmpfs behind RAM is full."""
 
     def variant(self, cls: type[P]) -> type[P]:
         """What is to be built for a class."""
@@ -542,10 +549,14 @@ class Table(Generic[R]):
                 return position - 1
 
     def _take_fresh(self) -> int:
-        """Index of a record that was never taken, -1 if there is none left."""
+        """Index of a record that was never taken, -1 if there is none left, or no memory behind it."""
         while True:
             taken = self._taken.load()
             if taken >= self.capacity:
+                return -1
+            try:
+                self.ram.reserve(self.record_gpa(taken), self.record_size)
+            except OutOfMemory:
                 return -1
             if self._taken.cas(taken, taken + 1) == taken:
                 return taken

@@ -381,19 +381,35 @@ def test_no_guest_ends_by_its_deadline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mount", ["mount -t tmpfs -o size=64k tmpfs /dev/shm", "mount -t tmpfs -o ro tmpfs /dev/shm"])
 def test_full_or_readonly_shared_memory_is_one_line(tmp_path: Path, mount: str) -> None:
     """Without room in /dev/shm, or with none to write, a run says so in one line with exit code 3."""
-    command = f"{mount} && exec {sys.executable} -m tools.entry run --duration 0"
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", command],
-        cwd=tmp_path,
-        env=environment(tmp_path),
+    done = run_behind(mount, tmp_path)
+
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1 and "/dev/shm" in done.stderr
+
+
+def test_shared_memory_that_fills_up_is_a_guest_without_memory(tmp_path: Path) -> None:
+    """No process dies of it: some devices have no channel, the log says why, and nothing leaks or stays."""
+    done = run_behind("mount -t tmpfs -o size=6m tmpfs /dev/shm", tmp_path, "--device", "echo:60", "--json")
+
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    told = report(done.stdout)
+    assert 0 < told["channels_open"] < 60 and told["leaked"] == 0 and told["state_violations"] == []
+    assert any("No space left on device" in line for line in told["log"])
+
+
+def run_behind(mount: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`run` with a /dev/shm of its own."""
+    command = f'{mount} && "$@"; status=$?; test -z "$(ls /dev/shm)" && exit $status'
+    words = [sys.executable, "-m", "tools.entry", "run", "--duration", "0", *arguments]
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, "sh", *words],
+        cwd=home,
+        env=environment(home),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-
-    assert done.returncode == 3, (done.stdout, done.stderr)
-    assert done.stderr.count("\n") == 1 and "/dev/shm" in done.stderr
 
 
 def test_json_survives_a_reader_that_leaves(tmp_path: Path) -> None:

@@ -289,3 +289,20 @@ def test_the_columns_take_the_room_they_say() -> None:
     """Seven columns, 22 bytes a page, each on cache lines of its own."""
     assert PageAllocator.footprint(128) == 5 * 512 + 2 * 128
     assert Table.footprint(Waiter, 64) <= ZONE_GPA - WAITERS_GPA
+
+
+def test_pages_that_nobody_touched_may_have_no_memory_behind_them() -> None:
+    """Handed out and given back untouched, then the tmpfs is full: OutOfMemory, and nothing is lost."""
+    world = World()
+    run = world.alloc(4)
+    world.pages.free(world.actor, run)
+    free = world.pages.free_pages
+
+    def full(_gpa: int, _length: int) -> None:
+        raise OutOfMemory("no pages")
+
+    world.lone.ram.reserve = full
+    with pytest.raises(OutOfMemory):
+        world.alloc(4)
+
+    assert world.pages.free_pages == free and not world.pages.in_use_by_owner()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emu.errors import OutOfMemory
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.records import (
     POISON,
@@ -340,3 +341,17 @@ def test_a_table_takes_the_room_it_says() -> None:
 
     assert Table.footprint(Sample, 3) == TABLE_HEADER_SIZE + 3 * Sample.SIZE
     assert table.record_gpa(3) == GPA + Table.footprint(Sample, 3)
+
+
+def test_record_without_memory_behind_it_is_one_less() -> None:
+    """Where the tmpfs is full a fresh record is refused and counted; one that was there before is taken again."""
+    table = new_table()
+    old = take(table)
+
+    def full(_gpa: int, _length: int) -> None:
+        raise OutOfMemory("no pages")
+
+    table.ram.reserve = full
+    assert (table.alloc(), table.refusals, table.in_use) == (None, 1, 1)
+    table.free(old)
+    assert take(table).index == old.index
