@@ -30,11 +30,13 @@ class TmpfsCopy:
     def refresh(self) -> None:
         """Make the copy what the trees are now; what did not change is not touched."""
         want = dict(self._walk())
-        for path in reversed([path for path in self._have if self._differs(path, want)]):
+        # Links come last and go first, as the kernel has it: no link of the bus leads to a device that is half there.
+        gone = reversed([path for path in self._have if self._differs(path, want)])
+        for path in sorted(gone, key=lambda path: not isinstance(self._have[path], Link)):
             self._remove(path)
-        for path, entry in want.items():
-            if path not in self._have or self._have[path] != entry:
-                self._put(path, entry)
+        new = [path for path, entry in want.items() if path not in self._have or self._have[path] != entry]
+        for path in sorted(new, key=lambda path: isinstance(want[path], Link)):
+            self._put(path, want[path])
         self._have = want
 
     def _differs(self, path: str, want: dict[str, Entry]) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,34 @@ def test_what_did_not_change_is_not_touched(tmp_path: Path, copy: TmpfsCopy) -> 
     copy.refresh()
 
     assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_link_never_leads_to_what_is_half_there(
+    tmp_path: Path, copy: TmpfsCopy, entries: dict[str, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when its device is whole, and goes before anything of the device does."""
+    entries["bus"] = FixedDirectory({"a": Link("../device")})
+    entries.update({"device": entries.pop("device")})  # behind the link, in the order of the tree
+    whole = {"id", "cpu"}
+    seen = []
+
+    def looking(call: Callable[..., None]) -> Callable[..., None]:
+        def then_look(*arguments: Any, **more: Any) -> None:
+            call(*arguments, **more)
+            link = tmp_path / "tree/bus/a"
+            if link.is_symlink():
+                seen.append({path.name for path in link.iterdir()})
+
+        return then_look
+
+    for name in ("mkdir", "rmdir", "rename", "unlink"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    copy.refresh()
+    entries.clear()
+    copy.refresh()
+
+    assert seen and all(names == whole for names in seen)
+    assert found(tmp_path) == {}
 
 
 def test_attribute_that_cannot_be_read_is_absent_until_it_can(
