@@ -7,6 +7,7 @@ guest may post any semaphore as often as it likes: a full one has a token for ev
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import posix_ipc
 
@@ -33,6 +34,9 @@ class Wakeup:
         try:
             return cls(posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0))
         except posix_ipc.ExistentialError:
+            if not Path("/dev/shm").is_dir():
+                # The library's one word for "exists already" and "is nowhere to be made".
+                raise MissingPrerequisite(f"no /dev/shm for semaphore {name}; mount a tmpfs there") from None
             cure = "`vmbus-emu clean` removes what a dead machine left"
             raise UserError(f"semaphore {name} exists already; {cure}") from None
         except (OSError, posix_ipc.Error) as error:
