@@ -16,6 +16,7 @@ from emu.machine import Machine
 from tools.crash_records import KEPT, crash_dir
 from tools.flight import save_flight
 from tools.launch import MachineDied, RunningMachine
+from tools.output import say
 from tools.paths import made
 
 
@@ -29,14 +30,14 @@ def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[N
         raise
 
 
-def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: float = 0.0) -> Path:
+def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: float = 0.0) -> Path | None:
     """Write one JSON file (deaths, process table, counters, the guest's log, all state); the newest ten are kept.
+
+    None, and a line that says why, when it cannot be written: the death itself is still told.
 
     On a machine that records, the last `flight_s` seconds are saved beside it, and it names them.
     """
     death.flight = save_flight(running, flight_s, f"crash: {death.deaths[0].report().splitlines()[0]}")
-    directory = made(crash_dir())
-    path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
     control = running.machine.control
     record = {
         "schema": {"name": "vmbus-emu.crash", "version": 1},
@@ -55,7 +56,13 @@ def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: fl
         "state": state_of(running.machine),
         "flight": None if death.flight is None else str(death.flight),
     }
-    path.write_text(json.dumps(record, indent=1, default=str))
+    try:
+        directory = made(crash_dir())
+        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
+        path.write_text(json.dumps(record, indent=1, default=str))
+    except OSError as error:
+        say(f"vmbus-emu: no crash record: {error}")
+        return None
     for old in sorted(directory.glob("*.json"))[:-KEPT]:
         old.unlink(missing_ok=True)
     return path

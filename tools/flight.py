@@ -27,10 +27,10 @@ def save_flight(running: RunningMachine, seconds: float, reason: str) -> Path | 
     """Save the last seconds of a machine that records; None if it does not. `reason` goes into the file's head."""
     if not seconds or not running.machine.control.recording:
         return None
-    directory = made(state_dir() / "flights")
-    path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.rec"
     now = time.monotonic_ns()
     try:
+        directory = made(state_dir() / "flights")
+        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.rec"
         writer = RecordingWriter(path, running.machine, flight=reason, since_ns=now - int(seconds * 1e9))
         writer.close()
     except UserError as error:

@@ -117,7 +117,8 @@ def boot(running: RunningMachine) -> Boot:
         refused = REFUSAL in text
         died = False
         if isinstance(error, MachineDied) and not refused:
-            text += f"; crash record: {write_crash_record(running, error)}"
+            record = write_crash_record(running, error)
+            text += "" if record is None else f"; crash record: {record}"
             died = True
         ok = expected is None and refused
         return Boot(spec.era, version_text(spec.host_version), refused=text, ok=ok, died=died)

@@ -6,10 +6,17 @@ A variable that is unset, empty or relative counts as unset, as the XDG specific
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Final
 
+from emu.errors import UserError
+
 _DIRECTORY: Final = "vmbus-emu"
+
+
+class NotMade(UserError, OSError):
+    """A directory of ours cannot be made: a line for the user, unless it is caught as the OSError that it is, too."""
 
 
 def config_dir() -> Path:
@@ -29,11 +36,23 @@ def cache_dir() -> Path:
 
 def made(directory: Path) -> Path:
     """The same directory, made if it was not there, for this user alone."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        cure = "set HOME, or XDG_STATE_HOME and XDG_CACHE_HOME, to directories that can be written"
+        raise NotMade(f"cannot make {directory}: {error.strerror}; {cure}") from None
     return directory
 
 
 def _base(variable: str, fallback: str) -> Path:
     value = os.environ.get(variable, "")
-    base = Path(value) if value.startswith("/") else Path.home() / fallback
+    base = Path(value) if value.startswith("/") else _home() / fallback
     return base / _DIRECTORY
+
+
+def _home() -> Path:
+    """The user's home; where there is none (a container's user without a name), a place for temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"{_DIRECTORY}-{os.getuid()}"

@@ -145,7 +145,8 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             outcome.deaths = [one.report() for one in death.deaths]
             outcome.counters = running.machine.control.counter_totals()
             outcome.faults = running.faults.report()
-            outcome.crash_record = str(write_crash_record(running, death, options.flight_s))
+            record = write_crash_record(running, death, options.flight_s)
+            outcome.crash_record = None if record is None else str(record)
             outcome.flight = death.flight
             look(running, outcome)
     if scenario.plugins or outcome.unopened:

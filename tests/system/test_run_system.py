@@ -165,6 +165,21 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert_gone(name)
 
 
+def test_death_is_told_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    """A state directory that cannot be made costs the crash record and the finding, each a line, and nothing else."""
+    (tmp_path / "state").write_text("")
+    with ended(start(tmp_path, "run", "--name", "t-nowhere", "--json")) as process:
+        wait_until_open("t-nowhere", process)
+        os.kill(inner_pids("t-nowhere")["vcpu0"], signal.SIGKILL)
+        output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 4, errors
+    assert "no crash record: cannot make" in errors and "internal error" not in errors
+    told = report(output)
+    assert "vcpu0" in told["deaths"][0] and told["crash_record"] is None
+    assert_gone("t-nowhere")
+
+
 def test_killed_process_ends_a_stress_which_says_how_to_repeat_it(tmp_path: Path) -> None:
     """Exit code 4, the process, a crash record that exists, the seed; nothing left."""
     scenario = tmp_path / "four.toml"

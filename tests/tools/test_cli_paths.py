@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from emu.errors import UserError
 from tools.paths import cache_dir, config_dir, made, state_dir
 
 PLACES = [
@@ -48,3 +51,24 @@ def test_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
 
     assert directory.stat().st_mode & 0o777 == 0o700
     assert made(directory) == directory
+
+
+def test_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    """A file is in its way: the user's to mend, or an OSError for who can go on without."""
+    (tmp_path / "a").write_text("")
+
+    for kind in (UserError, OSError):
+        with pytest.raises(kind, match="cannot make .*/a/b: Not a directory; set HOME"):
+            made(tmp_path / "a" / "b")
+
+
+def test_user_without_a_home_has_a_place_of_his_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME, and no line in /etc/passwd either."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+
+    assert state_dir() == Path(tempfile.gettempdir()) / f"vmbus-emu-{os.getuid()}" / ".local/state/vmbus-emu"
