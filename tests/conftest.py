@@ -30,9 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     expression: str = config.getoption("markexpr", "")
     settings.load_profile("suite" if "not soak" in expression else "soak")
     keep_bytecode(config)
-    # In the background of a shell it is ignored, and so it would be in every program that a test interrupts.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # In the background of a shell both are ignored, and so they would be in every program that a test interrupts.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
