@@ -402,7 +402,8 @@ Bound = Callable[[], None]
 BoundFirst = Callable[..., None]
 """`(a, b=0)`: the same for an event whose last words differ."""
 BoundPair = Callable[[int], None]
-"""Records always the same two events, at the time it is given (CLOCK_MONOTONIC ns): that of the first."""
+"""Records always the same two events: the first at the time it is given (CLOCK_MONOTONIC ns), the second 1 ns later, so
+that whoever sorts by time has them in order."""
 Bind = Callable[..., Bound]
 BindFirst = Callable[..., BoundFirst]
 BindPair = Callable[[tuple[int, ...], tuple[int, ...]], BoundPair]
@@ -554,14 +555,14 @@ def _functions(recorder: Recorder, segment: Segment, slot: int) -> tuple[Record,
             nonlocal at, count
             context = recorder.context
             if at != last and count < _LAST_SEQUENCE:
-                pack_both(memory, at, time_ns, count, same[context], time_ns, count + 1, other[context])
+                pack_both(memory, at, time_ns, count, same[context], time_ns + 1, count + 1, other[context])
                 count += 2
                 at += 2 * RECORD_BYTES
                 if at == end:
                     at = begin
             else:
-                for part in same, other:
-                    pack_same(memory, at, time_ns, count & 0xFFFFFFFF, part[context])
+                for behind, part in enumerate((same, other)):
+                    pack_same(memory, at, time_ns + behind, count & 0xFFFFFFFF, part[context])
                     count += 1
                     at = begin if at == last else at + RECORD_BYTES
             store(count)

@@ -148,13 +148,13 @@ def test_bound_record_is_what_record_writes(segment: Segment) -> None:
 
 
 def test_bound_pair_has_the_time_it_was_given(segment: Segment) -> None:
-    """Both records happened at the time of the first."""
+    """The first event; the second is a nanosecond behind it, so that whoever sorts by time keeps their order."""
     recorder = Recorder(segment, 0)
     recorder.bind_pair((E_EOM,), (E_OFFER,))(12345)
 
     assert [(record[0], record[1], record[2]) for record in RECORD.iter_unpack(Drain(segment).take(0))] == [
         (12345, 0, E_EOM),
-        (12345, 1, E_OFFER),
+        (12346, 1, E_OFFER),
     ]
 
 
