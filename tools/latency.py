@@ -52,6 +52,7 @@ RECORDED: Final = "round_trip_recorded"
 MOST_SIZE: Final = 8_192
 HOT_PLUGS: Final = 20
 _PACKET_NAMES: Final = ("p50", "p90", "p99", "p999")
+OTHER_PICTURES: Final = frozenset({".png", ".gif", ".jpg", ".jpeg", ".webp", ".pdf"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ def latency(
     check_record_path(record_path)
     for path, option in ((hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
         check_writable(path, option)
+    if plot is not None and plot.suffix.lower() in OTHER_PICTURES:
+        raise UserError(f"--plot {plot}: the curves are written as SVG; name the file {plot.with_suffix('.svg')}")
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)

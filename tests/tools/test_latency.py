@@ -108,6 +108,7 @@ def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
         (("--compare", str(Path(__file__))), "no report; give what `vmbus-emu latency --json` printed"),
         (("--hgrm", "nowhere/x.hgrm"), "--hgrm nowhere/x.hgrm: No such file or directory; choose"),
         (("--plot", "."), "--plot .: Is a directory; choose"),
+        (("--plot", "x.png"), "--plot x.png: the curves are written as SVG; name the file x.svg"),
         (("--vcpus", "0"), "--vcpus"),
         (("--size", "9000"), "--size"),
     ],
