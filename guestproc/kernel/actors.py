@@ -16,7 +16,7 @@ from emu.tracing import not_recorded
 from guestproc.kernel.records import Atomic32, Record, Table, Word, field_of
 
 if TYPE_CHECKING:
-    from guestproc.kernel.locks import Lock
+    from guestproc.kernel.locks import Ranked
 
 SLOT_BITS: Final = 12
 NOBODY: Final = 0
@@ -157,7 +157,7 @@ class Actor:
         self.context: Final = hooks.context
         self.kick_cpu: Final = hooks.kick_cpu
         self.send_ipi: Final = hooks.send_ipi
-        self.held: Final[list[tuple[Lock, int]]] = []
+        self.held: Final[list[tuple[Ranked, int]]] = []
         """Locks held, in the order of taking (so in the order of rank), each with the saved flags."""
         self.record: Final = record
         """Records an event; what is chosen to record calls it, and nothing else."""

@@ -16,13 +16,13 @@ from typing import Final
 from emu.errors import DeadlinePassed
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Connection
-from guestproc.kernel.locks import Lock, Rank
+from guestproc.kernel.locks import Rank, Ranked
 from guestproc.kernel.wait import SECOND_NS
 
 WRITER_TIMEOUT_NS: Final = 60 * SECOND_NS
 
 
-class CpusReadLock(Lock):
+class CpusReadLock(Ranked):
     """`with cpus_read_lock(connection, actor):`; the processors stay as they are for the block."""
 
     __slots__ = ("_actor", "_connection")

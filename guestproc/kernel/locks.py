@@ -10,6 +10,7 @@ lock whose owner died, or that is not had within its time, stops the machine by 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from enum import IntEnum
 from types import TracebackType
@@ -64,8 +65,8 @@ class LockOwnerDied(VmbusError):
         self.owner = owner
 
 
-class Lock:
-    """What both kinds share: a name, a rank, and the check of ranks."""
+class Ranked:
+    """What an actor can hold: it has a name, and a rank that must be above those of what is held already."""
 
     __slots__ = ("name", "rank")
 
@@ -73,30 +74,36 @@ class Lock:
         self.name: Final = name
         self.rank: Final = rank
 
+    def out_of_rank(self, actor: Actor) -> AssertionError:
+        """The error for taking this above one of a higher or equal rank."""
+        names = ", ".join(f"{lock.name} ({lock.rank.name})" for lock, _ in actor.held)
+        return AssertionError(f"{actor} takes {self.name} ({self.rank.name}) while holding {names}")
+
+
+class Lock(Ranked, ABC):
+    """What both kinds of lock share: one actor at a time holds it."""
+
+    __slots__ = ()
+
+    @abstractmethod
     def acquire(self, actor: Actor) -> None:
         """Take the lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, actor: Actor) -> None:
         """Give the lock back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hold(self, actor: Actor) -> AbstractContextManager[None]:
         """`with lock.hold(actor):` takes the lock for the block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_held_by(self, actor: Actor) -> bool:
         """Whether this actor holds the lock."""
-        raise NotImplementedError
 
     def assert_held(self, actor: Actor) -> None:
         """`lockdep_assert_held`."""
         assert self.is_held_by(actor), f"{actor} needs {self.name} and does not hold it"
-
-    def out_of_rank(self, actor: Actor) -> AssertionError:
-        """The error for taking this lock above one of a higher or equal rank."""
-        names = ", ".join(f"{lock.name} ({lock.rank.name})" for lock, _ in actor.held)
-        return AssertionError(f"{actor} takes {self.name} ({self.rank.name}) while holding {names}")
 
 
 class Spinlock(Lock):

@@ -21,9 +21,10 @@ about 100 ns, the check of the generation included. `fields` writes or reads nei
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from struct import Struct
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELAXED, RELEASE, AtomicU32, AtomicU64, AtomicView
@@ -86,7 +87,7 @@ class Ram:
         return self.octets[gpa : gpa + 8 * count].cast("Q")
 
 
-class Field:
+class Field(ABC):
     """One field of a record class: its size, alignment and the lock that covers it (or "atomic: why")."""
 
     def __init__(self, size: int, align: int, lock: str) -> None:
@@ -96,9 +97,9 @@ class Field:
         self.name = ""
         self.offset = 0
 
+    @abstractmethod
     def accessor(self) -> property:
         """The property that stands in the record class instead of this field."""
-        raise NotImplementedError
 
 
 class Word(Field):
@@ -108,11 +109,11 @@ class Word(Field):
         assert size in (1, 4, 8)
         super().__init__(size, size, lock)
 
-    def __get__(self, record: Record, owner: type[Record]) -> int:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what stands there is the accessor
 
-    def __set__(self, record: Record, value: int) -> None:
-        raise NotImplementedError
+        def __get__(self, record: Record, owner: type[Record]) -> int: ...
+
+        def __set__(self, record: Record, value: int) -> None: ...
 
     def accessor(self) -> property:
         """Read and write one element of the record's memory, generation first."""
@@ -168,11 +169,11 @@ class Blob(Field):
     def __init__(self, size: int, lock: str) -> None:
         super().__init__(size, 8, lock)
 
-    def __get__(self, record: Record, owner: type[Record]) -> bytes:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what stands there is the accessor
 
-    def __set__(self, record: Record, value: bytes) -> None:
-        raise NotImplementedError
+        def __get__(self, record: Record, owner: type[Record]) -> bytes: ...
+
+        def __set__(self, record: Record, value: bytes) -> None: ...
 
     def accessor(self) -> property:
         """Copy the bytes out, or in."""
@@ -202,8 +203,9 @@ class Part(Field, Generic[P]):
         super().__init__(size, align, lock)
         self.build = build
 
-    def __get__(self, record: Record, owner: type[Record]) -> P:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what stands there is the accessor
+
+        def __get__(self, record: Record, owner: type[Record]) -> P: ...
 
     def accessor(self) -> property:
         """Build the part at its first use in this process; check the generation at every use."""
