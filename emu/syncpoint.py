@@ -14,6 +14,7 @@ in a task of the host, differs: each process has its own way to wait (`guestproc
 
 from __future__ import annotations
 
+import mmap
 from enum import Enum, IntEnum
 from typing import Final, Self
 
@@ -117,6 +118,8 @@ _BY_NUMBER: Final = {int(point): point for point in Point}
 BY_TEXT: Final = {point.text: point for point in Point}
 """Points by the name that schedules use."""
 
+Armed = bytes | mmap.mmap
+"""A byte for each point, not 0 where a ticket is armed."""
 NOT_ARMED: Final = bytes(POINT_BYTES)
 """`armed` of a machine without schedules."""
 
@@ -173,9 +176,12 @@ class Tickets:
         self._plan = FaultPlan(control)
         self.clock = control.clock
 
-    def armed(self) -> memoryview:
-        """A byte a point: how many tickets are armed for it; for actors, as it keeps the segment mapped."""
-        return memoryview(self._memory)[self._bytes : self._bytes + POINT_BYTES]
+    def armed(self) -> mmap.mmap:
+        """A byte a point: how many tickets are armed for it; for actors, as it keeps the segment mapped.
+
+        A mapping of its own, to look at: that takes a tenth less than through a memoryview.
+        """
+        return mmap.mmap(self.control.segment.fd, POINT_BYTES, prot=mmap.PROT_READ, offset=self._bytes)
 
     # -- the director's half ------------------------------------------------------------------------
 

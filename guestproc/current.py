@@ -15,7 +15,7 @@ from emu.errors import ProtocolViolation
 from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
-from emu.syncpoint import NOT_ARMED, unreachable
+from emu.syncpoint import NOT_ARMED, Armed, unreachable
 from emu.tracing import E_REFUSED, BoundPair, not_recorded, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
@@ -77,7 +77,7 @@ class Current:
         self.percpu_lists: Final = era.percpu_lists or not self.fix.global_relid_map
         """Whether an interrupt finds its channel on its processor's chan_list: era `seed`, or wrong on purpose (F1)."""
         points = Points(hooks, self.record) if self.machine.races else None
-        self.armed: Final[bytes | memoryview] = NOT_ARMED if points is None else points.armed
+        self.armed: Final[Armed] = NOT_ARMED if points is None else points.armed
         """A byte for each sync point: `if current.armed[POINT]: current.reach(POINT, relid)`."""
         self.reach: Final[Callable[..., None]] = unreachable if points is None else points.reach
         if points is not None and isinstance(hooks, Vcpu):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from emu.interrupt_trace import RecordedHalt
 from emu.interrupts import AWAKE, HALTED
 from emu.switches import Fix
-from emu.syncpoint import Point
+from emu.syncpoint import Armed, Point
 from emu.tracing import Recorder
 
 _AFTER_QUEUE_CHECK = int(Point.HOST_AFTER_QUEUE_CHECK)
@@ -22,7 +22,7 @@ _AFTER_QUEUE_CHECK = int(Point.HOST_AFTER_QUEUE_CHECK)
 class Holder(Protocol):
     """Whose halt it is: its points, once it has any."""
 
-    armed: bytes | memoryview
+    armed: Armed
     reach: Callable[..., None]
 
 

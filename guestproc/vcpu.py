@@ -34,7 +34,7 @@ from emu.interrupts import (
 from emu.layout import VP_RUN_STATE, MachineState, vp_page_offset
 from emu.machine import KICK_SIGNAL, Machine, VpKick
 from emu.switches import Fix
-from emu.syncpoint import NOT_ARMED, Point, unreachable
+from emu.syncpoint import NOT_ARMED, Armed, Point, unreachable
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Bound, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
@@ -133,7 +133,7 @@ class Vcpu:
         self._computing = False
         self._stopping = machine.control.state_word.load
         self._wakeup = machine.wakeup(f"vp.{self.position}")
-        self.armed: bytes | memoryview = NOT_ARMED
+        self.armed: Armed = NOT_ARMED
         self.reach: Callable[..., None] = unreachable
         """This processor's sync points, once its kernel thread has any."""
         halt: Callable[..., Halt] = partial(halt_of, self.trace)
@@ -471,7 +471,7 @@ class WorkerThread:
             deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
         )
 
-    def stop_at_turns(self, armed: bytes | memoryview, reach: Callable[[int], None]) -> None:
+    def stop_at_turns(self, armed: Armed, reach: Callable[[int], None]) -> None:
         """In a machine that runs schedules: each sleep ends at a sync point, so that who was woken can be held."""
         sleep = self._sleep
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from emu.machine import Machine
-from emu.syncpoint import NOT_ARMED, PointAction, Tickets, director_wakeup
+from emu.syncpoint import NOT_ARMED, Armed, PointAction, Tickets, director_wakeup
 from emu.tracing import E_POINT, Recorder
 
 _HELD: Final = int(PointAction.HELD)
@@ -20,7 +20,7 @@ _PASSED: Final = int(PointAction.PASSED)
 class NoPoints:
     """The points of a host that runs no schedule: nothing is ever armed."""
 
-    armed: bytes | memoryview = NOT_ARMED
+    armed: Armed = NOT_ARMED
 
     def hold(self, point: int, relid: int, rest: Callable[[], object]) -> bool:
         """Whether `rest` was put aside; if not, the caller does it now."""

@@ -15,7 +15,7 @@ from itertools import repeat
 from statistics import median
 from typing import Final
 
-from emu.syncpoint import NOT_ARMED, Point, Tickets, unreachable
+from emu.syncpoint import NOT_ARMED, Armed, Point, Tickets, unreachable
 from tools.anchors import Against, Anchor
 from tools.bench_echo import round_trips
 from tools.exchanges import exchanged, exchanging_machine
@@ -32,7 +32,7 @@ _AT: Final = int(Point.CHAN_AFTER_CALLBACK)
 class Holder:
     """Whoever comes to points, as `guestproc.current.Current` does."""
 
-    def __init__(self, armed: bytes | memoryview) -> None:
+    def __init__(self, armed: Armed) -> None:
         self.armed: Final = armed
         self.reach: Final[Callable[..., None]] = unreachable
 
@@ -49,7 +49,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
         for running in machines.values():
             pin(running, *cores)
         armed = Tickets(machines[True].machine.control).armed()
-        stack.callback(armed.release)
+        stack.callback(armed.close)
         for number in range(runs):
             disarmed.append(look_ns(Holder(armed), looks))
             plain.append(look_ns(Holder(NOT_ARMED), looks))

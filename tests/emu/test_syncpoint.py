@@ -30,11 +30,8 @@ def tickets() -> Iterator[Tickets]:
 
 def armed_byte(tickets: Tickets, point: Point) -> int:
     """What an actor looks at."""
-    view = tickets.armed()
-    try:
+    with tickets.armed() as view:
         return view[point]
-    finally:
-        view.release()
 
 
 def held(tickets: Tickets) -> bool:

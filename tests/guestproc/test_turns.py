@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmap import mmap
+
 from emu.syncpoint import Point
 from guestproc.vcpu import WorkerThread
 
@@ -10,10 +12,10 @@ def test_each_sleep_ends_at_a_point() -> None:
     """Whoever was woken, or woke for nothing, comes there, if it is armed; what the sleep said is passed on."""
     hooks = WorkerThread.__new__(WorkerThread)
     reached: list[int] = []
-    armed, slept = bytearray(64), iter([True, True, False])
+    armed, slept = mmap(-1, 64), iter([True, True, False])
     hooks._sleep = lambda _timeout_s: next(slept)
 
-    hooks.stop_at_turns(memoryview(armed), reached.append)
+    hooks.stop_at_turns(armed, reached.append)
 
     assert hooks._sleep(1.0) and reached == []
     armed[Point.TURN] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import mmap
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,8 +46,8 @@ def host() -> Iterator[Host]:
     try:
         yield made
     finally:
-        assert isinstance(made.points.armed, memoryview)
-        made.points.armed.release()
+        assert isinstance(made.points.armed, mmap)
+        made.points.armed.close()
         control.close()
         unlink_segment(name)
 
