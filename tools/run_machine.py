@@ -193,6 +193,7 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
     outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
     outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
     look(running, outcome)
+    outcome.offers = max(outcome.offers, outcome.surely_offered())
     if ready_pipe is not None:
         ready_pipe.write(running.name + "\n")
         ready_pipe.flush()

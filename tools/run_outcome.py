@@ -11,6 +11,8 @@ import click
 from emu.recording import RecordingWriter
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
+from emu.wire.guids import guid_to_wire
+from emu.wire.versions import VERSION_WIN8, version_from_text
 from tools.device_list import ListedDevice, device_report
 from tools.exit_status import ExitStatus
 from tools.output import print_json, print_table, say
@@ -62,10 +64,40 @@ class Outcome:
         wanted = "open" if self.foreign else "opened"
         return sum(channel.state == wanted for device in self.devices for channel in device.channels)
 
+    def surely_offered(self) -> int:
+        """Channels that the host has offered by the time the guest is up, also those that the guest let go of again.
+
+        What the mirror counts are relids in use, and a few milliseconds late.
+        """
+        opened = {device.device_id for device in self.devices if device.state == "opened"}
+        has_subchannels = self.version is not None and version_from_text(self.version) >= VERSION_WIN8
+        return sum(
+            1 + (device.subchannels if has_subchannels and device.instance in opened else 0)
+            for device in self.scenario.devices()
+        )
+
     @property
-    def unopened(self) -> bool:
-        """Whether our guest opened less than it was offered, so that its log is wanted."""
-        return not self.foreign and self.boot_s is not None and self.channels_open < self.offers
+    def unopened(self) -> int:
+        """Channels that our guest was offered and has not opened, so that its log is wanted."""
+        return 0 if self.foreign or self.boot_s is None else max(0, self.offers - self.channels_open)
+
+    def lost(self) -> int:
+        """Channels that should be open and are not; a device that no driver takes stays closed rightly.
+
+        A plugin's driver may refuse a device; that is a loss only where a fault of the plan struck.
+        """
+        struck = any(fault["hits"] for fault in self.faults)
+        if not self.unopened or (self.scenario.plugins and not struck):
+            return 0
+        # Here, as few runs want it: what is imported at the top holds up the boot.
+        from guestproc.drivers.driver import takes_sockets
+        from guestproc.drivers.table import BUILT_IN
+
+        drivers = [*BUILT_IN, *(one.driver for one in self.scenario.plugins.drivers)]
+        # A driver of sockets takes nothing else, and nobody else takes those.
+        taken = {(class_id, takes_sockets(driver)) for driver in drivers for class_id in driver.id_table}
+        idle = [one for one in self.devices if (guid_to_wire(one.class_id), one.class_name == "hv_sock") not in taken]
+        return self.unopened - sum(channel.state != "opened" for one in idle for channel in one.channels)
 
     def kicks(self) -> dict[str, int]:
         """How often a processor had to be reached, and how."""
@@ -73,14 +105,16 @@ class Outcome:
         return {kind: self.counters.get(name, 0) for kind, name in names.items()}
 
     def finding(self) -> bool:
-        """Whether something is wrong with what was seen: a mismatch, a leak."""
+        """Whether something is wrong with what was seen: a mismatch, a leak, a channel that is not open."""
         return bool(self.findings())
 
     def findings(self) -> list[str]:
         """What is wrong with what was seen, a line each."""
+        lost = self.lost()
         found = [f"{one.program.name.lower()} on cpu{one.cpu}: {one.errors} errors" for one in self.tasks if one.errors]
         if self.stream is not None and not self.stream["sha256_ok"]:
             found.append(f"{self.stream['path']} came back with another SHA-256")
+        found += [f"not open: {lost} of {self.offers} channels"] if lost else []
         found += [f"leaked: {self.leaked}"] if self.leaked else []
         found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
         return [*found, *self.state["state_violations"]]
@@ -100,6 +134,7 @@ class Outcome:
             "offers": self.offers,
             "devices": [device_report(device) for device in self.devices],
             "channels_open": self.channels_open,
+            "not_open": self.lost(),
             "boot_s": self.boot_s,
             "opened_at_ns": self.opened_at_ns,
             "kicks": self.kicks(),
@@ -208,6 +243,8 @@ def _tell_people(outcome: Outcome) -> None:
         for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
             click.echo(f"  {refusal['rule']}: {refusal['text']}")
     tell_faults(outcome.faults)
+    if lost := outcome.lost():
+        click.echo(f"not open: {lost} of {outcome.offers} channels")
     if outcome.plugin_errors:
         click.echo(f"plugin errors: {outcome.plugin_errors}")
     for text in outcome.state["state_violations"]:

@@ -42,12 +42,31 @@ def test_run_tells_its_faults(run_cli: RunCli, tmp_path: Path) -> None:
     assert len(struck) == delay["hits"] + dup["hits"]  # the launcher, who lets a guest die, records nothing
 
 
-def test_run_with_a_device_that_was_not_opened_shows_why(run_cli: RunCli) -> None:
-    """The guest's log is told when fewer channels are open than were offered."""
+def test_channel_that_a_fault_kept_from_opening_is_a_finding(run_cli: RunCli) -> None:
+    """Exit status 1, and the guest's log, when a driver's channel was offered and is not open."""
     done = run_cli("run", "--device", "echo:1", "--duration", "0", "--fault", "alloc.fail=probe")
 
-    assert done.returncode == 0 and "0 of 1 channels open" in done.stdout
+    assert done.returncode == 1 and "0 of 1 channels open" in done.stdout
+    assert "not open: 1 of 1 channels" in done.stdout and "finding kept in" in done.stderr
     assert "probe failed for device" in done.stderr
+
+
+def test_offer_that_a_fault_dropped_is_a_finding(run_cli: RunCli) -> None:
+    """The guest knows nothing of it; the host does, and so `offers` counts it."""
+    done = run_cli("run", "--device", "echo:3", "--duration", "0", "--json", "--fault", "reply.drop@kind=offerchannel")
+    report = json.loads(done.stdout)
+
+    assert (done.returncode, report["offers"], report["channels_open"], report["devices"]) == (1, 3, 0, [])
+
+
+def test_device_that_no_driver_takes_stays_closed_rightly(run_cli: RunCli) -> None:
+    """No driver of ours is one of sockets: what stays closed for that is no finding, whatever struck beside it."""
+    devices = ("--device", "hv_sock:2", "--device", "echo:1")
+    done = run_cli("run", *devices, "--duration", "0", "--json", "--fault", "reply.dup@kind=openchannel_result")
+    report = json.loads(done.stdout)
+
+    assert (done.returncode, report["offers"], report["channels_open"], report["not_open"]) == (0, 3, 1, 0)
+    assert report["faults"][0]["hits"] == 1
 
 
 def test_stress_finds_what_a_fault_spoilt_and_says_how_to_repeat_it(run_cli: RunCli) -> None:
