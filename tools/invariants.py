@@ -11,6 +11,7 @@ between doing and recording allow: so no rule depends on that order where the tw
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
@@ -56,7 +57,7 @@ class Machine:
         return self.vp_indices.index(record.vp)
 
 
-class Rule:
+class Rule(ABC):
     """One invariant. Subclasses name their events in `feeds` and may say more in `end`."""
 
     NUMBER: ClassVar[int]
@@ -71,11 +72,11 @@ class Rule:
         self.violations: list[Finding] = []
         self.count = 0
 
+    @abstractmethod
     def feeds(self) -> Mapping[str, Feed]:
         """What is to be fed with the records of which event."""
-        raise NotImplementedError
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most rules have said everything before
         """The recording ended in order: say what should have happened by now."""
 
     def violate(self, text: str, *records: TraceRecord) -> None:

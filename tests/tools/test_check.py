@@ -21,7 +21,7 @@ from tests.tools.recorded import Edited
 from tools.check import violations_of
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
-from tools.invariants import Machine, Verdict, judge
+from tools.invariants import Machine, Rule, Verdict, judge
 
 MACHINE = Machine((0, 1))
 PENDING_SIZE, REFUSED = EVENTS["pending_size"], EVENTS["refused"]
@@ -243,6 +243,12 @@ EDITS: dict[int, Callable[[Edited], None]] = {
     29: round_in_a_circle,
     30: something_illegal,
 }
+
+
+def test_rule_that_names_no_events_is_no_rule() -> None:
+    """What a rule is fed with is not left out by mistake: such a class cannot be made."""
+    with pytest.raises(TypeError, match="feeds"):
+        Rule(MACHINE)  # type: ignore[abstract]
 
 
 def test_every_rule_has_an_edit_that_breaks_it() -> None:
