@@ -12,6 +12,7 @@ import click
 
 from emu.errors import MissingPrerequisite, UserError
 from tools.anchors import Anchor
+from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
@@ -113,6 +114,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     left = list(chosen)
     lacking: list[str] = []
     with noting_interruption() as interruption:
+        raise_noted()
         for name in chosen:
             if not as_json and narrates():
                 say(f"measuring {name} …")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import FrameType
 from typing import Final
 
 import click
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from tools import output
+from tools.early_signals import catch_signals, raise_noted
 from tools.exit_status import ExitStatus
 from tools.options import json_option
 
@@ -68,6 +68,10 @@ COMMANDS: Final[Mapping[str, Entry]] = {
 }
 
 
+TELL_INTERRUPTIONS: Final = frozenset({"run", "matrix", "latency", "stress", "bench"})
+"""Commands that have something to tell when they are interrupted, from their first moment (`noting_interruption`)."""
+
+
 class CommandTable(click.Group):
     """The commands of `COMMANDS`; help is printed from the table, without importing a single one."""
 
@@ -83,6 +87,16 @@ class CommandTable(click.Group):
         command = getattr(import_module(f"tools.{name}"), name)
         assert isinstance(command, click.Command), f"tools.{name}.{name} is no command"
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; from here on signals are raised, and those that came while it was imported."""
+        name, command, rest = super().resolve_command(ctx, args)
+        catch_signals()
+        if name not in TELL_INTERRUPTIONS:
+            raise_noted()
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands under their headings."""
@@ -121,8 +135,7 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; nothing but SystemExit passes."""
-    _catch_signals()
+    """Run the command line and return its exit status; nothing passes but a SystemExit that is no signal's."""
     asked = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = 0 if _completes() else _carry_out(asked)
@@ -139,7 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VmbusError as error:
         return _complain(str(error), ExitStatus.FAILED, one_line=False)
     except (KeyboardInterrupt, click.Abort):
-        return ExitStatus.INTERRUPTED
+        return _interrupted(asked, ExitStatus.INTERRUPTED)
+    except SystemExit as leave:
+        if leave.code not in (ExitStatus.TERMINATED, ExitStatus.HANGUP):
+            raise
+        return _interrupted(asked, ExitStatus(leave.code))
     except BrokenPipeError:
         _close_stdout()
         return ExitStatus.READER_LEFT
@@ -159,6 +176,14 @@ def _carry_out(arguments: list[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     return status if isinstance(status, int) else 0
+
+
+def _interrupted(asked: list[str], status: ExitStatus) -> int:
+    """A command was ended that had nothing to tell: a program that asked for an object gets one all the same."""
+    options = asked[: asked.index("--")] if "--" in asked else asked
+    if "--json" in options and not output.told:
+        output.print_json("interrupted", 1, {"interrupted": True})
+    return status
 
 
 def _stdout_fails() -> bool:
@@ -189,18 +214,6 @@ def _usage(error: click.ClickException) -> str:
     if isinstance(error, click.UsageError) and error.ctx is not None:
         path = error.ctx.command_path
     return f"{error.format_message().rstrip('.')}; see `{path} --help`"
-
-
-def _catch_signals() -> None:
-    """The first SIGTERM or SIGHUP unwinds like Ctrl-C, so that whoever holds something lets go of it."""
-
-    def leave(signum: int, _frame: FrameType | None) -> None:
-        signal.signal(signum, signal.SIG_IGN)
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, leave)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, leave)
 
 
 def _completes() -> bool:

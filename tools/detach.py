@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 
 from emu.errors import MissingPrerequisite, UserError
+from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus
 from tools.output import print_json, say
 from tools.paths import made, state_dir
@@ -17,7 +19,11 @@ from tools.run_machine import Options, run_here
 
 
 def run_detached(options: Options) -> int:
-    """Fork the launcher into a session of its own and wait for its word, or for its end."""
+    """Fork the launcher into a session of its own and wait for its word, or for its end.
+
+    Whoever interrupts that does not want the machine.
+    """
+    raise_noted()
     reader, writer = os.pipe()
     log = made(state_dir()) / f"detached-{os.getpid()}.log"
     pid = os.fork()
@@ -25,8 +31,14 @@ def run_detached(options: Options) -> int:
         os.close(reader)
         _become_launcher(options, writer, log)
     os.close(writer)
-    with os.fdopen(reader) as word:
-        name = word.readline().strip()
+    try:
+        with os.fdopen(reader) as word:
+            name = word.readline().strip()
+    except (KeyboardInterrupt, SystemExit):
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        log.unlink(missing_ok=True)
+        raise
     if not name:
         _pid, status = os.waitpid(pid, 0)
         said = log.read_text().rstrip() if log.exists() else ""

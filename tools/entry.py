@@ -1,6 +1,6 @@
 """The `vmbus-emu` script: gives the zygote a head start where one will be needed, then runs the command line.
 
-Nothing is imported before that: click and what it brings take as long as the zygote takes to warm up.
+Nothing else is imported before that: click and what it brings take as long as the zygote takes to warm up.
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import sys
 
+from tools.early_signals import note_signals
+
 INTERRUPTED = 130
-"""`ExitStatus.INTERRUPTED`, for a Ctrl-C before that could be imported."""
+"""`ExitStatus.INTERRUPTED`, for a second Ctrl-C before that could be imported."""
 
 
 def main() -> int:
     """Run the command line of this process; its exit status."""
+    note_signals()
     asked = sys.argv[1:]
-    replace_closed_streams()
     try:
+        replace_closed_streams()
         if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
             from tools.zygote_start import start_early
 

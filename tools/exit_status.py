@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
+from tools.early_signals import raise_noted
+
 
 class ExitStatus(IntEnum):
     """Status of every command; 128 + n is the shell's way of saying signal n."""
@@ -36,13 +38,16 @@ class Interruption:
 
 @contextmanager
 def noting_interruption() -> Iterator[Interruption]:
-    """Let a signal end the block and not the command, which has something to tell; `status` says so behind it."""
+    """Let a signal end the block and not the command, which has something to tell; `status` says so behind it.
+
+    A command of `cli.TELL_INTERRUPTIONS` calls `raise_noted` first thing in the block.
+    """
     interruption = Interruption()
     try:
         yield interruption
     except KeyboardInterrupt:
         interruption.status = ExitStatus.INTERRUPTED
-    except SystemExit as leave:  # SIGTERM and SIGHUP (`cli._catch_signals`)
+    except SystemExit as leave:  # SIGTERM and SIGHUP (`early_signals.catch_signals`)
         interruption.status = leave.code if isinstance(leave.code, int) else ExitStatus.FAILED
 
 
@@ -59,6 +64,7 @@ def deferring_interruption() -> Iterator[Interruption]:
     try:
         for signum in heard:
             signal.signal(signum, note)
+        raise_noted()
         yield interruption
     finally:
         for signum, handler in heard.items():

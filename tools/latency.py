@@ -25,6 +25,7 @@ from emu.task_board import Program, TaskState
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
+from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
 from tools.guest_death import refuse_guest_deaths
@@ -130,6 +131,7 @@ def latency(
     recorded_at = record_path or Path(click.get_current_context().with_resource(folder), "recording")
     began_s = time.time()
     with noting_interruption() as interruption:
+        raise_noted()
         with kept_if_it_fails(case):
             plain = measure(scenario, rate or 0, size, duration_s)
         with kept_if_it_fails(case, recorded_at):

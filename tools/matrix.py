@@ -16,6 +16,7 @@ from emu.scenario import ERAS, DeviceSpec, MachineSpec, Scenario
 from emu.task_board import TaskState
 from emu.wire.versions import KNOWN_VERSIONS, version_text
 from tools.crash import write_crash_record
+from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import predicted
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
@@ -65,6 +66,7 @@ def matrix(as_json: bool) -> int:
     """
     results = []
     with noting_interruption() as interruption, closing(boot_all()) as boots:
+        raise_noted()
         for result in boots:
             results.append(result)
             if not as_json and narrates():

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+told = False
+"""Whether this process has printed its JSON object, or begun to."""
+
+
 def print_json(name: str, version: int, body: Mapping[str, Any]) -> None:
     """Print one JSON object to stdout; `schema` names it, its version rises when a field changes meaning."""
+    global told
     document = {"schema": {"name": f"vmbus-emu.{name}", "version": version}, **body}
-    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+    text = json.dumps(document, indent=2, default=str) + "\n"
+    told = True
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -23,6 +23,7 @@ from guestproc.drivers.echo import EchoDriver
 from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
+from tools.early_signals import raise_noted
 from tools.exit_status import noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, keep_death, kept_if_it_hangs
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
@@ -108,6 +109,7 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     )
     interrupted: int | None = None
     with noting_interruption() as beside:
+        raise_noted()
         interrupted = run_to_its_end(options, outcome, ready_pipe)
     return tell(outcome, options.as_json, beside.status or interrupted)
 

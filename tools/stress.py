@@ -32,6 +32,7 @@ from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
+from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, OwnLimit, kept_if_it_fails
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
@@ -216,6 +217,7 @@ def stress(
     report: dict[str, Any] | None = None
     try:
         with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
+            raise_noted()
             report = run_stress(
                 scenario,
                 chosen,

@@ -21,6 +21,7 @@ from tests.system.commands import (
     environment,
     inner_pids,
     objects,
+    processes,
     report,
     start,
     wait_for,
@@ -314,6 +315,20 @@ def test_two_machines_run_beside_each_other(tmp_path: Path) -> None:
     assert other.returncode == 0 and report(other.stdout)["channels_open"] == 8
     assert report(output)["leaked"] == 0
     assert_gone("t-one")
+
+
+def test_who_interrupts_a_detached_boot_does_not_get_the_machine(tmp_path: Path) -> None:
+    """Ctrl-C before the channels are open: exit status 130, one JSON object, and nothing goes on in the background."""
+    words = ("run", "--name", "t-halfway", "--detach", "--without", "vcpu0", "--json")
+    with ended(start(tmp_path, *words)) as process:
+        wait_for(lambda: len(processes("t-halfway")) > 2, "launcher, zygote and another process")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+
+    assert process.returncode == 130, err
+    assert report(out)["interrupted"] is True
+    assert_gone("t-halfway")
+    assert list((tmp_path / "state").rglob("*.log")) == []
 
 
 def test_detached_machine_is_listed_and_stopped(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tools import entry
 from tools.exit_status import ExitStatus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("command", ["run", "demo"])
@@ -24,6 +30,55 @@ def test_an_interrupt_before_the_command_line_is_there_is_no_traceback(
     monkeypatch.setattr("tools.zygote_start.start_early", interrupted)
 
     assert entry.main() == entry.INTERRUPTED == ExitStatus.INTERRUPTED
+
+
+EARLY = """
+import os, signal, sys
+from tools import entry
+numbers = [int(number) for number in sys.argv.pop(1).split(",")]
+entry.replace_closed_streams = lambda: [os.kill(os.getpid(), number) for number in numbers]
+sys.exit(entry.main())
+"""
+"""The script that gets signals when it has noted nothing but its arguments: the command line is not imported yet."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("words", "schema"),
+    [
+        (["run", "--duration", "5"], "run"),
+        (["run", "--detach"], "interrupted"),
+        (["matrix"], "matrix"),
+        (["stress"], "stress"),
+        (["latency"], "latency"),
+        (["bench", "idle"], "bench"),
+        (["ls"], "interrupted"),
+    ],
+)
+def test_a_signal_before_the_command_is_there_is_told_like_a_later_one(
+    number: signal.Signals, words: list[str], schema: str, tmp_path: Path
+) -> None:
+    """Exit status 128 + its number, and one JSON object: the command's own, where it has something to tell."""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, str(int(number)), *words, "--json"],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 128 + number, done.stderr
+    assert json.loads(done.stdout)["schema"]["name"] == f"vmbus-emu.{schema}"
+    assert "Traceback" not in done.stderr and list(tmp_path.rglob("*.log")) == []
+
+
+def test_the_second_signal_does_not_wait_for_the_command() -> None:
+    """Who has no patience is obeyed at once: nothing is imported, nothing told."""
+    words = [sys.executable, "-c", EARLY, "2,2", "run", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout, done.stderr) == (ExitStatus.INTERRUPTED, "", "")
 
 
 def in_shell(streams: str) -> subprocess.CompletedProcess[str]:
