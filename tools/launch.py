@@ -286,15 +286,19 @@ class RunningMachine:
         os.kill(self.inner[name].pid, number)
 
     def shut_down_guest(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> bool:
-        """Ask the guest to remove its devices and unload; False when it did not in time."""
+        """Ask the guest to remove its devices and unload; False when it did not in time, or never was whole."""
         control = self.machine.control
-        if control.ready < Ready.HOST_RUNS or self.deaths:
+        if control.ready < Ready.HOST_RUNS or self.deaths or self._awaited():
             return False
         control.request_shutdown()
         self.nudge(0)
         with contextlib.suppress(DeadlinePassed):
             self.wait_until(lambda: control.shutdown_done, timeout_s, "the guest to unload")
         return control.shutdown_done
+
+    def _awaited(self) -> frozenset[str]:
+        """Processes that somebody was to start by hand and has not: a guest that lacks one does nothing."""
+        return self.by_hand - {row.name for row in self.machine.control.rows()}
 
     def order(self, program: Program, cpu: int, **parameters: Any) -> int:
         """Order a guest task on a CPU and wake it; the row's index on the task board (`TaskBoard.order`)."""
