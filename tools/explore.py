@@ -103,9 +103,12 @@ def explore(
     \b
     Example:
       vmbus-emu explore --depth 12
-      vmbus-emu explore --depth 14 --json > found.json || vmbus-emu explore --replay found.json
-      vmbus-emu explore --without wake_before_probe_wait --schedule-out a5.toml || vmbus-emu races run a5.toml
-      vmbus-emu explore --threads --devices 1 --subchannels 0 --depth 16 --without offer_gate
+      vmbus-emu explore --depth 14 --json >f.json
+      vmbus-emu explore --replay f.json
+      vmbus-emu explore --without wake_before_probe_wait --schedule-out a5.toml
+      vmbus-emu races run a5.toml
+      vmbus-emu explore --threads --devices 1 --subchannels 0 --depth 16 \\
+        --without offer_gate
     """
     from tools.explore_cores import Setting
     from tools.explore_search import Explorer

@@ -83,7 +83,12 @@ def find_schedule(name: str) -> Schedule:
 @races.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the exhibits: id, name, title; with --json also switches and invariants."""
+    """List the exhibits: id, name, title; with --json also switches and invariants.
+
+    \b
+    Example:
+      vmbus-emu races list --json | jq -r '.exhibits[] | .name'
+    """
     schedules = {path.stem.split("-", 1)[0].upper(): Schedule.load(path) for path in exhibits().values()}
     rows = [
         {
@@ -120,7 +125,8 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
     Example:
       vmbus-emu races run A1 --fix off
       vmbus-emu races run my-schedule.toml --fix on --times 20
-      vmbus-emu explore --depth 9 --without wake_before_probe_wait --json >found.json || vmbus-emu races run found.json
+      vmbus-emu explore --depth 9 --without wake_before_probe_wait --json >f.json
+      vmbus-emu races run f.json
     """
     check_writable(junit, "--junit")
     try:

@@ -22,7 +22,7 @@ def record(output: Path, run_arguments: tuple[str, ...]) -> int:
     \b
     Example:
       vmbus-emu record -o boot.rec --duration 1
-      vmbus-emu record -o boot.rec scenarios/devices.toml --vcpus 4 --duration 2 --json
+      vmbus-emu record -o boot.rec scenarios/devices.toml --duration 2 --json
       vmbus-emu explain boot.rec --relid 1
     """
     from tools.run import run

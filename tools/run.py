@@ -77,7 +77,7 @@ def run(
       vmbus-emu run scenarios/devices.toml --vcpus 4 --duration 2 --json
       vmbus-emu run --stream /bin/ls
       vmbus-emu run --plugin tempsensor.py --device tempsensor:2
-      vmbus-emu run --duration 1 --fault delay_irq=200us@relid=7 --fault reply.dup@kind=openchannel_result
+      vmbus-emu run --duration 1 --fault delay_irq=200us@relid=7
     """
     scenario = scenario_of(scenario_path, plugin_paths)
     devices = [parse_device(text, scenario.plugins) for text in device_texts]

@@ -56,8 +56,9 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
     \b
     Example:
       vmbus-emu sysfs -- lsvmbus -vv
-      vmbus-emu sysfs -- sh -c 'grep . /sys/bus/vmbus/devices/*/channels/*/interrupts'
-      vmbus-emu sysfs -- sh -c 'echo nic-class-GUID >/sys/bus/vmbus/drivers/uio_hv_generic/new_id'
+      vmbus-emu sysfs -- sh -c 'cat /sys/bus/vmbus/devices/*/channel_vp_mapping'
+      vmbus-emu sysfs -- sh -c \\
+        'echo nic-class-GUID >/sys/bus/vmbus/drivers/uio_hv_generic/new_id'
       vmbus-emu sysfs -- bash
     """
     name = chosen_machine(machine_name)

@@ -89,7 +89,7 @@ def trace(file: Path, form: str, output: str) -> int:
       vmbus-emu run --duration 1 --record boot.rec
       vmbus-emu trace boot.rec --to json | jq -c 'select(.event == "post")'
       vmbus-emu trace boot.rec --to perfetto -o boot.pftrace
-      vmbus-emu trace boot.rec --to trace-cmd -o boot.dat && trace-cmd report -t boot.dat
+      vmbus-emu trace b.rec --to trace-cmd -o b.dat && trace-cmd report -t b.dat
     """
     if output != "-" and Path(output).exists() and file.exists() and Path(output).samefile(file):
         raise UserError(f"{output} is the recording itself; write to another file")

@@ -61,6 +61,26 @@ def test_every_command_of_the_table_has_help_and_an_example(name: str) -> None:
     assert f"vmbus-emu {name}" in text
 
 
+def every_command(command: click.Command, parent: click.Context | None, name: str) -> Iterator[click.Context]:
+    """A command and all below it, each as a context that gives its help as an 80-column terminal shows it."""
+    with click.Context(command, info_name=name, parent=parent, terminal_width=80) as ctx:
+        yield ctx
+        if isinstance(command, click.Group):
+            for word in command.list_commands(ctx):
+                below = command.get_command(ctx, word)
+                assert below is not None
+                yield from every_command(below, ctx, word)
+
+
+def test_every_help_has_an_example_and_fits_80_columns() -> None:
+    """Also of what is below a command; an example that is longer would be broken where nobody can copy it."""
+    shown = {ctx.command_path: ctx.get_help() for ctx in every_command(cli.vmbus_emu, None, "vmbus-emu")}
+
+    assert "vmbus-emu races list" in shown and "vmbus-emu ctl offer" in shown
+    assert [path for path, text in shown.items() if "Example:" not in text] == []
+    assert [line for text in shown.values() for line in text.splitlines() if len(line) > 80] == []
+
+
 def test_help_lists_every_command_without_importing_one(run_cli: RunCli) -> None:
     """`--help` comes from the table alone, and so does a call without any word."""
     done = run_cli("--help")
