@@ -77,6 +77,16 @@ def coalesce(gpas: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def reserve_ram(fd: int, gpa: int, length: int) -> None:
+    """Make sure that bytes of RAM have memory behind them; OutOfMemory when the tmpfs has none left."""
+    try:
+        os.posix_fallocate(fd, gpa, length)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            raise
+        raise OutOfMemory(f"no pages behind {length} bytes of RAM at GPA {gpa:#x}: {error.strerror}") from error
+
+
 class GuestMemory:
     """The machine's RAM as one process sees it: copies in and out by GPA, each checked against its size.
 
@@ -153,12 +163,7 @@ class GuestMemory:
         first, end = gpa >> PAGE_SHIFT, gpa + length + PAGE_SIZE - 1 >> PAGE_SHIFT
         if self._reserved.find(b"\0", first, end) < 0:
             return
-        try:
-            os.posix_fallocate(self.fd, gpa, length)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
-                raise
-            raise OutOfMemory(f"no pages behind {length} bytes of RAM at GPA {gpa:#x}: {error.strerror}") from error
+        reserve_ram(self.fd, gpa, length)
         self._reserved[first:end] = b"\1" * (end - first)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from emu import plugin
@@ -14,7 +15,7 @@ from emu.control import Ready
 from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
-from emu.memory import GuestMemory
+from emu.memory import GuestMemory, reserve_ram
 from emu.task_board import ALL_PROGRAMS, TaskBoard, TaskRow
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
@@ -167,7 +168,8 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     try:
         for gpa, nbytes in compute(machine.ram.size, machine.vp_count).looked_at():
             machine.ram.reserve(gpa, nbytes)
-        tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices)
+        reserve = partial(reserve_ram, machine.ram.fd)
+        tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices, reserve)
     except OutOfMemory as error:
         raise BootFailed(str(error)) from None
     except OSError as error:

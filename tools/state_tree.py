@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from struct import Struct
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ from emu.layout import (
     vp_page_offset,
 )
 from emu.machine import Machine
+from emu.memory import reserve_ram
 from emu.mirror import Mirror, MirrorChannel
 from emu.task_board import TaskBoard
 from emu.wire.device_classes import class_of
@@ -410,7 +411,9 @@ def _guest_of(machine: Machine) -> GuestView | None:
     if machine.config["no_guest"] or machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         return None
     # A mapping of its own: the tables hold views of it for as long as they live, and nobody waits for them.
-    return GuestView(KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size)))
+    return GuestView(
+        KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size), partial(reserve_ram, machine.ram.fd))
+    )
 
 
 def ring_of(view: GuestView, channel: Channel, side: int) -> dict[str, Node] | None:

@@ -29,7 +29,7 @@ from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
 from guestproc.kernel.napi import napi
 from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, Zone
-from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Table, Word, Words64
+from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Reserve, Table, Word, Words64, always_there
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import tasklet
 from guestproc.kernel.wait import completion, wait_queue
@@ -371,7 +371,8 @@ class Layout:
     def looked_at(self) -> Iterator[tuple[int, int]]:
         """GPA and bytes of what anybody may read although nothing was written there yet.
 
-        A first read needs memory, too. Of a pool of records that is the header alone; the pages' columns are left out.
+        A first read needs memory, too. Of a pool of records that is the header alone; the page allocator sees to its
+        columns itself.
         """
         for placement in self.tables.values():
             small = placement.nbytes <= SMALL_TABLE_BYTES
@@ -477,9 +478,17 @@ class KernelTables:
         self.chn_msg_list: Final = RecordList(self.connection.chn_msg_list, self.requests, "msglistentry")
 
     @classmethod
-    def format(cls, buffer: Any, ncpus: int, era: Era, vp_indices: Sequence[int] | None = None) -> KernelTables:
+    def format(
+        cls,
+        buffer: Any,
+        ncpus: int,
+        era: Era,
+        vp_indices: Sequence[int] | None = None,
+        reserve: Reserve = always_there,
+    ) -> KernelTables:
         """At boot, once: lay out RAM that is all zeros. `vp_indices`: VP index of each CPU number."""
         ram = Ram(buffer)
+        ram.reserve = reserve
         layout = compute(ram.size, ncpus)
         assert not ram.atomics.load_u64(BOOT_RECORD_GPA), "guest RAM is laid out already"
         tables = cls(ram, layout, era)
@@ -494,9 +503,10 @@ class KernelTables:
         return tables
 
     @classmethod
-    def attach(cls, buffer: Any) -> KernelTables:
+    def attach(cls, buffer: Any, reserve: Reserve = always_there) -> KernelTables:
         """In every other process, after `format`; an AssertionError when RAM is laid out otherwise."""
         ram = Ram(buffer)
+        ram.reserve = reserve
         magic = ram.atomics.load_u64(BOOT_RECORD_GPA, ACQUIRE)
         assert magic == BOOT_MAGIC, f"no guest kernel of ours is in this RAM (magic {magic:#x})"
         found = bytes(ram.octets[BOOT_RECORD_GPA : BOOT_RECORD_GPA + PAGE_SIZE])

@@ -7,13 +7,15 @@ needs no clearing (and its memory is not touched, so it costs nothing), one that
 for zeroed.
 
 Kept as columns, a u32 or u8 a page, not as records: there are 262,144 pages in a gigabyte. The free lists'
-lock covers all columns but `used`, which belongs to the page's owner.
+lock covers all columns but `used`, which belongs to the page's owner. Their memory is reserved by *granules* of 1,024
+pages (4 MiB of RAM, 22 KiB of columns), before anything is written there: all 5.5 MiB of a gigabyte at boot would be
+twice what the rest of a machine takes. So a granule without memory has no free block's first page and no owner.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -30,6 +32,8 @@ MAX_ORDER: Final = 18
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
 POISON_PAGE: Final = bytes([0x6B]) * PAGE_SIZE
 COLUMN_BYTES: Final = (4, 4, 4, 4, 4, 1, 1)
+GRANULE_SHIFT: Final = 10
+GRANULE: Final = 1 << GRANULE_SHIFT
 _U32: Final = Struct("<I")
 
 
@@ -109,8 +113,14 @@ class PageAllocator:
         self._heads: Final = zone.heads
         self._poison_freed: Final = poison_freed
         self.ledger: Ledger | None = None
+        self._pages: Final = pages
+        self._columns: Final[list[tuple[int, int]]] = []
+        """Where each column lies, and its width."""
+        # What this process has reserved; another one may have, too, and then there is nothing left to do.
+        self._reserved: Final = bytearray((pages >> GRANULE_SHIFT) + 1)
         columns = []
         for width in COLUMN_BYTES:
+            self._columns.append((gpa, width))
             columns.append(ram.octets[gpa : gpa + width * pages])
             gpa += -(-width * pages // 64) * 64
         self._owner_bytes: Final = columns[0]
@@ -129,8 +139,10 @@ class PageAllocator:
         return sum(-(-width * pages // 64) * 64 for width in COLUMN_BYTES)
 
     def format(self, first: int, end: int) -> None:
-        """At boot, before anybody else looks: pages `first` to `end` - 1 are free."""
+        """At boot, before anybody else looks: pages `first` to `end` - 1 are free. OutOfMemory: the tmpfs is full."""
         assert 0 < first <= end
+        for pfn, _order in _blocks(first, end - first):
+            self._reserve(pfn)
         self._zone.first = first
         self._zone.end = end
         self._zone.free_pages = end - first
@@ -236,10 +248,14 @@ class PageAllocator:
     def in_use_by_owner(self) -> dict[str, int]:
         """Pages in use, by what they are for: the leak report. Empty when everything was given back."""
         found: dict[str, int] = {}
-        for owner in self._owner[self._zone.first : self._zone.high].tolist():
-            if owner:
-                name = owner_text(owner)
-                found[name] = found.get(name, 0) + 1
+        first, high = self._zone.first, self._zone.high
+        for start in range(first & -GRANULE, high, GRANULE):
+            if not self._has_memory(start):
+                continue
+            for owner in self._owner[max(first, start) : min(high, start + GRANULE)].tolist():
+                if owner:
+                    name = owner_text(owner)
+                    found[name] = found.get(name, 0) + 1
         return found
 
     def _state(self) -> str:
@@ -289,7 +305,10 @@ class PageAllocator:
             position = used.find(1, position + 1)
 
     def _take(self, order: int) -> int:
-        """Under the lock: a block of this order off the free lists, split if need be; 0: there is none."""
+        """Under the lock: a block of this order off the free lists, split if need be; 0: there is none.
+
+        OutOfMemory where there is no memory for what is to be written down; then nothing was.
+        """
         heads = self._heads
         for have in range(order, MAX_ORDER + 1):
             if heads[have]:
@@ -297,6 +316,9 @@ class PageAllocator:
         else:
             return 0
         pfn: int = heads[have]
+        self._reserve(pfn, 1 << order)
+        for half in range(order, have):
+            self._reserve(pfn + (1 << half))
         self._unlink(pfn, have)
         while have > order:
             have -= 1
@@ -305,22 +327,36 @@ class PageAllocator:
 
     def _give(self, pfn: int, count: int) -> None:
         """Under the lock: free `count` pages as the largest aligned blocks that they make."""
-        while count:
-            order = min((pfn & -pfn).bit_length(), count.bit_length(), MAX_ORDER + 1) - 1
-            self._give_block(pfn, order)
-            pfn += 1 << order
-            count -= 1 << order
+        for first, order in _blocks(pfn, count):
+            self._give_block(first, order)
 
     def _give_block(self, pfn: int, order: int) -> None:
         end = self._zone.end
         while order < MAX_ORDER:
             buddy = pfn ^ 1 << order
-            if buddy >= end or self._order[buddy] != order + 1:
+            if buddy >= end or not self._has_memory(buddy) or self._order[buddy] != order + 1:
                 break
             self._unlink(buddy, order)
             pfn &= ~(1 << order)
             order += 1
         self._link(pfn, order)
+
+    def _reserve(self, pfn: int, count: int = 1) -> None:
+        """Make sure that the columns of `count` pages have memory; OutOfMemory."""
+        for granule in range(pfn >> GRANULE_SHIFT, (pfn + count - 1 >> GRANULE_SHIFT) + 1):
+            if not self._reserved[granule]:
+                first = granule << GRANULE_SHIFT
+                for gpa, width in self._columns:
+                    self._ram.reserve(gpa + width * first, width * min(GRANULE, self._pages - first))
+                self._reserved[granule] = 1
+
+    def _has_memory(self, pfn: int) -> bool:
+        """Whether the columns of a page have memory; where they can have none, nobody ever wrote."""
+        try:
+            self._reserve(pfn)
+        except OutOfMemory:
+            return False
+        return True
 
     def _link(self, pfn: int, order: int) -> None:
         following: int = self._heads[order]
@@ -340,6 +376,15 @@ class PageAllocator:
         else:
             self._heads[order] = following
         self._order[pfn] = 0
+
+
+def _blocks(pfn: int, count: int) -> Iterator[tuple[int, int]]:
+    """The largest aligned blocks that `count` pages make: first page and order of each."""
+    while count:
+        order = min((pfn & -pfn).bit_length(), count.bit_length(), MAX_ORDER + 1) - 1
+        yield pfn, order
+        pfn += 1 << order
+        count -= 1 << order
 
 
 def owner_text(owner: int) -> str:

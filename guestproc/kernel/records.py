@@ -44,7 +44,11 @@ Views = tuple[memoryview, memoryview, memoryview, dict[int, Any]]
 """A record as u8, u32 and u64 words, and its parts by offset."""
 
 
-def _always_there(_gpa: int, _length: int) -> None:
+Reserve = Callable[[int, int], None]
+"""Called with GPA and length before a first touch; raises OutOfMemory when the tmpfs behind RAM is full."""
+
+
+def always_there(_gpa: int, _length: int) -> None:
     """RAM that is memory already has nothing to reserve."""
 
 
@@ -62,8 +66,7 @@ class Ram:
         self.size: Final = len(self.octets)
         self.variants: dict[Any, Any] = {}
         """What this process builds in place of a class: its recorded variant, where the machine records."""
-        self.reserve: Callable[[int, int], None] = _always_there
-        """Called with GPA and length before a first touch; raises OutOfMemory when the tmpfs behind RAM is full."""
+        self.reserve: Reserve = always_there
 
     def variant(self, cls: type[P]) -> type[P]:
         """What is to be built for a class."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import random
 from collections.abc import Callable
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -306,3 +310,74 @@ def test_pages_that_nobody_touched_may_have_no_memory_behind_them() -> None:
         world.alloc(4)
 
     assert world.pages.free_pages == free and not world.pages.in_use_by_owner()
+
+
+class SparseWorld:
+    """64 MiB of RAM in a tmpfs file, of which nothing has memory; `reserved` are the ranges that were asked for."""
+
+    BYTES: Final = 64 << 20
+    FIRST: Final = 256
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("ram")
+        os.ftruncate(self.fd, self.BYTES)
+        self.lone = Lone()
+        self.ram = Ram(mmap.mmap(self.fd, self.BYTES))
+        self.refuse_at = -1
+        self.asked = 0
+        self.reserved: list[tuple[int, int]] = []
+        self.ram.reserve = self.reserve
+        assert Table(self.ram, "zones", Zone, ZONE_GPA, 1).alloc() is not None
+        self.pages = allocator(self.ram)
+        self.pages.format(self.FIRST, self.BYTES // PAGE_SIZE)
+
+    def reserve(self, gpa: int, length: int) -> None:
+        self.asked += 1
+        if self.asked == self.refuse_at:
+            raise OutOfMemory("no pages")
+        self.reserved.append((gpa, length))
+
+    def with_memory(self) -> set[int]:
+        """The numbers of the columns' pages that somebody wrote, or only read: either gives them memory."""
+        end = COLUMNS_GPA + PageAllocator.footprint(self.BYTES // PAGE_SIZE)
+        found, at = set(), COLUMNS_GPA
+        with contextlib.suppress(OSError):
+            while (at := os.lseek(self.fd, at, os.SEEK_DATA)) < end:
+                found.add(at // PAGE_SIZE)
+                at = (at // PAGE_SIZE + 1) * PAGE_SIZE
+        return found
+
+
+def test_nothing_of_the_columns_is_touched_before_it_is_reserved() -> None:
+    """A first touch of memory that a full tmpfs has not would be SIGBUS: also a look at a buddy, or for leaks."""
+    world, chance = SparseWorld(), random.Random(7)
+    runs = []
+    for _ in range(60):
+        count = 1 + (chance.randrange(1500) >> chance.randrange(9))
+        runs.append(world.pages.alloc_pages_exact(world.lone.actor, count, RING))
+        if chance.random() < 0.3:
+            world.pages.free(world.lone.actor, runs.pop(chance.randrange(len(runs))))
+    assert sum(world.pages.in_use_by_owner().values()) == sum(run.count for run in runs)
+
+    pages = {page for gpa, length in world.reserved for page in range(gpa >> 12, (gpa + length - 1 >> 12) + 1)}
+    touched = world.with_memory()
+    assert touched and touched <= pages
+
+
+def test_allocation_that_finds_no_memory_for_the_columns_changes_nothing() -> None:
+    """Whichever of its reservations fails: OutOfMemory, as many pages free as before, and it works again later."""
+    for refused in range(1, 40):
+        world = SparseWorld()
+        before = world.pages.free_pages
+        world.refuse_at = world.asked + refused
+        try:
+            run = world.pages.alloc_pages_exact(world.lone.actor, 1200, RING)
+        except OutOfMemory:
+            assert (world.pages.free_pages, world.pages.in_use_by_owner()) == (before, {})
+            run = world.pages.alloc_pages_exact(world.lone.actor, 1200, RING)
+        else:
+            assert refused > 7, "nothing was reserved"
+        world.refuse_at = -1
+        world.pages.free(world.lone.actor, run)
+        assert (world.pages.free_pages, world.pages.in_use_by_owner()) == (before, {})
+        assert world.pages.alloc_pages(world.lone.actor, 12, RING).count == 4096
