@@ -45,9 +45,11 @@ class Sockets:
             self._waiting.discard((parameters.if_instance, parameters.if_type))
 
     def refuse(self, endpoint_id: UUID, service_id: UUID, status: int) -> None:
-        """Nobody answers this request."""
+        """Nobody answers this request. It was a legal one, so it counts as ignored."""
         if (endpoint_id, service_id) in self._waiting:
             self._waiting.discard((endpoint_id, service_id))
+            text = f"TL_CONNECT_REQUEST of {endpoint_id} to {service_id}, where nobody listens: status {status:#x}"
+            self._session.ignore("socket-service", text, "host_service_id", str(service_id))
             self._session.send(TlConnectResult(endpoint_id, service_id, status))
 
     def clear(self) -> None:

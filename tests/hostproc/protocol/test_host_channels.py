@@ -50,6 +50,7 @@ from hostproc.protocol.effects import (
     MapGpadl,
     OpenDevice,
     OpenDoorbell,
+    Refused,
     RetargetEvent,
     SendMessage,
     UnbindEvent,
@@ -837,7 +838,7 @@ def test_the_silo_counts_from_5_2() -> None:
 
 @pytest.mark.parametrize(("version", "told"), [(VERSION_WIN10, False), (VERSION_WIN10_V4_1, True)])
 def test_a_socket_that_is_refused_is_told_from_4_1(version: int, told: bool) -> None:
-    """Before, a guest's connect ends by its own time-out."""
+    """Before, a guest's connect ends by its own time-out. Either way it is counted, as a legal request, with why."""
     world = World()
     world.connect(version)
     world.post(TlConnectRequest(ENDPOINT, SERVICE))
@@ -846,6 +847,9 @@ def test_a_socket_that_is_refused_is_told_from_4_1(version: int, told: bool) -> 
     world.take(world.server.connect_refused(ENDPOINT, SERVICE))
 
     expected = [TlConnectResult(ENDPOINT, SERVICE, STATUS_CONNECTION_REFUSED)] if told else []
+    (ignored,) = [effect for effect in world.effects if isinstance(effect, Refused)]
+    assert (ignored.rule, ignored.field, ignored.value) == ("socket-service", "host_service_id", str(SERVICE))
+    assert ignored.legal and world.refused() == ["socket-service"]
     assert world.sent() == expected
 
 
