@@ -37,6 +37,8 @@ ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
 NET_FRAMES: Final = 200
 TASK_TIMEOUT_S: Final = 60.0
+MIRROR_TIMEOUT_S: Final = 1.0
+"""Much longer than the host takes to publish; a guest that has died meanwhile is connected to nothing."""
 BY_HAND_TIMEOUT_S: Final = 3600.0
 
 
@@ -194,6 +196,7 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
     control = running.machine.control
     outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
     outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
+    await_version(running)
     look(running, outcome)
     outcome.offers = max(outcome.offers, outcome.surely_offered())
     if ready_pipe is not None:
@@ -231,6 +234,13 @@ def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> No
             return running.machine.control.ready >= Ready.CHANNELS_OPEN
 
         running.wait_until(opened, timeout_s, f"machine {running.name} to open its channels")
+
+
+def await_version(running: RunningMachine) -> None:
+    """Until the host has published what was agreed on: a guest with few devices is up before that."""
+    mirror = Mirror(running.machine.control)
+    with contextlib.suppress(DeadlinePassed):
+        running.wait_until(lambda: mirror.head().version != 0, MIRROR_TIMEOUT_S, "the version", step_s=0.001)
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:

@@ -1,0 +1,35 @@
+"""`run` tells what there was, also of a machine that is up before the host has published its numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from emu.mirror import Mirror, MirrorHead
+from tools import cli, run_machine
+
+
+class LateMirror(Mirror):
+    """What a launcher reads that looks in the first milliseconds: nothing, and then no offers."""
+
+    looks = 0
+
+    def head(self) -> MirrorHead:
+        """Nothing at the first three looks; never how many offers there are."""
+        LateMirror.looks += 1
+        return replace(super().head(), offers=0, **({"version": 0} if LateMirror.looks <= 3 else {}))
+
+
+def test_version_and_offers_of_a_machine_that_is_up_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The version is waited for; what the scenario has was offered, whatever the mirror says yet."""
+    monkeypatch.setattr(LateMirror, "looks", 0)
+    monkeypatch.setattr(run_machine, "Mirror", LateMirror)
+
+    assert cli.main(["run", "--device", "echo:2", "--duration", "0", "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["version"], told["offers"], told["channels_open"]) == ("5.3", 2, 2)
