@@ -21,9 +21,11 @@ from tools.ctl_cpus import CPU_COMMANDS
 from tools.ctl_guest import GUEST_COMMANDS
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option, relid_of
-from tools.output import print_json
+from tools.output import print_json, say
 
 WAIT_S: Final = 10.0
+OFFERED_AT_ONCE: Final = 64
+"""Devices that one order offers: their names are its answer."""
 _LOOK_S: Final = 0.001
 
 
@@ -55,17 +57,21 @@ def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
 def offer_devices(
     machine: Machine, device: str, *, backend: str | None = None, instance: str | None = None
 ) -> list[dict[str, Any]]:
-    """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class. UserError."""
+    """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class.
+
+    UserError, which also says how many were offered before: an answer has room for a few, so many are several orders.
+    """
     spec = parse_device(device, plugin.known_from(machine.config), flag="CLASS[:COUNT]")
     if instance and spec.count != 1:
         raise UserError("--instance names one device; leave it or the count out")
-    arguments = {
-        "class": spec.class_name,
-        "backend": backend or spec.backend,
-        "count": spec.count,
-        "instance": instance,
-    }
-    offered: list[dict[str, Any]] = ask_host(machine, "offer", **arguments)["offered"]
+    arguments = {"class": spec.class_name, "backend": backend or spec.backend, "instance": instance}
+    offered: list[dict[str, Any]] = []
+    while len(offered) < spec.count:
+        count = min(OFFERED_AT_ONCE, spec.count - len(offered))
+        try:
+            offered += ask_host(machine, "offer", count=count, **arguments)["offered"]
+        except UserError as error:
+            raise UserError(f"{error}; {len(offered)} were offered before" if offered else str(error)) from None
     return offered
 
 
@@ -103,6 +109,8 @@ def offer(
         if wait:
             for one in offered:
                 wait_until_open(machine, one["relid"], one["generation"])
+        if unseen := sum(not one["relid"] for one in offered):
+            say(f"{unseen} of {len(offered)} without a relid, for the next REQUESTOFFERS: {why_no_relid(machine)}")
     finally:
         machine.close()
     if as_json:
@@ -146,7 +154,7 @@ def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: s
 def wait_until_open(machine: Machine, relid: int, generation: int) -> None:
     """Watch the host's mirror until this life of a relid is open; UserError when there is no guest to open it."""
     if not relid:
-        raise UserError("--wait: no guest is connected, so nobody will open it; leave --wait out")
+        raise UserError(f"--wait: {why_no_relid(machine)}, so nobody will open it; leave --wait out")
     mirror = Mirror(machine.control)
 
     def opened() -> bool:
@@ -154,6 +162,11 @@ def wait_until_open(machine: Machine, relid: int, generation: int) -> None:
         return channel is not None and channel.generation >= generation and channel.state == ChannelState.OPEN
 
     _watch(opened, f"relid {relid} to be open")
+
+
+def why_no_relid(machine: Machine) -> str:
+    """Why a device that is there was given no relid."""
+    return "all relids are in use" if Mirror(machine.control).head().version else "no guest is connected"
 
 
 def wait_until_released(machine: Machine, relid: int, generation: int) -> None:

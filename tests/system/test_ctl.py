@@ -362,3 +362,22 @@ def test_machine_that_does_not_run() -> None:
     done = ctl("drivers", machine="t-nobody")
 
     assert done.returncode == 2 and "t-nobody" in done.stderr
+
+
+def test_more_devices_than_one_answer_has_room_for(tmp_path: Path) -> None:
+    """Each is told; what comes when every relid is in use is there without one, and that is said."""
+    name = f"{NAME}-many"
+    assert call(tmp_path, "run", "--detach", "--name", name, "--device", "echo:1").returncode == 0
+    try:
+        many = ctl("offer", "echo:200", "--wait", "--json", machine=name)
+        rest = ctl("offer", "echo:1900", machine=name)
+        late = ctl("offer", "echo", "--wait", machine=name)
+    finally:
+        stopped = call(tmp_path, "stop", "--machine", name)
+
+    assert many.returncode == 0 and len({one["relid"] for one in report(many.stdout)["offered"]}) == 200
+    relids = [int(line.split()[0]) for line in rest.stdout.splitlines()]
+    assert (rest.returncode, len(relids), max(relids), relids.count(0)) == (0, 1900, 2047, 54)
+    assert "54 of 1900 without a relid, for the next REQUESTOFFERS: all relids are in use" in rest.stderr
+    assert (late.returncode, late.stdout) == (2, "") and "--wait: all relids are in use" in late.stderr
+    assert stopped.returncode == 0, stopped.stderr
