@@ -20,7 +20,7 @@ from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus, deferring_interruption
 from tools.findings import Case, InFolder, folder_of
 from tools.histograms import check_writable, write_text
-from tools.options import json_option
+from tools.options import Seconds, json_option
 from tools.output import print_json, say
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ INTERRUPTED: Final = "interruption"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="In which order the states of a level are tried.")
 @click.option("--states", type=click.IntRange(1), default=2_000_000, show_default=True, help="States to keep, at most.")
-@click.option("--time-limit", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds.")
+@click.option("--time-limit", type=Seconds(0.1), default=600.0, show_default=True, help="Seconds.")
 @click.option(
     "--replay", type=click.Path(path_type=Path), help="Do the schedule of a counterexample (a file of --json) again."
 )

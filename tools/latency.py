@@ -44,7 +44,7 @@ from tools.histograms import (
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
-from tools.options import check_record_path, fault_option, json_option, record_option, scenario_argument
+from tools.options import Seconds, check_record_path, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults
 
@@ -77,7 +77,7 @@ class Measured:
 @click.option(
     "--duration",
     "duration_s",
-    type=click.FloatRange(0.05, 3600),
+    type=Seconds(0.05, 3600),
     default=3.0,
     show_default=True,
     help="Seconds of each of the two measurements.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,17 @@ def relid_of(_context: click.Context, parameter: click.Parameter, value: str | N
         return None if value is None else int(value)
     name = parameter.opts[0]
     raise UserError(f"{name}: {value} is no relid, a channel's number from 1 to 2047; `vmbus-emu ls` shows them")
+
+
+class Seconds(click.FloatRange):
+    """A time within its bounds; what is no number of seconds is refused, which no comparison with bounds does (nan)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error for one that no clock reaches."""
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
 
 
 def json_option(function: F) -> F:
@@ -86,7 +98,7 @@ def flight_option(default: float) -> Callable[[F], F]:
         "--flight",
         "flight_s",
         metavar="SECONDS",
-        type=click.FloatRange(0, 3600),
+        type=Seconds(0, 3600),
         default=default,
         show_default=True,
         help="Record into the processes' rings; save the last seconds when something goes wrong. 0: off.",

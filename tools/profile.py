@@ -18,7 +18,7 @@ from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
 from tools.histograms import check_writable, write_text
 from tools.machines import chosen_machine, find_machines
-from tools.options import json_option, machine_option
+from tools.options import Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of
 from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
@@ -52,7 +52,7 @@ SHOWN_COUNTERS: Final = (
 @click.option(
     "--duration",
     "duration_s",
-    type=click.FloatRange(0.2, 3600),
+    type=Seconds(0.2, 3600),
     help="Seconds to watch; default 5, or until COMMAND ends.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Write processor time over time, stacked (SVG).")

@@ -9,7 +9,15 @@ import click
 from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.guest_versions import check_versions
-from tools.options import fault_option, flight_option, json_option, plugin_option, record_option, scenario_argument
+from tools.options import (
+    Seconds,
+    fault_option,
+    flight_option,
+    json_option,
+    plugin_option,
+    record_option,
+    scenario_argument,
+)
 from tools.plugins import scenario_of
 from tools.run_machine import Options, run_here
 
@@ -22,7 +30,7 @@ from tools.run_machine import Options, run_here
 )
 @plugin_option
 @fault_option
-@click.option("--duration", "duration_s", type=click.FloatRange(min=0), help="Seconds to run; default: until Ctrl-C.")
+@click.option("--duration", "duration_s", type=Seconds(min=0), help="Seconds to run; default: until Ctrl-C.")
 @click.option(
     "--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel."
 )
@@ -31,7 +39,7 @@ from tools.run_machine import Options, run_here
 @click.option(
     "--guest-timeout",
     "guest_timeout_s",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=60.0,
     show_default=True,
     help="With --no-guest: seconds to wait for a guest; status 124 behind them.",

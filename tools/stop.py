@@ -15,7 +15,7 @@ from emu.control import ActorRow
 from emu.errors import DeadlinePassed, UserError
 from emu.ipc.segments import objects_of
 from tools.machines import Life, chosen_machine, find_machine, find_machines, runs
-from tools.options import json_option, machine_option
+from tools.options import Seconds, json_option, machine_option
 from tools.output import print_json, say
 
 DEADLINE_S: Final = 70.0
@@ -29,7 +29,7 @@ DEADLINE_S: Final = 70.0
 @click.option(
     "--time-limit",
     "limit_s",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=DEADLINE_S,
     show_default=True,
     help="Seconds to wait for its end; exit status 124 behind them.",

@@ -41,7 +41,15 @@ from tools.guest_versions import check_versions
 from tools.histograms import check_writable, write_text
 from tools.invariants_settled import state_report
 from tools.launch import RunningMachine, launch
-from tools.options import check_record_path, fault_option, flight_option, json_option, record_option, scenario_argument
+from tools.options import (
+    Seconds,
+    check_record_path,
+    fault_option,
+    flight_option,
+    json_option,
+    record_option,
+    scenario_argument,
+)
 from tools.output import narrates, print_json, say
 from tools.run_machine import recording
 from tools.run_outcome import recording_report, tell_faults
@@ -167,7 +175,7 @@ def _mix(text: str) -> frozenset[str]:
 @click.option(
     "--duration",
     "duration_s",
-    type=click.FloatRange(0.1, 86_400),
+    type=Seconds(0.1, 86_400),
     default=5.0,
     show_default=True,
     help="Seconds of traffic.",
@@ -176,7 +184,7 @@ def _mix(text: str) -> frozenset[str]:
 @click.option("--vcpus", type=int, help="Virtual CPUs.")
 @click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help=MIX_HELP)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
-@click.option("--time-limit", "limit_s", type=click.FloatRange(1, 90_000), help="Exit with 124 if it takes longer.")
+@click.option("--time-limit", "limit_s", type=Seconds(1, 90_000), help="Exit with 124 if it takes longer.")
 @fault_option
 @record_option
 @flight_option(DEFAULT_S)

@@ -15,7 +15,7 @@ from tools.crash_records import newest_crash
 from tools.exit_status import ExitStatus
 from tools.keyboard import keyboard
 from tools.machines import chosen_machine, runs
-from tools.options import json_option, machine_option
+from tools.options import Seconds, json_option, machine_option
 from tools.output import console, print_json, print_plain, say
 from tools.top_sample import Frame, Sampler, rows_between
 from tools.top_view import (
@@ -44,7 +44,7 @@ FIRST_LOOK_S: Final = 0.3
 @click.option(
     "--interval",
     "interval_s",
-    type=click.FloatRange(0.1, 60),
+    type=Seconds(0.1, 60),
     default=1.0,
     show_default=True,
     help="Seconds between two looks.",
