@@ -106,6 +106,10 @@ def offer(
     machine = Machine.attach(chosen_machine(machine_name))
     try:
         offered = offer_devices(machine, device, backend=backend, instance=chosen_instance)
+        if not as_json:
+            # Before the wait: who interrupts it has these devices all the same.
+            for one in offered:
+                click.echo(f"{one['relid']} {one['instance']}")
         if wait:
             for one in offered:
                 wait_until_open(machine, one["relid"], one["generation"])
@@ -115,9 +119,6 @@ def offer(
         machine.close()
     if as_json:
         print_json("ctl-offer", 1, {"machine": machine.name, "offered": offered})
-    else:
-        for one in offered:
-            click.echo(f"{one['relid']} {one['instance']}")
 
 
 @ctl.command()
