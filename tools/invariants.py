@@ -79,6 +79,9 @@ class Rule(ABC):
     def end(self) -> None:  # noqa: B027 - most rules have said everything before
         """The recording ended in order: say what should have happened by now."""
 
+    def rest(self) -> None:
+        """The machine was left as it is, and nothing more happens in it by itself: say who sleeps for ever."""
+
     def violate(self, text: str, *records: TraceRecord) -> None:
         """Note a violation."""
         self.count += 1
@@ -133,6 +136,8 @@ def judge(
     if orderly and not missing:
         for rule in made:
             rule.end()
+            if settled:
+                rule.rest()
     by_class = {type(rule): rule for rule in made}
     return [_verdict(one, by_class.get(one), missing, orderly=orderly) for one in rules]
 

@@ -249,6 +249,7 @@ class Progress(Rule):
         names = (
             "post", "slot_write", "slot_read", "slot_free", "eom", "pending_set", "flag_set", "flag_clear", "irq_raise",
             "isr_enter", "tasklet_run", "work_run", "ring_publish", "ring_release", "signal", "message_take",
+            "timer_expired",
         )  # fmt: skip
         return dict.fromkeys(names, self._step)
 

@@ -32,6 +32,7 @@ class _Ring:
     asked: TraceRecord | None = None
     """The reader's last mask or unmask."""
     wish: TraceRecord | None = None
+    """What the writer waits for, if there was less room than that when it said so, and it has not written since."""
 
     @property
     def unread(self) -> int:
@@ -93,7 +94,7 @@ class _RingRule(Rule):
         relid, side, index, size = record.values
         ring = self.ring(relid, side)
         self.publishes(ring, record)
-        ring.publish, ring.write = record, index
+        ring.publish, ring.write, ring.wish = record, index, None
         ring.published += size
 
     def _ring_release(self, record: TraceRecord) -> None:
@@ -107,7 +108,9 @@ class _RingRule(Rule):
         self.ring(record.values[0], record.values[1]).asked = record
 
     def _pending_size(self, record: TraceRecord) -> None:
-        self.ring(record.values[0], record.values[1]).wish = record
+        # A socket keeps a threshold armed, whether or not it waits.
+        ring = self.ring(record.values[0], record.values[1])
+        ring.wish = record if ring.size and record.values[2] > _room(ring) else None
 
     def _close(self, record: TraceRecord) -> None:
         for side in Side:
@@ -130,38 +133,70 @@ class _RingRule(Rule):
         """The guest closes the channel: nothing more will happen to its rings."""
 
 
-class ReadersLook(_RingRule):
+class _SleeperRule(_RingRule):
+    """Asks of each ring whether somebody sleeps beside it, and has for long when its channel is closed."""
+
+    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
+        """Whoever slept had time enough to look by himself."""
+        shown = self.asleep(ring)
+        if shown and record.t_ns - max(one.t_ns for one in shown) > STUCK_NS:
+            self.violate(f"relid {relid}, {Side(side).name}: {self.why(ring)}", *shown)
+
+    def rest(self) -> None:
+        """Of rings that are still open: nobody will wake him."""
+        for (relid, side), ring in self.rings.items():
+            if shown := self.asleep(ring):
+                self.violate(f"relid {relid}, {Side(side).name}: {self.why(ring)}", *shown)
+
+    def asleep(self, ring: _Ring) -> tuple[TraceRecord, ...]:
+        """The records that show it; none: nobody does."""
+        raise NotImplementedError
+
+    def why(self, ring: _Ring) -> str:
+        """What there is to do for him, in words."""
+        raise NotImplementedError
+
+
+class ReadersLook(_SleeperRule):
     """What is in a ring is read: its reader does not sleep for an interrupt that does not come."""
 
     NUMBER = 19
     TITLE = "No reader sleeps beside a ring with something in it"
 
-    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
-        """Something in it for long, and the reader's last word was that it found nothing and wants an interrupt."""
+    def asleep(self, ring: _Ring) -> tuple[TraceRecord, ...]:
+        """Something is in it, and the reader's last word was that it found nothing and wants an interrupt."""
         asked, publish = ring.asked, ring.publish
         if not ring.unread or asked is None or publish is None or asked.event.name != "unmask":
-            return
+            return ()
         idle = ring.release is None or ring.release.t_ns < asked.t_ns
-        if idle and record.t_ns - max(asked.t_ns, publish.t_ns) > STUCK_NS:
-            text = f"relid {relid}, {Side(side).name}: {ring.unread} bytes wait, and the reader asked to be interrupted"
-            self.violate(text, asked, publish)
+        return (asked, publish) if idle else ()
+
+    def why(self, ring: _Ring) -> str:
+        """What he should read."""
+        return f"{ring.unread} bytes wait, and the reader asked to be interrupted"
 
 
-class WritersAreWoken(_RingRule):
+class WritersAreWoken(_SleeperRule):
     """Who waits for room is told when there is some."""
 
     NUMBER = 20
     TITLE = "No writer sleeps beside a ring that has the room it waits for"
 
-    def closed(self, relid: int, side: int, ring: _Ring, record: TraceRecord) -> None:
-        """There is room for long, and the writer still waits."""
+    def asleep(self, ring: _Ring) -> tuple[TraceRecord, ...]:
+        """There is room, and the writer still waits."""
         wish, release = ring.wish, ring.release
-        if wish is None or not wish.values[2] or not ring.size or release is None:
-            return
-        room = ring.size - ALIGNMENT - ring.unread
-        if wish.values[2] <= room and record.t_ns - max(wish.t_ns, release.t_ns) > STUCK_NS:
-            text = f"relid {relid}, {Side(side).name}: the writer waits for {wish.values[2]} bytes, {room} are free"
-            self.violate(text, wish, release)
+        if wish is None or release is None or not ring.size or wish.values[2] > _room(ring):
+            return ()
+        return wish, release
+
+    def why(self, ring: _Ring) -> str:
+        """What he could write."""
+        wanted = 0 if ring.wish is None else ring.wish.values[2]
+        return f"the writer waits for {wanted} bytes, {_room(ring)} are free"
+
+
+def _room(ring: _Ring) -> int:
+    return ring.size - ALIGNMENT - ring.unread
 
 
 class IndicesAddUp(_RingRule):

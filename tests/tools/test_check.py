@@ -154,14 +154,12 @@ def reader_that_sleeps(edited: Edited) -> None:
 
 
 def writer_that_sleeps(edited: Edited) -> None:
-    """Room enough, and nobody says so."""
-    close = edited.where("close", actor="VCPU", relid=1)
-    release = edited.records[edited.where("ring_release", relid=1, side=0)]
-    pending = edited.records[edited.where("unmask", relid=1)]
-    assert release.values[1] == 0
-    edited.records.insert(close, pending.__class__(
-        edited.records[close].t_ns, 0, pending.actor, pending.vp, "TASK", PENDING_SIZE, (1, 0, 64)))  # fmt: skip
-    edited.wait(close + 1, SECONDS_3)
+    """It wishes for the whole ring behind its last packet; the host reads that, and nobody says so."""
+    publish = edited.where("ring_publish", actor="VCPU", relid=1, side=0, last=True)
+    size = edited.records[edited.where("ring_attach", relid=1, side=0)].values[2]
+    wish = replace(edited.records[publish], event=PENDING_SIZE, values=(1, 0, size - 8))
+    edited.records.insert(publish + 1, wish)
+    edited.wait(edited.where("close", actor="VCPU", relid=1), SECONDS_3)
 
 
 def signal_on_every_write(edited: Edited) -> None:
@@ -296,6 +294,16 @@ def test_tasklet_between_publish_and_signal_signals_for_itself(records: list[Tra
     read_index = _read_index(edited, relid, signal)
     edited.insert(signal, release, context="TASKLET", bytes=0, read_index=read_index)
     edited.insert(signal + 1, signal + 1, context="TASKLET")
+
+    assert broken(edited.records) == set()
+
+
+def test_threshold_that_stays_armed_is_no_sleeper(records: list[TraceRecord]) -> None:
+    """INV-20: a socket asks for a signal at so much room from its opening on, and writes as long as there is some."""
+    edited = Edited(records)
+    attach = edited.where("ring_attach", relid=1, side=0)
+    edited.records.insert(attach + 1, replace(edited.records[attach], event=PENDING_SIZE, values=(1, 0, 4096)))
+    edited.wait(edited.where("close", actor="VCPU", relid=1), SECONDS_3)
 
     assert broken(edited.records) == set()
 
