@@ -44,6 +44,7 @@ _FILE_HEAD: Final = Struct("<8sII")
 _CHUNK: Final = Struct("<4sII")
 _SUMS: Final = Struct("<II")
 _SEQUENCES: Final = 1 << 32
+_ANOTHER: Final = "choose a file that can be written"
 
 
 class RecordingError(UserError):
@@ -115,7 +116,7 @@ class RecordingWriter:
         try:
             self._file: IO[bytes] = path.open("wb")
         except OSError as error:
-            raise UserError(f"cannot record into {path}: {error.strerror}") from None
+            raise UserError(f"cannot record into {path}: {error.strerror}; {_ANOTHER}") from None
         self._write(_FILE_HEAD.pack(MAGIC, FORMAT_VERSION, 0))
         head = head_of(machine)
         if flight:
@@ -191,7 +192,7 @@ class RecordingWriter:
         # Closing tries to write what is still buffered, and fails the same way.
         with contextlib.suppress(OSError):
             self._file.close()
-        raise UserError(f"cannot record into {self.path}: {error.strerror}") from None
+        raise UserError(f"cannot record into {self.path}: {error.strerror}; {_ANOTHER}") from None
 
 
 def chunk_of(kind: bytes, slot: int, payload: bytes) -> bytes:
@@ -328,7 +329,9 @@ class Recording:
         _magic, version, _zero = _FILE_HEAD.unpack_from(data)
         if version != FORMAT_VERSION:
             self.close()
-            raise RecordingError(f"{self.path} has format {version}; this program reads {FORMAT_VERSION}")
+            raise RecordingError(
+                f"{self.path} has format {version}; this program reads {FORMAT_VERSION}: record it again"
+            )
 
     def _read_chunks(self) -> None:
         at = _FILE_HEAD.size
@@ -423,7 +426,8 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise RecordingError(f"cannot read {path}: {error.strerror}") from None
+        cure = "give a file that `vmbus-emu run --record FILE` has written"
+        raise RecordingError(f"cannot read {path}: {error.strerror}; {cure}") from None
 
 
 def _events(head: dict[str, Any]) -> dict[int, EventSpec]:

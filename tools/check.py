@@ -20,9 +20,9 @@ from emu.recording import Recording, TraceRecord
 from tools.event_names import shown_text
 from tools.exit_status import ExitStatus
 from tools.findings import Case, folder_of
-from tools.histograms import check_writable, write_text
 from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
+from tools.named_files import check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.trace import as_json

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except click.ClickException as error:
-        return _complain(_usage(error), ExitStatus.USAGE)
+        return _complain(_usage(error, asked), ExitStatus.USAGE)
     except UserError as error:
         return _complain(str(error), ExitStatus.USAGE)
     except MissingPrerequisite as error:
@@ -208,11 +208,13 @@ def _complain(text: str, status: int, *, one_line: bool = True) -> int:
     return status
 
 
-def _usage(error: click.ClickException) -> str:
+def _usage(error: click.ClickException, asked: Sequence[str]) -> str:
     """click's complaint in one line that says where the help is."""
     path = PROGRAM
     if isinstance(error, click.UsageError) and error.ctx is not None:
         path = error.ctx.command_path
+    elif asked and asked[0] in COMMANDS:
+        path = f"{PROGRAM} {asked[0]}"  # click's parser does not say whose option lacks its argument
     return f"{error.format_message().rstrip('.')}; see `{path} --help`"
 
 

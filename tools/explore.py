@@ -19,7 +19,7 @@ from emu.scenario_text import nearest
 from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus, deferring_interruption
 from tools.findings import Case, InFolder, folder_of
-from tools.histograms import check_writable, write_text
+from tools.named_files import check_writable, write_text
 from tools.options import Seconds, json_option
 from tools.output import print_json, say
 

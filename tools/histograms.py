@@ -6,17 +6,13 @@ plotters, `.hlog` its interval log (v1.2), one tagged line a stage.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from hdrh.histogram import HdrHistogram
 
-from emu.errors import UserError
 from tools import svg
 
 MOST_NS: Final = 60_000_000_000
@@ -86,33 +82,6 @@ def hlog_text(histograms: Mapping[str, HdrHistogram], began_s: float, seconds: f
         encoded = histogram.encode().decode()
         lines.append(f"Tag={tag},{0.0:.3f},{seconds:.3f},{histogram.get_max_value() / 1e6:.3f},{encoded}")
     return "\n".join(lines) + "\n"
-
-
-def write_text(path: Path, text: str, option: str) -> None:
-    """Write a file that the user asked for; UserError when it cannot be."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, option, error.strerror) from None
-
-
-def check_writable(path: Path | None, option: str) -> None:
-    """UserError when a file of this name cannot be written: told before a long measurement, not behind it."""
-    if path is None:
-        return
-    if path.is_dir():
-        trouble = errno.EISDIR
-    elif not path.exists() and not path.parent.is_dir():
-        trouble = errno.ENOENT
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        trouble = errno.EACCES
-    else:
-        return
-    raise _unwritable(path, option, os.strerror(trouble))
-
-
-def _unwritable(path: Path, option: str, why: str | None) -> UserError:
-    return UserError(f"{option} {path}: {why}; choose a file that can be written")
 
 
 # -- pictures -------------------------------------------------------------------------------------------------

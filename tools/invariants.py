@@ -79,7 +79,7 @@ class Rule(ABC):
     def end(self) -> None:  # noqa: B027 - most rules have said everything before
         """The recording ended in order: say what should have happened by now."""
 
-    def rest(self) -> None:
+    def rest(self) -> None:  # noqa: B027 - most rules have nothing to say of that
         """The machine was left as it is, and nothing more happens in it by itself: say who sleeps for ever."""
 
     def violate(self, text: str, *records: TraceRecord) -> None:

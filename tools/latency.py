@@ -32,7 +32,6 @@ from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.histograms import (
     US,
-    check_writable,
     figures_of,
     hgrm_text,
     histogram_of,
@@ -40,10 +39,10 @@ from tools.histograms import (
     regressions,
     svg_plot,
     terminal_plot,
-    write_text,
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
+from tools.named_files import check_writable, write_text
 from tools.options import Seconds, check_record_path, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults

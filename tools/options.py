@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from emu.control import MIRROR_CHANNELS
 from emu.errors import UserError
 from tools.machines import MACHINE_VARIABLE, FromVariable
+from tools.named_files import check_writable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,9 +107,8 @@ def flight_option(default: float) -> Callable[[F], F]:
 
 
 def check_record_path(path: Path | None) -> None:
-    """UserError when there is no directory for the file."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UserError(f"--record {path}: there is no directory {path.absolute().parent}")
+    """UserError when it cannot be written; `record` has looked at it already, under the option's other name."""
+    check_writable(path, "--record")
 
 
 def scenario_argument(function: F) -> F:

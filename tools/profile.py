@@ -16,8 +16,8 @@ import click
 
 from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
-from tools.histograms import check_writable, write_text
 from tools.machines import chosen_machine, find_machines
+from tools.named_files import check_writable, write_text
 from tools.options import Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of

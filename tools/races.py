@@ -19,7 +19,7 @@ import click
 from emu.errors import UserError
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import RECORDING, Case, InFolder
-from tools.histograms import check_writable, write_text
+from tools.named_files import check_writable, write_text
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from emu.errors import UserError
+from tools.named_files import check_writable
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -27,6 +28,7 @@ def record(output: Path, run_arguments: tuple[str, ...]) -> int:
     """
     from tools.run import run
 
+    check_writable(output, "-o")
     if any(one == "--record" or one.startswith("--record=") for one in run_arguments):
         raise UserError("record: the recording is what -o names; leave --record out")
     with run.make_context("vmbus-emu record", ["--record", str(output), *run_arguments]) as ctx:

@@ -14,7 +14,7 @@ import click
 from emu.errors import UserError
 from emu.recording import Recording
 from tools.exit_status import ExitStatus
-from tools.histograms import check_writable, write_text
+from tools.named_files import check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.report_data import CURVE, report_of

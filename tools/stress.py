@@ -38,9 +38,9 @@ from tools.findings import SCENARIO, Case, InFolder, OwnLimit, kept_if_it_fails
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
-from tools.histograms import check_writable, write_text
 from tools.invariants_settled import state_report
 from tools.launch import RunningMachine, launch
+from tools.named_files import check_writable, write_text
 from tools.options import (
     Seconds,
     check_record_path,

@@ -224,7 +224,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(MAGIC + (3).to_bytes(4, "little") + bytes(4))
 
-    with pytest.raises(RecordingError, match="format 3; this program reads 2"):
+    with pytest.raises(RecordingError, match="format 3; this program reads 2: record it again"):
         Recording(path)
 
 
@@ -232,7 +232,7 @@ def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     """Missing, a directory, a device: one line, with a way out where the name alone does not show it."""
     with pytest.raises(RecordingError, match="/dev/null is not a regular file; give one that `vmbus-emu run --record"):
         Recording(Path("/dev/null"))
-    with pytest.raises(RecordingError, match="cannot read .*missing: No such file"):
+    with pytest.raises(RecordingError, match="cannot read .*missing: No such file.*; give a file that `vmbus-emu run"):
         Recording(tmp_path / "missing")
     with pytest.raises(RecordingError, match="cannot read .*: Is a directory"):
         Recording(tmp_path)
@@ -240,7 +240,7 @@ def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 def test_path_that_cannot_be_written_is_refused(machine: Machine, tmp_path: Path) -> None:
     """The user's to mend, before anything is recorded."""
-    with pytest.raises(UserError, match="cannot record into .*: No such file or directory"):
+    with pytest.raises(UserError, match="cannot record into .*: No such file or directory; choose a file"):
         RecordingWriter(tmp_path / "no" / "where", machine)
 
 

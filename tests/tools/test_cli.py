@@ -124,6 +124,7 @@ def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tu
         # A comparison with its bounds lets either pass, and a machine would end at once, or never.
         (("run", "--duration", "nan"), "nan is no number of seconds", "vmbus-emu run"),
         (("run", "--no-guest", "--guest-timeout", "inf"), "inf is no number of seconds", "vmbus-emu run"),
+        (("trace", "boot.rec", "-o"), "-o", "vmbus-emu trace"),
     ],
 )
 def test_wrong_words_are_one_line_and_status_2(

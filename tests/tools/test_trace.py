@@ -175,3 +175,19 @@ def test_output_that_cannot_be_written_is_one_line(run_cli: RunCli, recording_pa
 
     assert (done.returncode, done.stderr.count("\n")) == (ExitStatus.USAGE, 1)
     assert "cannot write" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [(("record", "-o"), "-o"), (("run", "--record"), "--record"), (("latency", "--record"), "--record")],
+)
+@pytest.mark.parametrize("place", ["no/where.rec", "."])
+def test_recording_that_cannot_be_written_is_told_before_the_machine_is_made(
+    run_cli: RunCli, arguments: tuple[str, ...], option: str, place: str
+) -> None:
+    """By the name under which it was given, with the cure; nothing was launched for it."""
+    done = run_cli(*arguments, place)
+
+    assert (done.returncode, done.stdout) == (ExitStatus.USAGE, "")
+    why = "Is a directory" if place == "." else "No such file or directory"
+    assert done.stderr == f"vmbus-emu: {option} {place}: {why}; choose a file that can be written\n"
