@@ -272,8 +272,11 @@ def _style(row: ChannelRow) -> str:
 
 
 def _sections(frame: Frame, height: int) -> tuple[list[Line], list[Line]]:
-    """Processors and processes, cut so that channels keep their share of a low terminal."""
+    """Processors and processes, cut so that channels keep their share of a low terminal; what those leave is theirs."""
     most = max(2, (height - 6 - LEAST_CHANNELS) // 3)
+    left = height - 6 - len(frame.channels) - sum(min(most, len(rows)) for rows in (frame.vps, frame.processes))
+    more = max(0, min(left, len(frame.processes) - most))
+    most_vps, most_processes = most + max(0, left - more), most + more
     vps = [
         (aligned(VP_COLUMNS, vp_cells(row)), "" if row.halts or row.run_state != "HALTED" else "dim")
         for row in frame.vps
@@ -282,7 +285,7 @@ def _sections(frame: Frame, height: int) -> tuple[list[Line], list[Line]]:
         (aligned(PROCESS_COLUMNS, process_cells(row)), "" if row.cpu_percent >= 0.05 else "dim")
         for row in sorted(frame.processes, key=lambda row: -row.cpu_percent)
     ]
-    return _section(VP_COLUMNS, vps, most), _section(PROCESS_COLUMNS, processes, most)
+    return _section(VP_COLUMNS, vps, most_vps), _section(PROCESS_COLUMNS, processes, most_processes)
 
 
 def _section(columns: Sequence[Column], rows: list[Line], most: int) -> list[Line]:

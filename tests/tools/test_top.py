@@ -102,6 +102,16 @@ def test_low_terminal_says_what_it_hides() -> None:
     assert scrolled(end, frame(3), 24).first == 0
 
 
+def test_lines_that_channels_do_not_need_are_used() -> None:
+    """80 by 24 with few channels: nothing is hidden as long as there is an empty line."""
+    for channels, vps, processes in ((8, 2, 6), (3, 2, 10), (3, 8, 6)):
+        text = screen("vm1", frame(channels, vps, processes), Wishes(), 80, 24).plain
+        wanted = 6 + channels + vps + processes
+
+        assert len(text.split("\n")) == min(24, wanted)
+        assert (" of " in text) is (wanted > 24)
+
+
 @pytest.mark.parametrize("name", SORT_KEYS)
 def test_channels_are_sorted_by_what_is_wished(name: str) -> None:
     """Figures from the highest down, names and numbers up; reversed the other way."""
