@@ -165,6 +165,11 @@ def start_time_of(pid: int) -> int:
     return int(fields[19]) if len(fields) > 19 else 0
 
 
+def is_over(pid: int) -> bool:
+    """Whether nothing is left of a process, or only what its parent has not asked for yet."""
+    return _stat(pid)[:1] in ([], [b"Z"], [b"X"])
+
+
 def is_asleep(pid: int) -> bool:
     """Whether a process's first thread sleeps in the kernel: one that only waits for a core does not."""
     return _stat(pid)[:1] == [b"S"]

@@ -6,12 +6,14 @@ The whole state is in it (`tools.state_tree`), read while shared memory is still
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from emu.control import ActorKind, ActorRow, ActorState, is_over, start_time_of
 from emu.machine import Machine
 from tools.crash_records import KEPT, crash_dir
 from tools.flight import save_flight
@@ -37,28 +39,60 @@ def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: fl
 
     On a machine that records, the last `flight_s` seconds are saved beside it, and it names them.
     """
-    death.flight = save_flight(running, flight_s, f"crash: {death.deaths[0].report().splitlines()[0]}")
-    control = running.machine.control
+    death.flight = save_flight(running.machine, flight_s, f"crash: {death.deaths[0].report().splitlines()[0]}")
+    deaths = [
+        {"name": one.name, "pid": one.pid, "how": one.how, "traceback": one.traceback, "held": one.held}
+        for one in death.deaths
+    ]
+    return _write(running.machine, deaths, running.log, death.flight)
+
+
+def write_orphan_record(name: str) -> Path | None:
+    """The record of a machine whose launcher was killed, and of nobody's wish: written by who outlives it.
+
+    The flight is as long as the launcher's would have been. UserError when the machine is gone.
+    """
+    machine = Machine.attach(name)
+    try:
+        control = machine.control
+        gone = [row for row in control.rows() if row.state == ActorState.ALIVE and not _is_there(row)]
+        for row in gone:
+            control.set_dead(row.slot, signal.SIGKILL)
+        launchers = [row for row in gone if row.kind == ActorKind.LAUNCHER]
+        how = "gone without a word; its machine went with it"
+        deaths = [{"name": row.name, "pid": row.pid, "how": how, "traceback": "", "held": ()} for row in launchers]
+        flight = save_flight(machine, float(machine.config.get("flight_s", 0.0)), "crash: the launcher was killed")
+        return _write(machine, deaths, [], flight)
+    finally:
+        machine.close()
+
+
+def _is_there(row: ActorRow) -> bool:
+    """Whether its process runs still; a number may be somebody else's by now."""
+    return start_time_of(row.pid) == row.start_time and not is_over(row.pid)
+
+
+def _write(
+    machine: Machine, deaths: Sequence[Mapping[str, Any]], log: Sequence[str], flight: Path | None
+) -> Path | None:
+    control = machine.control
     record = {
         "schema": {"name": "vmbus-emu.crash", "version": 1},
-        "machine": running.name,
-        "config": running.machine.config,
-        "deaths": [
-            {"name": one.name, "pid": one.pid, "how": one.how, "traceback": one.traceback, "held": one.held}
-            for one in death.deaths
-        ],
+        "machine": machine.name,
+        "config": machine.config,
+        "deaths": deaths,
         "actors": [
             {"name": row.name, "pid": row.pid, "state": row.state.name, "counters": control.counter_values(row.slot)}
             for row in control.rows()
         ],
         "refused": control.refusals()[0],
-        "log": running.log,
-        "state": state_of(running.machine),
-        "flight": None if death.flight is None else str(death.flight),
+        "log": log,
+        "state": state_of(machine),
+        "flight": None if flight is None else str(flight),
     }
     try:
         directory = made(crash_dir())
-        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.json"
+        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{machine.name}.json"
         path.write_text(json.dumps(record, indent=1, default=str))
     except OSError as error:
         say(f"vmbus-emu: no crash record: {error}")

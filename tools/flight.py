@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import DeadlinePassed, UserError
+from emu.machine import Machine
 from emu.recording import RecordingWriter
 from tools.launch import RunningMachine
 from tools.output import say
@@ -23,15 +24,15 @@ KEPT: Final = 10
 DEFAULT_S: Final = 10.0
 
 
-def save_flight(running: RunningMachine, seconds: float, reason: str) -> Path | None:
+def save_flight(machine: Machine, seconds: float, reason: str) -> Path | None:
     """Save the last seconds of a machine that records; None if it does not. `reason` goes into the file's head."""
-    if not seconds or not running.machine.control.recording:
+    if not seconds or not machine.control.recording:
         return None
     now = time.monotonic_ns()
     try:
         directory = made(state_dir() / "flights")
-        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{running.name}.rec"
-        writer = RecordingWriter(path, running.machine, flight=reason, since_ns=now - int(seconds * 1e9))
+        path = directory / f"{time.strftime('%Y%m%dT%H%M%S')}-{machine.name}.rec"
+        writer = RecordingWriter(path, machine, flight=reason, since_ns=now - int(seconds * 1e9))
         writer.close()
     except UserError as error:
         # Whatever else there is to say of this machine shall still be said.
@@ -48,7 +49,7 @@ def saved_if_it_hangs(running: RunningMachine, seconds: float) -> Iterator[None]
     try:
         yield
     except DeadlinePassed as late:
-        if path := save_flight(running, seconds, f"hang: {late}"):
+        if path := save_flight(running.machine, seconds, f"hang: {late}"):
             say(f"vmbus-emu: flight recording: {path}")
             late.recording = path
         raise

@@ -245,8 +245,9 @@ class RunningMachine:
         self._zygote_gone = True
         status = self.link.process.wait(timeout=STOP_TIMEOUT_S)
         wait_status = -status if status < 0 else status << 8
+        held = self._mark_dead(self.link.process.pid, wait_status)
         if not self._stopping:
-            self.deaths.append(Death("zygote", self.link.process.pid, wait_status))
+            self.deaths.append(Death("zygote", self.link.process.pid, wait_status, held=held))
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str, *, step_s: float = 0.05) -> None:
         """Wait for a condition while watching; DeadlinePassed when it stays false, MachineDied at a death."""

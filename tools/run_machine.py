@@ -129,6 +129,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
         no_guest=options.no_guest,
         without=options.without,
         seed=options.seed,
+        flight_s=options.flight_s,
     ) as running:
         for process in sorted(options.without):
             say(f"start by hand: {by_hand_command(running.name, process)}")
@@ -143,7 +144,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
                     live(running, options, outcome, ready_pipe)
                 settle(running, outcome, no_guest=options.no_guest)
             if outcome.finding():
-                outcome.flight = save_flight(running, options.flight_s, "finding: see what the run said")
+                outcome.flight = save_flight(running.machine, options.flight_s, "finding: see what the run said")
         except MachineDied as died:
             death = died
             outcome.deaths = [one.report() for one in death.deaths]

@@ -309,7 +309,7 @@ def run_stress(
     cores = sorted(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder,
-        launch(scenario, seed=seed, record=record_path is not None or flight_s > 0) as running,
+        launch(scenario, seed=seed, record=record_path is not None or flight_s > 0, flight_s=flight_s) as running,
         crash_recorded(running, flight_s),
         saved_if_it_hangs(running, flight_s),
         recording(running, record_path) as recorded,
@@ -362,7 +362,7 @@ def run_stress(
             **state,
         }
         if found := findings_of(report):
-            flight = save_flight(running, flight_s, f"finding: {', '.join(found.values())}")
+            flight = save_flight(running.machine, flight_s, f"finding: {', '.join(found.values())}")
             report["flight"] = None if flight is None else str(flight)
     # Behind the block: a recording is whole when it is closed.
     report["recording"] = recording_report(recorded)

@@ -1,4 +1,4 @@
-"""The sweeper: outlives the launcher by a moment, and unlinks what a killed launcher left behind.
+"""The sweeper outlives the launcher by a moment: of one that was killed it writes a record, and unlinks what is left.
 
 It is forked first, holds the machine's name and pidfds of launcher and zygote, ignores the terminal's
 signals, and does nothing until the launcher is gone. Its own death stops the machine.
@@ -16,6 +16,8 @@ from emu.ipc.segments import SHM, object_name, unlink_objects
 
 GRACE_S = 2.0
 """How long the inner processes have to die after their launcher, before they are killed by number."""
+RECORD_S = 10.0
+"""How long a crash record may take."""
 
 
 def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
@@ -30,9 +32,29 @@ def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
             signal.pidfd_send_signal(zygote_pidfd, signal.SIGKILL)
         _wait(zygote_pidfd, GRACE_S)
     # Somebody may have cleaned up already, and somebody else taken the name for a machine of his own.
-    if _inode(machine) in (made, 0):
+    left = _inode(machine)
+    if left and left == made:
+        _write_crash_record(machine)
+    if left in (made, 0):
         unlink_objects(machine)
     return 0
+
+
+def _write_crash_record(machine: str) -> None:
+    """The launcher, which would have, was killed. By a child, in a time of its own: the names go whatever it does."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from tools.crash import write_orphan_record
+
+            write_orphan_record(machine)
+        finally:
+            os._exit(0)
+    child = os.pidfd_open(pid)
+    if not _wait(child, RECORD_S):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(child)
 
 
 def _inode(machine: str) -> int:

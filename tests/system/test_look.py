@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pty
 import select
@@ -195,3 +196,24 @@ def test_machine_that_died_is_inspected_from_its_record(home: Path) -> None:
     assert stop.returncode == 2 and str(record) in stop.stderr
     assert str(record) in [one["crash_record"] for one in report(ps.stdout)["died"]]
     assert (saved.returncode, saved.stdout) == (0, "DEAD\n")
+
+
+@pytest.mark.parametrize("victim", ["launcher", "zygote", "hypervisor", "vcpu0", "workqueue"])
+def test_every_process_that_is_killed_leaves_record_and_flight(tmp_path: Path, victim: str) -> None:
+    """The launcher as well: who sweeps behind it writes them. The dead are dead in it, and both ends are there."""
+    name = f"t-kill-{os.getpid()}"
+    done = call(tmp_path, "run", "--detach", "--name", name, "--device", "echo:1", "--flight", "5")
+    assert done.returncode == 0, done.stderr
+    pid = call(tmp_path, "inspect", f"processes/{victim}/pid", "--machine", name).stdout
+    os.kill(int(pid), signal.SIGKILL)
+    wait_for(lambda: not objects(name), f"{name} to be gone")
+    state = tmp_path / "state" / "vmbus-emu"
+    (record,), (flight,) = state.glob(f"crashes/*-{name}.json"), state.glob(f"flights/*-{name}.rec")
+
+    saved = json.loads(call(tmp_path, "inspect", "--from", str(record), "--json").stdout)["value"]
+    checked = call(tmp_path, "check", str(flight))
+
+    assert saved["processes"][victim]["state"] == "DEAD"
+    assert (saved["channels"]["1"]["host"]["state"], saved["channels"]["1"]["guest"]["state"]) == ("OPEN", "OPENED")
+    assert checked.returncode == 0 and " 0 broken" in checked.stdout
+    assert str(record) in call(tmp_path, "ls", "--machine", name).stderr

@@ -60,8 +60,8 @@ def test_only_the_last_seconds_are_saved(state: Path) -> None:
     with launch(scenario, record=True) as running:
         running.wait_ready()
         before_ns = time.monotonic_ns()
-        late = save_flight(running, 1e-9, "test")
-        assert save_flight(running, 0.0, "off") is None
+        late = save_flight(running.machine, 1e-9, "test")
+        assert save_flight(running.machine, 0.0, "off") is None
 
     assert late is not None and late.parent == state / "flights"
     with Recording(late) as flight:
