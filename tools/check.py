@@ -37,11 +37,15 @@ SHOWN: Final = 10
 def check_recording(path: Path) -> tuple[list[Verdict], Recording]:
     """Verdicts on a recording; UserError when it is none."""
     with Recording(path) as recording:
-        machine = Machine(tuple(recording.head.get("vp_indices", ())))
-        note = run_of(recording)
-        settled = note is not None and note.settled
-        verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording), settled=settled)
-        return verdicts, recording
+        return verdicts_of(recording), recording
+
+
+def verdicts_of(recording: Recording) -> list[Verdict]:
+    """Verdicts on a recording that is open."""
+    machine = Machine(tuple(recording.head.get("vp_indices", ())))
+    note = run_of(recording)
+    settled = note is not None and note.settled
+    return judge(RULES, recording.records(), machine, missing=missing_of(recording), settled=settled)
 
 
 def run_of(recording: Recording) -> RunNote | None:

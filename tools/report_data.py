@@ -22,11 +22,11 @@ from typing import Any, Final
 
 from emu.recording import RecordedActor, Recording, TraceRecord
 from emu.wire.device_classes import class_of
+from tools.check import run_of, told_of, verdicts_of
 from tools.debts import debts_of
 from tools.event_names import name_of
 from tools.flows import PATH, Flow, Flows, flows_in
-from tools.invariant_table import RULES
-from tools.invariants import Machine, Verdict, judge, missing_of
+from tools.invariants import Verdict, missing_of
 from tools.latency_stages import Step, stages_of
 
 BUCKETS: Final = 240
@@ -46,8 +46,7 @@ def report_of(recording: Recording) -> dict[str, Any]:
     for record in recording.records():
         seen.take(record)
     flows = flows_in(recording)
-    machine = Machine(tuple(recording.head.get("vp_indices", ())))
-    verdicts = judge(RULES, recording.records(), machine, missing=missing_of(recording))
+    verdicts = verdicts_of(recording)
     return {
         "meta": _meta(recording, seen),
         "topology": seen.topology(recording.head.get("vp_indices", [])),
@@ -352,6 +351,8 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Seque
         for one in verdict.violations:
             ids = dict.fromkeys(filter(None, map(flows.of_record, one.records)))
             found.append(_finding(one.name, f"{one.text} ({verdict.rule.TITLE})", list(ids)))
+    for name, text in told_of(verdicts, run_of(recording)):
+        found.append(_finding(name, f"{text} (found in the machine itself, at the end of its run)"))
     if recording.flight:
         found.append(_finding("flight", f"a flight recorder wrote it: {recording.flight}"))
     if recording.damage:

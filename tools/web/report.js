@@ -143,7 +143,7 @@
 
   // -- messages -----------------------------------------------------------------------------------
 
-  const LEFT = 172, LANE = 150, TOP = 46, ROW = 22;
+  const LEFT = 172, RIGHT = 220, TOP = 46, ROW = 22, WIDEST = 150, NARROWEST = 100;
   let chosen = null;
   let current = 0;
   let playing = 0;
@@ -194,15 +194,19 @@
   function drawSequence(flow) {
     const lanes = lanesOf(flow);
     const height = TOP + flow.steps.length * ROW + 16;
+    // As wide as the window has room for, with what stands right of the last lane; it scrolls where that is too little.
+    const room = (byId("sequence").clientWidth - LEFT - RIGHT) / Math.max(1, lanes.size);
+    const width = Math.max(NARROWEST, Math.min(WIDEST, room));
+    const whole = LEFT + lanes.size * width + RIGHT;
     const picture = document.createElementNS(SVG, "svg");
-    picture.setAttribute("width", String(LEFT + lanes.size * LANE + 200));
+    picture.setAttribute("width", String(whole));
     picture.setAttribute("height", String(height));
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", `Steps of ${flow.name}: ${flow.steps.map((step) => `${step[0]} in ${nameOf(step[2])}`).join(", ")}`);
     const marker = drawn(drawn(picture, "defs", {}), "marker", { id: "head", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse" });
     drawn(marker, "path", { d: "M0 0 L8 4 L0 8 z", fill: "var(--accent)" });
     for (const lane of lanes.values()) {
-      const x = LEFT + lane.index * LANE + LANE / 2;
+      const x = LEFT + (lane.index + 0.5) * width;
       drawn(picture, "text", { x, y: 16, "text-anchor": "middle" }, lane.actor);
       drawn(picture, "text", { x, y: 31, "text-anchor": "middle", class: "dim" }, lane.context);
       drawn(picture, "line", { class: "lane", x1: x, x2: x, y1: TOP - 8, y2: height });
@@ -210,7 +214,7 @@
     const first = flow.steps.length ? flow.steps[0][1] : 0;
     let before = null;
     flow.steps.forEach((step, index) => {
-      const x = LEFT + lanes.get(`${step[2]}/${step[3]}`).index * LANE + LANE / 2;
+      const x = LEFT + (lanes.get(`${step[2]}/${step[3]}`).index + 0.5) * width;
       const y = TOP + index * ROW + 8;
       const group = drawn(picture, "g", { class: "step" });
       const path = onPath.has(step[0]);
@@ -222,7 +226,7 @@
       drawn(group, "text", { x: x + 9, y: y + 4 }, step[0] === step[4] ? step[0] : `${step[0]} · ${step[4]}`.slice(0, 42));
       if (path) before = { x, y };
     });
-    drawn(picture, "line", { class: "now", id: "cursor", x1: 0, x2: LEFT + lanes.size * LANE + 200, y1: 0, y2: 0 });
+    drawn(picture, "line", { class: "now", id: "cursor", x1: 0, x2: whole, y1: 0, y2: 0 });
     byId("sequence").replaceChildren(picture);
   }
 

@@ -22,8 +22,12 @@ from emu.tracing import EVENTS, Context
 from tests.system.commands import call, report
 from tests.tools.browser import Page
 from tests.tools.recordings import recorders
+from tools.check import check_recording, run_of, told_of, violations_of
+from tools.race_run import RaceMachine
+from tools.races import exhibits
 from tools.report import page_of
 from tools.report_data import BUCKETS, Halts, at_percent, report_of, stage_of
+from tools.schedule import Schedule
 
 MOST_BYTES = 2_000_000
 
@@ -129,6 +133,21 @@ def test_broken_invariant_is_a_finding_with_its_messages(tmp_path: Path) -> None
     assert found["invariants"]["broken"] == 1
 
 
+def test_page_finds_what_check_finds(tmp_path: Path) -> None:
+    """Of the run of a schedule as well, whose end is judged otherwise, and which saw more than its records tell."""
+    path = tmp_path / "a1.rec"
+    with RaceMachine(Schedule.load(exhibits()["offer-rescind-overtake"]), fix=False) as machine:
+        machine.run(path)
+    verdicts, _recording = check_recording(path)
+    with Recording(path) as recording:
+        found = report_of(recording)
+        told = [name for name, _text in told_of(verdicts, run_of(recording))]
+    broken = [one.name for one in violations_of(verdicts)]
+
+    assert broken and told and not found["invariants"]["undecided"]
+    assert [one["kind"] for one in found["findings"] if one["kind"].startswith("INV-")] == broken + told
+
+
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=50), st.integers(0, 100))
 def test_percentile_is_a_sample_that_so_many_do_not_exceed(samples: list[int], percent: int) -> None:
     """The nearest rank, the least and the greatest at the ends."""
@@ -195,6 +214,14 @@ def test_page_works_in_a_browser(chromium: Page, found: dict[str, Any], tmp_path
         chromium.press("ArrowLeft")
         said.append(chromium.ask("document.getElementById('said').textContent"))
     later = chromium.ask("document.querySelectorAll('#sequence .step.later').length")
+    wide = chromium.ask(
+        "document.getElementById('sequence').scrollWidth - document.getElementById('sequence').clientWidth"
+    )
+    cut = chromium.ask(
+        "(() => { const edge = document.querySelector('#sequence svg').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('#sequence text')]"
+        ".filter((one) => one.getBoundingClientRect().right > edge).length; })()"
+    )
     light = chromium.ask("getComputedStyle(document.body).backgroundColor")
     picture = chromium.screenshot(tmp_path / "light.png")
     chromium.open(page.as_uri(), dark=True)
@@ -206,6 +233,7 @@ def test_page_works_in_a_browser(chromium: Page, found: dict[str, Any], tmp_path
     assert later == 3
     assert chromium.ask("document.querySelectorAll('canvas').length") == 3
     assert chromium.ask("document.getElementById('flow').options.length") == len(found["flows"]["shown"])
+    assert (wide, cut) == (0, 0)
     assert light != dark
     assert struct.unpack(">II", picture[16:24]) == (1280, 900)
 
