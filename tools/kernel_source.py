@@ -1,4 +1,4 @@
-"""The kernel's own VMBus tools: `tools/hv` of its source package, unpacked once into the cache.
+"""The kernel's own VMBus tools: `tools/hv` of its source package, unpacked once into the cache, with its tracepoints.
 
 `lsvmbus`, `vmbus_testing`, the daemons and the user-space ring are what we are measured against and listed
 by, so they are the kernel's, unmodified. Debian ships them in `linux-source-*`; only they are unpacked.
@@ -20,12 +20,12 @@ _CURE: Final = "apt install linux-source-6.12 xz-utils"
 
 
 def tools_hv() -> Path:
-    """The directory with the kernel's `tools/hv`; takes about 15 s the first time.
+    """The directory with the kernel's `tools/hv`, and `drivers/hv/hv_trace.h`; takes about 15 s the first time.
 
     MissingPrerequisite when no kernel source package is installed, or it cannot be unpacked.
     """
     archive = source_archive()
-    place = cache_dir() / "tools-hv" / f"{archive.name.removesuffix('.tar.xz')}-{archive.stat().st_mtime_ns:x}"
+    place = cache_dir() / "kernel-hv" / f"{archive.name.removesuffix('.tar.xz')}-{archive.stat().st_mtime_ns:x}"
     if not place.is_dir():
         _unpack(archive, place)
     return place
@@ -45,7 +45,7 @@ def _unpack(archive: Path, place: Path) -> None:
     fresh = Path(tempfile.mkdtemp(prefix="unpacking-", dir=parent))
     try:
         command = ["tar", "-xJf", str(archive), "-C", str(fresh), "--strip-components=3", "--wildcards"]
-        command.append("*/tools/hv/*")
+        command += ["*/tools/hv/*", "*/drivers/hv/hv_trace.h"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (fresh / "lsvmbus").is_file():
             reason = " ".join(done.stderr.split()) or "it holds no tools/hv/lsvmbus"

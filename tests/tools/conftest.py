@@ -75,6 +75,7 @@ READERS = {"trace_cmd", "tshark", "trace_processor", "vcd_reader", "chromium"}
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "lsvmbus": (has_kernel_source, "apt-get install linux-source-6.12 xz-utils"),
+    "hv_trace": (has_kernel_source, "apt-get install linux-source-6.12 xz-utils"),
     "namespaces": (
         has_namespaces,
         "apt-get install util-linux, sysctl kernel.unprivileged_userns_clone=1",
@@ -128,6 +129,12 @@ def gcc() -> Path:
 def lsvmbus() -> Path:
     """The kernel's own lsvmbus; the first time in a cache it takes 15 s to unpack."""
     return tools_hv() / "lsvmbus"
+
+
+@pytest.fixture(scope="session")
+def hv_trace() -> str:
+    """The kernel's own declaration of its tracepoints."""
+    return (tools_hv() / "hv_trace.h").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

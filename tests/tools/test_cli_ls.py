@@ -267,4 +267,4 @@ def test_archive_that_is_broken_leaves_nothing_in_the_cache(monkeypatch: pytest.
     with pytest.raises(MissingPrerequisite, match="cannot unpack"):
         tools_hv()
 
-    assert list((tmp_path / "cache/vmbus-emu/tools-hv").iterdir()) == []
+    assert list((tmp_path / "cache/vmbus-emu/kernel-hv").iterdir()) == []

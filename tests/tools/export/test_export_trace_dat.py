@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from emu.event_fields import EventSpec
 from emu.recording import RecordedActor, TraceRecord
-from emu.tracing import EVENTS, Side
+from emu.tracing import EVENTS, HYPERV_EVENTS, Side
 from tests.tools.export.readers import report, seen_in
 from tools.export.threads import Threads
 from tools.export.trace_dat import PAGE_BYTES, CpuBuffer, EntryWriter, assemble
@@ -85,3 +86,37 @@ def test_many_pages_are_read_to_the_end(trace_cmd: str, tmp_path: Path) -> None:
 
     assert [one.text for one in seen] == [f"relid={number} side={Side(number & 1).name}" for number in range(500)]
     assert {(one.comm, one.tid, one.cpu) for one in seen} == {("kworker/pri_cha", 77, 0)}
+
+
+TYPES = {"u8": "u8", "u16": "u16", "u32": "u32", "u64": "u64", "int": "s32", "unsigned int": "uint", "char": "guid"}
+"""The kernel's types of fields, and ours; `char` are its arrays of 16 bytes."""
+
+
+def test_tracepoints_are_the_kernels(hv_trace: str) -> None:
+    """Every event of the system `hyperv` in the kernel's own source: its fields in their order, its line."""
+    source = hv_trace.replace("\\\n", "")
+    bodies = {
+        name: body
+        for _kind, name, body in re.findall(r"(TRACE_EVENT|DECLARE_EVENT_CLASS)\((\w+),(.*?)\n\s*\);", source, re.S)
+    }
+    alike = re.findall(r"DEFINE_EVENT\((\w+),\s*(\w+)", source)
+    bodies |= {name: bodies[class_name] for class_name, name in alike}
+    for class_name, _name in alike:
+        bodies.pop(class_name, None)
+    declared = {
+        name: (
+            [(field, TYPES[kind]) for kind, field in re.findall(r"__(?:field|array)\(([^,]+),\s*(\w+)", body)],
+            "".join(re.findall(r'"([^"]*)"', body[body.index("TP_printk") :])),
+        )
+        for name, body in bodies.items()
+    }
+
+    ours = {
+        spec.name: (
+            [(name, next(field.type for field in spec.fields if field.name == name)) for name in spec.declared],
+            spec.format,
+        )
+        for spec in HYPERV_EVENTS
+    }
+    assert len(ours) == 22
+    assert ours == declared
