@@ -148,6 +148,9 @@ class Told:
 def tell(record: TraceRecord, role: str = "") -> Told:
     """One record in words."""
     name = record.event.name
+    if role == Role.TAKEN:
+        # The record is of the next message's write.
+        return Told(record, f"finds the slot of VP page {record.values[0]} empty: it was taken out", "SynIC", role)
     sentence, function = (TELLING if is_host(record) or name not in TELLING_OF_GUEST else TELLING_OF_GUEST).get(
         name, ("", "")
     )

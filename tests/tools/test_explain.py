@@ -82,6 +82,19 @@ def test_message_is_told_as_json(run_cli: RunCli, recording_path: Path) -> None:
     assert sum(step["later_ns"] for step in report["steps"]) == report["steps"][-1]["t_ns"] - first["t_ns"]
 
 
+def test_message_that_a_foreign_guest_took_is_said_to_be_gone(records: list[TraceRecord]) -> None:
+    """It says nothing itself; the host finds the slot empty when it writes the next message: so it is told."""
+    host = [record for record in records if record.actor.kind == "HYPERVISOR"]
+    flow = next(one for one in flows_of(host, (0, 1)) if one.name == "OFFERCHANNEL")
+    told = [one.text for one in story_of_flow(host, flow)]
+
+    assert [text.split(" the slot")[0] for text in told if "the slot of VP page 0" in text] == [
+        "posts OFFERCHANNEL (h2) for",
+        "writes OFFERCHANNEL into",
+        "finds",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
