@@ -1,6 +1,7 @@
 """The `perfetto` format: a stream of TracePackets, as ui.perfetto.dev and `trace_processor` read it.
 
-A process is a group of tracks, with a track for each context of each of its threads (ISR, tasklet, queue, task).
+A process is a group of tracks, with a track for each context of each of its threads: ISR, tasklet, queue, task, and
+driver, where a driver has the device (its probe, its remove), whatever runs that.
 Every record is an instant of category `record` on its track, with its arguments. Around them lie slices of
 category `span` (`tools.export.spans`). Each message is a flow: an arrow from its post through slot, interrupt, DPC and
 work to the probe, and from a guest's message to the host's answers. Counters show how many bytes each ring holds.
@@ -30,8 +31,10 @@ _SLICE_BEGIN, _SLICE_END, _INSTANT, _COUNTER = 1, 2, 3, 4
 _UNIT_BYTES: Final = 3
 _EXPLICIT: Final = 3
 """TrackDescriptor.child_ordering: by `sibling_order_rank`."""
-RANK: Final = {"HOST": 0, "ISR": 1, "TASKLET": 2, "QUEUE": 3, "TASK": 4, "BOOT": 5}
-"""How the tracks of one thread lie: interrupts above what they interrupt."""
+DRIVER: Final = "DRIVER"
+_OF_DRIVERS: Final = frozenset(("probe_start", "probe", "remove_start", "remove"))
+RANK: Final = {"HOST": 0, "ISR": 1, "TASKLET": 2, "QUEUE": 3, "TASK": 4, "BOOT": 5, DRIVER: 6}
+"""How the tracks of one thread lie: interrupts above what they interrupt, a driver below who calls it."""
 IRQ_NAME: Final = "Hyper-V VMbus"
 
 
@@ -57,7 +60,7 @@ class _Trace:
 
     def record(self, record: TraceRecord) -> Iterator[bytes]:
         """Everything that one record becomes."""
-        track = yield from self._context_track(record.actor, record.context)
+        track = yield from self._context_track(record.actor, lane_of(record))
         yield _at(record.t_ns, track, _INSTANT, self._instant(record))
         for span in self._spans.feed(record):
             yield from self._slice(span)
@@ -82,7 +85,7 @@ class _Trace:
 
     def _slice(self, span: Span) -> Iterator[bytes]:
         """A slice; its packets may lie behind those of what it contains: readers sort by time."""
-        track = yield from self._context_track(span.actor, span.context)
+        track = yield from self._context_track(span.actor, lane_of(span.first))
         yield _at(span.begin_ns, track, _SLICE_BEGIN, text(22, "span") + text(23, span.name))
         yield _at(span.end_ns, track, _SLICE_END, b"")
         if span.first.event.name == "isr_enter":
@@ -151,6 +154,11 @@ class _Form:
             known = name_of(field, value)
             made = self._named[at, value] = data(4, named + text(6, known)) if known else b""
         return made
+
+
+def lane_of(record: TraceRecord) -> str:
+    """On which of its thread's tracks a record lies."""
+    return DRIVER if record.event.name in _OF_DRIVERS else record.context
 
 
 def _thread(thread: Thread) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from emu.recording import Recording
 from emu.tracing import HYPERV_EVENTS
 from tests.tools.export.readers import ask, written
+from tools.export.perfetto import lane_of
 from tools.export.rings import Rings
 from tools.export.spans import PAIRS
 from tools.export.threads import Threads
@@ -118,7 +119,7 @@ def test_every_thread_and_context_has_its_track(answers: tuple[Answers, Answers]
     tracks = {tuple(row) for row in answers[0]["tracks"]}
     with Recording(real_recording) as recording:
         threads = Threads.of_recording(recording)
-        seen = {(record.actor, record.context.lower()) for record in recording.records()}
+        seen = {(record.actor, lane_of(record).lower()) for record in recording.records()}
         expected = set()
         for actor, context in seen:
             thread = threads.of(actor)
@@ -130,6 +131,7 @@ def test_every_thread_and_context_has_its_track(answers: tuple[Answers, Answers]
     assert ("hypervisor", "hypervisor", "host") in tracks
     assert ("vcpu0", "vcpu0", "isr") in tracks
     assert ("workqueue", "kworker/pri_chan", "kworker/pri_chan queue") in tracks
+    assert ("workqueue", "kworker/pri_chan", "kworker/pri_chan driver") in tracks
 
 
 def test_counters_show_how_full_rings_are(answers: tuple[Answers, Answers], real_recording: Path) -> None:
