@@ -277,8 +277,8 @@ class Recording:
 
     @property
     def begins_late(self) -> bool:
-        """Whether some actor's first records are not in it: a flight recorder's rings had gone round already."""
-        return any(next(self._sequences(chunks), 0) for chunks in self._chunks.values())
+        """Whether some actor's first records are not in it: a flight recorder's rings had gone round, or nothing is."""
+        return not self._chunks or any(next(self._sequences(chunks), 0) for chunks in self._chunks.values())
 
     def counts(self) -> Counter[str]:
         """How often each event is recorded: what every export of this recording has to agree with."""

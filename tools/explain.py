@@ -18,6 +18,7 @@ from emu.recording import Recording
 from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
 from tools.flows import Flow, flows_of
+from tools.invariants import missing_of
 from tools.options import json_option
 from tools.output import print_json, print_table, say
 from tools.story import Told, story_of_flow, story_of_relid
@@ -70,13 +71,14 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
             report["messages"] = [_message(flow) for flow in flows]
         report["owed"] = [debt.report() for debt in debts]
         report["damage"] = recording.damage
+        missing = missing_of(recording)
     if as_json:
         print_json("explain", 1, report)
     else:
         _show(report, told, began_ns, debts)
         if not debts:
-            # Of what is missing nobody can say whether it was an answer.
-            click.echo("nobody owes anybody anything" + (" in what can be read" if recording.damage else ""))
+            # Of what is missing nobody can say whether it was an answer, or asked for one.
+            click.echo("nobody owes anybody anything" + (f" in what can be read: {missing}" if missing else ""))
     if recording.damage:
         say(f"vmbus-emu: {recording.damage}")
         return ExitStatus.FINDING

@@ -45,11 +45,15 @@ def save_flight(machine: Machine, seconds: float, reason: str) -> Path | None:
 
 @contextmanager
 def saved_if_it_hangs(running: RunningMachine, seconds: float) -> Iterator[None]:
-    """A wait in the block that passes its deadline leaves a flight, and says where."""
+    """A wait in the block that passes its deadline leaves a flight, and says where.
+
+    Its seconds count from when the wait began: what it waited for has stood still since.
+    """
     try:
         yield
     except DeadlinePassed as late:
-        if path := save_flight(running.machine, seconds, f"hang: {late}"):
+        reach_s = seconds and seconds + late.timeout_ns / 1e9
+        if path := save_flight(running.machine, reach_s, f"hang: {late}"):
             say(f"vmbus-emu: flight recording: {path}")
             late.recording = path
         raise

@@ -11,12 +11,15 @@ import pytest
 
 from emu.faults import FaultKind
 from emu.recording import TraceRecord
+from emu.scenario import Scenario, parse_device
 from emu.tracing import EVENTS, WaitedFor
 from emu.wire.messages import MessageType
 from tests.conftest import RunCli
 from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
+from tools.flight import save_flight
 from tools.flows import flows_of
+from tools.launch import launch
 from tools.story import TELLING, TELLING_OF_GUEST, story_of_flow, story_of_relid
 
 LINE = re.compile(r" *\d+\.\d{3} ms +[+-][\d,]+\.\d us  \S.*")
@@ -245,3 +248,18 @@ def test_packet_that_its_device_forgot_is_owed(records: list[TraceRecord]) -> No
     left += records[closed:]
     (debt,) = debts_of(left, flows_of(left, (0, 1)))
     assert (debt.now_ns, debt.given_up) == (near.t_ns, True)
+
+
+def test_flight_that_begins_late_owes_nothing_that_can_be_read(run_cli: RunCli, tmp_path: Path) -> None:
+    """What was asked before it began is not in it, and so nobody says that all is answered."""
+    scenario = Scenario.default().with_overrides(devices=[parse_device("echo:1")])
+    with launch(scenario, record=True) as running, pytest.MonkeyPatch.context() as patch:
+        running.wait_ready()
+        patch.setenv("XDG_STATE_HOME", str(tmp_path))
+        path = save_flight(running.machine, 1e-9, "test")
+    assert path is not None
+    done = run_cli("explain", path)
+
+    assert done.stdout.splitlines()[-1] == (
+        "nobody owes anybody anything in what can be read: a flight recorder keeps the last records only"
+    )

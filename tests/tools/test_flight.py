@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from emu.errors import DeadlinePassed
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from tools.crash import crash_recorded
-from tools.flight import save_flight
+from tools.flight import save_flight, saved_if_it_hangs
 from tools.invariants import missing_of
 from tools.launch import MachineDied, launch
 
@@ -67,3 +68,20 @@ def test_only_the_last_seconds_are_saved(state: Path) -> None:
     with Recording(late) as flight:
         assert flight.damage == ""
         assert all(record.t_ns > before_ns for record in flight.records())
+
+
+def test_hang_is_saved_from_before_its_wait(state: Path) -> None:
+    """A wait that was longer than the flight is: what was done when it began is what it is about."""
+    scenario = Scenario.default().with_overrides(devices=[parse_device("echo:1")])
+    with launch(scenario, record=True) as running:
+        running.wait_ready()
+        with pytest.raises(DeadlinePassed) as hung, saved_if_it_hangs(running, 1e-9):
+            raise DeadlinePassed("the host to answer", 3_600_000_000_000)
+        with pytest.raises(DeadlinePassed), saved_if_it_hangs(running, 0.0):
+            raise DeadlinePassed("the host to answer", 3_600_000_000_000)
+
+    (path,) = (state / "flights").iterdir()
+    assert hung.value.recording == path
+    with Recording(path) as flight:
+        assert flight.flight == "hang: the host to answer: no answer within 3.6e+03 s"
+        assert flight.counts()["vmbus_onoffer"] == 1
