@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Final, Protocol, assert_never
 
 from emu.errors import OutOfMemory, ProtocolViolation
@@ -382,8 +383,9 @@ class Bus:
     def _map_gpadl(self, effect: MapGpadl) -> None:
         """Make sure that the guest's pages can be touched, now and later."""
         gpadl = Gpadl(effect.ranges)
+        runs = list(_page_runs(effect.ranges))
         try:
-            for gpa, length in _page_runs(effect.ranges):
+            for gpa, length in runs:
                 self._memory.reserve(gpa, length)
         except (ProtocolViolation, OutOfMemory) as fault:
             self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
@@ -392,8 +394,9 @@ class Bus:
         device = self._devices[effect.key]
         device.relid = effect.relid
         device.gpadls[effect.gpadl] = gpadl
-        pages = sum(len(one.pfns) for one in effect.ranges)
-        self._record(E_GPADL_ADD, effect.relid, effect.gpadl, pages)
+        if self._trace is not None:
+            pages = sum(len(one.pfns) for one in effect.ranges)
+            self._trace.record(E_GPADL_ADD, effect.relid, effect.gpadl, pages, _first_pfn(runs))
         self._answer(effect.key, partial(self.server.gpadl_accepted, effect.key, effect.gpadl))
 
     def _answer(self, key: int, tell: Callable[[], Iterable[Effect]]) -> None:
@@ -652,6 +655,12 @@ def _page_runs(ranges: tuple[GpaRange, ...]) -> Iterator[tuple[int, int]]:
             yield first << PAGE_SHIFT, count << PAGE_SHIFT
         else:
             yield from coalesce([pfn << PAGE_SHIFT for pfn in one.pfns])
+
+
+def _first_pfn(runs: list[tuple[int, int]]) -> int:
+    """The first page of these (gpa, length) where all of them are neighbours, else 0."""
+    neighbours = all(sum(run) == following[0] for run, following in pairwise(runs))
+    return runs[0][0] >> PAGE_SHIFT if neighbours else 0
 
 
 def _nobody() -> None:

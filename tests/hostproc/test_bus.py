@@ -16,11 +16,14 @@ from emu.memory import PAGE_SIZE, GuestMemory
 from emu.ring import RingConsumer, RingMemory, RingProducer
 from emu.switches import ALL_FIXED, Fix
 from emu.syncpoint import Point
+from emu.tracing import E_GPADL_ADD, OneByOne
+from emu.wire.gpa_range import GpaRange, pack_gpa_ranges
 from emu.wire.messages import (
     STATUS_UNSUCCESSFUL,
     VP_INDEX_DISABLE_INTERRUPT,
     CloseChannel,
     GpadlCreated,
+    GpadlHeader,
     GpadlTeardown,
     GpadlTorndown,
     InitiateContact,
@@ -604,6 +607,47 @@ def test_next_connection_has_pages_of_its_own() -> None:
     assert list(guest.partition.doorbells) == [0x2001]
     assert guest.echo(b"12345678") == [b"12345678"]
     assert page_bits(guest, 0) == []
+
+
+class Noted(OneByOne):
+    """A recorder that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[int, ...]] = []
+
+    def record(self, *what: int) -> None:
+        """Remember a record."""
+        self.records.append(what)
+
+
+class RecordedGuest(Guest):
+    """A guest of a host that records."""
+
+    def make_bus(self, server: Server, budget: MapBudget | None) -> Bus:
+        """With a recorder."""
+        self.noted = Noted()
+        return Bus(server, self.partition, self.partition, self.memory, trace=self.noted)  # type: ignore[arg-type]
+
+
+NEIGHBOURS, TURNED, APART = (4, 5, 6, 7, 8, 9), (9, 8, 7, 6, 5, 4), (4, 5, 6, 8, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "pfn"),
+    [([NEIGHBOURS], 4), ([TURNED], 0), ([APART], 0), ([(4, 5, 6), (7, 8)], 4), ([(4, 5), (7, 8)], 0), ([(7,)], 7)],
+)
+def test_first_page_of_a_gpadl_is_recorded_where_its_pages_are_neighbours(
+    ranges: list[tuple[int, ...]], pfn: int
+) -> None:
+    """The host's record says the first PFN of one run of pages, be it in several ranges; of any others 0."""
+    guest = RecordedGuest()
+    guest.boot()
+    body = pack_gpa_ranges(GpaRange(len(pfns) * PAGE_SIZE, 0, pfns) for pfns in ranges)
+
+    guest.post(GpadlHeader(1, RING, len(body), len(ranges), body))
+
+    pages = sum(map(len, ranges))
+    assert [words for event, *words in guest.noted.records if event == E_GPADL_ADD] == [[1, RING, pages, pfn]]
 
 
 @pytest.mark.parametrize("scattered", [False, True])
