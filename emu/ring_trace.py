@@ -17,7 +17,6 @@ from emu.tracing import (
     E_RING_ATTACH,
     E_RING_FULL,
     E_RING_PUBLISH,
-    E_RING_RELEASE,
     E_RING_ROOM,
     E_UNMASK,
     Recorder,
@@ -28,8 +27,13 @@ SNAP_BYTES: Final = 256
 """How much of a publish is kept, where bytes are: the descriptors and first bytes of small packets."""
 
 
-def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, masks: bool = False) -> RingWords:
-    """The words of this ring, with records; `masks` where nobody else records that the reader masks and unmasks."""
+def recorded(
+    memory: RingMemory, recorder: Recorder, relid: int, side: int, *, masks: bool = False, sole: bool = False
+) -> RingWords:
+    """The words of this ring, with records; `masks` where nobody else records that the reader masks and unmasks.
+
+    `sole`: nobody else stores the index that this end stores.
+    """
     words, size, record = memory.words, memory.data_size, recorder.record
     store_write, store_read, store_pending, store_mask = (
         words.store_write,
@@ -39,13 +43,8 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
     )
     load_write, load_read, load_pending = words.load_write, words.load_read, words.load_pending
 
+    side_words = relid, side
     published = recorder.bind_first(E_RING_PUBLISH, relid, side)
-    released = recorder.bind_first(E_RING_RELEASE, relid, side)
-
-    def publish(index: int) -> None:
-        # Before it can be read: a reader releases at once, and no effect may precede its cause.
-        published(index, (index - load_write()) % size)
-        store_write(index)
 
     def publish_bytes(index: int) -> None:
         before = load_write()
@@ -53,14 +52,11 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
         recorder.keep(first_bytes(memory, before, (index - before) % size))
         store_write(index)
 
-    def release(index: int) -> None:
-        freed = (index - load_read()) % size
-        store_read(index)
-        released(index, freed)
+    def room(index: int, freed: int) -> None:
         if wanted := load_pending() & -ALIGNMENT:
-            room = (index - load_write() - ALIGNMENT) % size
-            if room - freed < wanted <= room:
-                record(E_RING_ROOM, relid, side, room, wanted)
+            free = (index - load_write() - ALIGNMENT) % size
+            if free - freed < wanted <= free:
+                record(E_RING_ROOM, relid, side, free, wanted)
 
     def wish(wanted: int) -> None:
         store_pending(wanted)
@@ -80,8 +76,14 @@ def recorded(memory: RingMemory, recorder: Recorder, relid: int, side: int, *, m
             unmasked()
 
     record(E_RING_ATTACH, relid, side, size, load_write(), load_read())
-    store = publish_bytes if recorder.keeps_bytes else publish
-    changed = replace(words, store_write=store, store_read=release, store_pending=wish)
+    release = recorder.bind_release(side_words, size, store_read, load_read, load_pending, room, sole=sole)
+    publish = recorder.bind_publish(side_words, size, store_write, load_write, sole=sole)
+    changed = replace(
+        words,
+        store_write=publish_bytes if recorder.keeps_bytes else publish,
+        store_read=release,
+        store_pending=wish,
+    )
     return replace(changed, store_mask=mask) if masks else changed
 
 

@@ -404,9 +404,12 @@ BoundFirst = Callable[..., None]
 BoundPair = Callable[[int], None]
 """Records always the same two events: the first at the time it is given (CLOCK_MONOTONIC ns), the second 1 ns later, so
 that whoever sorts by time has them in order."""
+BoundMove = Callable[[int], None]
+"""`(index)`: stores an index of a ring, and records that and by how many bytes it moved."""
 Bind = Callable[..., Bound]
 BindFirst = Callable[..., BoundFirst]
 BindPair = Callable[[tuple[int, ...], tuple[int, ...]], BoundPair]
+BindMove = Callable[..., BoundMove]
 
 
 def not_recorded(*_what: int) -> None:
@@ -437,6 +440,39 @@ class OneByOne:
 
         return both
 
+    def bind_publish(
+        self, words: tuple[int, int], size: int, store: Callable[[int], None], load: Callable[[], int], *, sole: bool
+    ) -> BoundMove:
+        """As `Recorder.bind_publish`."""
+
+        def publish(index: int) -> None:
+            self.record(E_RING_PUBLISH, *words, index, (index - load()) % size)
+            store(index)
+
+        return publish
+
+    def bind_release(
+        self,
+        words: tuple[int, int],
+        size: int,
+        store: Callable[[int], None],
+        load: Callable[[], int],
+        waited_for: Callable[[], int],
+        room: Callable[[int, int], None],
+        *,
+        sole: bool,
+    ) -> BoundMove:
+        """As `Recorder.bind_release`."""
+
+        def release(index: int) -> None:
+            freed = (index - load()) % size
+            store(index)
+            self.record(E_RING_RELEASE, *words, index, freed)
+            if waited_for():
+                room(index, freed)
+
+        return release
+
 
 class Recorder:
     """Writes one actor's ring; `vp` and `context` are stamped on each record.
@@ -447,9 +483,14 @@ class Recorder:
     What happens over and over with the same words is bound once: `bind` takes an event with all its words, `bind_first`
     with all but the last two (or the last one and none), `bind_pair` two events, each a tuple with all its words. The
     functions that these return take 0.75, 0.8 and, for both records together, 1.0 of what `record` takes.
+
+    `bind_publish` and `bind_release` are a ring's stores of its indices, each with its record in one function: a
+    publish records before it stores, since no effect may precede its cause, a release behind it. `words` are (relid,
+    side), `load` loads the index; with `sole` nobody else stores it, so it is loaded once. A release then looks at
+    `waited_for` and calls `room(index, freed bytes)` if that is not 0.
     """
 
-    __slots__ = ("bind", "bind_first", "bind_pair", "context", "record", "vp")
+    __slots__ = ("bind", "bind_first", "bind_pair", "bind_publish", "bind_release", "context", "record", "vp")
 
     now_ns = staticmethod(time.monotonic_ns)
     """The time that records have, for `bind_pair`."""
@@ -457,6 +498,8 @@ class Recorder:
     bind: Bind
     bind_first: BindFirst
     bind_pair: BindPair
+    bind_publish: BindMove
+    bind_release: BindMove
 
     keeps_bytes: ClassVar[bool] = False
     """Whether `keep` does anything: whoever has to collect the bytes first looks here when it attaches."""
@@ -470,7 +513,9 @@ class Recorder:
             raise MissingPrerequisite(f"no room for {size} bytes of recording: {error.strerror}") from None
         self.vp = vp
         self.context = int(context)
-        self.record, self.bind, self.bind_first, self.bind_pair = _functions(self, segment, slot)
+        self.record, self.bind, self.bind_first, self.bind_pair, self.bind_publish, self.bind_release = _functions(
+            self, segment, slot
+        )
 
     def keep(self, data: bytes) -> None:
         """Keep the bytes that the record before this one is about: not here, only where that was asked for."""
@@ -484,7 +529,9 @@ class Recorder:
         self.record(E_PROCESS_STOP, *EVENTS["process_stop"].pack(pid, status, text_value(name, 16)))
 
 
-def _functions(recorder: Recorder, segment: Segment, slot: int) -> tuple[Record, Bind, BindFirst, BindPair]:
+def _functions(
+    recorder: Recorder, segment: Segment, slot: int
+) -> tuple[Record, Bind, BindFirst, BindPair, BindMove, BindMove]:
     """Make `record` and what binds: functions over variables that they share.
 
     A method over attributes takes a tenth longer.
@@ -569,7 +616,69 @@ def _functions(recorder: Recorder, segment: Segment, slot: int) -> tuple[Record,
 
         return bound_pair
 
-    return record, bind, bind_first, bind_pair
+    # One function each, from the index to its store: a call more and a remainder are a third of such a record.
+    pack_move = Struct("<QI20sQQ16x").pack_into
+
+    def bind_publish(
+        words: tuple[int, int], size: int, store_index: Callable[[int], None], load: Callable[[], int], *, sole: bool
+    ) -> BoundMove:
+        same = tuple(record[:20] for record in _by_context(recorder.vp, E_RING_PUBLISH, *words))
+        before = load()
+
+        def publish(index: int) -> None:
+            nonlocal at, count, before
+            moved = index - (before if sole else load())
+            if moved < 0:
+                moved += size
+            try:
+                pack_move(memory, at, now(), count, same[recorder.context], index, moved)
+            except struct_error:
+                pack_move(memory, at, now(), count & 0xFFFFFFFF, same[recorder.context], index, moved % size)
+            count += 1
+            at += RECORD_BYTES
+            if at == end:
+                at = begin
+            store(count)
+            before = index
+            store_index(index)
+
+        return publish
+
+    def bind_release(
+        words: tuple[int, int],
+        size: int,
+        store_index: Callable[[int], None],
+        load: Callable[[], int],
+        waited_for: Callable[[], int],
+        room: Callable[[int, int], None],
+        *,
+        sole: bool,
+    ) -> BoundMove:
+        same = tuple(record[:20] for record in _by_context(recorder.vp, E_RING_RELEASE, *words))
+        before = load()
+
+        def release(index: int) -> None:
+            nonlocal at, count, before
+            moved = index - (before if sole else load())
+            if moved < 0:
+                moved += size
+            store_index(index)
+            try:
+                pack_move(memory, at, now(), count, same[recorder.context], index, moved)
+            except struct_error:
+                pack_move(memory, at, now(), count & 0xFFFFFFFF, same[recorder.context], index, moved % size)
+            count += 1
+            at += RECORD_BYTES
+            if at == end:
+                at = begin
+            store(count)
+            before = index
+            if waited_for():
+                room(index, moved)
+
+        return release
+
+    return record, bind, bind_first, bind_pair, bind_publish, bind_release
 
 
 def _by_context(vp: int, event: int, *words: int) -> tuple[bytes, ...]:

@@ -342,7 +342,7 @@ class Hypervisor:
 
     def _recorded(self, relid: int, side: str, memory: RingMemory) -> RingWords:
         assert self.trace is not None
-        return recorded(memory, self.trace, relid, int(side == "outgoing"), masks=side == "incoming")
+        return recorded(memory, self.trace, relid, int(side == "outgoing"), masks=side == "incoming", sole=True)
 
     # -- what the partition asks for ----------------------------------------------------------------
 

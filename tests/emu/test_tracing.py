@@ -21,6 +21,8 @@ from emu.tracing import (
     E_EOM,
     E_OFFER,
     E_POST,
+    E_RING_PUBLISH,
+    E_RING_RELEASE,
     EVENTS,
     NO_VP,
     RECORD,
@@ -122,6 +124,41 @@ def test_argument_below_zero_is_stored_modulo_2_64(segment: Segment) -> None:
     assert record[5:8] == ((1 << 64) - 19, 0, 3)
 
 
+class Words:
+    """The indices of a ring, without the ring."""
+
+    def __init__(self, write: int, read: int) -> None:
+        self.write, self.read, self.pending = write, read, 0
+        self.rooms: list[tuple[int, int]] = []
+        self.stored: Callable[[], object] = lambda: None
+
+    def load_write(self) -> int:
+        """Load write_index."""
+        return self.write
+
+    def load_read(self) -> int:
+        """Load read_index."""
+        return self.read
+
+    def load_pending(self) -> int:
+        """Load pending_send_sz."""
+        return self.pending
+
+    def store_write(self, index: int) -> None:
+        """Store write_index."""
+        self.write = index
+        self.stored()
+
+    def store_read(self, index: int) -> None:
+        """Store read_index."""
+        self.read = index
+        self.stored()
+
+    def room(self, index: int, freed: int) -> None:
+        """Somebody waits, and so much was freed."""
+        self.rooms.append((index, freed))
+
+
 def without_time(raw: bytes) -> list[tuple[int, ...]]:
     """Drained records, all but their times."""
     return [record[1:] for record in RECORD.iter_unpack(raw)]
@@ -145,6 +182,65 @@ def test_bound_record_is_what_record_writes(segment: Segment) -> None:
 
     drain = Drain(segment)
     assert without_time(drain.take(1)) == without_time(drain.take(0))
+
+
+@pytest.mark.parametrize("sole", [False, True])
+@pytest.mark.parametrize("context", [Context.ISR, Context.TASK])
+def test_bound_index_is_recorded_with_how_far_it_moved(segment: Segment, *, sole: bool, context: Context) -> None:
+    """Once round a ring of 64 bytes: each publish and each release is one record, as `record` writes it."""
+    plain, bound, words = Recorder(segment, 0, vp=1), Recorder(segment, 1, vp=1), Words(56, 40)
+    publish = bound.bind_publish((7, 0), 64, words.store_write, words.load_write, sole=sole)
+    release = bound.bind_release(
+        (7, 1), 64, words.store_read, words.load_read, words.load_pending, words.room, sole=sole
+    )
+    plain.context = bound.context = context
+    for write, read in ((0, 56), (24, 8), (40, 40)):
+        publish(write)
+        release(read)
+    for written, released in (((0, 8), (56, 16)), ((24, 24), (8, 16)), ((40, 16), (40, 32))):
+        plain.record(E_RING_PUBLISH, 7, 0, *written)
+        plain.record(E_RING_RELEASE, 7, 1, *released)
+
+    drain = Drain(segment)
+    assert without_time(drain.take(1)) == without_time(drain.take(0))
+    assert (words.write, words.read, words.rooms) == (40, 40, [])
+
+
+def test_publish_is_recorded_before_its_index_and_a_release_behind_it(segment: Segment) -> None:
+    """When write_index is stored its record is there; read_index is stored, and then its record."""
+    recorder, words, drain = Recorder(segment, 0), Words(0, 0), Drain(segment)
+    words.stored = lambda: seen.append(len(drain.take(0)) // RECORD_BYTES)
+    seen: list[int] = []
+
+    recorder.bind_publish((7, 0), 64, words.store_write, words.load_write, sole=True)(8)
+    recorder.bind_release((7, 0), 64, words.store_read, words.load_read, words.load_pending, words.room, sole=True)(8)
+
+    assert (seen, len(drain.take(0)) // RECORD_BYTES) == ([1, 0], 1)
+
+
+def test_index_of_several_writers_is_loaded_each_time(segment: Segment) -> None:
+    """What somebody else published in between is not ours; with `sole` nobody does."""
+    recorder, words = Recorder(segment, 0), Words(0, 0)
+    publish = recorder.bind_publish((7, 0), 64, words.store_write, words.load_write, sole=False)
+    publish(8)
+    words.write = 24
+    publish(32)
+
+    assert [record[8] for record in RECORD.iter_unpack(Drain(segment).take(0))] == [8, 8]
+
+
+def test_release_looks_whether_somebody_waits(segment: Segment) -> None:
+    """Only where a size is waited for is asked whether there is room now; the release is recorded by then."""
+    recorder, words, drain = Recorder(segment, 0), Words(48, 0), Drain(segment)
+    release = recorder.bind_release(
+        (7, 0), 64, words.store_read, words.load_read, words.load_pending, words.room, sole=True
+    )
+    release(8)
+    words.pending = 40
+    release(24)
+
+    assert words.rooms == [(24, 16)]
+    assert [record[7:9] for record in RECORD.iter_unpack(drain.take(0))] == [(8, 8), (24, 16)]
 
 
 def test_bound_pair_has_the_time_it_was_given(segment: Segment) -> None:
@@ -183,9 +279,12 @@ def test_sequence_starts_again_behind_the_last(segment: Segment, count: int) -> 
     recorder.bind(E_EOM)()
     recorder.bind_pair((E_EOM,), (E_EOM,))(recorder.now_ns())
     recorder.bind_first(E_EOM)(1)
+    words = Words(0, 0)
+    recorder.bind_publish((7, 0), 64, words.store_write, words.load_write, sole=True)(8)
+    recorder.bind_release((7, 0), 64, words.store_read, words.load_read, words.load_pending, words.room, sole=True)(8)
 
-    wanted = [(count + number) % (1 << 32) for number in range(5)]
-    assert sequences(Drain(segment).take(0))[-5:] == wanted
+    wanted = [(count + number) % (1 << 32) for number in range(7)]
+    assert sequences(Drain(segment).take(0))[-7:] == wanted
 
 
 def test_only_who_recorded_is_looked_at(segment: Segment) -> None:
