@@ -29,7 +29,8 @@ WRITTEN_AT_ONCE: Final = 2
 """So many records may be on their way at once: the oldest ones of a full ring may be theirs already."""
 _WORDS: Final = Struct("<5Q")
 """What a `bytes` record holds behind its first word."""
-CAPACITY: Final = 8_192
+CAPACITY: Final = 16_384
+"""Records of one actor's ring, 1 MiB: a stream makes 400,000 a second, and a drain may come 40 ms late."""
 _HEADS: Final = 4_096
 _RINGS: Final = _HEADS + ACTORS * 64
 TRACE_HEAD_BYTES: Final = _RINGS

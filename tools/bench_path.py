@@ -13,6 +13,7 @@ from typing import Final
 from emu.errors import VmbusError
 from tools.anchors import Against, Anchor
 from tools.bench_path_plugin import BEGIN, CALLBACKS, END, SIZE, TAKEN, WRONG
+from tools.draining import recording
 from tools.pinned import pin
 from tools.two_ends import Cpus
 
@@ -25,6 +26,39 @@ INTERRUPTS_GOAL: Final = 1.0
 _NAME: Final = f"path-{SIZE}B-batch"
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What one run gave: packets a second, interrupts for each 100 packets; records that were dropped."""
+
+    rate: float
+    interrupts: float
+    dropped: int
+
+
+def stream(cpus: Cpus | None, record_into: Path | None = None) -> Streamed:
+    """One run, in a machine of its own that records into a file if there is one, drained as `run --record` does.
+
+    VmbusError when a packet was not what it should be. `cpus`: where hypervisor and vCPU are; None: anywhere.
+    """
+    from tools.testing import running
+
+    with (
+        running(plugins=[PLUGIN], devices=["echo"], vcpus=1, record=record_into is not None) as machine,
+        recording(machine.running, record_into) as recorded,
+    ):
+        if cpus is not None:
+            pin(machine.running, *cpus)
+        before = machine.counters()["interrupts"]
+        (source,) = machine.offer("path-bench")
+        machine.wait_for(lambda: machine.driver_state(source.relid)[END] != 0, "the end of the run")
+        state = machine.driver_state(source.relid)
+        interrupts = machine.counters()["interrupts"] - before
+    if state[WRONG] or not state[TAKEN]:
+        raise VmbusError(f"bench path: {state[WRONG]} of {state[CALLBACKS]} batches were wrong")
+    rate = state[TAKEN] * 1e9 / (state[END] - state[BEGIN])
+    return Streamed(rate, 100 * interrupts / state[TAKEN], 0 if recorded is None else recorded.dropped)
+
+
 @dataclass(slots=True)
 class PathFigures:
     """What each run gave: packets a second, interrupts for each 100 packets."""
@@ -33,20 +67,10 @@ class PathFigures:
     interrupts: list[float] = field(default_factory=list)
 
     def measure(self, cpus: Cpus) -> None:
-        """One run, in a machine of its own; VmbusError when a packet was not what it should be."""
-        from tools.testing import running
-
-        with running(plugins=[PLUGIN], devices=["echo"], vcpus=1) as machine:
-            pin(machine.running, *cpus)
-            before = machine.counters()["interrupts"]
-            (source,) = machine.offer("path-bench")
-            machine.wait_for(lambda: machine.driver_state(source.relid)[END] != 0, "the end of the run")
-            state = machine.driver_state(source.relid)
-            interrupts = machine.counters()["interrupts"] - before
-        if state[WRONG] or not state[TAKEN]:
-            raise VmbusError(f"bench path: {state[WRONG]} of {state[CALLBACKS]} batches were wrong")
-        self.rates.append(state[TAKEN] * 1e9 / (state[END] - state[BEGIN]))
-        self.interrupts.append(100 * interrupts / state[TAKEN])
+        """One run."""
+        streamed = stream(cpus)
+        self.rates.append(streamed.rate)
+        self.interrupts.append(streamed.interrupts)
 
     def anchors(self, best_peer: Against, c_ring: Against, reason: str | None) -> list[Anchor]:
         """Against the best peer, against the C ring, and interrupts under load."""

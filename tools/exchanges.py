@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import VmbusError
-from emu.recording import RecordingWriter
 from emu.scenario import DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
+from tools.draining import recording
 from tools.launch import RunningMachine, launch
 
 RING_PAGES: Final = 16
@@ -44,9 +44,7 @@ def exchanging_machine(
         running = stack.enter_context(launch(scenario, record=record, races=races))
         if record:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-emu-exchange-"))
-            recording = RecordingWriter(Path(folder, "recording"), running.machine)
-            stack.callback(recording.close)
-            running.on_pump = recording.poll
+            stack.enter_context(recording(running, Path(folder, "recording")))
         running.wait_ready()
         yield running
         running.shut_down_guest()

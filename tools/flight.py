@@ -1,6 +1,6 @@
 """The flight recorder: a machine's last seconds, out of its actors' rings, saved when something went wrong.
 
-A machine that records and whose rings nobody drains keeps the newest 8,191 records of each actor. That costs what
+A machine that records and whose rings nobody drains keeps the newest 16,382 records of each actor. That costs what
 recording costs and nothing more; no file is written until there is something to tell. Flights lie below
 `$XDG_STATE_HOME/vmbus-emu/flights`, the newest ten of them, and are recordings like others, that begin late.
 """

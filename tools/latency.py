@@ -19,12 +19,13 @@ from typing import Any, Final
 import click
 
 from emu.errors import UserError
-from emu.recording import Recording, RecordingWriter
+from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from emu.task_board import Program, TaskState
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
+from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
@@ -193,21 +194,19 @@ def measure(
         launch(scenario, record=record) as running,
         crash_recorded(running),
     ):
-        recording = RecordingWriter(kept or Path(folder, "recording"), running.machine) if record else None
-        running.on_pump = recording.poll if recording is not None else None
-        running.wait_ready()
-        samples = Path(folder, "samples")
-        lost = _ping(running, rate, size, duration_s, samples)
-        if record:
-            hot_plug(running)
-        running.shut_down_guest()
-        if recording is None:
-            return Measured(_round_trips(samples), lost, {}, faults=running.faults.report())
-        running.stop()
-        recording.close()
+        with recording(running, (kept or Path(folder, "recording")) if record else None) as recorded:
+            running.wait_ready()
+            samples = Path(folder, "samples")
+            lost = _ping(running, rate, size, duration_s, samples)
+            if record:
+                hot_plug(running)
+            running.shut_down_guest()
+            if recorded is None:
+                return Measured(_round_trips(samples), lost, {}, faults=running.faults.report())
+            running.stop()
         faults = running.faults.report()
-        steps = _steps(recording.path, running.machine.config["vp_indices"])
-        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recording.dropped, faults)
+        steps = _steps(recorded.path, running.machine.config["vp_indices"])
+        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recorded.dropped, faults)
 
 
 def _case(

@@ -7,7 +7,6 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -15,7 +14,6 @@ from typing import IO, Any, Final
 from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
 from emu.mirror import Mirror
-from emu.recording import RecordingWriter
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.wire.versions import version_text
@@ -23,6 +21,7 @@ from guestproc.drivers.echo import EchoDriver
 from guestproc.drivers.netlike import NetlikeDriver
 from tools.crash import write_crash_record
 from tools.device_list import list_devices
+from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, keep_death, kept_if_it_hangs
@@ -162,22 +161,6 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
         recorded = options.record_path or outcome.flight
         outcome.kept = case.keep(outcome.findings(), recording=recorded, judge=True)
     return interruption.status
-
-
-@contextlib.contextmanager
-def recording(running: RunningMachine, path: Path | None) -> Iterator[RecordingWriter | None]:
-    """Drain what the processes record into a file for as long as the block runs."""
-    if path is None:
-        yield None
-        return
-    writer = RecordingWriter(path, running.machine)
-    running.on_pump = writer.poll
-    try:
-        yield writer
-    finally:
-        running.on_pump = None
-        writer.poll()
-        writer.close()
 
 
 def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe: IO[str] | None) -> None:

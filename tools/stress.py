@@ -32,6 +32,7 @@ from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
+from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, OwnLimit, kept_if_it_fails
@@ -51,7 +52,6 @@ from tools.options import (
     scenario_argument,
 )
 from tools.output import narrates, print_json, say
-from tools.run_machine import recording
 from tools.run_outcome import recording_report, tell_faults
 
 INGREDIENTS: Final = {"move": "vCPUs are moved between cores", "hot": "devices come and go"}

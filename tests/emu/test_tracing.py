@@ -420,7 +420,7 @@ def test_recording_needs_room(segment: Segment, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Segment, "reserve", full)
 
-    with pytest.raises(MissingPrerequisite, match="no room for 524288 bytes of recording"):
+    with pytest.raises(MissingPrerequisite, match="no room for 1048576 bytes of recording"):
         Recorder(segment, 0)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from emu.recording import Recording, TraceRecord
 from emu.scenario import Scenario, parse_device
+from tools.draining import recording
 from tools.latency import hot_plug
 from tools.launch import launch
-from tools.run_machine import exercise, recording
+from tools.run_machine import exercise
 
 
 def record_machine(path: Path) -> None:

@@ -119,10 +119,11 @@ def test_unknown_bench_is_one_line_with_those_there_are(run_cli: RunCli) -> None
 
 @pytest.mark.parametrize("name", list(module.BENCHES))
 def test_every_bench_measures(run_cli: RunCli, name: str) -> None:
-    """A short run of each gives figures above zero, and says what it ran on."""
+    """A short run of each gives figures above zero (but of records that were dropped), and says what it ran on."""
     done = run_cli("bench", name, "--short", "--json", timeout_s=100.0)
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert {"cpu", "cores", "kernel", "python"} <= told["machine"].keys()
-    assert told["results"] and all(one["value"] > 0 and one.keys() == FIELDS for one in told["results"])
+    assert told["results"] and all(one.keys() == FIELDS for one in told["results"])
+    assert all(one["value"] > 0 for one in told["results"] if not one["name"].endswith("-dropped"))

@@ -1,0 +1,122 @@
+"""A recording is drained beside whatever its command does: nothing runs over, and what cannot be written is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emu.control import ActorKind
+from emu.errors import UserError
+from emu.ipc.segments import unlink_objects
+from emu.machine import Machine
+from emu.recording import Recording, RecordingWriter
+from emu.tracing import CAPACITY, E_EOM, Recorder
+from tools.draining import LEAST_TURN_S, TURN_S, Drainer, next_turn_s
+from tools.testing import wait_for
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A machine that records."""
+    name = f"drain{os.getpid()}"
+    made = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
+    try:
+        made.control.set_recording()
+        yield made
+    finally:
+        unlink_objects(name)
+        made.close()
+
+
+@pytest.fixture
+def vcpu(machine: Machine) -> Recorder:
+    """One actor of it."""
+    row, _counters = machine.enlist(ActorKind.VCPU, "vcpu0")
+    recorder = machine.recorder(row)
+    assert recorder is not None
+    return recorder
+
+
+def test_nobody_has_to_poll(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+    """Three times what a ring holds is in the file, while its command only waits."""
+    writer = RecordingWriter(tmp_path / "r", machine)
+    drainer = Drainer(writer)
+    recorded = 0
+    for _ in range(6):
+        for _ in range(CAPACITY // 2):
+            vcpu.record(E_EOM)
+        recorded += CAPACITY // 2
+        wait_for(lambda: writer.records == recorded, "the drainer")  # noqa: B023
+    drainer.stop()
+    drainer.check()
+    writer.close()
+
+    with Recording(tmp_path / "r") as recording:
+        assert (recording.damage, recording.dropped, recording.count) == ("", 0, 3 * CAPACITY)
+
+
+def test_what_is_recorded_after_the_last_turn_is_the_closers(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+    """A drainer that has stopped touches nothing more; `close` takes what is left."""
+    writer = RecordingWriter(tmp_path / "r", machine)
+    drainer = Drainer(writer)
+    drainer.stop()
+    vcpu.record(E_EOM)
+
+    assert writer.records == 0
+    writer.close()
+    assert writer.records == 1
+
+
+def test_full_disk_is_told_to_whoever_looks_after_the_machine(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+    """The thread ends, the next look raises what it met, and later ones are quiet."""
+    writer = RecordingWriter(tmp_path / "r", machine)
+    vars(writer)["_file"].close()
+    with Path("/dev/full").open("wb") as full:
+        vars(writer)["_file"] = full
+        vcpu.record(E_EOM)
+        drainer = Drainer(writer)
+        wait_for(lambda: full.closed, "the write that fails")
+        drainer.stop()
+
+        with pytest.raises(UserError, match="No space left"):
+            drainer.check()
+        drainer.check()
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "share", "wanted_s"),
+    [
+        (TURN_S, 0.0, TURN_S),
+        (TURN_S, 0.25, TURN_S),
+        (TURN_S, 0.5, TURN_S),
+        (TURN_S, 1.0, TURN_S / 2),
+        (0.004, 0.25, 0.008),
+        (0.004, 0.01, TURN_S),
+        (LEAST_TURN_S, 1.0, LEAST_TURN_S),
+        (0.008, 0.0, TURN_S),
+    ],
+)
+def test_fuller_rings_are_looked_at_sooner(turn_s: float, share: float, wanted_s: float) -> None:
+    """The next turn is as long as fills half a ring, within its bounds."""
+    assert next_turn_s(turn_s, share) == pytest.approx(wanted_s)
+
+
+def test_share_is_that_of_the_fullest_ring(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+    """Of two actors one fills a quarter of its ring; when nobody records the next look says 0."""
+    row, _counters = machine.enlist(ActorKind.VCPU, "vcpu1", cpu=1)
+    other = machine.recorder(row)
+    assert other is not None
+    writer = RecordingWriter(tmp_path / "r", machine)
+    other.record(E_EOM)
+    for _ in range(CAPACITY // 4):
+        vcpu.record(E_EOM)
+    shares = []
+    for _ in range(2):
+        writer.poll()
+        shares.append(writer.share)
+    writer.close()
+
+    assert shares == [0.25, 0.0]

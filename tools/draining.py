@@ -1,0 +1,89 @@
+"""Draining a machine's recorders into a file while a command does whatever it does.
+
+A thread of its own: a command that waits for a device, or for somebody's key, cannot let the rings run over meanwhile.
+It looks every 20 ms, and sooner once half a ring or more fills in that time, so that bursts find room.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from emu.errors import UserError
+from emu.recording import RecordingWriter
+from tools.launch import RunningMachine
+
+TURN_S: Final = 0.02
+"""A ring takes 16,384 records: in this time at most 800,000 a second, and nobody makes half of that."""
+LEAST_TURN_S: Final = 0.002
+WANTED_SHARE: Final = 0.5
+"""How full the fullest ring should be when it is drained: fuller would leave too little for a late look."""
+STOP_TIMEOUT_S: Final = 60.0
+
+
+def next_turn_s(turn_s: float, share: float) -> float:
+    """How long to wait after a turn in which the fullest ring filled to `share` of it."""
+    if share <= 0:
+        return TURN_S
+    return max(LEAST_TURN_S, min(TURN_S, turn_s * WANTED_SHARE / share))
+
+
+class Drainer:
+    """Drains a recording until it is stopped; `check` raises what it could not write."""
+
+    def __init__(self, writer: RecordingWriter) -> None:
+        self._writer: Final = writer
+        self._stopped: Final = threading.Event()
+        self._error: UserError | None = None
+        self._thread: Final = threading.Thread(target=self._run, name="drainer", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the UserError of a file that could not be written; the recording ended there."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def stop(self) -> None:
+        """Drain no more; the writer is the caller's again."""
+        self._stopped.set()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        turn_s = TURN_S
+        try:
+            while not self._stopped.wait(turn_s):
+                self._writer.poll()
+                turn_s = next_turn_s(turn_s, self._writer.share)
+        except UserError as error:
+            self._error = error
+
+
+@contextmanager
+def drained(running: RunningMachine, writer: RecordingWriter) -> Iterator[RecordingWriter]:
+    """Drain the machine's recorders into the writer for as long as the block runs; what is left, `close` takes."""
+    drainer = Drainer(writer)
+    running.on_pump = drainer.check
+    try:
+        yield writer
+    finally:
+        running.on_pump = None
+        drainer.stop()
+    drainer.check()
+
+
+@contextmanager
+def recording(running: RunningMachine, path: Path | None) -> Iterator[RecordingWriter | None]:
+    """Drain what the processes record into a file for as long as the block runs; None: there is no file."""
+    if path is None:
+        yield None
+        return
+    writer = RecordingWriter(path, running.machine)
+    try:
+        with drained(running, writer):
+            yield writer
+    finally:
+        writer.close()
