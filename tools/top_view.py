@@ -37,7 +37,10 @@ SORT_KEYS: Final[dict[str, Callable[[ChannelRow], Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """How somebody wants to see it: `typing` is the filter while it is being typed, None otherwise."""
+    """How somebody wants to see it: `typing` is the filter while it is being typed, None otherwise.
+
+    Enter keeps what was typed, Escape what was there before.
+    """
 
     sort: str = "relid"
     reverse: bool = False
@@ -46,6 +49,11 @@ class Wishes:
     interval_s: float = 1.0
     first: int = 0
     typing: str | None = None
+
+    @property
+    def sought(self) -> str:
+        """The filter as it is now: what is being typed narrows at once."""
+        return self.filter if self.typing is None else self.typing
 
 
 def wished(wishes: Wishes, key: str) -> Wishes | None:
@@ -80,13 +88,13 @@ def _typed(wishes: Wishes, text: str, key: str) -> Wishes:
     if key == "escape":
         return replace(wishes, typing=None)
     if key == "backspace":
-        return replace(wishes, typing=text[:-1])
-    return replace(wishes, typing=text + key) if len(key) == 1 and key.isprintable() else wishes
+        return replace(wishes, typing=text[:-1], first=0)
+    return replace(wishes, typing=text + key, first=0) if len(key) == 1 and key.isprintable() else wishes
 
 
 def chosen_channels(frame: Frame, wishes: Wishes) -> list[ChannelRow]:
     """The channels that pass the filter (relid, class, state or cpuN has it), sorted."""
-    text = wishes.filter.lower()
+    text = wishes.sought.lower()
     rows = [row for row in frame.channels if text in f"{row.relid} {row.class_name} {row.state} cpu{row.cpu}".lower()]
     return sorted(rows, key=SORT_KEYS[wishes.sort], reverse=wishes.reverse)
 
@@ -224,7 +232,10 @@ def screen(name: str, frame: Frame, wishes: Wishes, width: int, height: int) -> 
         *processes,
     ]
     foot = f"filter: {wishes.typing}█" if wishes.typing is not None else HELP
-    lines = [*lines[: height - 1], (foot, "dim" if wishes.typing is None else "bold")]
+    lines = lines[: height - 1]
+    # The foot stays where it is while a filter narrows.
+    lines += [("", "")] * (height - 1 - len(lines))
+    lines.append((foot, "dim" if wishes.typing is None else "bold"))
     text = Text(no_wrap=True, overflow="crop")
     for number, (line, style) in enumerate(lines):
         text.append(line[:width] + ("\n" if number < len(lines) - 1 else ""), style=style)
@@ -252,7 +263,7 @@ def _channel_lines(frame: Frame, wishes: Wishes, width: int, visible: int) -> li
     without = NARROW if width < 100 else frozenset()
     rows = chosen_channels(frame, wishes)
     order = f"by {wishes.sort}{' reversed' if wishes.reverse else ''}"
-    which = f"  of {len(frame.channels)}, filter {wishes.filter}" if wishes.filter else ""
+    which = f"  of {len(frame.channels)}, filter {wishes.sought}" if wishes.sought else ""
     first = wishes.first
     shown = rows[first : first + visible]
     more = len(rows) - len(shown)

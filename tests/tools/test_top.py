@@ -138,6 +138,25 @@ def test_filter_is_typed_and_taken_or_given_up() -> None:
     assert [row.relid for row in chosen_channels(frame(5), taken)] == [1, 3, 5]
 
 
+def test_filter_narrows_while_it_is_typed() -> None:
+    """Each letter counts at once, on the screen as well, from its first line on; Escape shows what was there before."""
+    wishes: Wishes | None = Wishes(filter="echo", first=2)
+    shown = []
+    for key in ["/", "backspace", "backspace", "backspace", "backspace", "2", "x", "escape"]:
+        assert wishes is not None
+        wishes = wished(wishes, key)
+        assert wishes is not None
+        shown.append([row.relid for row in chosen_channels(frame(5), wishes)])
+        if key == "2":
+            assert (wishes.first, wishes.filter) == (0, "echo")
+            text = str(screen("m", frame(5), wishes, 80, 30))
+            assert "of 5, filter 2" in text and text.splitlines()[29] == "filter: 2█"
+
+    everything = [1, 2, 3, 4, 5]
+    assert shown == [everything] * 5 + [[2], [], everything]
+    assert wishes is not None and wishes.sought == "echo"
+
+
 def test_keys_change_what_is_shown() -> None:
     """Pause, sort both ways round, reverse, speed within bounds, scrolling; q ends it, others do nothing."""
     wishes = Wishes()
