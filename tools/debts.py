@@ -1,19 +1,20 @@
 """What a recording leaves owed: who owes whom what, and since when.
 
 A debt is read off the records alone: a message that stopped on its way, work that has not begun or not ended, an answer
-to a message or a packet that has not come, room in a ring, a mutex. An answer for which nobody waits any more, since
-the time for it was over, stays owed; its sentence says that its asker gave up.
+to a message or a packet that has not come, room in a ring, a look at bytes in one, a mutex. An answer for which nobody
+waits any more, since the time for it was over, stays owed; its sentence says that its asker gave up.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from emu.control import ActorKind
 from emu.recording import TraceRecord
-from emu.tracing import WaitedFor
+from emu.tracing import Side, WaitedFor
 from emu.wire.messages import MessageType
 from tools.event_names import name_of
 from tools.flows import Flow, Flows, Role
@@ -79,6 +80,7 @@ def debts_of(records: Sequence[TraceRecord], flows: Flows) -> list[Debt]:
     found += _debts_of_connection(records, flows, {one for debt in found for one in debt.messages}, now_ns)
     found += _debts_of_rescinds(records, now_ns)
     found += _debts_of_writers(records, now_ns)
+    found += _debts_of_readers(records, now_ns)
     found += _debts_of_holders(records, now_ns)
     found += _debts_of_devices(records, now_ns)
     return sorted(found, key=lambda debt: debt.since_ns)
@@ -270,10 +272,79 @@ def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
     ]
 
 
+class _Unread:
+    """What was published in one ring and not released: each publish with the bytes of it that are left.
+
+    `size`: bytes of its data area; 0 as long as the recording has not told, which one that begins late never does.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.publishes: deque[tuple[TraceRecord, int]] = deque()
+        self.bytes = 0
+
+    def publish(self, record: TraceRecord, nbytes: int) -> None:
+        """So many bytes more."""
+        self.publishes.append((record, nbytes))
+        self.bytes += nbytes
+
+    def release(self, read_index: int, freed: int) -> None:
+        """The reader has come to this index, by so many bytes."""
+        if not self.publishes:
+            return
+        last = self.publishes[-1][0].values[2]
+        if read_index == last:
+            left = 0
+        elif self.size:
+            # By the indices: what is missing in the recording does no harm then.
+            left = (last - read_index) % self.size
+        else:
+            left = self.bytes - freed
+        while self.publishes and self.bytes > left:
+            record, nbytes = self.publishes.popleft()
+            rest = max(0, nbytes - (self.bytes - left))
+            self.bytes -= nbytes - rest
+            if rest:
+                self.publishes.appendleft((record, rest))
+
+
+def _debts_of_readers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
+    """Bytes of a ring that its reader has not released, whoever sent them: since the oldest publish that is left.
+
+    A guest that records nothing (a foreign one) releases unseen: nobody can say then what it has read.
+    """
+    rings: defaultdict[tuple[int, int], _Unread] = defaultdict(_Unread)
+    guest_records = False
+    for record in records:
+        name = record.event.name
+        guest_records = guest_records or record.actor.kind == ActorKind.VCPU.name
+        if name == "ring_attach":
+            rings[record.values[0], record.values[1]].size = record.values[2]
+        elif name == "ring_publish":
+            rings[record.values[0], record.values[1]].publish(record, record.values[3])
+        elif name == "ring_release":
+            rings[record.values[0], record.values[1]].release(*record.values[2:4])
+        elif name == "close" or (name == "rescind" and not is_host(record)):
+            # Its rings are given back, whatever is in them.
+            for which in Side:
+                rings.pop((record.values[0], which), None)
+        elif name == "reset":
+            rings.clear()
+    debts = []
+    for (relid, side), ring in rings.items():
+        if not ring.publishes or (side == Side.TO_GUEST and not guest_records):
+            continue
+        oldest, _left = ring.publishes[0]
+        who = "the host" if side == Side.TO_HOST else "the guest"
+        what = f"a look at {ring.bytes:,} bytes of relid {relid}"
+        debts.append(Debt(who, oldest.actor.name, what, oldest.t_ns, now_ns, relid))
+    return debts
+
+
 def _debts_of_devices(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]:
     """Packets of a program that measures round trips, which a device has not answered; it answers in their order.
 
-    Of other programs no packet is recorded, so nobody can say.
+    Of other programs no packet is recorded: only that bytes of theirs are unread (`_debts_of_readers`).
     """
     waiting: dict[tuple[int, str], deque[TraceRecord]] = {}
     debts = []

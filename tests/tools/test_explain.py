@@ -263,3 +263,89 @@ def test_flight_that_begins_late_owes_nothing_that_can_be_read(run_cli: RunCli, 
     assert done.stdout.splitlines()[-1] == (
         "nobody owes anybody anything in what can be read: a flight recorder keeps the last records only"
     )
+
+
+def traffic(records: list[TraceRecord], *told: tuple[str, tuple[int, ...]]) -> list[TraceRecord]:
+    """The records up to the first close, and behind them events of the guest's first processor, and of the host for a
+    release to it and a publish of its own; one each millisecond."""
+    before = records[: index_of(records, "close")]
+    vcpu, host = (next(one for one in before if one.actor.kind == kind) for kind in ("VCPU", "HYPERVISOR"))
+    end_ns = before[-1].t_ns
+    made = []
+    for number, (event, values) in enumerate(told, 1):
+        by_host = (event, values[1]) in (("ring_release", 0), ("ring_publish", 1))
+        one = replace(host if by_host else vcpu, event=EVENTS[event], values=values, t_ns=end_ns + number * 1_000_000)
+        made.append(one)
+    return before + made
+
+
+def looks(records: list[TraceRecord]) -> list[tuple[str, int]]:
+    """Who owes a look at bytes of relid 77, without how long; and the millisecond since when, from the first one on."""
+    debts = [debt for debt in debts_of(records, flows_of(records, (0, 1))) if debt.relid == 77]
+    first_ns = next(one.t_ns for one in records if one.values[:1] == (77,))
+    return [(debt.text.rsplit(", for ", 1)[0], (debt.since_ns - first_ns) // 1_000_000) for debt in debts]
+
+
+ATTACHED = ("ring_attach", (77, 0, 4096, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("told", "owed_bytes", "since_ms"),
+    [
+        ([("ring_publish", (77, 0, 88, 88))], "88", 1),
+        ([("ring_publish", (77, 0, 88, 88)), ("ring_release", (77, 0, 88, 88))], None, 0),
+        ([("ring_publish", (77, 0, 88, 88)), ("ring_release", (77, 0, 24, 24))], "64", 1),
+        ([("ring_publish", (77, 0, 88, 88)), ("ring_publish", (77, 0, 1088, 1000))], "1,088", 1),
+        (
+            [("ring_publish", (77, 0, 88, 88)), ("ring_publish", (77, 0, 176, 88)), ("ring_release", (77, 0, 88, 88))],
+            "88",
+            2,
+        ),
+        (
+            # Over the end of the data, in two releases that end where no publish does.
+            [
+                ("ring_publish", (77, 0, 4000, 4000)),
+                ("ring_release", (77, 0, 3000, 3000)),
+                ("ring_publish", (77, 0, 904, 1000)),
+                ("ring_release", (77, 0, 104, 1200)),
+            ],
+            "800",
+            3,
+        ),
+        ([("ring_publish", (77, 0, 88, 88)), ("close", (77, 0))], None, 0),
+    ],
+)
+def test_bytes_that_the_host_has_not_read_are_owed(
+    records: list[TraceRecord], told: list[tuple[str, tuple[int, ...]]], owed_bytes: str | None, since_ms: int
+) -> None:
+    """Of any program: by publishes and releases alone, since the oldest that is not read whole; not of a closed one."""
+    left = traffic(records, ATTACHED, *told)
+
+    told_of = f"the host owes {left[-len(told)].actor.name} a look at {owed_bytes} bytes of relid 77"
+    assert looks(left) == ([] if owed_bytes is None else [(told_of, since_ms)])
+
+
+def test_bytes_that_the_guest_has_not_read_are_owed(records: list[TraceRecord]) -> None:
+    """The other way as well; but of a guest that records nothing nobody knows what it has read."""
+    left = traffic(records, ("ring_publish", (77, 1, 88, 88)))
+
+    assert looks(left) == [("the guest owes hypervisor a look at 88 bytes of relid 77", 0)]
+    assert looks([one for one in left if one.actor.kind == "HYPERVISOR"]) == []
+
+
+def test_recording_that_begins_late_tells_what_is_unread(records: list[TraceRecord]) -> None:
+    """Its ring's size is not in it, nor what was published before; a reader that catches up says where it stands."""
+    publishes = [("ring_publish", (77, 0, 1000 + 88 * number, 88)) for number in (1, 2)]
+    early, late = ("ring_release", (77, 0, 1088, 588)), ("ring_release", (77, 0, 1176, 88))
+
+    assert looks(traffic(records, publishes[0], early, publishes[1])) == [
+        ("the host owes vcpu0 a look at 88 bytes of relid 77", 2)
+    ]
+    assert looks(traffic(records, *publishes, late)) == []
+
+
+def test_size_makes_up_for_publishes_that_are_missing(records: list[TraceRecord]) -> None:
+    """A release of more bytes than the recording knows of takes none of those that lie behind its index."""
+    left = traffic(records, ATTACHED, ("ring_publish", (77, 0, 588, 88)), ("ring_release", (77, 0, 500, 500)))
+
+    assert looks(left) == [("the host owes vcpu0 a look at 88 bytes of relid 77", 1)]
