@@ -7,7 +7,7 @@ It looks every 20 ms, and sooner once half a ring or more fills in that time, so
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,14 @@ def next_turn_s(turn_s: float, share: float) -> float:
     if share <= 0:
         return TURN_S
     return max(LEAST_TURN_S, min(TURN_S, turn_s * WANTED_SHARE / share))
+
+
+def drain(writer: RecordingWriter, stopped: Callable[[float], bool]) -> None:
+    """Poll the writer again and again; `stopped` waits so many seconds, unless it is to be over."""
+    turn_s = TURN_S
+    while not stopped(turn_s):
+        writer.poll()
+        turn_s = next_turn_s(turn_s, writer.share)
 
 
 class Drainer:
@@ -53,11 +61,8 @@ class Drainer:
         self._thread.join(STOP_TIMEOUT_S)
 
     def _run(self) -> None:
-        turn_s = TURN_S
         try:
-            while not self._stopped.wait(turn_s):
-                self._writer.poll()
-                turn_s = next_turn_s(turn_s, self._writer.share)
+            drain(self._writer, self._stopped.wait)
         except UserError as error:
             self._error = error
 

@@ -111,7 +111,7 @@ class RunningMachine:
     """The guest kernel's newest lines, each with the thread that wrote it."""
     peers: Peers | None = None
     on_pump: Callable[[], object] | None = None
-    """Called at each look at the zygote (a recording drains there)."""
+    """Called at each look at the zygote: a recording is drained there, or tells that its file cannot be written."""
     closed: bool = False
     expected_deaths: set[int] = field(default_factory=set)
     """Pids of processes that are being killed on purpose: no deaths to report."""

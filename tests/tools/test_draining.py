@@ -13,8 +13,8 @@ from emu.errors import UserError
 from emu.ipc.segments import unlink_objects
 from emu.machine import Machine
 from emu.recording import Recording, RecordingWriter
-from emu.tracing import CAPACITY, E_EOM, Recorder
-from tools.draining import LEAST_TURN_S, TURN_S, Drainer, next_turn_s
+from emu.tracing import CAPACITY, E_EOM, WRITTEN_AT_ONCE, Recorder
+from tools.draining import LEAST_TURN_S, TURN_S, Drainer, drain, next_turn_s
 from tools.testing import wait_for
 
 
@@ -102,6 +102,25 @@ def test_full_disk_is_told_to_whoever_looks_after_the_machine(machine: Machine, 
 def test_fuller_rings_are_looked_at_sooner(turn_s: float, share: float, wanted_s: float) -> None:
     """The next turn is as long as fills half a ring, within its bounds."""
     assert next_turn_s(turn_s, share) == pytest.approx(wanted_s)
+
+
+def test_each_turn_is_as_long_as_the_last_one_says(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+    """A full ring halves the next wait; one that stays empty is looked at as seldom as at first."""
+    writer = RecordingWriter(tmp_path / "r", machine)
+    waited: list[float] = []
+    bursts = [CAPACITY - WRITTEN_AT_ONCE, CAPACITY // 2, 0]
+
+    def stopped(seconds: float) -> bool:
+        """Wait, and let something be recorded meanwhile."""
+        waited.append(seconds)
+        for _ in range(bursts[len(waited) - 1] if len(waited) <= len(bursts) else 0):
+            vcpu.record(E_EOM)
+        return len(waited) > len(bursts)
+
+    drain(writer, stopped)
+    writer.close()
+
+    assert waited == pytest.approx([TURN_S, TURN_S / 2, TURN_S / 2, TURN_S], rel=0.01)
 
 
 def test_share_is_that_of_the_fullest_ring(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
