@@ -155,6 +155,7 @@ class PointedConsumer(RingConsumer):
         self._current = current
         self._relid = channel.relid
         self._epoch = RingEpoch(current, channel)
+        self.read_lone = _none_alone
 
     def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
         """As `RingConsumer`, from pages that are the channel's still.
@@ -188,6 +189,10 @@ class PointedConsumer(RingConsumer):
         self._epoch.check("the unmask")
         left = super().end_read()
         return left if self._current.fix.recheck_after_unmask else 0
+
+
+def _none_alone() -> None:
+    """`read_lone` where every reading is to have its points: `read_many`."""
 
 
 class EagerProducer(RingProducer):

@@ -131,12 +131,15 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
     if rings is None:
         return []
     inbound = rings.inbound
-    packets: list[Packet] = []
+    # An answer mostly comes alone. Behind it is looked again: the host signals nobody for what it adds meanwhile.
+    packet = inbound.read_lone()
+    packets = [] if packet is None else [packet]
     try:
-        while more := inbound.read_many(None if limit is None else limit - len(packets)):
-            packets += more
-            if len(packets) == limit:
-                break
+        if packet is None or inbound.bytes_to_read:
+            while more := inbound.read_many(None if limit is None else limit - len(packets)):
+                packets += more
+                if len(packets) == limit:
+                    break
         if inbound.fault is not None:
             stop_reading(current, channel, inbound.fault)
     except ProtocolViolation as violation:

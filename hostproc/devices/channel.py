@@ -142,7 +142,9 @@ class HostChannel:
         """
         if self._unmapped is not None and self._unmapped.empty():
             return []
-        packets = self.incoming.read_many(limit, most_bytes)
+        incoming = self.incoming
+        packet = incoming.read_lone()
+        packets = incoming.read_many(limit, most_bytes) if packet is None else [packet]
         self._took(bool(packets))
         return packets
 
@@ -150,7 +152,13 @@ class HostChannel:
         """As `take`, in runs: packets of one type and flags as columns, which is how `send_all` takes them."""
         if self._unmapped is not None and self._unmapped.empty():
             return []
-        runs = self.incoming.read_runs(limit, most_bytes)
+        incoming = self.incoming
+        packet = incoming.read_lone()
+        if packet is None:
+            runs = incoming.read_runs(limit, most_bytes)
+        else:
+            packet_type, flags, trans_id, payload = packet
+            runs = [(packet_type, flags, [trans_id], [payload])]
         self._took(bool(runs))
         return runs
 
