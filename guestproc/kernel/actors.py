@@ -49,7 +49,7 @@ class Waiter(Record):
 
     def sleeper(self) -> int:
         """Whose it is, for a report: reads without the check, for it may be given back meanwhile."""
-        actor: int = self._words[_WAITER_ACTOR]
+        actor: int = self.words[_WAITER_ACTOR]
         return actor
 
 

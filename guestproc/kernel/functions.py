@@ -42,9 +42,10 @@ class FunctionTable(Generic[F]):
 
     def lookup(self, number: int) -> F:
         """The function that `number` means; an AssertionError if it means none."""
-        function = self._functions.get(number)
-        assert function is not None, f"{self.name}: no function has number {number}"
-        return function
+        try:
+            return self._functions[number]
+        except KeyError:
+            raise AssertionError(f"{self.name}: no function has number {number}") from None
 
     def number_of(self, name: str) -> int:
         """Number of the function called `name`."""

@@ -22,7 +22,7 @@ from struct import Struct
 from typing import Any, Final, TypeVar
 
 from emu.errors import OutOfMemory
-from emu.ipc.atomics import ACQUIRE, RELEASE, fence
+from emu.ipc.atomics import ACQUIRE, RELEASE, AtomicU64, fence
 from guestproc.kernel.actors import Waiter
 from guestproc.kernel.frames import Frame
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
@@ -414,6 +414,11 @@ class RelidTable:
     def load(self, relid: int) -> int:
         """Handle of the channel that has this relid, 0 for none; a relid out of range has none."""
         return self._load(self._gpa + 8 * relid, ACQUIRE) if 0 <= relid < MAX_CHANNEL_RELIDS else 0
+
+    def cell(self, relid: int) -> AtomicU64:
+        """The word of one relid (0 to 2047), for who looks there often."""
+        assert 0 <= relid < MAX_CHANNEL_RELIDS, relid
+        return self._ram.u64(self._gpa + 8 * relid)
 
     def lookup(self, relid: int) -> Channel | None:
         """`relid2channel`: the channel, None if there is none (or it went between two looks)."""

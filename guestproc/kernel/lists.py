@@ -58,7 +58,7 @@ class RecordList(Generic[R]):
         position = self._head[0]
         while position and position != LAST:
             record = self._table.at(position - 1)
-            position = record._words[self._word]
+            position = record.words[self._word]
             yield record
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class RecordList(Generic[R]):
         words[word] = LAST
         words[word + 1] = last or LAST
         if last:
-            self._table.at(last - 1)._words[word] = position
+            self._table.at(last - 1).words[word] = position
         else:
             self._head[0] = position
         self._head[1] = position
@@ -100,17 +100,17 @@ class RecordList(Generic[R]):
         if following == LAST:
             self._head[1] = 0 if previous == LAST else previous
         else:
-            self._table.at(following - 1)._words[word + 1] = previous
+            self._table.at(following - 1).words[word + 1] = previous
         if previous == LAST:
             self._head[0] = 0 if following == LAST else following
         else:
-            self._table.at(previous - 1)._words[word] = following
+            self._table.at(previous - 1).words[word] = following
         words[word] = words[word + 1] = OFF_LIST
 
     def _links(self, record: R) -> memoryview:
         if not record.alive():
             raise record.stale()
-        return record._words
+        return record.words
 
 
 class GuidHash(Generic[R]):
@@ -134,14 +134,14 @@ class GuidHash(Generic[R]):
         position = self._heads[self._bucket(guid)]
         while position:
             record = self._table.at(position - 1)
-            position = record._words[self._link]
+            position = record.words[self._link]
             if record._octets[self._guid] == guid:
                 yield record
 
     def add(self, record: R) -> None:
         """Make the record findable by the GUID that is in it now."""
         bucket = self._bucket(bytes(record._octets[self._guid]))
-        record._words[self._link] = self._heads[bucket]
+        record.words[self._link] = self._heads[bucket]
         self._heads[bucket] = record.index + 1
 
     def remove(self, record: R) -> None:
@@ -150,9 +150,9 @@ class GuidHash(Generic[R]):
         words, at = self._heads, bucket
         while words[at] != record.index + 1:
             assert words[at], f"{record} is not in the hash of its GUID"
-            words, at = self._table.at(words[at] - 1)._words, self._link
-        words[at] = record._words[self._link]
-        record._words[self._link] = 0
+            words, at = self._table.at(words[at] - 1).words, self._link
+        words[at] = record.words[self._link]
+        record.words[self._link] = 0
 
     def _bucket(self, guid: bytes) -> int:
         # GUIDs of one machine differ in the first or in the last bytes: both halves count.

@@ -24,6 +24,8 @@ from guestproc.kernel.wait import SECOND_NS, WaitWord, assert_may_wait, sleep
 LOOKS_BEFORE_YIELD: Final = 20
 SPINLOCK_TIMEOUT_NS: Final = 10 * SECOND_NS
 MUTEX_TIMEOUT_NS: Final = 60 * SECOND_NS
+_WERE_OFF: Final = 1
+"""Saved flags: interrupts were off before the lock was taken."""
 
 
 class Rank(IntEnum):
@@ -140,6 +142,24 @@ class Spinlock(Lock):
             self._spin(actor)
         actor.spinning += 1
         held.append((self, flags))
+
+    def lock(self, actor: Actor) -> None:
+        """`spin_lock`: as `acquire` for who has interrupts off already, as an ISR has: there is nothing to save."""
+        held = actor.held
+        if held and held[-1][0].rank >= self.rank:
+            raise self.out_of_rank(actor)
+        if self._word.cas(0, actor.number):
+            self._spin(actor)
+        actor.spinning += 1
+        held.append((self, _WERE_OFF))
+
+    def unlock(self, actor: Actor) -> None:
+        """`spin_unlock`, of what was taken by `lock`."""
+        lock, _flags = actor.held.pop()
+        assert lock is self or lock.name == self.name, f"{actor} gives {self.name} back before {lock.name}"
+        actor.spinning -= 1
+        owner = self._word.exchange(0)
+        assert owner == actor.number, f"{actor} gave back {self.name}, which {owner:#x} held"
 
     def try_acquire(self, actor: Actor) -> bool:
         """`spin_trylock_irqsave`: True if it was free (the rank does not matter: nobody waits)."""

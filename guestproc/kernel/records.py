@@ -124,14 +124,14 @@ class Word(Field):
         if self.size == 4:
 
             def get(record: Record) -> int:
-                words = record._words
+                words = record.words
                 if words[0] != record.generation:
                     raise record.stale()
                 value: int = words[position]
                 return value
 
             def put(record: Record, value: int) -> None:
-                words = record._words
+                words = record.words
                 if words[0] != record.generation:
                     raise record.stale()
                 words[position] = value
@@ -140,26 +140,26 @@ class Word(Field):
         if self.size == 8:
 
             def get_quad(record: Record) -> int:
-                if record._words[0] != record.generation:
+                if record.words[0] != record.generation:
                     raise record.stale()
-                value: int = record._quads[position]
+                value: int = record.quads[position]
                 return value
 
             def put_quad(record: Record, value: int) -> None:
-                if record._words[0] != record.generation:
+                if record.words[0] != record.generation:
                     raise record.stale()
-                record._quads[position] = value
+                record.quads[position] = value
 
             return property(get_quad, put_quad, doc=self.lock)
 
         def get_octet(record: Record) -> int:
-            if record._words[0] != record.generation:
+            if record.words[0] != record.generation:
                 raise record.stale()
             value: int = record._octets[position]
             return value
 
         def put_octet(record: Record, value: int) -> None:
-            if record._words[0] != record.generation:
+            if record.words[0] != record.generation:
                 raise record.stale()
             record._octets[position] = value
 
@@ -183,12 +183,12 @@ class Blob(Field):
         start, end, size, name = self.offset, self.offset + self.size, self.size, self.name
 
         def get(record: Record) -> bytes:
-            if record._words[0] != record.generation:
+            if record.words[0] != record.generation:
                 raise record.stale()
             return bytes(record._octets[start:end])
 
         def put(record: Record, value: bytes) -> None:
-            if record._words[0] != record.generation:
+            if record.words[0] != record.generation:
                 raise record.stale()
             assert len(value) <= size, f"{name} holds {size} bytes, got {len(value)}"
             record._octets[start:end] = value if len(value) == size else value.ljust(size, b"\0")
@@ -215,7 +215,7 @@ class Part(Field, Generic[P]):
         offset, build, name = self.offset, self.build, self.name
 
         def get(record: Record) -> P:
-            if record._words[0] != record.generation:
+            if record.words[0] != record.generation:
                 raise record.stale()
             try:
                 # Behind the first time nothing is built: this is the way of nearly every use.
@@ -282,11 +282,13 @@ class Record:
     PERMANENT: ClassVar[bool] = False
 
     _octets: memoryview
-    _words: memoryview
-    _quads: memoryview
+    words: memoryview
+    """Its u32 words, the generation first."""
+    quads: memoryview
+    """The same bytes as u64 words."""
     _parts: dict[int, Any]
 
-    __slots__ = ("_octets", "_parts", "_quads", "_words", "generation", "gpa", "handle", "index", "table")
+    __slots__ = ("_octets", "_parts", "quads", "words", "generation", "gpa", "handle", "index", "table")
 
     def __init_subclass__(cls, *, permanent: bool = False) -> None:
         """Give the fields their offsets, in the order of the class body, and fast accessors.
@@ -314,19 +316,19 @@ class Record:
         self.generation: Final = generation
         self.gpa: Final = table._first + index * table.record_size
         # Views and parts are the same for every generation of a record: they lie in the same place.
-        self._octets, self._words, self._quads, self._parts = table.views(index)
+        self._octets, self.words, self.quads, self._parts = table.views(index)
         self.handle: Final = generation << 32 | index + 1
         """How another record, or an argument word, names this one."""
 
     def alive(self) -> bool:
         """Whether this name still names the record (a hint, unless what keeps it alive is held)."""
-        return bool(self._words[0] == self.generation)
+        return bool(self.words[0] == self.generation)
 
     def stale(self) -> AssertionError:
         """The error for a use of a name that outlived its record, or of a record that is free."""
         return AssertionError(
             f"{self.table.name}[{self.index}]: stale, generation {self.generation} was used but "
-            f"{self._words[0]} is there"
+            f"{self.words[0]} is there"
         )
 
     def __repr__(self) -> str:
@@ -336,6 +338,16 @@ class Record:
 def field_of(record_class: type[Record], name: str) -> Field:
     """The field called `name`: offset, size, and the lock that covers it."""
     return next(field for field in record_class.FIELDS if field.name == name)
+
+
+def position_of(record_class: type[Record], name: str) -> int:
+    """Where a plain word called `name` is in `Record.words` (u32) or `Record.quads` (u64).
+
+    For those who come by for every packet: they look at the generation, `words[0]`, once for all fields.
+    """
+    field = field_of(record_class, name)
+    assert isinstance(field, Word) and field.size in (4, 8), f"{record_class.__name__}.{name} is no word"
+    return field.offset // field.size
 
 
 class Fields:
@@ -360,13 +372,13 @@ class Fields:
 
     def write(self, record: Record, *values: Any) -> None:
         """A value for each field (a Blob's is padded with zeros, and cut)."""
-        if record._words[0] != record.generation:
+        if record.words[0] != record.generation:
             raise record.stale()
         self._pack_into(record._octets, self._offset, *values)
 
     def read(self, record: Record) -> tuple[Any, ...]:
         """The value of each field."""
-        if record._words[0] != record.generation:
+        if record.words[0] != record.generation:
             raise record.stale()
         return self._unpack_from(record._octets, self._offset)
 
@@ -452,7 +464,7 @@ class Table(Generic[R]):
         """The record that `handle` names; 0 names none and is an error here."""
         index = (handle & INDEX_MASK) - 1
         record = self._cache.get(index)
-        if record is not None and record.handle == handle and record._words[0] == record.generation:
+        if record is not None and record.handle == handle and record.words[0] == record.generation:
             return record
         assert handle, f"{self.name}: handle 0 names no record"
         return self.get(index, handle >> 32)

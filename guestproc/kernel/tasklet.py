@@ -28,6 +28,10 @@ RUN: Final = 2
 WAITED: Final = 4
 CPU_SHIFT: Final = 8
 CPU_MASK: Final = 0xFF
+_CPU_BITS: Final = CPU_MASK << CPU_SHIFT
+_BUT_CPU: Final = ~_CPU_BITS
+_NOT_SCHED: Final = ~SCHED
+_RUN_IS_OVER: Final = ~(RUN | WAITED) & 0xFFFFFFFF
 DISABLED_ONE: Final = 1 << 16
 LOOKS_BEFORE_SLEEP: Final = 3
 PASSES: Final = 10
@@ -39,12 +43,14 @@ class Tasklet:
 
     SIZE: Final = 16
 
-    __slots__ = ("_argument", "_function", "name", "word")
+    __slots__ = ("_argument", "_function", "load_argument", "load_function", "name", "word")
 
     def __init__(self, ram: Ram, gpa: int, name: str) -> None:
         self.word: Final = ram.u32(gpa)
         self._function: Final = ram.u32(gpa + 4)
         self._argument: Final = ram.u64(gpa + 8)
+        self.load_function: Final = self._function.load
+        self.load_argument: Final = self._argument.load
         self.name: Final = name
 
     def init(self, function: int, argument: int) -> None:
@@ -140,18 +146,18 @@ class TaskletQueue:
         self._idle: Final = idle
         self._owner = owner
         self._pending: Final[deque[Tasklet]] = deque()
+        self._here: Final = SCHED | actor.cpu << CPU_SHIFT
         self._running = False
         self.runs = 0
 
     def schedule(self, tasklet: Tasklet) -> bool:
         """`tasklet_schedule`: pending here now; False if it was pending already, here or elsewhere."""
         word = tasklet.word
-        here = SCHED | self._actor.cpu << CPU_SHIFT
         while True:
             seen = word.load()
             if seen & SCHED:
                 return False
-            if word.cas(seen, seen & ~(CPU_MASK << CPU_SHIFT) | here) == seen:
+            if word.cas(seen, seen & _BUT_CPU | self._here) == seen:
                 self._pending.append(tasklet)
                 return True
 
@@ -160,7 +166,10 @@ class TaskletQueue:
         if not self._pending:  # nearly always, and asked at every look of a halting processor
             return False
         pending = self._pending
-        return pending[0].may_start() or any(pending[position].may_start() for position in range(1, len(pending)))
+        first = pending[0].word.load()  # `may_start`, without the call
+        if not first & RUN and first < DISABLED_ONE:
+            return True
+        return any(pending[position].may_start() for position in range(1, len(pending)))
 
     def pending(self) -> int:
         """How many are pending here, disabled ones included."""
@@ -190,35 +199,30 @@ class TaskletQueue:
         ran = False
         for _ in range(len(pending)):
             tasklet = pending.popleft()
-            if self._start(tasklet):
-                ran = True
-                self.runs += 1
-                self._call(tasklet)
-            else:
-                # Disabled, or running elsewhere: it stays pending, and what ends that kicks us.
-                pending.append(tasklet)
+            word = tasklet.word
+            while True:
+                seen = word.load()
+                if seen & RUN or seen >= DISABLED_ONE:
+                    # Disabled, or running elsewhere: it stays pending, and what ends that kicks us.
+                    pending.append(tasklet)
+                    break
+                # SCHED becomes RUN in one step.
+                if word.cas(seen, seen & _NOT_SCHED | RUN) == seen:
+                    ran = True
+                    self.runs += 1
+                    self._call(tasklet)
+                    break
         return ran
 
-    def _start(self, tasklet: Tasklet) -> bool:
-        """SCHED becomes RUN in one step, unless it is disabled or runs."""
-        word = tasklet.word
-        while True:
-            seen = word.load()
-            if seen & RUN or seen >= DISABLED_ONE:
-                return False
-            if word.cas(seen, seen & ~SCHED | RUN) == seen:
-                return True
-
     def _call(self, tasklet: Tasklet) -> None:
-        function: Callable[..., None] = TASKLET_FUNCTIONS.lookup(tasklet.function)
-        function(self._owner, tasklet.argument)
+        function: Callable[..., None] = TASKLET_FUNCTIONS.lookup(tasklet.load_function())
+        function(self._owner, tasklet.load_argument())
         # The tasklet may be killed and its record freed right after this operation: touch it no more.
-        seen = tasklet.word.fetch_and(~(RUN | WAITED) & 0xFFFFFFFF)
+        seen = tasklet.word.fetch_and(_RUN_IS_OVER)
         if seen & WAITED:
             self._idle.wake_all(self._actor)
-        cpu = seen >> CPU_SHIFT & CPU_MASK
-        if seen & SCHED and cpu != self._actor.cpu:
-            self._actor.kick_cpu(cpu)
+        if seen & SCHED and seen & _CPU_BITS != self._here & _CPU_BITS:
+            self._actor.kick_cpu(seen >> CPU_SHIFT & CPU_MASK)
 
 
 def tasklet(lock: str = "atomic: its word") -> Part[Tasklet]:

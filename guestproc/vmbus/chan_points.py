@@ -13,14 +13,15 @@ from emu.tracing import E_TASKLET_RUN, E_TASKLET_SCHED
 from emu.wire.synic import HVMSG_NONE
 from guestproc.kernel.functions import TASKLET_FUNCTIONS
 from guestproc.protocol.numbers import Handlers, Tasklets
-from guestproc.vmbus.chan_sched import find_in_table, find_on_list, schedule, vmbus_chan_sched
+from guestproc.vmbus.chan_sched import find_in_table, find_on_list, schedule, schedule_locked, vmbus_chan_sched
 from guestproc.vmbus.isr import message_came, vmbus_isr
 from guestproc.vmbus.packets import inbound_rings
 from guestproc.vmbus.vector import VMBUS_HANDLERS
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.vmbus.percpu import EventLane, PerCpuContext
+    from guestproc.vmbus.event_lane import EventLane
+    from guestproc.vmbus.percpu import PerCpuContext
 
 Find = Callable[["Current", "PerCpuContext", int], "EventLane | None"]
 Schedule = Callable[["Current", "PerCpuContext", "EventLane"], None]
@@ -96,10 +97,14 @@ def schedule_of(current: Current) -> Schedule:
 
 
 def _schedule_pointed(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
-    """The channel is found, and its callback may still be taken away."""
+    """The channel is found, and its callback may still be taken away.
+
+    A machine that runs schedules may do this in a tasklet (`vmbus_event_dpc`), with interrupts on.
+    """
     if current.armed[_AFTER_LOOKUP]:
         current.reach(_AFTER_LOOKUP, lane.channel.relid)
-    schedule(current, hv_cpu, lane)
+    with lane.sched_lock.hold(current.actor):
+        schedule_locked(current, hv_cpu, lane)
 
 
 def _schedule_unlocked(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:

@@ -24,11 +24,13 @@ from emu.tracing import (
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
 from guestproc.protocol.numbers import Tasklets
+from guestproc.vmbus.event_lane import CALLBACK_MODE, EVENT_WORDS, INTERRUPTS, ONCHANNEL_CALLBACK, EventLane
 from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
     from guestproc.current import Current
-    from guestproc.vmbus.percpu import EventLane, FlagWord, LaneRecords, PerCpuContext
+    from guestproc.vmbus.event_lane import LaneRecords
+    from guestproc.vmbus.percpu import FlagWord, PerCpuContext
 
 _ISR: Final = int(CallbackMode.ISR)
 _BATCHED: Final = int(CallbackMode.BATCHED)
@@ -37,6 +39,11 @@ LEFT_TO_ANOTHER: Final = object()
 INBOUND: Final = 1
 """The `side` of a trace record for the host-to-guest ring."""
 _ALL: Final = (1 << 64) - 1
+_FIRST: Final = (0,)
+_NO_FLAG: Final = bytes(8)
+_NO_FLAGS: Final = bytes(8 * EVENT_WORDS)
+_NO_FLAGS_BEHIND: Final = _NO_FLAGS[8:]
+"""Of all channels but those with the first 64 relids, which are all that most machines have."""
 
 
 def sync_test_and_clear_bit(number: int, words: tuple[FlagWord, ...]) -> bool:
@@ -49,13 +56,13 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     """Schedule every channel whose event flag is set on this processor."""
     gpa, words = hv_cpu.channel_flags()
     # One look at all flags; whatever is set after it brings an interrupt of its own.
-    flags = int.from_bytes(current.tables.ram.buffer[gpa : gpa + 8 * len(words)], "little")
+    flags = current.tables.ram.buffer[gpa : gpa + 8 * len(words)]
+    if flags == _NO_FLAGS:
+        return
     cleared = hv_cpu.flag_cleared
-    while flags:
-        word = (flags & -flags).bit_length() - 1 >> 6
+    for word in _FIRST if flags.endswith(_NO_FLAGS_BEHIND) else words_with_flags(flags):
         # The bits of one word are cleared together, by one locked operation, before any of their rings is looked at.
         bits = words[word].exchange(0)
-        flags = flags >> 64 * (word + 1) << 64 * (word + 1)
         while bits:
             low = bits & -bits
             bits ^= low
@@ -67,15 +74,22 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
                 hv_cpu.schedule(current, hv_cpu, lane)
 
 
+def words_with_flags(flags: bytes) -> list[int]:
+    """Which words have any flag."""
+    return [at >> 3 for at in range(0, len(flags), 8) if flags[at : at + 8] != _NO_FLAG]
+
+
 def find_in_table(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
     """The channel of a flag."""
-    tables = current.tables
-    handle = tables.relids.load(relid)
-    lane = hv_cpu.lanes.get(handle)
-    if lane is not None and lane.alive():
+    lane = hv_cpu.known.get(relid)
+    # What the table has is a living record: before that is freed, it is taken out, and this ISR is waited for.
+    if lane is not None and lane.published() == lane.handle:
         return lane
-    channel = tables.channels.find(handle) if handle else None
-    return None if channel is None else hv_cpu.lane_of(channel)
+    channel = current.tables.relids.lookup(relid)
+    if channel is None:
+        return None
+    lane = hv_cpu.known[relid] = hv_cpu.lane_of(channel)
+    return lane
 
 
 def find_on_list(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:
@@ -87,35 +101,46 @@ def find_on_list(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLa
 
 
 def schedule(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
+    """In the ISR, which has interrupts off already: what one channel's flag means."""
+    lock, actor = lane.sched_lock, current.actor
+    lock.lock(actor)
+    try:
+        schedule_locked(current, hv_cpu, lane)
+    finally:
+        lock.unlock(actor)
+
+
+def schedule_locked(current: Current, hv_cpu: PerCpuContext, lane: EventLane) -> None:
     """What one channel's flag means, under its sched_lock, which keeps the callback from being taken away."""
-    channel = lane.channel
-    with lane.sched_lock.hold(current.actor):
-        callback = channel.onchannel_callback
-        if not callback:
+    words = lane.words
+    if words[0] != lane.generation:
+        raise lane.channel.stale()
+    callback = words[ONCHANNEL_CALLBACK]
+    if not callback:
+        return
+    records = lane.records
+    if records is not None:
+        records.chan_sched()
+    lane.quads[INTERRUPTS] += 1
+    mode = words[CALLBACK_MODE]
+    if mode == _ISR:
+        CHANNEL_CALLBACKS.lookup(callback)(current, lane.channel)
+        return
+    if mode == _BATCHED:
+        rings = inbound_rings(current, lane.channel)
+        if rings is None:
             return
-        records = lane.records
+        rings.inbound.begin_read()
         if records is not None:
-            records.chan_sched()
-        channel.interrupts += 1
-        mode = channel.callback_mode
-        if mode == _ISR:
-            CHANNEL_CALLBACKS.lookup(callback)(current, channel)
+            # The host sees the mask from here on; it is written down together with what follows at once.
+            masked_ns = records.now_ns()
+            if hv_cpu.tasklets.schedule(lane.callback_event):
+                records.masked_and_scheduled(masked_ns)
+            else:
+                records.masked()
             return
-        if mode == _BATCHED:
-            rings = inbound_rings(current, channel)
-            if rings is None:
-                return
-            rings.inbound.begin_read()
-            if records is not None:
-                # The host sees the mask from here on; it is written down together with what follows at once.
-                masked_ns = records.now_ns()
-                if hv_cpu.tasklets.schedule(lane.callback_event):
-                    records.masked_and_scheduled(masked_ns)
-                else:
-                    records.masked()
-                return
-        if hv_cpu.tasklets.schedule(lane.callback_event) and current.trace:
-            current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, channel.relid)
+    if hv_cpu.tasklets.schedule(lane.callback_event) and current.trace:
+        current.record(E_TASKLET_SCHED, Tasklets.VMBUS_ON_EVENT, lane.channel.relid)
 
 
 @TASKLET_FUNCTIONS.register(Tasklets.VMBUS_ON_EVENT)
@@ -125,8 +150,15 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     Going on is the next run's; era `seed` goes on by itself for two jiffies before. A callback that was taken
     away leaves the mask as it is: nobody reads that ring any more.
     """
-    channel = current.tables.channels.find(handle)
-    if channel is None or not channel.onchannel_callback:
+    lane = None if current.percpu is None else current.percpu.lanes.get(handle)
+    if lane is not None and lane.words[0] == lane.generation:
+        channel, words = lane.channel, lane.words
+    else:
+        found = current.tables.channels.find(handle)
+        if found is None:
+            return
+        channel, words = found, found.words
+    if not words[ONCHANNEL_CALLBACK]:
         return
     records = None
     if current.trace:
@@ -139,12 +171,15 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
-    while callback := channel.onchannel_callback:
+    while callback := words[ONCHANNEL_CALLBACK]:
         if CHANNEL_CALLBACKS.lookup(callback)(current, channel) is LEFT_TO_ANOTHER:
             return  # masked: another processor runs this tasklet next, for which this one has to end
+        # Its callback may have taken a while: whether the channel is still there is asked again.
+        if words[0] != channel.generation:
+            raise channel.stale()
         if (
-            channel.callback_mode != _BATCHED
-            or not channel.onchannel_callback
+            words[CALLBACK_MODE] != _BATCHED
+            or not words[ONCHANNEL_CALLBACK]
             or not _bytes_left(current, channel, records)
         ):
             return

@@ -10,30 +10,17 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.ipc.atomics import AtomicU64
 from emu.syncpoint import Point
-from emu.tracing import (
-    E_FLAG_CLEAR,
-    E_MASK,
-    E_TASKLET_RUN,
-    E_TASKLET_SCHED,
-    E_UNMASK,
-    E_VMBUS_CHAN_SCHED,
-    E_VMBUS_ON_EVENT,
-    Recorder,
-    Side,
-)
+from emu.tracing import E_FLAG_CLEAR
 from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
-from guestproc.protocol.numbers import Tasklets
 from guestproc.vmbus.chan_points import Find, Schedule, find_of, schedule_of
+from guestproc.vmbus.event_lane import EVENT_WORDS, EventLane
 
 if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.kernel.layout import Channel
 
-_INBOUND: Final = int(Side.TO_GUEST)
-EVENT_WORDS: Final = 32
-"""2,048 flags of one SINT."""
 _AFTER_FLAG_LOAD: Final = int(Point.ISR_AFTER_FLAG_LOAD)
 MOST_LANES: Final = 4_096
 INT_PAGE_WORDS: Final = 4
@@ -51,36 +38,6 @@ class FlagWord(Protocol):
 
     def fetch_or(self, value: int) -> int:
         """Add those of `value`; what there was."""
-
-
-class LaneRecords:
-    """What is recorded of each interrupt of one channel, bound once: the words are the same each time."""
-
-    __slots__ = ("chan_sched", "masked", "masked_and_scheduled", "now_ns", "run", "unmasked")
-
-    def __init__(self, trace: Recorder, relid: int) -> None:
-        self.now_ns: Final = trace.now_ns
-        event = int(Tasklets.VMBUS_ON_EVENT)
-        mask = E_MASK, relid, _INBOUND
-        self.chan_sched: Final = trace.bind(E_VMBUS_CHAN_SCHED, relid)
-        self.masked: Final = trace.bind(*mask)
-        self.masked_and_scheduled: Final = trace.bind_pair(mask, (E_TASKLET_SCHED, event, relid))
-        self.run: Final = trace.bind_pair((E_TASKLET_RUN, event, relid), (E_VMBUS_ON_EVENT, relid))
-        self.unmasked: Final = trace.bind(E_UNMASK, relid, _INBOUND, 0)
-
-
-class EventLane:
-    """A channel as the ISR uses it: the parts of its record at hand, for as long as the record lives."""
-
-    __slots__ = ("alive", "callback_event", "channel", "records", "rescind", "sched_lock")
-
-    def __init__(self, channel: Channel, trace: Recorder | None = None) -> None:
-        self.records: Final = None if trace is None else LaneRecords(trace, channel.relid)
-        self.channel: Final = channel
-        self.rescind: Final = channel.rescind.load
-        self.sched_lock: Final = channel.sched_lock
-        self.callback_event: Final = channel.callback_event
-        self.alive: Final = channel.alive
 
 
 class PointedFlags:
@@ -143,8 +100,11 @@ class PerCpuContext:
         self._connection: Final = current.connection
         self.may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
         self._int_page: tuple[int, tuple[AtomicU64, ...]] = (0, ())
+        self._relids: Final = current.tables.relids
         self.lanes: Final[dict[int, EventLane]] = {}
         """By handle: a record that is used anew has another one."""
+        self.known: Final[dict[int, EventLane]] = {}
+        """By relid: the channel that had it last, as far as it interrupted this processor."""
         self.randomness = 0
 
     def lane_of(self, channel: Channel) -> EventLane:
@@ -153,7 +113,8 @@ class PerCpuContext:
         if lane is None:
             if len(self.lanes) >= MOST_LANES:
                 self.lanes.clear()  # most are of lives that are over
-            lane = self.lanes[channel.handle] = EventLane(channel, self._trace)
+            published = self._relids.cell(channel.relid).load
+            lane = self.lanes[channel.handle] = EventLane(channel, published, self._trace)
         return lane
 
     def shares_interrupt(self) -> bool:
@@ -172,4 +133,4 @@ class PerCpuContext:
 
     def add_interrupt_randomness(self) -> None:
         """The entropy hook: mixes something of each interrupt into a word nobody depends on."""
-        self.randomness = (self.randomness * 0x9E3779B1 + self.tasklets.runs + 1) & 0xFFFFFFFF
+        self.randomness = (self.randomness << 1 ^ self.tasklets.runs + 1) & 0x1FFFFFFF

@@ -7,7 +7,7 @@ that was closed and opened again has pages of a new generation, so an old mappin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import MapBudget, map_ring
@@ -16,16 +16,16 @@ from emu.ring import RingConsumer, RingMemory, RingProducer, RingWords
 from emu.ring_trace import recorded
 from emu.tracing import Recorder
 from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ, FEATURE_BITS
+from guestproc.kernel.layout import Channel
+from guestproc.kernel.records import position_of
 from guestproc.protocol.opening import ring_pages
-
-if TYPE_CHECKING:
-    from guestproc.kernel.layout import Channel
 
 FRESH_CONTROL_PAGE: Final = (
     bytes(FEATURE_BITS) + FEAT_PENDING_SEND_SZ.to_bytes(4, "little") + bytes(4096 - FEATURE_BITS - 4)
 )
 Reader = Callable[[RingMemory, RingWords], RingConsumer]
 Writer = Callable[[RingMemory, RingWords], RingProducer]
+_RING_GENERATION: Final = position_of(Channel, "ring_generation")
 OUTBOUND: Final = 0
 INBOUND: Final = 1
 
@@ -81,7 +81,10 @@ class RingCache:
         ProtocolViolation when the indices in them cannot be.
         """
         rings = self._rings.get(channel.index)
-        generation = channel.ring_generation
+        words = channel.words
+        if words[0] != channel.generation:
+            raise channel.stale()
+        generation = words[_RING_GENERATION]
         if rings is None or rings.generation != generation or rings.channel_generation != channel.generation:
             self.drop(channel)
             rings = self._rings[channel.index] = self._map(channel, (channel.generation, generation))

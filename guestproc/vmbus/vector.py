@@ -15,7 +15,9 @@ from emu.wire.synic import (
     HYPERVISOR_CALLBACK_VECTOR,
 )
 from guestproc.kernel.functions import FunctionTable
+from guestproc.kernel.layout import Cpu
 from guestproc.kernel.rcu import isr_enter, isr_exit
+from guestproc.kernel.records import position_of
 from guestproc.vmbus.registers import cpuid
 
 if TYPE_CHECKING:
@@ -45,7 +47,12 @@ class Gate:
         self.cpu = current.cpu_record()
         self._handler = current.connection.vmbus_handler.load
         self._sequence = self.cpu.isr_sequence
+        self._grace_wait = current.connection.grace_wait
         self._count = self.cpu.irq_hv_callback_count
+        # Of the processor and its record, which stays: bound once, as all of it is done in every interrupt.
+        self._enter, self._exit = vcpu.entering_irq, vcpu.exiting_irq
+        self._quads, self._position = self.cpu.quads, position_of(Cpu, "irq_hv_callback_count")
+        self._eoi = vcpu.lapic.eoi
         self._known: tuple[int, Callable[..., None] | None] = 0, None
         self._regs = PtRegs(HYPERVISOR_CALLBACK_VECTOR)
 
@@ -60,19 +67,19 @@ class Gate:
 
     def entering_irq(self) -> None:
         """Hard-interrupt context begins; whoever waits for a grace period sees an odd sequence."""
-        self.vcpu.entering_irq()
+        self._enter()
         isr_enter(self._sequence)
 
     def exiting_irq(self) -> None:
         """Hard-interrupt context ends; pending tasklets run on the way out."""
-        isr_exit(self.current.actor, self._sequence, self.current.connection.grace_wait)
-        self.vcpu.exiting_irq()
+        isr_exit(self.current.actor, self._sequence, self._grace_wait)
+        self._exit()
 
     def inc_irq_stat(self) -> None:
         """Count in `irq_hv_callback_count`, the HYP: line of /proc/interrupts."""
         # This processor alone writes it: one store, and no look at what was there.
         self._count += 1
-        self.cpu.irq_hv_callback_count = self._count
+        self._quads[self._position] = self._count
 
     @property
     def vmbus_handler(self) -> Callable[..., None] | None:
@@ -84,7 +91,7 @@ class Gate:
 
     def ack_APIC_irq(self) -> None:  # noqa: N802 (the kernel's name)
         """End the interrupt at the local APIC."""
-        self.vcpu.lapic.eoi()
+        self._eoi()
 
 
 def hyperv_vector_handler(gate: Gate, regs: PtRegs) -> None:

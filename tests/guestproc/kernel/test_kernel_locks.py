@@ -44,6 +44,23 @@ def test_a_spinlock_holds_its_owners_number_with_interrupts_off() -> None:
     assert not lone.hooks.irqs_off
 
 
+def test_an_isr_takes_a_spinlock_and_leaves_interrupts_as_they_are() -> None:
+    """Whoever has them off already neither switches them off nor, when it gives the lock back, on."""
+    lone = Lone()
+    lock, later = spinlock(lone, Rank.SCHED), spinlock(lone, Rank.CHANNELMSG, FREE_GPA + 8)
+    flags = lone.actor.irq_save()
+
+    lock.lock(lone.actor)
+    assert (lock.owner, lone.actor.spinning, lone.hooks.irqs_off) == (lone.actor.number, 1, True)
+    with pytest.raises(AssertionError, match="while holding"):
+        later.lock(lone.actor)
+    lock.unlock(lone.actor)
+
+    assert (lock.owner, lone.actor.spinning, lone.hooks.irqs_off) == (0, 0, True)
+    lone.actor.irq_restore(flags)
+    assert not lone.hooks.irqs_off
+
+
 def test_a_spinlock_is_given_back_before_interrupts_come_on() -> None:
     """An ISR that runs when interrupts come on again finds the lock free."""
     lone = Lone()

@@ -23,6 +23,7 @@ from guestproc.kernel.records import (
     Word,
     Words64,
     field_of,
+    position_of,
 )
 from tests.guestproc.kernel.fakes import FREE_GPA, Crowd, meddle
 
@@ -38,7 +39,7 @@ class Sample(Record):
     flag = Atomic32()
     count = Atomic64()
     name = Blob(20, "lock")
-    words = Words64(3, "lock")
+    array = Words64(3, "lock")
 
 
 def new_table(capacity: int = 4) -> Table[Sample]:
@@ -68,7 +69,7 @@ def test_fields_lie_in_order_aligned_and_apart() -> None:
         "flag",
         "count",
         "name",
-        "words",
+        "array",
     ]
     assert end <= Sample.SIZE and Sample.SIZE % 64 == 0
 
@@ -82,7 +83,7 @@ def test_every_kind_of_field_lies_in_ram_where_the_layout_says() -> None:
     record.flag.store(0x12345678)
     record.count.store(0x1122334455667788)
     record.name = b"GUID"
-    record.words[1] = 7
+    record.array[1] = 7
 
     def raw(name: str) -> bytes:
         field = field_of(Sample, name)
@@ -94,8 +95,21 @@ def test_every_kind_of_field_lies_in_ram_where_the_layout_says() -> None:
     assert raw("flag") == bytes.fromhex("78563412")
     assert raw("count") == bytes.fromhex("8877665544332211")
     assert raw("name") == b"GUID" + bytes(16) == record.name
-    assert raw("words") == bytes(8) + b"\x07" + bytes(15)
+    assert raw("array") == bytes(8) + b"\x07" + bytes(15)
     assert (record.small, record.word, record.wide) == (0x11, 0x22334455, 0x66778899AABBCCDD)
+
+
+def test_a_word_is_found_by_its_position() -> None:
+    """In the words of the record itself, for who looks at the generation once; what is no word has none."""
+    record = take(new_table())
+    record.word, record.wide = 0x11223344, 0x1122334455667788
+
+    assert record.words[0] == record.generation
+    assert record.words[position_of(Sample, "word")] == 0x11223344
+    assert record.quads[position_of(Sample, "wide")] == 0x1122334455667788
+    for name in ("name", "flag", "small"):
+        with pytest.raises(AssertionError, match="is no word"):
+            position_of(Sample, name)
 
 
 def test_a_blob_refuses_what_does_not_fit() -> None:
@@ -106,7 +120,7 @@ def test_a_blob_refuses_what_does_not_fit() -> None:
         record.name = bytes(21)
 
 
-@pytest.mark.parametrize("name", ["small", "word", "wide", "flag", "count", "name", "words"])
+@pytest.mark.parametrize("name", ["small", "word", "wide", "flag", "count", "name", "array"])
 def test_a_stale_name_is_noticed_at_each_access(name: str) -> None:
     """Reading a field of a record that was freed and taken again names table, index and both generations."""
     table = new_table()

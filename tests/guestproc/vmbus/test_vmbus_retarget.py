@@ -16,6 +16,7 @@ from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
 from guestproc.drivers.steering import LEFT
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import era as eras
+from guestproc.vmbus.chan_sched import words_with_flags
 from guestproc.vmbus.channel import vmbus_close
 from guestproc.vmbus.cpu_hotplug import cpu_down
 from guestproc.vmbus.packets import vmbus_sendpacket
@@ -58,6 +59,13 @@ def vp(world: World, cpu: int) -> int:
 def modified(world: World) -> list[ModifyChannel]:
     """What the host was asked."""
     return [message for message in world.host.posted if isinstance(message, ModifyChannel)]
+
+
+def test_words_with_flags_are_found_wherever_they_are() -> None:
+    """Every word that has a flag, and no other."""
+    for words in ([], [0], [31], [0, 5, 31], list(range(32))):
+        flags = b"".join((1 << word if word in words else 0).to_bytes(8, "little") for word in range(32))
+        assert words_with_flags(flags) == words
 
 
 # -- what goes well -------------------------------------------------------------------------------------
