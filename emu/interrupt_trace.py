@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from emu.control import Counters
@@ -33,6 +34,10 @@ class RecordedRequester(InterruptRequester):
         self._recorder = recorder
         self._bound: dict[int, tuple[Bound, tuple[Bound, ...]]] = {}
         # What each vector's requests record: made at its first.
+
+    def bound(self, vector: int) -> Callable[[], None]:
+        """Each request of it recorded."""
+        return partial(self.request, vector)
 
     def request(self, vector: int) -> None:
         """Record, request, record what came of it."""

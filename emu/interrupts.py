@@ -40,8 +40,11 @@ OFFLINE: Final = int(RunState.OFFLINE)
 _NOT_LOOKING: Final = (HALTED, COMPUTING)
 
 LOOKS_BEFORE_YIELD: Final = 20
-LOOKS_IN_TURN: Final = 2
-"""Between two yields of a poller that shares its core with others who want it: each waits for all the others' looks."""
+_MANY: Final = range(LOOKS_BEFORE_YIELD)
+_IN_TURN: Final = range(1)
+"""Looks between two yields of a poller that shares its core with others: each waits for all the others' looks."""
+LOOK_AT: Final = 4
+"""Yields between two looks at everything, for who glances meanwhile."""
 SHARED_YIELD: Final = 3
 """A yield that takes so many times the quickest one let somebody else run."""
 LONG_YIELD_NS: Final = 100_000
@@ -80,6 +83,22 @@ class InterruptRequester:
         self._kick = kick
         self._counters = counters
 
+    def bound(self, vector: int) -> Callable[[], None]:
+        """`request` of one vector, for who makes it over and over: the same steps, with everything at hand."""
+        set_bit, bit = self._or[vector >> 6], 1 << (vector & 63)
+        counters, state_load, kick = self._counters, self._state_load, self.kick
+
+        def request() -> None:
+            counters.requested += 1
+            if set_bit(bit) & bit:
+                counters.merged += 1
+            elif state_load() in _NOT_LOOKING:
+                kick()
+            else:
+                counters.kicks_none += 1
+
+        return request
+
     def request(self, vector: int) -> None:
         """Request `vector` (16..255) and kick the VP if it would not look by itself."""
         bit = 1 << (vector & 63)
@@ -113,16 +132,22 @@ class InterruptRequester:
 class Lapic:
     """The VP's own side of its interrupt words; used by the one thread that is this processor."""
 
-    __slots__ = ("_and", "_auto_eoi", "_in_service", "_in_service_words", "_load")
+    __slots__ = ("_from_the_top", "_in_service", "_load", "_steps")
 
     def __init__(self, vps: AtomicView, position: int) -> None:
         base = vp_page_offset(position)
-        request = [vps.cell_u64(base + VP_REQUEST + 8 * word) for word in range(VECTOR_WORDS)]
-        self._load = tuple(cell.load for cell in request)
-        self._and = tuple(cell.fetch_and for cell in request)
         words = range(VECTOR_WORDS)
-        self._auto_eoi = tuple(vps.cell_u64(base + VP_AUTO_EOI + 8 * word).load for word in words)
-        self._in_service_words = tuple(vps.cell_u64(base + VP_IN_SERVICE + 8 * word) for word in words)
+        request = [vps.cell_u64(base + VP_REQUEST + 8 * word) for word in words]
+        auto_eoi = [vps.cell_u64(base + VP_AUTO_EOI + 8 * word).load for word in words]
+        in_service = [vps.cell_u64(base + VP_IN_SERVICE + 8 * word) for word in words]
+        self._load = tuple(cell.load for cell in request)
+        self._from_the_top = self._load[::-1]
+        # By vector: what clears its request, the bits that stay, its auto-EOI word, its bit, its in-service word.
+        self._steps = [
+            (request[word].fetch_and, bit ^ _ALL, auto_eoi[word], bit, in_service[word])
+            for word in words
+            for bit in (1 << number for number in range(64))
+        ]
         self._in_service: list[int] = []
 
     def highest_request(self) -> int:
@@ -140,9 +165,9 @@ class Lapic:
 
     def deliverable(self) -> bool:
         """Whether a request waits whose class is above the highest in service."""
-        load = self._load
+        load3, load2, load1, load0 = self._from_the_top
         # Asked at every safe point, and nearly always in vain, with nothing in service: four loads and no more then.
-        if not (load[3]() or load[2]() or load[1]() or load[0]() > 1):  # there is no vector 0
+        if not (load3() or load2() or load1() or load0() > 1):  # there is no vector 0
             return False
         return not self._in_service or self.highest_request() >> 4 > self._in_service[-1] >> 4
 
@@ -153,25 +178,27 @@ class Lapic:
 
     def take(self) -> int:
         """Take the highest deliverable vector: clear its request, put it in service; 0 when there is none."""
-        load = self._load
-        vector = 191 + bits.bit_length() if (bits := load[3]()) else self.highest_request()
-        if not vector or (self._in_service and vector >> 4 <= self._in_service[-1] >> 4):
+        load3, load2, load1, load0 = self._from_the_top
+        if bits := load3():  # the hypervisor's vectors and ours
+            vector = 191 + bits.bit_length()
+        elif not (load2() or load1() or load0()) or not (vector := self.highest_request()):
             return 0
-        word, bit = vector >> 6, 1 << (vector & 63)
+        serving = self._in_service
+        if serving and vector >> 4 <= serving[-1] >> 4:
+            return 0
+        clear, others, auto_eoi, bit, in_service = self._steps[vector]
         # Cleared before the handler looks at pages: a request that comes later sets the bit anew.
-        self._and[word](bit ^ _ALL)
-        if not self._auto_eoi[word]() & bit:
-            in_service = self._in_service_words[word]
+        clear(others)
+        if not auto_eoi() & bit:
             in_service.store(in_service.load() | bit)
-            self._in_service.append(vector)
+            serving.append(vector)
         return vector
 
     def eoi(self) -> None:
         """End the highest vector in service; nothing happens when there is none (TLFS "EOI Register")."""
         if self._in_service:
-            vector = self._in_service.pop()
-            word = self._in_service_words[vector >> 6]
-            word.store(word.load() & ~(1 << (vector & 63)))
+            _clear, others, _auto_eoi, _bit, in_service = self._steps[self._in_service.pop()]
+            in_service.store(in_service.load() & others)
 
     @property
     def in_service(self) -> tuple[int, ...]:
@@ -218,8 +245,8 @@ class Halt:
     """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
 
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads. `glance`
-    is what a poll looks at between two yields: fewer loads, of what comes most often, and the poll ends with what it
-    sees; at each yield it looks as well.
+    is what a poll looks at: a load or two, of what comes most often, and the poll ends with what it sees; at every
+    fourth yield it looks as well.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
@@ -234,6 +261,7 @@ class Halt:
         "_longest_s",
         "_look",
         "_look_again_s",
+        "_looks",
         "_owed_s",
         "_quickest_yield_ns",
         "_state",
@@ -261,6 +289,7 @@ class Halt:
         self._block = wakeup.block
         self._look = look
         self._glance = glance
+        self._looks = _MANY
         self._quickest_yield_ns = LONG_YIELD_NS
         self._hold_off_ns = 0
         self._hold_off_until = 0
@@ -326,22 +355,23 @@ class Halt:
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
         """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""
-        now = time.monotonic_ns
-        glance = self._glance or look
-        looks = LOOKS_BEFORE_YIELD
+        now, yield_core, glance = time.monotonic_ns, os.sched_yield, self._glance or look
+        looks, turns = self._looks, 0
         end = (before := now()) + window_ns
         if before < self._hold_off_until:
             return False
         while before < end:
-            for _ in range(looks):
+            for _ in looks:
                 if glance():
                     return self._paid()
-            if glance is not look and look():
+            turns += 1
+            if glance is not look and not turns % LOOK_AT and look():
                 return self._paid()
+            if looks is _MANY:  # else the clock was read a look ago
+                before = now()
             # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
-            yielded = now()
-            os.sched_yield()
-            before = now()
+            yield_core()
+            yielded, before = before, now()
             took = before - yielded
             if took > LONG_YIELD_NS:
                 # The core is wanted: this poll ends, the window stays. If it is wanted for long, a blocked
@@ -353,7 +383,7 @@ class Halt:
             if took < self._quickest_yield_ns:
                 self._quickest_yield_ns = took
             # Somebody ran meanwhile: another poller, perhaps, which waits for our looks as we do for its.
-            looks = LOOKS_IN_TURN if took > SHARED_YIELD * self._quickest_yield_ns else LOOKS_BEFORE_YIELD
+            self._looks = looks = _IN_TURN if took > SHARED_YIELD * self._quickest_yield_ns else _MANY
         self._counters.polls_vain += 1
         return False
 

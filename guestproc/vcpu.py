@@ -114,6 +114,7 @@ class Vcpu:
             self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)
         self._deliverable = self.lapic.deliverable
+        self._take = self.lapic.take
         self.vectors: dict[int, Callable[[], None]] = {
             RESCHEDULE_VECTOR: self._reschedule,
         }
@@ -170,7 +171,7 @@ class Vcpu:
     def take_interrupts(self) -> None:
         """Dispatch everything deliverable; returns with interrupts on (or as they were, inside an ISR)."""
         try:
-            while vector := self.lapic.take():
+            while vector := self._take():
                 self._dispatch(vector)
         except MachineStopping:
             raise  # every wait ends so, an exit in an ISR as well
@@ -312,7 +313,10 @@ class Vcpu:
         """Halt until an interrupt, a tasklet, a token or the timeout; then take what came."""
         assert not (self._irqs_off or self._hardirq or self._softirq), "a halt that no interrupt ends"
         self._halt.halt(timeout_ns)
-        self.safe_point()
+        # A safe point, with less to ask: an interrupt is nearly always why the halt has ended.
+        self.take_interrupts()
+        if self.softirq_pending():
+            self.run_softirqs()
 
     def wait_interruptible(self, over: Callable[[], bool]) -> None:
         """Stand here until `over`, at a sync point with interrupts on: they are taken, their tasklets only scheduled

@@ -22,7 +22,7 @@ from hostproc.bus import Bus
 from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
 from hostproc.partition import Partition
 from hostproc.points import NoPoints
-from hostproc.ports import EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
+from hostproc.ports import BindInterrupt, EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
 from hostproc.protocol.versions import message_connections
 from hostproc.synthetic_timers import NEVER, SyntheticTimer
 
@@ -65,6 +65,8 @@ class GuestPorts:
         self._serial = 0
         self.event_interrupt: Callable[[int, int], Callable[[int, int], None]] | None = None
         """Gives what requests the interrupts of an event (its SINT and flag), where that may be late."""
+        self.bind_interrupt: BindInterrupt | None = None
+        """A shorter way to the partition's `request_interrupt`, if there is one."""
         self.cause: Callable[[], int] = _no_cause
         """Serial of the guest's message that what is posted now answers; for the trace."""
 
@@ -82,9 +84,11 @@ class GuestPorts:
     def bind_event(self, vp_index: int, sint: int, flag: int) -> GuestEvent:
         """Make an event port for this flag."""
         partition, request = self._partition, self._partition.request_interrupt
+        bind = self.bind_interrupt
         if self.event_interrupt is not None:
-            request = self.event_interrupt(sint, flag)
-        port = EventPort(partition.synics, request, self._positions[vp_index], sint, flag, trace=partition.trace)
+            request, bind = self.event_interrupt(sint, flag), None
+        position = self._positions[vp_index]
+        port = EventPort(partition.synics, request, position, sint, flag, trace=partition.trace, bind_interrupt=bind)
         return GuestEvent(self, port)
 
     def open_doorbell(self, connection_id: int, wake: Callable[[], None]) -> None:

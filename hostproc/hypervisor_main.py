@@ -162,6 +162,7 @@ class Hypervisor:
         server = Server(limits, policy_of(self.scenario.policy))
         if self.trace:
             server.watch(StateTrace(self.trace))
+        guest_ports.bind_interrupt = lambda position, vector: self._requesters[position].bound(vector)
         if packets:
             guest_ports.event_interrupt = interrupts.of_event
         self.bus = FaultyBus(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from emu.synic import Synic
@@ -80,9 +81,11 @@ class HostMessagePort:
         return HvStatus.SUCCESS
 
 
-Route = tuple[Synic, int, int, Callable[[int], int], int, int, tuple[Bound, Bound] | None]
-"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; the vector;
-what records that the flag was set already, and that it was clear."""
+Route = tuple[Synic, int, int, Callable[[int], int], int, Callable[[], None] | None, tuple[Bound, Bound] | None]
+"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; what requests
+the interrupt (None: none is due); what records that the flag was set already, and that it was clear."""
+BindInterrupt = Callable[[int, int], Callable[[], None]]
+"""Gives what requests a vector (the second number) of the VP at a position."""
 _SUCCESS: Final = HvStatus.SUCCESS
 
 
@@ -98,10 +101,12 @@ class EventPort:
         base_flag: int,
         flag_count: int = 1,
         trace: Recorder | None = None,
+        bind_interrupt: BindInterrupt | None = None,
     ) -> None:
+        """`bind_interrupt`: a shorter way to what `request_interrupt` does, if there is one."""
         assert base_flag >= 0 and base_flag + flag_count <= HV_EVENT_FLAGS_COUNT, (base_flag, flag_count)
         self._synics = synics
-        self._request_interrupt = request_interrupt
+        self._bind_interrupt = bind_interrupt or partial(partial, request_interrupt)
         self.position = position
         self._route: Route | None = None
         self.sint = sint
@@ -122,13 +127,13 @@ class EventPort:
             if isinstance(found, HvStatus):
                 return found
             route = found
-        _synic, _changes, position, fetch_or, bit, vector, records = route
+        _synic, _changes, _position, fetch_or, bit, interrupt, records = route
         self.signaled += 1
         was_clear = not fetch_or(bit) & bit
         if records:
             records[was_clear]()
-        if was_clear and vector:
-            self._request_interrupt(position, vector)
+        if was_clear and interrupt is not None:
+            interrupt()
         return _SUCCESS
 
     def close(self) -> None:
@@ -148,7 +153,9 @@ class EventPort:
         if self._trace:
             words = E_FLAG_SET, self.position, self.sint, self.base_flag + flag_number
             records = self._trace.bind(*words, 1), self._trace.bind(*words, 0)
-        route = synic, synic.changes, self.position, *cell, synic.vector_to_raise(self.sint), records
+        vector = synic.vector_to_raise(self.sint)
+        interrupt = self._bind_interrupt(self.position, vector) if vector else None
+        route = synic, synic.changes, self.position, *cell, interrupt, records
         if not flag_number:
             self._route = route
         return route

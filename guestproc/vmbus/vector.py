@@ -7,6 +7,7 @@ The vector stays installed for ever; what it calls is one function pointer that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from emu.wire.synic import (
@@ -58,7 +59,7 @@ class Gate:
 
     def install(self) -> None:
         """Put the gate into the processor's vector table; there is no way to take it out again."""
-        self.vcpu.vectors[HYPERVISOR_CALLBACK_VECTOR] = lambda: hyperv_vector_handler(self, self._regs)
+        self.vcpu.vectors[HYPERVISOR_CALLBACK_VECTOR] = partial(hyperv_vector_handler, self, self._regs)
 
     def set_irq_regs(self, regs: PtRegs | None) -> PtRegs | None:
         """Publish the frame of the interrupt being handled and return the one before (generic x86)."""
