@@ -319,6 +319,7 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
     """
     buffer, sole = ring.memory.buffer, ring._sole
     store_write, load_mask, load_read = words.store_write, words.load_mask, words.load_read
+    load_write = words.load_write
     kind_type, kind_flags = VM_PKT_DATA_INBAND, 0
     shapes = ring._shapes(kind_type, kind_flags)
     table = shapes.table
@@ -339,7 +340,16 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
         begin = write_index
         end = begin + size
         # One comparison for the end of the room known of, the end of the data, and other producers.
-        if end >= barrier:
+        if end >= barrier and (
+            # Of other producers none has written, nearly always, and there is room without wrapping: `_make_room` by
+            # three loads. Acquire: the reader's copies are done before its bytes are overwritten.
+            sole
+            or end >= data_size
+            or load_write() != begin
+            or (read := load_read()) >= data_size
+            or read % 8
+            or size > (read - begin - 8) % data_size
+        ):
             begin, end, beyond = ring._make_room(begin, size)
             barrier = beyond if sole else 0
         try:

@@ -28,6 +28,7 @@ from guestproc.vcpu import Vcpu, WorkerThread
 if TYPE_CHECKING:
     from guestproc.kernel.tasklet import TaskletQueue
     from guestproc.run_queue import GuestTask
+    from guestproc.vmbus.event_lane import SendLane
     from guestproc.vmbus.percpu import PerCpuContext
     from guestproc.vmbus.ring_buffer import RingCache
 
@@ -96,6 +97,8 @@ class Current:
         self.connection: Final[Connection] = tables.connection
         self.bells: Final[dict[int, Bell]] = {}
         """By handle of a channel."""
+        self.senders: Final[dict[int, SendLane]] = {}
+        """By handle of a channel: what this thread sends by."""
         self.refused: Final[Counter[str]] = Counter()
         """What this thread refused of the host's, by rule."""
         self.percpu: PerCpuContext | None = None

@@ -39,6 +39,7 @@ class EchoSession:
         # What `being_removed` looks at; both words stay while the channel is claimed.
         self._claims = claims_word(current, channel).load
         self._rescind = channel.rescind.load
+        self._stopping = vcpu.stopping
 
     def begin(self) -> None:
         """Something new begins: until now nobody waited for anything, however long that was."""
@@ -63,7 +64,7 @@ class EchoSession:
                 self._wished = False
                 vmbus_cancel_room(self.current, self.channel)
         self.sent += count
-        self.nbytes += sum(map(len, payloads[:count]))
+        self.nbytes += len(payloads[0]) if count == 1 else sum(map(len, payloads[:count]))
         return count
 
     def _send(self, payloads: list[bytes], first_trans_id: int, flags: int) -> int:
@@ -102,7 +103,9 @@ class EchoSession:
         """Halt until something comes, interrupts included; not for ever."""
         if not self.inbox:
             self.vcpu.idle(IDLE_NS)
-        self.check()
+        self._check_channel()
+        if not self.inbox:  # what has come needs no clock
+            self._check_time()
 
     def check(self) -> None:
         """Go on only if there is any sense in it: MachineStopping, ChannelGone, Stalled."""
@@ -110,7 +113,8 @@ class EchoSession:
         self._check_time()
 
     def _check_channel(self) -> None:
-        raise_if_stopping(self.vcpu)
+        if self._stopping():
+            raise_if_stopping(self.vcpu)
         if self._claims() & REMOVING or self._rescind():
             raise ChannelGone
 

@@ -269,6 +269,8 @@ class _Pinger:
 
     def __init__(self, session: EchoSession, payload: bytes, samples: array[int], burst: int) -> None:
         self.session = session
+        self.trace = session.current.trace
+        self.relid = session.channel.relid
         self.payload = [payload]
         self.samples = samples
         self.burst = burst
@@ -304,7 +306,8 @@ class _Pinger:
         while not self.session.send(self.payload, first_trans_id=1, flags=COMPLETION_REQUESTED):
             self.take()
         self.due.append(due_ns)
-        self.session.current.record(E_REQUEST_START, self.session.channel.relid, 1)
+        if self.trace:
+            self.trace.record(E_REQUEST_START, self.relid, 1)
 
     def take(self) -> None:
         """Answers that have come; a halt if there are none."""
@@ -313,8 +316,9 @@ class _Pinger:
             self.session.wait()
             packets = self.session.take()
         done_ns = time.monotonic_ns()
-        self.session.current.record(E_TASK_TAKE, self.session.channel.relid, len(packets))
-        self.session.current.record(E_REQUEST_END, self.session.channel.relid, 1, len(packets))
+        if self.trace:
+            self.trace.record(E_TASK_TAKE, self.relid, len(packets))
+            self.trace.record(E_REQUEST_END, self.relid, 1, len(packets))
         for _ in packets:
             if self.due:
                 self.samples.append(self.due.popleft())

@@ -208,6 +208,7 @@ class CopiedWorld(World):
             # What a process has mapped or looked up belongs to the records that were.
             current.rings.close()
             current.bells.clear()
+            current.senders.clear()
             current.refused.clear()
         self.clock.time_ns = saved.time_ns
         self._forget_tokens()

@@ -35,6 +35,7 @@ from guestproc.kernel.layout import Channel, Device
 from guestproc.protocol.numbers import Callbacks
 from guestproc.vmbus.chan_sched import LEFT_TO_ANOTHER
 from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
+from guestproc.vmbus.event_lane import CALLBACK_CONTEXT
 from guestproc.vmbus.packets import vmbus_drain
 
 if TYPE_CHECKING:
@@ -137,6 +138,34 @@ def release_channel(current: Current, channel: Channel) -> None:
 # -- in the channel's tasklet -----------------------------------------------------------------------------
 
 
+class _Totals:
+    """The device of a channel, and what counts in the words of its driver's state."""
+
+    __slots__ = ("add_bytes", "add_completions", "add_packets", "asked", "context", "device")
+
+    def __init__(self, current: Current, channel: Channel) -> None:
+        self.context: Final[int] = channel.channel_callback_context
+        device: Device = current.tables.devices.from_handle(self.context)
+        self.device: Final = device
+        self.add_packets: Final = claims.state_word(current, device, PACKETS).fetch_add
+        self.add_completions: Final = claims.state_word(current, device, COMPLETIONS).fetch_add
+        self.add_bytes: Final = claims.state_word(current, device, BYTES).fetch_add
+        self.asked: Final = None if channel.primary_channel else claims.state_word(current, device, ANSWER).load
+        """Of a primary: whether sub-channels were asked for, and how many."""
+
+
+def _totals_of(current: Current, channel: Channel) -> _Totals:
+    """Kept with the channel's lane, where this processor's SynIC is up."""
+    lane = None if current.percpu is None else current.percpu.lanes.get(channel.handle)
+    if lane is None:
+        return _Totals(current, channel)
+    totals = lane.drvdata
+    if totals.__class__ is not _Totals or totals.context != lane.quads[CALLBACK_CONTEXT]:
+        totals = lane.drvdata = _Totals(current, channel)
+    assert totals.device.alive(), totals.device
+    return totals
+
+
 @CHANNEL_CALLBACKS.register(Callbacks.ECHO_ONCHANNELCALLBACK)
 def echo_onchannelcallback(current: Current, channel: Channel) -> object:
     """Take what the device sent back, on the processor that reads the channel."""
@@ -145,13 +174,17 @@ def echo_onchannelcallback(current: Current, channel: Channel) -> object:
     packets = vmbus_drain(current, channel, DRAIN_LIMIT)
     if not packets:
         return None
-    device: Device = current.tables.devices.from_handle(channel.channel_callback_context)
-    if not channel.primary_channel and device.driver_state[ANSWER] & PENDING:
-        take_answer(current, device, packets)
-    add, words = current.tables.ram.atomics.fetch_add_u64, device.gpa + claims.STATE_OFFSET
-    add(words + 8 * PACKETS, len(packets))
-    add(words + 8 * COMPLETIONS, [packet[0] for packet in packets].count(VM_PKT_COMP))
-    add(words + 8 * BYTES, sum([len(packet[3]) for packet in packets]))
+    totals = _totals_of(current, channel)
+    if totals.asked is not None and totals.asked() & PENDING:
+        take_answer(current, totals.device, packets)
+    if len(packets) == 1:
+        totals.add_packets(1)
+        totals.add_completions(packets[0][0] == VM_PKT_COMP)
+        totals.add_bytes(len(packets[0][3]))
+    else:
+        totals.add_packets(len(packets))
+        totals.add_completions([packet[0] for packet in packets].count(VM_PKT_COMP))
+        totals.add_bytes(sum([len(packet[3]) for packet in packets]))
     inbox = INBOXES.get(channel.handle)
     if inbox is not None:
         inbox.extend(packets)

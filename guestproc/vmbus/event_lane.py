@@ -1,4 +1,4 @@
-"""A channel as interrupts and tasklets use it: what they need of its record at hand, and bound once.
+"""A channel as interrupts, tasklets and senders use it: what they need of its record at hand, and bound once.
 
 A field of a record costs 100 ns by its name, and a way through two rings has dozens of them. A lane holds the words
 themselves, for as long as the record lives; who uses it looks at the generation once.
@@ -7,7 +7,7 @@ themselves, for as long as the record lives; who uses it looks at the generation
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from emu.tracing import (
     E_MASK,
@@ -19,6 +19,7 @@ from emu.tracing import (
     Recorder,
     Side,
 )
+from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel
 from guestproc.kernel.records import position_of
 from guestproc.protocol.numbers import Tasklets
@@ -29,7 +30,10 @@ EVENT_WORDS: Final = 32
 CALLBACK_MODE: Final = position_of(Channel, "callback_mode")
 ONCHANNEL_CALLBACK: Final = position_of(Channel, "onchannel_callback")
 INTERRUPTS: Final = position_of(Channel, "interrupts")
-"""Where these fields are in `EventLane.words`, the last in `quads`."""
+CALLBACK_CONTEXT: Final = position_of(Channel, "channel_callback_context")
+INTR_OUT_EMPTY: Final = position_of(Channel, "intr_out_empty")
+"""Where these fields are, the first two in `words`, the others in `quads`."""
+MOST_LANES: Final = 4_096
 
 
 class LaneRecords:
@@ -60,8 +64,10 @@ class EventLane:
         "channel",
         "generation",
         "handle",
+        "drvdata",
         "published",
         "quads",
+        "reader",
         "records",
         "rescind",
         "sched_lock",
@@ -80,3 +86,19 @@ class EventLane:
         self.rescind: Final = channel.rescind.load
         self.sched_lock: Final = channel.sched_lock
         self.callback_event: Final = channel.callback_event
+        self.reader: Final = channel.reader.load
+        self.drvdata: Any = None
+        """What the driver's callback keeps with it (`hv_get_drvdata`); it looks whether that is still right."""
+
+
+class SendLane:
+    """A channel as one thread sends on it; whoever uses it looks at the generation first."""
+
+    __slots__ = ("held", "quads", "rescind", "state")
+
+    def __init__(self, channel: Channel, actor: Actor) -> None:
+        self.held: Final = channel.outbound_ring_lock.hold(actor)
+        """`with lane.held:` has outbound_ring_lock for the block."""
+        self.rescind: Final = channel.rescind.load
+        self.state: Final = channel.state.load
+        self.quads: Final = channel.quads

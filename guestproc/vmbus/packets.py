@@ -19,6 +19,7 @@ from guestproc.kernel.layout import Channel
 from guestproc.protocol import opening
 from guestproc.protocol.opening import OPENED
 from guestproc.vmbus.connection import vmbus_setevent
+from guestproc.vmbus.event_lane import INTR_OUT_EMPTY, MOST_LANES, SendLane
 
 if TYPE_CHECKING:
     from guestproc.current import Current
@@ -38,9 +39,12 @@ def vmbus_sendpacket(
     0; -EAGAIN: the ring is full; -ENODEV: rescinded or closed; -EIO: the host's read_index cannot be;
     -EMSGSIZE: longer than the ring (for which the kernel says -EAGAIN for ever).
     """
+    lane = current.senders.get(channel.handle) or _sender(current, channel)
+    if channel.words[0] != channel.generation:
+        raise channel.stale()
     try:
-        with channel.outbound_ring_lock.hold(current.actor):
-            if channel.rescind.load() or channel.state.load() != OPENED:
+        with lane.held:
+            if lane.rescind() or lane.state() != OPENED:
                 return -errno.ENODEV
             outbound = current.rings.of(channel).outbound
             full = outbound.out_full_total, outbound.out_full_first
@@ -50,7 +54,7 @@ def vmbus_sendpacket(
                 _note_full(channel, outbound, *full)
                 return -errno.EAGAIN
             if signal:
-                channel.intr_out_empty += 1
+                lane.quads[INTR_OUT_EMPTY] += 1
     except PacketTooLong:
         return -errno.EMSGSIZE
     except ProtocolViolation as violation:
@@ -69,16 +73,19 @@ def vmbus_sendpackets(
 
     How many, or a negative errno as `vmbus_sendpacket` (a full ring is 0).
     """
+    lane = current.senders.get(channel.handle) or _sender(current, channel)
+    if channel.words[0] != channel.generation:
+        raise channel.stale()
     try:
-        with channel.outbound_ring_lock.hold(current.actor):
-            if channel.rescind.load() or channel.state.load() != OPENED:
+        with lane.held:
+            if lane.rescind() or lane.state() != OPENED:
                 return -errno.ENODEV
             outbound = current.rings.of(channel).outbound
             full = outbound.out_full_total, outbound.out_full_first
             count, signal = outbound.write_many(payloads, first_trans_id, flags)
             nbytes = outbound.batch_bytes
             if signal:
-                channel.intr_out_empty += 1
+                lane.quads[INTR_OUT_EMPTY] += 1
             if count < len(payloads):
                 _note_full(channel, outbound, *full)
     except PacketTooLong:
@@ -90,6 +97,14 @@ def vmbus_sendpackets(
     current.counters.packets += count
     current.counters.bytes += nbytes
     return count
+
+
+def _sender(current: Current, channel: Channel) -> SendLane:
+    """What this thread sends on a channel by; made at the first packet of each life of its record."""
+    if len(current.senders) >= MOST_LANES:
+        current.senders.clear()  # most are of lives that are over
+    lane = current.senders[channel.handle] = SendLane(channel, current.actor)
+    return lane
 
 
 def vmbus_wait_for_room(current: Current, channel: Channel, size: int) -> int:

@@ -15,14 +15,13 @@ from emu.wire.synic import VMBUS_MESSAGE_SINT
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.protocol.era import SHARED_INTERRUPT_VERSIONS
 from guestproc.vmbus.chan_points import Find, Schedule, find_of, schedule_of
-from guestproc.vmbus.event_lane import EVENT_WORDS, EventLane
+from guestproc.vmbus.event_lane import EVENT_WORDS, MOST_LANES, EventLane
 
 if TYPE_CHECKING:
     from guestproc.current import Current
     from guestproc.kernel.layout import Channel
 
 _AFTER_FLAG_LOAD: Final = int(Point.ISR_AFTER_FLAG_LOAD)
-MOST_LANES: Final = 4_096
 INT_PAGE_WORDS: Final = 4
 """256 bits of the interrupt page: no more channels are looked for below 2.4 (MAX_NUM_CHANNELS_SUPPORTED)."""
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu.errors import ProtocolViolation
+from emu.errors import ProtocolViolation, RingFull
 from emu.memory import PAGE_SIZE
 from emu.ring import Packet, RingConsumer, RingMemory, RingProducer
 from emu.wire.packets import COMPLETION_REQUESTED
@@ -119,3 +119,26 @@ def test_packet_behind_a_fault_stays() -> None:
     assert consumer.read_lone() is None
     with pytest.raises(ProtocolViolation):
         consumer.read_many()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, DATA_SIZE // 8 - 1), st.integers(0, DATA_SIZE // 8 - 1), indices, st.integers(0, 1000))
+def test_write_beside_others_is_a_write(begin: int, released: int, lie: int, length: int) -> None:
+    """One of several producers looks at the indices itself before it writes: the same bytes, or the same refusal."""
+    results = []
+    for sole in (True, False):
+        buffer = bytearray(PAGE_SIZE + DATA_SIZE)
+        memory = RingMemory.on(buffer)
+        memory.init()
+        memory.words.store_write(8 * begin)
+        memory.words.store_read(8 * released)
+        producer = RingProducer(memory, sole=sole)
+        memory.words.store_read(lie)
+        try:
+            signal: object = producer.write(bytes(length), 7)
+        except (ProtocolViolation, RingFull) as refusal:
+            signal = str(refusal)
+        kept = producer.bytes, producer.out_full_total, producer.out_full_first
+        results.append((signal, kept, bytes(buffer)))
+
+    assert results[0] == results[1]
