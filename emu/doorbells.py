@@ -43,24 +43,24 @@ class DoorbellServer:
     def __init__(self, doorbells: AtomicView) -> None:
         summary = [doorbells.cell_u64(D_CONNECTION_SUMMARY + 8 * word) for word in range(_SUMMARY_WORDS)]
         self.loads = tuple(cell.load for cell in summary)
-        self._summary_swap = tuple(cell.exchange for cell in summary)
-        self._word_swap = tuple(
-            doorbells.cell_u64(D_CONNECTION + 8 * word).exchange for word in range(CONNECTIONS // 64)
-        )
+        words = [(doorbells.cell_u64(D_CONNECTION + 8 * word).exchange, 64 * word) for word in range(CONNECTIONS // 64)]
+        # Of each summary word: its load and its exchange, and what takes each of its 64 words, with the first id there.
+        self._summaries = [
+            (cell.load, cell.exchange, words[64 * index : 64 * index + 64]) for index, cell in enumerate(summary)
+        ]
 
     def take(self) -> list[int]:
         """Connection ids that rang, each once, lowest first within a word."""
         ids: list[int] = []
-        for index, load in enumerate(self.loads):
+        for load, swap_summary, words in self._summaries:
             if not load():
                 continue
-            summary = self._summary_swap[index](0)
+            summary = swap_summary(0)
             while summary:
                 low = summary & -summary
                 summary ^= low
-                word = index * 64 + low.bit_length() - 1
-                bits = self._word_swap[word](0)
-                first = word * 64
+                take, first = words[low.bit_length() - 1]
+                bits = take(0)
                 while bits:
                     bit = bits & -bits
                     bits ^= bit

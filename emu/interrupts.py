@@ -40,6 +40,8 @@ OFFLINE: Final = int(RunState.OFFLINE)
 _NOT_LOOKING: Final = (HALTED, COMPUTING)
 
 LOOKS_BEFORE_YIELD: Final = 20
+_NOTHING: Final[Callable[[], object]] = bool
+"""Called, it is False, and quicker than a function of ours."""
 _MANY: Final = range(LOOKS_BEFORE_YIELD)
 _IN_TURN: Final = range(1)
 """Looks between two yields of a poller that shares its core with others: each waits for all the others' looks."""
@@ -245,8 +247,8 @@ class Halt:
     """Polls, then blocks, until `look` says there is something to do; used by VPs and by the host.
 
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads. `glance`
-    is what a poll looks at: a load or two, of what comes most often, and the poll ends with what it sees; at every
-    fourth yield it looks as well.
+    is what a poll looks at, and `glance_too`: a load each, of what comes most often, and the poll ends with what they
+    see; at every fourth yield it looks as well.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
@@ -256,6 +258,7 @@ class Halt:
         "_block",
         "_counters",
         "_glance",
+        "_glance_too",
         "_hold_off_ns",
         "_hold_off_until",
         "_longest_s",
@@ -278,6 +281,7 @@ class Halt:
         counters: Counters,
         *,
         glance: Callable[[], object] | None = None,
+        glance_too: Callable[[], object] | None = None,
         owed_s: float | None = None,
         look_again_s: float | None = None,
         longest_s: float | None = None,
@@ -289,6 +293,7 @@ class Halt:
         self._block = wakeup.block
         self._look = look
         self._glance = glance
+        self._glance_too = glance_too or _NOTHING
         self._looks = _MANY
         self._quickest_yield_ns = LONG_YIELD_NS
         self._hold_off_ns = 0
@@ -356,13 +361,13 @@ class Halt:
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
         """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""
         now, yield_core, glance = time.monotonic_ns, os.sched_yield, self._glance or look
-        looks, turns = self._looks, 0
+        glance_too, looks, turns = self._glance_too, self._looks, 0
         end = (before := now()) + window_ns
         if before < self._hold_off_until:
             return False
         while before < end:
             for _ in looks:
-                if glance():
+                if glance() or glance_too():
                     return self._paid()
             turns += 1
             if glance is not look and not turns % LOOK_AT and look():

@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from emu.errors import RingFull
-from emu.ring_memory import Payload, RingMemory, RingWords, Seal, checked_index
+from emu.ring_memory import Payload, RingMemory, RingWords, Seal, checked_index, impossible_index
 from emu.ring_packets import RUN_BYTES, PacketTooLong, Shapes
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
-from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ
+from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
 SHORTEST_RUN: Final = 6
 """Packets alike that are worth storing together."""
@@ -119,7 +119,9 @@ class RingProducer:
 
     def check_read_index(self) -> None:
         """Raise ProtocolViolation (`ring-index`) when the reader's index cannot be."""
-        checked_index(self.words.load_read(), self._data_size, "read_index")
+        read = self.words.load_read()
+        if read >= self._data_size or read % ALIGNMENT:
+            raise impossible_index(read, self._data_size, "read_index")
 
     @property
     def bytes_to_read(self) -> int:
@@ -347,7 +349,7 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
             or end >= data_size
             or load_write() != begin
             or (read := load_read()) >= data_size
-            or read % 8
+            or read % ALIGNMENT
             or size > (read - begin - 8) % data_size
         ):
             begin, end, beyond = ring._make_room(begin, size)

@@ -147,7 +147,9 @@ class Hypervisor:
             self._look,
             PollPolicy(machine.config["machine"]["poll"], self._expecting),
             self.counters,
-            glance=self._glance,
+            # The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work.
+            glance=self.doorbells.loads[event_connection_id(0) >> 12],
+            glance_too=self.exits.loads[0],
             # Guests may write the host's run state: nobody may have meant to post.
             owed_s=OWED_TOKEN_S,
             look_again_s=LOOK_AGAIN_S,
@@ -202,8 +204,8 @@ class Hypervisor:
             self.live_faults = LiveFaults(self.faults, self.bus, interrupts, self.partition)
             self._looks = (*self._looks, self.live_faults.changed)
         self._ordered = self.orders.loads[0]
-        self._first_exits = self.exits.loads[0]
-        self._channel_bells = self.doorbells.loads[event_connection_id(0) >> 12]
+        self._exit_loads = self.exits.loads
+        self._bell_loads = self.doorbells.loads
 
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)
@@ -216,14 +218,14 @@ class Hypervisor:
         """Answer every exit that was rung, hand every doorbell to its device; whether there was any."""
         busy = False
         # A round costs little where nothing came: a load for each word that a source is announced in.
-        for load in self.exits.loads:
-            if load():
-                self._serve_exits()
+        for bells in self._bell_loads:
+            if bells():
+                self._serve_doorbells()
                 busy = True
                 break
-        for load in self.doorbells.loads:
-            if load():
-                self._serve_doorbells()
+        for exits in self._exit_loads:
+            if exits():
+                self._serve_exits()
                 busy = True
                 break
         # Behind the exits: a one-shot whose time is past when it is written expires at once.
@@ -269,10 +271,10 @@ class Hypervisor:
 
     def _serve_doorbells(self) -> None:
         rung = self.doorbells.take()
-        events = self.partition.connections.events
+        events, trace = self.partition.connections.events, self.trace
         for connection_id in rung:
-            if self.trace:
-                (self._rung.get(connection_id) or self._bind_doorbell(self.trace, connection_id))()
+            if trace:
+                (self._rung.get(connection_id) or self._bind_doorbell(trace, connection_id))()
             port = events.get(connection_id)
             if port is None or port.flag_count != 1:
                 self._rung_in_vain(connection_id)
@@ -300,10 +302,6 @@ class Hypervisor:
         if self._timers.armed and self._timers.due():
             return True
         return self.loop.has_work() or self._stopping()
-
-    def _glance(self) -> int:
-        """The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work."""
-        return self._channel_bells() or self._first_exits()
 
     def _stopping(self) -> bool:
         return self._state_word() == STOPPING

@@ -108,9 +108,10 @@ class Loop:
     def run(self) -> None:
         """Sources, then each ready task once, then timers; halt when a round found nothing."""
         ready = self._ready
-        while not self._stopping():
+        serve, stopping = self._serve, self._stopping
+        while not stopping():
             self.rounds += 1
-            busy = self._serve()
+            busy = serve()
             for _ in range(len(ready)):
                 ready.popleft().step()
                 busy = True

@@ -142,23 +142,26 @@ class HostChannel:
         """
         if self._unmapped is not None and self._unmapped.empty():
             return []
-        incoming = self.incoming
-        packet = incoming.read_lone()
-        packets = incoming.read_many(limit, most_bytes) if packet is None else [packet]
+        if limit > 0 and (packet := self.take_lone()) is not None:
+            return [packet]
+        packets = self.incoming.read_many(limit, most_bytes)
         self._took(bool(packets))
         return packets
+
+    def take_lone(self) -> Packet | None:
+        """The packet of a guest that sent a single one, as in a round trip; None: see `take` and `take_runs`."""
+        if self._unmapped is not None:
+            return None
+        packet = self._incoming.read_lone()
+        if packet is not None:
+            self._took(True)
+        return packet
 
     def take_runs(self, limit: int = BATCH_PACKETS, most_bytes: int = BATCH_BYTES) -> list[Run]:
         """As `take`, in runs: packets of one type and flags as columns, which is how `send_all` takes them."""
         if self._unmapped is not None and self._unmapped.empty():
             return []
-        incoming = self.incoming
-        packet = incoming.read_lone()
-        if packet is None:
-            runs = incoming.read_runs(limit, most_bytes)
-        else:
-            packet_type, flags, trans_id, payload = packet
-            runs = [(packet_type, flags, [trans_id], [payload])]
+        runs = self.incoming.read_runs(limit, most_bytes)
         self._took(bool(runs))
         return runs
 
@@ -205,11 +208,12 @@ class HostChannel:
 
         ProtocolViolation when the guest's read_index cannot be: `write` alone looks at it only when it has to.
         """
-        outgoing = self.outgoing
+        outgoing = self._outgoing if self._unmapped is None else self.outgoing
         outgoing.check_read_index()
         try:
             if outgoing.write(payload, trans_id, flags, packet_type):
-                self.signal()
+                self.signals += 1
+                self._signal()
         except RingFull:
             return False
         return True

@@ -40,6 +40,14 @@ class Echo(Backend):
         # A packet that came through a ring no larger than the one back fits that, too.
         may_not_fit = channel.may_not_fit
         while True:
+            # Most round trips are a single packet, for which there is room.
+            if not may_not_fit and (packet := channel.take_lone()) is not None:
+                _packet_type, flags, trans_id, payload = packet
+                answer_type = _answer_type(flags, trans_id)
+                if not channel.send(payload, trans_id, packet_type=answer_type):
+                    yield from channel.send_all([payload], [trans_id], packet_type=answer_type)
+                yield from channel.rest()
+                continue
             runs = channel.take_runs()
             if not runs:
                 yield from channel.wait_for_packets()
@@ -48,10 +56,14 @@ class Echo(Backend):
                 if may_not_fit:
                     trans_ids, payloads = _fitting(channel, trans_ids, payloads)
                 for answer_type, ids, batch in _answers(flags, trans_ids, payloads):
-                    # Most round trips are a single packet, for which there is room.
                     if len(batch) > 1 or not channel.send(batch[0], ids[0], packet_type=answer_type):
                         yield from channel.send_all(batch, ids, packet_type=answer_type)
             yield from channel.rest()
+
+
+def _answer_type(flags: int, trans_id: int) -> int:
+    """A completion for who asked for one; id 0 never gets any (reference 4.3)."""
+    return VM_PKT_COMP if flags & COMPLETION_REQUESTED and trans_id else VM_PKT_DATA_INBAND
 
 
 def _answers(flags: int, trans_ids: list[int], payloads: list[bytes]) -> Iterable[tuple[int, list[int], list[bytes]]]:

@@ -60,6 +60,9 @@ class FaultyChannel(HostChannel):
         packets = super().take(limit, most_bytes)
         return [packet for packet in packets if not self.hit(FaultKind.VSP_FORGET_INFLIGHT)]
 
+    def take_lone(self) -> None:
+        """None: whether a packet is forgotten is decided in the two others."""
+
     def take_runs(self, limit: int = BATCH_PACKETS, most_bytes: int = BATCH_BYTES) -> list[Run]:
         """As the plain channel, without the packets that are forgotten."""
         runs = super().take_runs(limit, most_bytes)
