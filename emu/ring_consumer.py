@@ -9,6 +9,7 @@ takes. Everything is copied before it is handed out, except by `hold`. What orde
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import islice, repeat
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -59,18 +60,27 @@ class RingConsumer:
         "_plans_with_header",
         "_read",
         "_reading",
-        "_signal",
         "_sole",
+        "begin_read",
         "bytes",
+        "end_read",
         "fault",
         "intr_in_full",
         "memory",
         "packets",
         "read_lone",
         "releases",
+        "signal_owed",
         "words",
     )
 
+    begin_read: Callable[[], None]
+    """Mask: no data-arrived signals, since this end reads anyway (`hv_begin_read`)."""
+    end_read: Callable[[], int]
+    """Unmask, then look again; return the bytes to read (`hv_end_read`).
+
+    If there are any, no signal will come for them: mask and drain once more. ProtocolViolation as `bytes_to_read`.
+    """
     read_lone: Callable[[], Packet | None]
     """Take the packet, if there is exactly one, of a kind seen before: a round trip's. None: see `read_many`."""
 
@@ -83,7 +93,7 @@ class RingConsumer:
         self._plans_with_header = PlansWithHeader(memory)
         self._plans_of_views = PlansOfViews(memory)
         self._sole = sole
-        self._signal = False
+        self.signal_owed = False  # see `take_signal`
         self._reading = False
         self._bad_wish = 0
         self._last_plan: Plan | None = None
@@ -96,7 +106,8 @@ class RingConsumer:
         self.intr_in_full = 0  # room-again signals owed so far
         self._load_own()
         checked_index(self.words.load_write(), memory.data_size, "write_index")
-        self.read_lone = _lone_reader(self, self.words)
+        self.begin_read = partial(self.words.store_mask, 1)
+        self.end_read, self.read_lone = _short_ways(self, self.words)
 
     @property
     def bytes_to_read(self) -> int:
@@ -187,21 +198,9 @@ class RingConsumer:
         ]
         return HeldPackets(self, packets, at - start)
 
-    def begin_read(self) -> None:
-        """Mask: no data-arrived signals, since this end reads anyway (`hv_begin_read`)."""
-        self.words.store_mask(1)
-
-    def end_read(self) -> int:
-        """Unmask, then look again; return the bytes to read (`hv_end_read`).
-
-        If there are any, no signal will come for them: mask and drain once more.
-        """
-        self.words.store_mask(0)  # full barrier before write_index is loaded again
-        return self.bytes_to_read
-
     def take_signal(self) -> bool:
         """Return whether the producer is owed a signal that there is room again, and forget it."""
-        signal, self._signal = self._signal, False
+        signal, self.signal_owed = self.signal_owed, False
         return signal
 
     def release_held(self, nbytes: int, packets: int) -> None:
@@ -451,20 +450,21 @@ class RingConsumer:
         self._bad_wish = 0
         # Release for the copies, full barrier before pending_send_sz is loaded.
         words.store_read(read)
-        if not words.load_features() & FEAT_PENDING_SEND_SZ:
-            return
-        wish = words.load_pending() & -ALIGNMENT
-        if not wish:
-            return
+        if words.load_features() & FEAT_PENDING_SEND_SZ and (wish := words.load_pending() & -ALIGNMENT):
+            self._look_at_wish(wish, freed)
+
+    def _look_at_wish(self, wish: int, freed: int) -> None:
+        """Behind a release of `freed` bytes: whether it made the room that the producer waits for."""
+        read, data_size = self._read, self._data_size
         if wish > data_size - 8:
             self._bad_wish = wish
             return
         # write_index after pending_send_sz. One that cannot be gives a wrong answer to whoever wrote it, and
         # is refused at the next look for packets.
-        room = (read - words.load_write() - 8) % data_size
+        room = (read - self._load_write() - 8) % data_size
         if room - freed < wish <= room:
             self.intr_in_full += 1
-            self._signal = True
+            self.signal_owed = True
 
     def _never_enough(self) -> ProtocolViolation:
         """Say that the producer waits for more than there can be."""
@@ -476,17 +476,23 @@ class RingConsumer:
         )
 
 
-def _lone_reader(ring: RingConsumer, words: RingWords) -> Callable[[], Packet | None]:
-    """Make `read_lone`, a function over variables of its own, since that is quicker than a method.
+def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int], Callable[[], Packet | None]]:
+    """Make `end_read` and `read_lone`, functions over variables of their own, since that is quicker than a method.
 
-    It holds to the rules of `RingConsumer._take`: what is not exactly one whole packet, between indices that can be,
-    it leaves where it is, for those who can say what is wrong with it.
+    The second holds to the rules of `RingConsumer._take`: what is not exactly one whole packet, between indices that
+    can be, it leaves where it is, for those who can say what is wrong with it.
     """
     memory, sole = ring.memory, ring._sole
     buffer, headers, data_size = memory.buffer, memory.headers, memory.data_size
     load_read, load_write = words.load_read, words.load_write
     # A plan was checked when it was made.
     plan_of = ring._plans.table.get
+    store_mask, store_read = words.store_mask, words.store_read
+    load_features, load_pending = words.load_features, words.load_pending
+
+    def end_read() -> int:
+        store_mask(0)  # full barrier before write_index is loaded again
+        return 0 if load_write() == ring._read else ring.bytes_to_read
 
     def read_lone() -> Packet | None:
         read = ring._read if sole else load_read()
@@ -503,13 +509,20 @@ def _lone_reader(ring: RingConsumer, words: RingWords) -> Callable[[], Packet | 
             return None
         (packet_type, flags, _overhead), size, unpack, _unpack_run, _longest_run = plan
         trans_id, payload = unpack(buffer, read)
-        ring._read = read
-        ring._release(size, 1)
-        if ring._bad_wish:
-            ring.fault = ring._never_enough()
+        # As `_release`.
+        ring._read = read = (read + size) % data_size
+        ring.packets += 1
+        ring.bytes += size
+        ring.releases += 1
+        ring._bad_wish = 0
+        store_read(read)
+        if load_features() & FEAT_PENDING_SEND_SZ and (wish := load_pending() & -ALIGNMENT):
+            ring._look_at_wish(wish, size)
+            if ring._bad_wish:
+                ring.fault = ring._never_enough()
         return packet_type, flags, trans_id, payload
 
-    return read_lone
+    return end_read, read_lone
 
 
 class HeldPackets:

@@ -148,7 +148,7 @@ def data_of(memory: RingMemory) -> bytes:
 class PointedConsumer(RingConsumer):
     """A guest's reader with points inside the callback and behind it, D1's way to leave, and a look at its pages."""
 
-    __slots__ = ("_current", "_epoch", "_relid")
+    __slots__ = ("_current", "_epoch", "_mask", "_relid", "_unmask")
 
     def __init__(self, current: Current, channel: Channel, memory: RingMemory, words: RingWords) -> None:
         super().__init__(memory, sole=False, words=inbound_words(current, words, channel.relid))
@@ -156,6 +156,8 @@ class PointedConsumer(RingConsumer):
         self._relid = channel.relid
         self._epoch = RingEpoch(current, channel)
         self.read_lone = _none_alone
+        self._mask, self.begin_read = self.begin_read, self._begin_read
+        self._unmask, self.end_read = self.end_read, self._end_read
 
     def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
         """As `RingConsumer`, from pages that are the channel's still.
@@ -174,20 +176,20 @@ class PointedConsumer(RingConsumer):
         stale = RingConsumer(early, sole=False, words=self.words)
         packets = stale.read_many(limit, most_bytes)
         self.fault = stale.fault
-        self._signal |= stale.take_signal()
+        self.signal_owed |= stale.take_signal()
         return packets
 
-    def begin_read(self) -> None:
+    def _begin_read(self) -> None:
         """As `RingConsumer`."""
         self._epoch.check("the mask")
-        super().begin_read()
+        self._mask()
 
-    def end_read(self) -> int:
+    def _end_read(self) -> int:
         """As `RingConsumer`; wrong on purpose (races.md D1): unmask, and leave without another look."""
         if self._current.armed[_AFTER_CALLBACK]:
             self._current.reach(_AFTER_CALLBACK, self._relid)
         self._epoch.check("the unmask")
-        left = super().end_read()
+        left = self._unmask()
         return left if self._current.fix.recheck_after_unmask else 0
 
 

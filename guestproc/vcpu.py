@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -120,6 +120,8 @@ class Vcpu:
         }
         self.softirqs: Callable[[], object] = _no_softirqs
         self.softirq_pending: Callable[[], bool] = _never
+        self.tasklets: Sized = ()
+        """Those that are pending here, whether they may run or not: nearly always none."""
         self.rescheduled: Callable[[], object] = _no_softirqs
         """Run in each reschedule interrupt (`scheduler_ipi`)."""
         self.expecting: Callable[[], bool] = _never
@@ -213,7 +215,7 @@ class Vcpu:
             return
         # The state before the look (lost-wakeup rule); the caller's loop in `take_interrupts` looks.
         self._set_state(AWAKE)
-        if not self._softirq and self.softirq_pending():
+        if self.tasklets and not self._softirq and self.softirq_pending():
             self.run_softirqs()
 
     def run_softirqs(self) -> None:
@@ -288,7 +290,7 @@ class Vcpu:
         if not (self._irqs_off or self._hardirq):
             if self._deliverable():
                 self.take_interrupts()
-            if not self._softirq and self.softirq_pending():
+            if self.tasklets and not self._softirq and self.softirq_pending():
                 self.run_softirqs()
 
     def compute(self, task: Callable[[], None]) -> None:
@@ -315,7 +317,7 @@ class Vcpu:
         self._halt.halt(timeout_ns)
         # A safe point, with less to ask: an interrupt is nearly always why the halt has ended.
         self.take_interrupts()
-        if self.softirq_pending():
+        if self.tasklets and self.softirq_pending():
             self.run_softirqs()
 
     def wait_interruptible(self, over: Callable[[], bool]) -> None:
@@ -357,8 +359,8 @@ class Vcpu:
             self._wakeup.block(LONG_WATCHDOG_S)
         self._set_state(AWAKE)
 
-    def _look(self) -> bool:
-        return self._deliverable() or self.softirq_pending() or self._stopping() == STOPPING
+    def _look(self) -> object:
+        return self._deliverable() or (self.tasklets and self.softirq_pending()) or self._stopping() == STOPPING
 
     # -- ActorHooks ---------------------------------------------------------------------------------
 

@@ -126,6 +126,7 @@ def _current(vcpu: Vcpu, tables: KernelTables, report: Report) -> Current:
         tasklets = TaskletQueue(current.actor, idle, owner=current)
     vcpu.softirqs = tasklets.run
     vcpu.softirq_pending = tasklets.runnable
+    vcpu.tasklets = tasklets.queue
     record = current.cpu_record()
     record.actor.store(current.actor.number)
     if vcpu.cpu == BOOT_CPU:

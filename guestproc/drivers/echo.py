@@ -21,7 +21,7 @@ from emu.wire.packets import VM_PKT_COMP
 from emu.wire.subchannel_request import ECHO_USERDATA
 from guestproc.drivers import claims
 from guestproc.drivers.settings import Settings
-from guestproc.drivers.steering import LEFT, begin_reading, end_reading, leave_to_reader
+from guestproc.drivers.steering import LEFT, NOBODY, begin_reading, end_reading, leave_to_reader
 from guestproc.drivers.subchannels import (
     ANSWER,
     PENDING,
@@ -35,7 +35,7 @@ from guestproc.kernel.layout import Channel, Device
 from guestproc.protocol.numbers import Callbacks
 from guestproc.vmbus.chan_sched import LEFT_TO_ANOTHER
 from guestproc.vmbus.channel import vmbus_close, vmbus_open, vmbus_set_sc_create_callback
-from guestproc.vmbus.event_lane import CALLBACK_CONTEXT
+from guestproc.vmbus.event_lane import CALLBACK_CONTEXT, EventLane
 from guestproc.vmbus.packets import vmbus_drain
 
 if TYPE_CHECKING:
@@ -141,12 +141,13 @@ def release_channel(current: Current, channel: Channel) -> None:
 class _Totals:
     """The device of a channel, and what counts in the words of its driver's state."""
 
-    __slots__ = ("add_bytes", "add_completions", "add_packets", "asked", "context", "device")
+    __slots__ = ("add_bytes", "add_completions", "add_packets", "asked", "context", "device", "words")
 
     def __init__(self, current: Current, channel: Channel) -> None:
         self.context: Final[int] = channel.channel_callback_context
         device: Device = current.tables.devices.from_handle(self.context)
         self.device: Final = device
+        self.words: Final = device.words
         self.add_packets: Final = claims.state_word(current, device, PACKETS).fetch_add
         self.add_completions: Final = claims.state_word(current, device, COMPLETIONS).fetch_add
         self.add_bytes: Final = claims.state_word(current, device, BYTES).fetch_add
@@ -154,27 +155,29 @@ class _Totals:
         """Of a primary: whether sub-channels were asked for, and how many."""
 
 
-def _totals_of(current: Current, channel: Channel) -> _Totals:
+def _totals_of(current: Current, channel: Channel, lane: EventLane | None) -> _Totals:
     """Kept with the channel's lane, where this processor's SynIC is up."""
-    lane = None if current.percpu is None else current.percpu.lanes.get(channel.handle)
     if lane is None:
         return _Totals(current, channel)
-    totals = lane.drvdata
-    if totals.__class__ is not _Totals or totals.context != lane.quads[CALLBACK_CONTEXT]:
+    totals: _Totals | None = lane.drvdata
+    if totals is None or totals.context != lane.quads[CALLBACK_CONTEXT]:
         totals = lane.drvdata = _Totals(current, channel)
-    assert totals.device.alive(), totals.device
+    elif totals.words[0] != totals.device.generation:
+        raise totals.device.stale()
     return totals
 
 
 @CHANNEL_CALLBACKS.register(Callbacks.ECHO_ONCHANNELCALLBACK)
 def echo_onchannelcallback(current: Current, channel: Channel) -> object:
     """Take what the device sent back, on the processor that reads the channel."""
-    if leave_to_reader(current, channel):
+    lane = None if current.percpu is None else current.percpu.lanes.get(channel.handle)
+    # Nobody reads it, or this processor, nearly always; who else may is `leave_to_reader`'s affair.
+    if (lane is None or lane.reader() not in (NOBODY, current.cpu + 1)) and leave_to_reader(current, channel):
         return LEFT_TO_ANOTHER
     packets = vmbus_drain(current, channel, DRAIN_LIMIT)
     if not packets:
         return None
-    totals = _totals_of(current, channel)
+    totals = _totals_of(current, channel, lane)
     if totals.asked is not None and totals.asked() & PENDING:
         take_answer(current, totals.device, packets)
     if len(packets) == 1:

@@ -15,14 +15,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 NULL: Final = 0
 
 
+class _Functions(dict[int, F]):
+    """By number."""
+
+    def __init__(self, name: str) -> None:
+        self._name: Final = name
+
+    def __missing__(self, number: int) -> F:
+        raise AssertionError(f"{self._name}: no function has number {number}")
+
+
 class FunctionTable(Generic[F]):
     """Functions of one kind (`F` is their signature), by number."""
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
-        self._functions: Final[dict[int, F]] = {}
+        self._functions: Final = _Functions[F](name)
         self._names: Final[dict[int, str]] = {}
         self._numbers: Final[dict[str, int]] = {}
+        self.lookup: Final[Callable[[int], F]] = self._functions.__getitem__
+        """The function that a number means, without a call of ours; an AssertionError if it means none."""
 
     def register(self, number: int, name: str = "") -> Callable[[F], F]:
         """Decorator: `number` means this function; a number or a name that is taken is our bug."""
@@ -39,13 +51,6 @@ class FunctionTable(Generic[F]):
             return function
 
         return add
-
-    def lookup(self, number: int) -> F:
-        """The function that `number` means; an AssertionError if it means none."""
-        try:
-            return self._functions[number]
-        except KeyError:
-            raise AssertionError(f"{self.name}: no function has number {number}") from None
 
     def number_of(self, name: str) -> int:
         """Number of the function called `name`."""

@@ -145,7 +145,8 @@ class TaskletQueue:
         self._actor: Final = actor
         self._idle: Final = idle
         self._owner = owner
-        self._pending: Final[deque[Tasklet]] = deque()
+        self.queue: Final[deque[Tasklet]] = deque()
+        """The pending list itself, for a look whether there is any."""
         self._here: Final = SCHED | actor.cpu << CPU_SHIFT
         self._running = False
         self.runs = 0
@@ -158,14 +159,14 @@ class TaskletQueue:
             if seen & SCHED:
                 return False
             if word.cas(seen, seen & _BUT_CPU | self._here) == seen:
-                self._pending.append(tasklet)
+                self.queue.append(tasklet)
                 return True
 
     def runnable(self) -> bool:
         """Whether something may run now: look before a halt, after having announced it."""
-        if not self._pending:  # nearly always, and asked at every look of a halting processor
+        if not self.queue:  # nearly always, and asked at every look of a halting processor
             return False
-        pending = self._pending
+        pending = self.queue
         first = pending[0].word.load()  # `may_start`, without the call
         if not first & RUN and first < DISABLED_ONE:
             return True
@@ -173,7 +174,7 @@ class TaskletQueue:
 
     def pending(self) -> int:
         """How many are pending here, disabled ones included."""
-        return len(self._pending)
+        return len(self.queue)
 
     def run(self) -> bool:
         """On the way out of an interrupt, interrupts on: run what may run. True: some is left, call again.
@@ -183,19 +184,19 @@ class TaskletQueue:
         if self._running:
             return False
         self._running = True
+        pending = self.queue
         try:
             for _ in range(PASSES):
-                if not self._pass():
+                if not self._pass(pending):
                     return False
-                if not self._pending:
+                if not pending:
                     return False
             return self.runnable()
         finally:
             self._running = False
 
-    def _pass(self) -> bool:
+    def _pass(self, pending: deque[Tasklet]) -> bool:
         """Try everything that is pending once; whether something ran."""
-        pending = self._pending
         ran = False
         for _ in range(len(pending)):
             tasklet = pending.popleft()

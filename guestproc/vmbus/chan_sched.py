@@ -54,7 +54,7 @@ def sync_test_and_clear_bit(number: int, words: tuple[FlagWord, ...]) -> bool:
 
 def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     """Schedule every channel whose event flag is set on this processor."""
-    gpa, words = hv_cpu.channel_flags()
+    gpa, words = hv_cpu.channel_flags() if hv_cpu.may_share else hv_cpu.event_flags
     # One look at all flags; whatever is set after it brings an interrupt of its own.
     flags = current.tables.ram.buffer[gpa : gpa + 8 * len(words)]
     if flags == _NO_FLAGS:

@@ -159,7 +159,7 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
             stop_reading(current, channel, inbound.fault)
     except ProtocolViolation as violation:
         stop_reading(current, channel, violation)
-    if inbound.take_signal():
+    if inbound.signal_owed and inbound.take_signal():
         channel.intr_in_full += 1
         vmbus_setevent(current, channel)
     return packets

@@ -87,6 +87,8 @@ class PerCpuContext:
         self.event_words: Final[tuple[FlagWord, ...]] = (
             tuple(PointedFlags(current, word) for word in event_words) if pointed else tuple(event_words)
         )
+        self.event_flags: Final = self.event_gpa, self.event_words
+        """Where channels have their flags, unless they share an interrupt (`channel_flags`)."""
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
         ).load
@@ -123,7 +125,7 @@ class PerCpuContext:
     def channel_flags(self) -> tuple[int, tuple[FlagWord, ...]]:
         """Where this version's channels have their flags: GPA and words; no words: there is no page (any more)."""
         if not self.may_share or not self.shares_interrupt():
-            return self.event_gpa, self.event_words
+            return self.event_flags
         gpa = self._connection.int_page_gpa
         if gpa != self._int_page[0]:
             words = tuple(self._atomics.cell_u64(gpa + 8 * word) for word in range(INT_PAGE_WORDS)) if gpa else ()

@@ -80,14 +80,19 @@ class RingCache:
 
         ProtocolViolation when the indices in them cannot be.
         """
-        rings = self._rings.get(channel.index)
-        words = channel.words
-        if words[0] != channel.generation:
-            raise channel.stale()
-        generation = words[_RING_GENERATION]
-        if rings is None or rings.generation != generation or rings.channel_generation != channel.generation:
-            self.drop(channel)
-            rings = self._rings[channel.index] = self._map(channel, (channel.generation, generation))
+        rings, words = self._rings.get(channel.index), channel.words
+        # The channel is alive if the rings are of this life of its record; whose name is stale has none.
+        if (
+            rings is None
+            or rings.generation != words[_RING_GENERATION]
+            or not rings.channel_generation == words[0] == channel.generation
+        ):
+            rings = self._map_anew(channel)
+        return rings
+
+    def _map_anew(self, channel: Channel) -> ChannelRings:
+        self.drop(channel)
+        rings = self._rings[channel.index] = self._map(channel, (channel.generation, channel.ring_generation))
         return rings
 
     def drop(self, channel: Channel) -> None:

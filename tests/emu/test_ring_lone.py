@@ -16,7 +16,7 @@ from emu.wire.ring_layout import PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from tests.emu.ring_pages import KINDS, ring_pages
 
 DATA_SIZE = PAGE_SIZE
-EVERYTHING = ("_read", "fault", "packets", "bytes", "releases", "intr_in_full", "_signal", "_bad_wish")
+EVERYTHING = ("_read", "fault", "packets", "bytes", "releases", "intr_in_full", "signal_owed", "_bad_wish")
 """What a consumer keeps of the ring."""
 
 indices = st.one_of(st.integers(0, DATA_SIZE // 8).map(lambda word: 8 * word), st.integers(0, 2**32 - 1))
