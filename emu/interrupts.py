@@ -40,13 +40,10 @@ OFFLINE: Final = int(RunState.OFFLINE)
 _NOT_LOOKING: Final = (HALTED, COMPUTING)
 
 LOOKS_BEFORE_YIELD: Final = 20
-_NOTHING: Final[Callable[[], object]] = bool
-"""Called, it is False, and quicker than a function of ours."""
-_MANY: Final = range(LOOKS_BEFORE_YIELD)
-_IN_TURN: Final = range(1)
-"""Looks between two yields of a poller that shares its core with others: each waits for all the others' looks."""
-LOOK_AT: Final = 4
-"""Yields between two looks at everything, for who glances meanwhile."""
+MOST_BEFORE_YIELD: Final = 160
+"""Twice as many each time, as long as nobody else wants the core: a yield takes as long as a dozen looks."""
+LOOK_AT: Final = 80
+"""Glances between two looks at everything; a yield counts as `LOOKS_BEFORE_YIELD` of them."""
 SHARED_YIELD: Final = 3
 """A yield that takes so many times the quickest one let somebody else run."""
 LONG_YIELD_NS: Final = 100_000
@@ -248,7 +245,7 @@ class Halt:
 
     `state` is the run-state word that this sleeper announces itself in; `look` must be a handful of loads. `glance`
     is what a poll looks at, and `glance_too`: a load each, of what comes most often, and the poll ends with what they
-    see; at every fourth yield it looks as well.
+    see; now and then it looks as well.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
     A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
@@ -293,8 +290,8 @@ class Halt:
         self._block = wakeup.block
         self._look = look
         self._glance = glance
-        self._glance_too = glance_too or _NOTHING
-        self._looks = _MANY
+        self._glance_too = glance_too
+        self._looks = LOOKS_BEFORE_YIELD
         self._quickest_yield_ns = LONG_YIELD_NS
         self._hold_off_ns = 0
         self._hold_off_until = 0
@@ -359,24 +356,30 @@ class Halt:
                 break
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
-        """Look for at most `window_ns`, giving the processor away every 20 looks; True when it paid."""
+        """Look for at most `window_ns`, giving the processor away every 20 to 160 looks; True when it paid."""
         now, yield_core, glance = time.monotonic_ns, os.sched_yield, self._glance or look
-        glance_too, looks, turns = self._glance_too, self._looks, 0
+        glance_too, looks, since = self._glance_too, self._looks, 0
         end = (before := now()) + window_ns
         if before < self._hold_off_until:
             return False
         while before < end:
-            for _ in looks:
-                if glance() or glance_too():
+            if glance_too is None:
+                for _ in range(looks):
+                    if glance():
+                        return self._paid()
+            else:
+                for _ in range(looks):
+                    if glance() or glance_too():
+                        return self._paid()
+            since += looks + LOOKS_BEFORE_YIELD
+            if since >= LOOK_AT and glance is not look:
+                since = 0
+                if look():
                     return self._paid()
-            turns += 1
-            if glance is not look and not turns % LOOK_AT and look():
-                return self._paid()
-            if looks is _MANY:  # else the clock was read a look ago
-                before = now()
             # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
+            yielded = now()
             yield_core()
-            yielded, before = before, now()
+            before = now()
             took = before - yielded
             if took > LONG_YIELD_NS:
                 # The core is wanted: this poll ends, the window stays. If it is wanted for long, a blocked
@@ -387,8 +390,11 @@ class Halt:
                 break
             if took < self._quickest_yield_ns:
                 self._quickest_yield_ns = took
-            # Somebody ran meanwhile: another poller, perhaps, which waits for our looks as we do for its.
-            self._looks = looks = _IN_TURN if took > SHARED_YIELD * self._quickest_yield_ns else _MANY
+            if took > SHARED_YIELD * self._quickest_yield_ns:
+                looks = 1  # somebody ran meanwhile: a poller, perhaps, which waits for our looks as we do for its
+            else:
+                looks = min(2 * looks, MOST_BEFORE_YIELD) if looks > 1 else LOOKS_BEFORE_YIELD
+            self._looks = looks
         self._counters.polls_vain += 1
         return False
 

@@ -592,9 +592,9 @@ def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest
     assert len(looks) == 22 + 2
 
 
-def test_poller_that_shares_its_core_yields_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others that poll there look between two of its yields: each waits for the looks of all the others."""
-    took = iter([1_000, 1_000, 10_000, 1_000, 500_000])
+def test_poller_yields_as_often_as_its_core_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More and more seldom while nobody else is there; at each look where others poll, who wait for its looks."""
+    took = iter([1_000, 1_000, 1_000, 1_000, 1_000, 10_000, 10_000, 1_000, 500_000])
     clock = [0]
     monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
     looks: list[int] = []
@@ -609,7 +609,7 @@ def test_poller_that_shares_its_core_yields_more_often(monkeypatch: pytest.Monke
     sleeper = Sleeper()
     polling(sleeper, lambda: looks.append(1), 100).halt(10**6)
 
-    assert between == [1 + 20, 20, 20, 1, 20]
+    assert between == [1 + 20, 40, 80, 160, 160, 160, 1, 1, 20]
 
 
 def test_poll_ends_with_a_glance_or_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
