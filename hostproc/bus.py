@@ -14,6 +14,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -72,6 +73,8 @@ from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
 from hostproc.throttle import Throttle
 
+MOST_AHEAD: Final = 256 << 10
+"""Bytes of guest pages that are reserved before anybody asks."""
 _MODIFYCHANNEL: Final = int(MessageType.MODIFYCHANNEL).to_bytes(4, "little")
 _ON_MODIFY: Final = int(Point.HOST_ON_MODIFY)
 _BEFORE_ANSWER: Final = int(Point.HOST_BEFORE_ANSWER)
@@ -190,6 +193,8 @@ class Bus:
         self._carrying_out = False
         self._late_doorbells: dict[int, int] = {}
         self._outgoing: deque[tuple[SendMessage, int]] = deque()
+        self.likely = (0, 0)
+        """Where the pages of the next GPADL are likely to lie (GPA, bytes); no bytes: that is not known."""
         self.throttle: Throttle | None = None
         """What counts signals without cause, where somebody does; to be set before a device is open."""
         self.cause = 0
@@ -387,6 +392,7 @@ class Bus:
         try:
             for gpa, length in runs:
                 self._memory.reserve(gpa, length)
+                self.likely = (gpa + length, length)
         except (ProtocolViolation, OutOfMemory) as fault:
             self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
             self._answer(effect.key, partial(self.server.gpadl_refused, effect.key, effect.gpadl))
@@ -398,6 +404,18 @@ class Bus:
             pages = sum(len(one.pfns) for one in effect.ranges)
             self._trace.record(E_GPADL_ADD, effect.relid, effect.gpadl, pages, _first_pfn(runs))
         self._answer(effect.key, partial(self.server.gpadl_accepted, effect.key, effect.gpadl))
+
+    def reserve_ahead(self) -> None:
+        """Make the pages exist that the next GPADL is likely to have: for whoever has nothing else to do.
+
+        A guest takes the rings of a device behind those of the one before, and waits while its pages are reserved:
+        40 us for two rings of 64 KiB, next to nothing where they are there. As much again as the last run, if that was
+        no more than `MOST_AHEAD`; where there is no room for it, nothing.
+        """
+        (gpa, length), self.likely = self.likely, (0, 0)
+        if length <= MOST_AHEAD and gpa + length <= self._memory.size:
+            with suppress(OutOfMemory):
+                self._memory.reserve(gpa, length)
 
     def _answer(self, key: int, tell: Callable[[], Iterable[Effect]]) -> None:
         """A device has done what the server asked of it, and says so; held meanwhile, it may be gone by then."""

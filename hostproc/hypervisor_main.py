@@ -313,6 +313,8 @@ class Hypervisor:
         return self._expecting_until > 0
 
     def _halt_for(self, timeout_ns: int) -> None:
+        if self.bus.likely[1]:
+            self.bus.reserve_ahead()
         if self.machine.clock.held:
             # No deadline comes nearer until whoever holds the clock lets it go, and that one wants to see the state.
             timeout_ns = HELD_HALT_NS

@@ -14,10 +14,11 @@ from typing import Final, Protocol
 
 from emu.wire.device_classes import PCI_VENDOR_ID_MICROSOFT
 from guestproc.kernel.layout import MAX_DYNAMIC_IDS, Channel, Device, Driver, KernelTables
-from guestproc.kernel.records import Fields
+from guestproc.kernel.records import Fields, field_of
 from guestproc.protocol.offers import is_hvsock_channel
 
 REFERENCE: Final = 1 << 16
+_NO_OVERRIDE: Final = bytes(field_of(Device, "driver_override").size)
 _IDS: Final = Fields(Device, "channel", "device_id", "vendor_id")
 _GUIDS: Final = Fields(Device, "dev_instance", "dev_type")
 _CHANNEL_GUIDS: Final = Fields(Channel, "if_type", "if_instance")
@@ -77,6 +78,12 @@ def register(tables: KernelTables, device: Device) -> int:
     return 0
 
 
+def guids_of(device: Device) -> tuple[bytes, bytes]:
+    """Its instance and its class, in wire form."""
+    instance, class_guid = _GUIDS.read(device)
+    return instance, class_guid
+
+
 def is_there(device: Device) -> bool:
     """Under device_lock: registered, and not on its way out."""
     return device.state.load() & (REGISTERED | REMOVING) == REGISTERED
@@ -126,7 +133,8 @@ def unbind(device: Device) -> None:
 
 def override_name(device: Device) -> str:
     """Name of the only driver that may bind, empty for any."""
-    return device.driver_override.rstrip(b"\0").decode()
+    name = device.driver_override
+    return "" if name == _NO_OVERRIDE else name.rstrip(b"\0").decode()
 
 
 # -- drivers ------------------------------------------------------------------------------------------
@@ -216,7 +224,8 @@ def vmbus_match(tables: KernelTables, device: Device, driver: Matching, record: 
     """Under device_lock and the driver's dynids_lock: whether the driver may take the device.
 
     An hv_sock channel goes to the driver of sockets, whatever else is said. driver_override excludes all other
-    drivers, and its own needs no id then. Dynamic ids are looked at before the driver's table.
+    drivers, and its own needs no id then. (The kernel looks at dynamic ids before the driver's table; which of them it
+    is makes no difference here.)
     """
     channel = tables.channels.find(device.channel)
     if channel is not None and is_hvsock_channel(channel):
@@ -224,4 +233,5 @@ def vmbus_match(tables: KernelTables, device: Device, driver: Matching, record: 
     override = override_name(device)
     if override:
         return override == driver.name
-    return device.dev_type in dynamic_ids(record) or device.dev_type in driver.id_table
+    dev_type = device.dev_type
+    return dev_type in driver.id_table or dev_type in dynamic_ids(record)

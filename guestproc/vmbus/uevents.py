@@ -17,7 +17,7 @@ def device_uevent(
     current: Current, device: Device, action: Action, driver: str = "", *, synthetic: bool = False
 ) -> None:
     """A device came, went, got or lost its driver; `driver` is who has it now. `synthetic`: somebody asked for it."""
-    instance, class_guid, now_ns = device.dev_instance, device.dev_type, current.actor.now()
+    (instance, class_guid), now_ns = devices.guids_of(device), current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
         seqnum = uevents.write(
             current.tables,

@@ -492,6 +492,50 @@ def test_a_full_tmpfs_is_a_status() -> None:
     assert guest.bus.server.summary().gpadls == 0
 
 
+class WatchedMemory(GuestMemory):
+    """RAM that notes what is reserved, and has no memory behind its last pages."""
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(None, bytearray(RAM_PAGES * PAGE_SIZE))
+        self.there = pages * PAGE_SIZE
+        self.reserved: list[tuple[int, int]] = []
+
+    def reserve(self, gpa: int, length: int) -> None:
+        """Note it."""
+        if gpa + length > self.there:
+            raise OutOfMemory(f"no pages behind {gpa:#x}")
+        self.reserved.append((gpa // PAGE_SIZE, length // PAGE_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("there", "first", "count", "ahead"),
+    [
+        (RAM_PAGES, 100, 8, [(108, 8)]),
+        (RAM_PAGES, 100, 64, [(164, 64)]),
+        (RAM_PAGES, 100, 65, []),
+        (108, 100, 8, []),
+        (RAM_PAGES, RAM_PAGES - 8, 8, []),
+    ],
+    ids=["as-much-again", "at-most-256-KiB", "no-more", "full-tmpfs", "end-of-RAM"],
+)
+def test_pages_of_the_next_gpadl_are_reserved_ahead(
+    there: int, first: int, count: int, ahead: list[tuple[int, int]]
+) -> None:
+    """Who has nothing to do reserves as much again behind a GPADL's pages, once; what cannot be had is left."""
+    memory = WatchedMemory(there)
+    guest = Guest(memory=memory)
+    guest.boot()
+    assert not guest.bus.likely[1]
+    assert guest.post(*gpadl_messages(1, RING, range(first, first + count))) == [GpadlCreated(1, RING, 0)]
+    memory.reserved.clear()
+
+    guest.bus.reserve_ahead()
+
+    assert memory.reserved == ahead
+    assert not guest.bus.likely[1]
+    assert guest.bus.refusals.refused == {}
+
+
 INTERRUPT_PAGE = 50 * PAGE_SIZE
 
 
