@@ -13,9 +13,10 @@ Checks that need state (relids, GPADL ranges, versions) are the server's and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, IntFlag
+from operator import attrgetter
 from struct import Struct
 from types import MappingProxyType
 from typing import ClassVar, Final, Self
@@ -144,13 +145,26 @@ class Message:
 
     def pack(self) -> bytes:
         """Write the message as it is posted, header included."""
-        body = self.LAYOUT.pack(*[getattr(self, name) for name in self.__slots__])
-        return HEADER.pack(self.TYPE, 0) + body
+        write, values = _PACKERS.get(type(self)) or _packer(type(self))
+        return write(self.TYPE, 0, *values(self))
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
         """Read a payload that `parse` found to be of this type and no shorter than its least size."""
         return cls(*cls.LAYOUT.unpack_from(payload, HEADER.size))
+
+
+_PACKERS: Final[dict[type[Message], tuple[Callable[..., bytes], Callable[[Message], Sequence[int | bytes]]]]] = {}
+"""For each class: what writes header and body in one go, and what gets the fields."""
+
+
+def _packer(cls: type[Message]) -> tuple[Callable[..., bytes], Callable[[Message], Sequence[int | bytes]]]:
+    """Made at the first message of a class: a getter of several attributes takes half the time of a list of them."""
+    names = cls.__slots__
+    write = Struct(HEADER.format + cls.LAYOUT.format.removeprefix("<")).pack
+    several = attrgetter(*names) if len(names) > 1 else None
+    packer = _PACKERS[cls] = write, several or (lambda message: [getattr(message, name) for name in names])
+    return packer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

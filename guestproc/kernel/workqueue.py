@@ -149,6 +149,8 @@ class WorkQueues:
         """
         queue = self._queues.at(number)
         queue.worker_actors[worker] = actor.number
+        if (item := self._pop(actor, queue, worker)) is not None:
+            return item
         taken: list[WorkItem] = []
 
         def look() -> bool:

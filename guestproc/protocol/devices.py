@@ -166,7 +166,7 @@ def remove_driver(tables: KernelTables, number: int) -> bool:
 
 def registered(tables: KernelTables) -> list[Driver]:
     """Under driver_mutex: the registered drivers, in the order of their first registration."""
-    return [record for record in tables.drivers.live() if is_registered(record)]
+    return [record for record in tables.drivers.live() if not record.unregistered.load()]
 
 
 def is_registered(driver: Driver) -> bool:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from struct import Struct
 
 from emu.errors import ProtocolViolation
 from emu.switches import Fix
-from emu.wire.guids import guid_to_wire
 from emu.wire.hypercalls import VMBUS_EVENT_CONNECTION_ID
-from emu.wire.messages import ChannelFlags, OfferChannel, parse
+from emu.wire.messages import HEADER, ChannelFlags, OfferChannel, parse
 from emu.wire.versions import VERSION_WS2008
 from guestproc.kernel.layout import MAX_CHANNEL_RELIDS, CallbackMode, Channel, ChannelState, KernelTables
 from guestproc.kernel.records import Fields
@@ -27,6 +27,8 @@ from guestproc.protocol.numbers import Tasklets
 from guestproc.protocol.placement import device_id_of, give_cpu_back, init_vp_index
 
 DEFAULT_MAX_PKT_SIZE = 4096
+_WIRE_GUIDS = Struct("<16s16s")
+"""Class and instance, at the front of an offer."""
 _HVSOCK = int(ChannelFlags.TLNPI_PROVIDER_OFFER)
 _INTERRUPT = Fields(Channel, "is_dedicated_interrupt", "low_latency", "monitor_allocated", "monitor_grp", "monitor_bit")
 _KIND = Fields(Channel, "device_id", "sub_channel_index")
@@ -91,7 +93,7 @@ def new_channel(tables: KernelTables, offer: OfferChannel, payload: bytes, seria
         offer.monitorid // 32,
         offer.monitorid % 32,
     )
-    if_type, if_instance = guid_to_wire(offer.if_type), guid_to_wire(offer.if_instance)
+    if_type, if_instance = _WIRE_GUIDS.unpack_from(payload, HEADER.size)
     _OFFER.write(channel, serial, if_type, if_instance, payload)
     _KIND.write(channel, device_id_of(if_type), offer.sub_channel_index)
     channel.callback_mode = CallbackMode.BATCHED

@@ -7,9 +7,11 @@ message is posted, so that a reply can never come first; a reply that matches no
 from __future__ import annotations
 
 import errno
+from struct import Struct
 from typing import TypeVar
 
 from emu.wire.messages import (
+    HEADER,
     GpadlCreated,
     GpadlTorndown,
     Message,
@@ -27,6 +29,7 @@ _OPENCHANNEL = int(MessageType.OPENCHANNEL)
 _GPADL_HEADER = int(MessageType.GPADL_HEADER)
 _GPADL_TEARDOWN = int(MessageType.GPADL_TEARDOWN)
 _MODIFYCHANNEL = int(MessageType.MODIFYCHANNEL)
+_STATUS = Struct(f"<{HEADER.size + 8}xI")
 _REQUEST = Fields(Request, "msgtype", "child_relid", "openid", "gpadl", "waiting_channel", "entered_ns")
 
 
@@ -114,18 +117,18 @@ def _wanted(reply: Message) -> tuple[int, int | None, int | None, int | None]:
 
 def gpadl_result(request: Request, *, rescinded: bool) -> int:
     """0, -EDQUOT when the host refused the pages, -ENODEV when the channel was taken back meanwhile."""
-    reply = _reply(request, GpadlCreated)
-    if reply is not None and reply.creation_status:
+    status = _status(request)
+    if status:
         return -errno.EDQUOT
-    return -errno.ENODEV if rescinded or reply is None else 0
+    return -errno.ENODEV if rescinded or status is None else 0
 
 
 def open_result(request: Request, *, rescinded: bool) -> int:
     """0, -ENODEV when the channel was taken back meanwhile, -EAGAIN when the host refused to open it."""
-    reply = _reply(request, OpenChannelResult)
-    if rescinded or reply is None:
+    status = _status(request)
+    if rescinded or status is None:
         return -errno.ENODEV
-    return -errno.EAGAIN if reply.status else 0
+    return -errno.EAGAIN if status else 0
 
 
 def modify_result(request: Request) -> int:
@@ -143,8 +146,15 @@ def version_reply(request: Request) -> VersionResponse | None:
 
 def creation_status(request: Request) -> int:
     """Status in a GPADL_CREATED, for the log."""
-    reply = _reply(request, GpadlCreated)
-    return 0 if reply is None else reply.creation_status
+    return _status(request) or 0
+
+
+def _status(request: Request) -> int | None:
+    """Status of the GPADL_CREATED or OPENCHANNEL_RESULT that was kept; both have it in the same place."""
+    if not request.response_size:
+        return None
+    status: int = _STATUS.unpack_from(request.response)[0]
+    return status
 
 
 def _reply(request: Request, expected: type[M]) -> M | None:
