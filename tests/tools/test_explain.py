@@ -269,7 +269,7 @@ def traffic(records: list[TraceRecord], *told: tuple[str, tuple[int, ...]]) -> l
     """The records up to the first close, and behind them events of the guest's first processor, and of the host for a
     release to it and a publish of its own; one each millisecond."""
     before = records[: index_of(records, "close")]
-    vcpu, host = (next(one for one in before if one.actor.kind == kind) for kind in ("VCPU", "HYPERVISOR"))
+    vcpu, host = (next(one for one in before if one.actor.name == name) for name in ("vcpu0", "hypervisor"))
     end_ns = before[-1].t_ns
     made = []
     for number, (event, values) in enumerate(told, 1):
