@@ -13,13 +13,14 @@ import click
 
 from emu.errors import UserError
 from emu.machine import Machine
-from tools.machines import chosen_machine
+from tools.machines import FromVariable, chosen_machine
 from tools.options import json_option, machine_option
 from tools.output import print_json, say
 from tools.state_node import Node, NoSuchNode, find, flat, indented, parts_of, text_of, whole
 from tools.state_tree import StateTree
 
 FIRST_DEPTH = 2
+_HINT = "give a file that a machine left when it died: `vmbus-emu ps` names them"
 
 
 @click.command()
@@ -72,6 +73,8 @@ def inspect(path: str, machine_name: str | None, saved: Path | None, as_json: bo
 def _tree(machine_name: str | None, saved: Path | None) -> Iterator[tuple[str, Node]]:
     """The name of a machine and its tree."""
     if saved is not None:
+        if machine_name is not None and not isinstance(machine_name, FromVariable):
+            raise UserError("--from and --machine exclude each other; leave one of them out")
         record = saved_record(saved)
         yield record["machine"], record["state"]
         return
@@ -87,11 +90,11 @@ def saved_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--from {path}: {error.strerror}; give a crash record") from None
+        raise UserError(f"--from {path}: {error.strerror}; {_HINT}") from None
     except ValueError:
-        raise UserError(f"--from {path}: no crash record; give a file that a machine left when it died") from None
+        raise UserError(f"--from {path}: no crash record; {_HINT}") from None
     if not isinstance(record, dict) or record.get("schema", {}).get("name") != "vmbus-emu.crash":
-        raise UserError(f"--from {path}: no crash record; give a file that a machine left when it died")
+        raise UserError(f"--from {path}: no crash record; {_HINT}")
     if not isinstance(record.get("state"), dict):
-        raise UserError(f"--from {path}: a crash record of an older version, without the machine's state")
+        raise UserError(f"--from {path}: a crash record of an older version, without the machine's state; {_HINT}")
     return record

@@ -259,6 +259,8 @@ def test_only_machine_needs_no_name(launcher: Callable[..., FakeLauncher], monke
         (("stop", "--machine", "x", "--all"), "--all and --machine exclude each other; "),
         (("stop", "--time-limit", "0"), "--time-limit"),
         (("ps", "x"), "unexpected extra argument"),
+        (("inspect", "--from", "x.json", "--machine", "x"), "--from and --machine exclude each other; "),
+        (("inspect", "--from", "x.json"), "--from x.json: No such file or directory; give a file that a machine left"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(run_cli: RunCli, arguments: tuple[str, ...], said: str) -> None:
