@@ -31,6 +31,7 @@ from emu.syncpoint import Tickets
 from emu.task_board import TaskBoard, TaskState
 from emu.tracing import recorded_so_far
 from guestproc.kernel.layout import KernelTables
+from guestproc.user_threads import SHELLS
 from tools.live_view import LiveView
 from tools.waits import Wait, waits, woken
 
@@ -226,7 +227,9 @@ class SettleTest:
         taken = sum(state in (OrderState.TAKEN, OrderState.ABANDONED) for state in states)
         callers = [row for row in self.view.actors() if row.name.startswith(f"{USER}/")]
         idle = sum(self._waits_for_a_call(row, waiting) for row in callers if row.slot not in parked)
-        if idle and taken > len(callers) - idle:
+        # One that has not enlisted yet will look for a letter first of all.
+        coming = max(0, SHELLS - len(callers))
+        if idle + coming and taken > len(callers) - idle:
             yield "a letter was taken and nobody works on it yet"
 
     def _waits_for_a_call(self, row: ActorRow, waiting: dict[int, Wait]) -> bool:

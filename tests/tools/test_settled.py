@@ -166,6 +166,19 @@ def test_letters_and_ordered_programs_are_under_way(world: World) -> None:
     assert look(world).moving == ("a letter was posted", "PING was ordered on vcpu1")
 
 
+def test_thread_that_has_not_begun_will_take_the_next_letter(world: World) -> None:
+    """Of two that make calls one is held, and the other has not enlisted yet: the second call waits for that one."""
+    control, desk = world.machine.control, OrderDesk(world.machine.control)
+    for _ in range(2):
+        desk.post(Recipient.GUEST, "bind", lambda: None, timeout_s=1.0)
+    desk.take(Recipient.GUEST)
+    held = control.enlist(ActorKind.WORKER, "user/1").slot
+    assert look(world, held).moving == ("a letter was taken and nobody works on it yet",)
+
+    second = control.enlist(ActorKind.WORKER, "user/2").slot
+    assert look(world, held, second).settled
+
+
 def test_dead_actor_ends_the_wait_at_once(world: World) -> None:
     """Nobody waits for the dead; the wait says who it is."""
     world.machine.control.set_dead(slot_named(world, "vcpu1"), 9)
