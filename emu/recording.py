@@ -9,7 +9,8 @@ that it can be written while the machine runs and read although its writer was k
     ACTR   msgpack: one actor (its slot, name, kind, pid, cpu), before its first records
     RECS   records of one actor as they stood in its ring, oldest first (64 bytes each, see `emu.tracing`)
     NOTE   msgpack: what whoever made the recording says of it (a schedule, say: which, its steps, what came of it)
-    TAIL   msgpack: how many records there are and how many were dropped; without it the writer was cut off
+    TAIL   msgpack: how many records there are, how many were dropped, how many older ones a flight left out; without
+           it the writer was cut off
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class RecordingWriter:
         """How full the fullest ring was at the last `poll`; 1 and more: records were overwritten."""
         self._lock = threading.RLock()
         self._since_ns = since_ns
+        self._left_out = 0
         self._tee = tee
         self._control = machine.control
         self._drain = Drain(machine.trace)
@@ -161,7 +163,12 @@ class RecordingWriter:
             if self._file.closed:
                 return
             self.poll()
-            tail = {"records": self.records, "dropped": self.dropped, "ended_ns": time.monotonic_ns()}
+            tail = {
+                "records": self.records,
+                "dropped": self.dropped,
+                "left_out": self._left_out,
+                "ended_ns": time.monotonic_ns(),
+            }
             self._write_map(b"TAIL", tail)
             self._flush()
             self._file.close()
@@ -171,7 +178,9 @@ class RecordingWriter:
         raw = self._drain.take(row.slot)
         taken = len(raw) // RECORD_BYTES
         if self._since_ns:
-            raw = raw[_first_since(raw, self._since_ns) :]
+            first = _first_since(raw, self._since_ns)
+            self._left_out += first // RECORD_BYTES
+            raw = raw[first:]
         if not raw:
             return taken
         if row.slot not in self._known:
@@ -295,8 +304,10 @@ class Recording:
 
     @property
     def begins_late(self) -> bool:
-        """Whether some actor's first records are not in it: a flight recorder's rings had gone round, or nothing is."""
-        return not self._chunks or any(next(self._sequences(chunks), 0) for chunks in self._chunks.values())
+        """Whether some actor's first records are not in it: a flight's rings had gone round, or it is of the end."""
+        return bool(self._tail.get("left_out")) or any(
+            next(self._sequences(chunks), 0) for chunks in self._chunks.values()
+        )
 
     def counts(self) -> Counter[str]:
         """How often each event is recorded: what every export of this recording has to agree with."""
@@ -393,7 +404,7 @@ class Recording:
             elif kind == b"NOTE":
                 self.notes.append(dict(content))
             else:
-                self._tail = {"records": int(content["records"])}
+                self._tail = {"records": int(content["records"]), "left_out": int(content.get("left_out", 0))}
         except (ValueError, TypeError, KeyError, AttributeError):
             self._damaged(at, f"a {_shown(kind)} chunk that cannot be read")
 
