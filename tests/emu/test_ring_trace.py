@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from emu.ring import RingProducer
+from emu.ring import RingConsumer, RingProducer
 from emu.ring_trace import SNAP_BYTES, recorded
-from emu.tracing import E_RING_ATTACH, E_RING_PUBLISH, OneByOne
+from emu.tracing import E_RING_ATTACH, E_RING_PUBLISH, E_RING_RELEASE, OneByOne
 from tests.emu.ring_pages import KINDS, ring_pages
 
 
@@ -77,3 +77,19 @@ def test_publish_is_recorded_before_it_can_be_read() -> None:
         producer.write(b"x" * 24, 5)
 
         assert (seen, words.load_write()) == ([0, 0], 48)
+
+
+@pytest.mark.parametrize("packets", [1, 32])
+def test_batch_is_one_record_at_either_end(packets: int) -> None:
+    """Nothing is recorded for a packet: a publish is one record however many packets it is for, and so is a release
+    (of up to an eighth of the ring)."""
+    with ring_pages("bytearray", data_pages=8) as ring:
+        recorder = Recorded(keeps_bytes=False)
+        words = recorded(ring.memory, recorder, 7, 0)  # type: ignore[arg-type]
+        producer, consumer = RingProducer(ring.memory, words=words), RingConsumer(ring.memory, words=words)
+        del recorder.records[:]
+        end = packets * (16 + 8 + 8)
+        producer.write_many([bytes(8)] * packets)
+        assert len(consumer.read_many()) == packets
+
+        assert recorder.records == [(E_RING_PUBLISH, 7, 0, end, end), (E_RING_RELEASE, 7, 0, end, end)]
