@@ -30,7 +30,8 @@ from tools.anchors import Against, Anchor
 from tools.bench_echo import round_trips
 from tools.bench_path import Streamed, stream
 from tools.exchanges import exchanged, exchanging_machine
-from tools.two_ends import two_cpus
+from tools.pinned import pin
+from tools.two_ends import Cpus, two_cpus
 
 EVENTS: Final = 100_000
 SHORT_EVENTS: Final = 5_000
@@ -45,12 +46,17 @@ OFF_GOAL_NS: Final = 35.0
 def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     """One event, on and off; stream, exchange and single round trips with and without recording."""
     window_s = SHORT_S if short else WINDOW_S
-    streams = _streams(runs)
+    cpus = two_cpus()
+    streams = _streams(runs, cpus)
     rates: dict[bool, list[float]] = {False: [], True: []}
     trips: dict[bool, list[float]] = {False: [], True: []}
     events, bound, looks = [], [], []
     with ExitStack() as stack:
         machines = {record: stack.enter_context(exchanging_machine(1, 1, record=record)) for record in rates}
+        if cpus is not None:
+            # Or the scheduler has both ends of one machine on one core, and those of the other on two.
+            for running in machines.values():
+                pin(running, *cpus)
         recorder = stack.enter_context(bare_recorder())
         count = SHORT_EVENTS if short else EVENTS
         for _ in range(runs):
@@ -87,9 +93,8 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     ]
 
 
-def _streams(runs: int) -> dict[bool, list[Streamed]]:
+def _streams(runs: int, cpus: Cpus | None) -> dict[bool, list[Streamed]]:
     """Runs without and with recording, in turn: each in a machine of its own, whose luck with memory is its own."""
-    cpus = two_cpus()
     streams: dict[bool, list[Streamed]] = {False: [], True: []}
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-record-") as folder:
         for _ in range(runs):
