@@ -28,7 +28,7 @@ from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
 from guestproc.protocol.era import ERAS
 from guestproc.user_threads import start_user_space
 from guestproc.vcpu import WorkerThread
-from guestproc.vmbus import message_dpc as _message_dpc  # noqa: F401 (registers its work functions)
+from guestproc.vmbus.message_dpc import look_at_slot_again
 from guestproc.vmbus.ring_buffer import RingCache
 
 Report = Callable[..., None]
@@ -83,7 +83,7 @@ def _worker(
         try:
             while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
                 _run(current, queue, item)
-                tables.work_queues.finish(current.actor, item, worker)
+                _finish(current, item, worker)
         finally:
             hooks.counters.flush()
             if hooks.trace:
@@ -100,6 +100,14 @@ def _current(machine: Machine, tables: KernelTables, hooks: WorkerThread, report
     memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
     era = ERAS[machine.config["machine"]["era"]]
     return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
+
+
+def _finish(current: Current, item: WorkItem, worker: int) -> None:
+    """Give the record back, also to a message that found none."""
+    current.tables.work_queues.finish(current.actor, item, worker)
+    if current.connection.slot_waits.load():
+        assert isinstance(current.hooks, WorkerThread)
+        look_at_slot_again(current, current.hooks)
 
 
 def _run(current: Current, queue: QueueNumber, item: WorkItem) -> None:

@@ -413,7 +413,7 @@ class World:
         queues = self.tables.work_queues
         while (item := queues.take(current.actor, queue, worker)) is not None:
             workqueue_main._run(current, queue, item)
-            queues.finish(current.actor, item, worker)
+            workqueue_main._finish(current, item, worker)
 
     def wait_turn(self, ready: Callable[[], bool], deadline_ns: int) -> None:
         """Called by the actor that has the turn: let the others run until `ready`, or until that time."""

@@ -2,7 +2,7 @@
 
 The slot is copied whole before anything in it is believed, and only the copy is used. A blocking message
 becomes a work record with that copy; if there is none to be had the message stays in the slot, without EOM,
-until the tasklet is scheduled again.
+until the tasklet is scheduled again: by whatever interrupts this processor, and by who gives a record back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from emu.syncpoint import Point
 from emu.tracing import E_EOM, E_SLOT_FREE, E_SLOT_READ, E_TASKLET_RUN, E_VMBUS_ON_MSG_DPC, E_WORK_QUEUE
 from emu.wire.message_relid import relid_of
 from emu.wire.messages import MessageType
-from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, VMBUS_MESSAGE_SINT
+from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
 from guestproc.kernel.layout import ConnectionState
 from guestproc.kernel.workqueue import WorkItem
@@ -25,6 +25,7 @@ from guestproc.vmbus.hv import write_eom
 
 if TYPE_CHECKING:
     from guestproc.current import Current
+    from guestproc.vcpu import WorkerThread
     from guestproc.vmbus.percpu import PerCpuContext
 
 MOST_TRIES: Final = 1_000
@@ -58,7 +59,10 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
     if message.blocking:
         tries = 0
         while not _queue(current, message, copy, serial):
-            if current.fix.msg_reserve or current.fix.variant != "spin":
+            if current.fix.msg_reserve and not tries:
+                # Announced before the second look: who gives a record back behind it has this slot looked at again.
+                current.connection.slot_waits.store(current.cpu + 1)
+            elif current.fix.msg_reserve or current.fix.variant != "spin":
                 return  # no EOM: the slot stays full until this tasklet runs again
             # Wrong on purpose (races.md B3): the slot is full, so here it is again, and nobody else runs meanwhile.
             tries += 1
@@ -91,6 +95,16 @@ def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
     current.record(E_WORK_QUEUE, queue, Works.VMBUS_ONMESSAGE_WORK, serial)
     queues.queue_work(current.actor, queue, item)
     return True
+
+
+def look_at_slot_again(current: Current, worker: WorkerThread) -> None:
+    """A record of work is free again: an interrupt for the processor whose message found none, as from the host.
+
+    The kernel has nothing like it: there the slot stays full until something else interrupts that processor.
+    """
+    cpu = current.connection.slot_waits.exchange(0)
+    if cpu:
+        worker.peers.request(cpu - 1, HYPERVISOR_CALLBACK_VECTOR)
 
 
 def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, serial: int = 0) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 from itertools import product
+from struct import Struct
 
 import pytest
 
 from emu.fault_plan import FaultPlan, Faults
-from emu.wire.messages import MessageType
+from emu.wire.messages import MessageType, RescindChannelOffer
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol import faults, uevents
+from guestproc.protocol.numbers import Works
 from guestproc.vmbus.message_dpc import MOST_TRIES
 from tests.guestproc.world import World, new_world
 
@@ -120,6 +123,29 @@ def test_message_without_memory_takes_a_record_that_is_kept(booted: World) -> No
     booted.settle()
 
     assert sorted(booted.tables.relids.published()) == [9, 10]
+
+
+def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) -> None:
+    """The kept ones are in use, too: it stays in its slot until a worker is done, and needs no interrupt for that."""
+    queues = booted.tables.work_queues
+    rescind = RescindChannelOffer(77).pack()
+    message = Struct("<IBBHQ").pack(1, len(rescind), 0, 0, 0) + rescind
+    hoarded = []
+    while (item := queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message, reserved=True)) is not None:
+        hoarded.append(item)
+    booted.host.device(9)
+    booted.host.device(10)
+    booted.settle()
+    assert not booted.tables.relids.published()
+
+    last = hoarded.pop()
+    for item in hoarded:
+        queues.discard(item)
+    booted.call(lambda current: queues.queue_work(current.actor, QueueNumber.RESCIND, last))
+    booted.settle()
+
+    assert sorted(booted.tables.relids.published()) == [9, 10]
+    assert booted.shut_down() == {}
 
 
 def test_a_tasklet_that_never_gives_up_is_called_stuck() -> None:
