@@ -144,6 +144,11 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
                 settle(running, outcome, no_guest=options.no_guest)
             if outcome.finding():
                 outcome.flight = save_flight(running.machine, options.flight_s, "finding: see what the run said")
+        except DeadlinePassed:
+            # Why a guest does not come any further is in its log, if anywhere.
+            for line in running.log:
+                say(line)
+            raise
         except MachineDied as died:
             death = died
             outcome.deaths = [one.report() for one in death.deaths]
