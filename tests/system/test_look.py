@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -113,13 +114,15 @@ class Screen:
             start_new_session=True,
         )
         self.written = ""
+        # A read may end in the middle of a character.
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def wait_for(self, text: str) -> None:
         """Read until the text was written since the last look."""
 
         def there() -> bool:
             ready, _, _ = select.select([self._leader], [], [], 0.05)
-            self.written += os.read(self._leader, 1 << 16).decode() if ready else ""
+            self.written += self._decode(os.read(self._leader, 1 << 16)) if ready else ""
             assert ready or self.process.poll() is None, self.process.communicate()
             return text in self.written
 
