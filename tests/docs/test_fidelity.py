@@ -54,8 +54,13 @@ vmbus_release_relid  free_channel
 vmbus_onopen_result  vmbus_ongpadl_created  vmbus_ongpadl_torndown  vmbus_onversion_response
 vmbus_unload_response  vmbus_onoffers_delivered  vmbus_onoffer_rescind
 netvsc
+HYPERVISOR_CALLBACK_VECTOR  tasklet_schedule  this_cpu_ptr  kmalloc(GFP_ATOMIC)  queue_work  WARN_ONCE
+print_hex_dump_bytes  target_cpu  connect_cpu  err_deq_chan  trace_vmbus_on_msg_dpc  trace_vmbus_on_message
+CHANNELMSG_INVALID … CHANNELMSG_TL_CONNECT_REQUEST  struct vmbus_channel_message_table_entry  struct pt_regs
+INIT_WORK  mutex_lock, mutex_unlock  spin_lock_irqsave, spin_unlock_irqrestore  pr_err
 """
-"""Every name of the article that the emulator began with (seventy-four of them), two spaces between two."""
+"""Every name of the article that the emulator began with, two spaces between two: first the seventy-four that it speaks
+of, then those of the kernel that its listings use besides."""
 
 
 @dataclass(frozen=True)
