@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from emu.control import Counters
-from emu.ipc.atomics import AtomicView
+from emu.ipc.atomics import AtomicU64, AtomicView
 from emu.ipc.semaphores import WATCHDOG_S, Wakeup
 from emu.layout import (
     VECTOR_WORDS,
@@ -128,25 +128,22 @@ class InterruptRequester:
         self._counters.kicks_none += 1
 
 
+_Steps = tuple[Callable[[int], int], int, Callable[[], int], int, AtomicU64]
+"""Of one vector: what clears its request, the bits that stay; its auto-EOI word, its bit in all of them; its in-service
+word."""
+
+
 class Lapic:
     """The VP's own side of its interrupt words; used by the one thread that is this processor."""
 
-    __slots__ = ("_from_the_top", "_in_service", "_load", "_steps")
+    __slots__ = ("_base", "_from_the_top", "_in_service", "_load", "_steps", "_vps")
 
     def __init__(self, vps: AtomicView, position: int) -> None:
-        base = vp_page_offset(position)
-        words = range(VECTOR_WORDS)
-        request = [vps.cell_u64(base + VP_REQUEST + 8 * word) for word in words]
-        auto_eoi = [vps.cell_u64(base + VP_AUTO_EOI + 8 * word).load for word in words]
-        in_service = [vps.cell_u64(base + VP_IN_SERVICE + 8 * word) for word in words]
-        self._load = tuple(cell.load for cell in request)
+        self._vps = vps
+        self._base = vp_page_offset(position)
+        self._load = tuple(vps.cell_u64(self._base + VP_REQUEST + 8 * word).load for word in range(VECTOR_WORDS))
         self._from_the_top = self._load[::-1]
-        # By vector: what clears its request, the bits that stay, its auto-EOI word, its bit, its in-service word.
-        self._steps = [
-            (request[word].fetch_and, bit ^ _ALL, auto_eoi[word], bit, in_service[word])
-            for word in words
-            for bit in (1 << number for number in range(64))
-        ]
+        self._steps: dict[int, _Steps] = {}
         self._in_service: list[int] = []
 
     def highest_request(self) -> int:
@@ -185,13 +182,22 @@ class Lapic:
         serving = self._in_service
         if serving and vector >> 4 <= serving[-1] >> 4:
             return 0
-        clear, others, auto_eoi, bit, in_service = self._steps[vector]
+        clear, others, auto_eoi, bit, in_service = self._steps.get(vector) or self._bind(vector)
         # Cleared before the handler looks at pages: a request that comes later sets the bit anew.
         clear(others)
         if not auto_eoi() & bit:
             in_service.store(in_service.load() | bit)
             serving.append(vector)
         return vector
+
+    def _bind(self, vector: int) -> _Steps:
+        """At a vector's first interrupt."""
+        at, bit = self._base + 8 * (vector >> 6), 1 << (vector & 63)
+        request, auto_eoi, in_service = (
+            self._vps.cell_u64(at + words) for words in (VP_REQUEST, VP_AUTO_EOI, VP_IN_SERVICE)
+        )
+        steps = self._steps[vector] = request.fetch_and, bit ^ _ALL, auto_eoi.load, bit, in_service
+        return steps
 
     def eoi(self) -> None:
         """End the highest vector in service; nothing happens when there is none (TLFS "EOI Register")."""
