@@ -6,6 +6,7 @@ reaches it through exit slots and doorbells only, and whatever it writes there, 
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 from collections.abc import Callable
@@ -483,6 +484,8 @@ class Hypervisor:
         self.show_traffic()
         self.machine.control.reach(Ready.HOST_RUNS)
         self.report("stage", "hypervisor", int(Ready.HOST_RUNS))
+        # They stay as long as the machine: a collection that walks 2,000 of them answers no guest for 12 ms.
+        gc.freeze()
         self.loop.run()
         self._thaw()
         self.control_plane.publish()
