@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from emu.errors import ProtocolViolation
 from emu.ring_memory import RingMemory, RingWords, checked_index, impossible_index
-from emu.ring_packets import LONGEST_RUN, Kind, Plan, Plans, PlansOfViews, PlansWithHeader
+from emu.ring_packets import LONGEST_RUN, ROUND_COUNTS, Kind, Plan, Plans, PlansOfViews, PlansWithHeader
 from emu.wire.packets import TRAILER_SIZE
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
@@ -37,6 +37,7 @@ _NO_LIMIT: Final = 1 << 29
 _ALIKE: Final = 4
 """Packets in a row that are alike before several are looked at together."""
 _SHORTEST_RUN: Final = 4
+_TakeAlike = Callable[[int | None, int | None], _Taken | None]
 
 
 class RingConsumer:
@@ -60,7 +61,9 @@ class RingConsumer:
         "_plans_with_header",
         "_read",
         "_reading",
+        "_shown_plan",
         "_sole",
+        "_take_alike",
         "begin_read",
         "bytes",
         "end_read",
@@ -97,6 +100,7 @@ class RingConsumer:
         self._reading = False
         self._bad_wish = 0
         self._last_plan: Plan | None = None
+        self._shown_plan: Plan | None = None
         self._alike = 0  # packets alike, up to the last one
         self._at_most = _SHORTEST_RUN  # of them are looked at together next time
         self.fault: ProtocolViolation | None = None  # behind what was read; the next `read_…` raises it
@@ -108,6 +112,7 @@ class RingConsumer:
         checked_index(self.words.load_write(), memory.data_size, "write_index")
         self.begin_read = partial(self.words.store_mask, 1)
         self.end_read, self.read_lone = _short_ways(self, self.words)
+        self._take_alike = _alike_reader(self)
 
     @property
     def bytes_to_read(self) -> int:
@@ -127,7 +132,7 @@ class RingConsumer:
         taken = self._take_alike(limit, most_bytes)
         if taken is not None:
             (packet_type, flags, _overhead), trans_ids, payloads = taken
-            return [(packet_type, flags, trans_ids, payloads)]
+            return [(packet_type, flags, trans_ids, payloads)] if payloads else []
         runs = self._take(self._plans, limit, most_bytes)
         return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
 
@@ -176,27 +181,60 @@ class RingConsumer:
         """
         self._begin()
         try:
-            data_size, start = self.memory.data_size, self._read
             # Acquire: as in `_take`.
             published = self.bytes_to_read
-            stop = start + min(published, data_size if most_bytes is None else most_bytes)
-            taken: list[_Taken] = []
-            at, fault = self._copy_out(
-                self._plans_of_views, start, stop, start + published, _NO_LIMIT if limit is None else limit, taken
-            )
-            if fault is not None:
-                if not taken:
-                    raise fault
-                self.fault = fault.with_traceback(None)
+            shown = self._show_alike(published, limit, most_bytes) or self._show(published, limit, most_bytes)
         except BaseException:
             self._reading = False
             raise
+        return HeldPackets(self, *shown)
+
+    def _show_alike(
+        self, published: int, limit: int | None, most_bytes: int | None
+    ) -> tuple[list[tuple[int, int, int, memoryview]], int] | None:
+        """As `_show`, packets like the last one that was shown; None when the first is another."""
+        plan = self._shown_plan
+        if plan is None or self.fault is not None:
+            return None
+        (packet_type, flags, _overhead), size, show, _unpack_run, _longest_run, its_word = plan
+        buffer, headers, start = self.memory.buffer, self.memory.headers, self._read
+        if most_bytes is not None and most_bytes + size <= published:
+            published = most_bytes + size - 1  # the last one begins before `most_bytes`
+        count = published // size
+        if limit is not None and limit < count:
+            count = limit
+        end = start + count * size
+        packets = []
+        for at in range(start, end, size):
+            # The one fetch of a descriptor word.
+            if headers[at >> 3] != its_word:
+                end = at
+                break
+            trans_id, payload = show(buffer, at)
+            packets.append((packet_type, flags, trans_id, payload))
+        return (packets, end - start) if packets else None
+
+    def _show(
+        self, published: int, limit: int | None, most_bytes: int | None
+    ) -> tuple[list[tuple[int, int, int, memoryview]], int]:
+        """The body of `hold`: packets as they lie, and the bytes that they take."""
+        start = self._read
+        stop = start + min(published, self._data_size if most_bytes is None else most_bytes)
+        taken: list[_Taken] = []
+        at, fault = self._copy_out(
+            self._plans_of_views, start, stop, start + published, _NO_LIMIT if limit is None else limit, taken
+        )
+        self._shown_plan, self._last_plan = self._last_plan, None
+        if fault is not None:
+            if not taken:
+                raise fault
+            self.fault = fault.with_traceback(None)
         packets = [
             (packet_type, flags, trans_id, payload)
             for (packet_type, flags, _overhead), trans_ids, payloads in taken
             for trans_id, payload in zip(trans_ids, payloads, strict=True)
         ]
-        return HeldPackets(self, packets, at - start)
+        return packets, at - start
 
     def take_signal(self) -> bool:
         """Return whether the producer is owed a signal that there is room again, and forget it."""
@@ -218,54 +256,6 @@ class RingConsumer:
         if not self._sole:
             self._load_own()
         self._reading = True
-
-    def _take_alike(self, limit: int | None, most_bytes: int | None) -> _Taken | None:
-        """Take packets like those before, as long as that is what there is, up to an eighth of the ring; one release.
-
-        None, and nothing is taken, when there is anything else to see to: `_take` does that.
-        """
-        plan = self._last_plan
-        if plan is None or self._alike < _ALIKE or self._reading or self.fault is not None:
-            return None
-        if not self._sole:
-            self._load_own()
-        data_size, load_write = self._data_size, self._load_write
-        kind, size, _unpack, unpack_run, longest_run = plan
-        most = data_size >> 3
-        if most_bytes is not None and most_bytes < most:
-            most = most_bytes
-        left = most // size
-        if limit is not None and limit < left:
-            left = limit
-        longest_run = min(longest_run, left)
-        start = at = self._read
-        trans_ids: list[int] = []
-        payloads: list[Any] = []
-        while longest_run >= _SHORTEST_RUN:
-            # Acquire: the packets' bytes are loaded after the index that covers them.
-            write = load_write()
-            if write >= data_size or write & 7:
-                break
-            published = (write - start) % data_size - (at - start)
-            count = published // size  # below 0: the peer took something back, which `_take` sees to
-            if count > longest_run:
-                count = longest_run
-            if count < _SHORTEST_RUN:
-                break
-            count = 1 << count.bit_length() - 1
-            run = unpack_run(at, count)
-            if run is None:
-                break
-            trans_ids += run[0]
-            payloads += run[1]
-            at += count * size
-            left -= count
-            if left < longest_run:
-                longest_run = left
-        if at == start:
-            return None
-        self._release(at - start, len(trans_ids))
-        return kind, trans_ids, payloads
 
     def _take(self, plans: Plans, limit: int | None, most_bytes: int | None) -> list[_Taken]:
         """The body of `read_runs`; a chunk is copied, then released."""
@@ -335,13 +325,12 @@ class RingConsumer:
                         plan = plans.add(word)
                     if plan is not last_plan:
                         last_plan, alike = plan, 0
-                        (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run = plan
+                        (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run, _word = plan
                     elif alike < _ALIKE:
                         alike += 1
                     elif longest_run:
-                        count = min((stop - at) // size, longest_run, self._at_most)
+                        count = ROUND_COUNTS[min((stop - at) // size, longest_run, self._at_most)]
                         if count >= _SHORTEST_RUN:
-                            count = 1 << count.bit_length() - 1
                             run = unpack_run(at, count)
                             if run is not None:
                                 if count == self._at_most:
@@ -402,7 +391,7 @@ class RingConsumer:
                     except ProtocolViolation as violation:
                         fault = violation
                         break
-                its_kind, size, unpack, unpack_run, longest_run = plan
+                its_kind, size, unpack, unpack_run, longest_run, _word = plan
                 if its_kind is not kind:
                     before += len(trans_ids)
                     kind, trans_ids, payloads = its_kind, [], []
@@ -412,9 +401,9 @@ class RingConsumer:
                 elif alike < _ALIKE:
                     alike += 1
                 elif longest_run:
-                    count = min((stop - at) // size, limit - before - len(trans_ids), longest_run, self._at_most)
+                    most = min((stop - at) // size, limit - before - len(trans_ids), longest_run, self._at_most)
+                    count = ROUND_COUNTS[most]
                     if count >= _SHORTEST_RUN:
-                        count = 1 << count.bit_length() - 1
                         # It fetches the words once more, and what it takes is what it found them to be.
                         run = unpack_run(at, count)
                         if run is not None:
@@ -507,7 +496,7 @@ def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int]
         # One that goes beyond what is published is refused here, too, as is a write_index that is no multiple of 8.
         if plan is None or (write - read) % data_size != plan[1]:
             return None
-        (packet_type, flags, _overhead), size, unpack, _unpack_run, _longest_run = plan
+        (packet_type, flags, _overhead), size, unpack, _unpack_run, _longest_run, _word = plan
         trans_id, payload = unpack(buffer, read)
         # As `_release`.
         ring._read = read = (read + size) % data_size
@@ -523,6 +512,79 @@ def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int]
         return packet_type, flags, trans_id, payload
 
     return end_read, read_lone
+
+
+def _alike_reader(ring: RingConsumer) -> _TakeAlike:
+    """Make what takes packets like those before, as long as that is what there is, up to an eighth of the ring.
+
+    It releases once, and returns None, with nothing taken, when there is anything else to see to: `_take` does
+    that. A function over variables of its own because its lines, not the copies, are most of what a small read
+    costs.
+    """
+    words, memory = ring.words, ring.memory
+    buffer, headers, data_size = memory.buffer, memory.headers, memory.data_size
+    load_write, store_read = words.load_write, words.store_read
+    load_features, load_pending = words.load_features, words.load_pending
+    sole, chunk = ring._sole, data_size >> 3
+
+    def take_alike(limit: int | None, most_bytes: int | None) -> _Taken | None:
+        plan = ring._last_plan
+        if plan is None or ring._alike < _ALIKE or ring._reading or ring.fault is not None:
+            return None
+        if not sole:
+            ring._load_own()
+        kind, size, unpack, unpack_run, longest_run, its_word = plan
+        at = ring._read
+        # Acquire: the packets' bytes are loaded after the index that covers them.
+        write = load_write()
+        if write >= data_size or write & 7:
+            return None
+        published = write - at
+        if published <= 0:
+            if not published:
+                return None if ring._bad_wish else (kind, [], [])
+            published += data_size
+        most = (chunk if most_bytes is None or most_bytes > chunk else most_bytes) + size - 1
+        left = (published if published < most else most) // size
+        if limit is not None and limit < left:
+            left = limit
+        trans_ids: list[int] = []
+        payloads: list[Any] = []
+        start = at
+        while left >= _SHORTEST_RUN and longest_run >= _SHORTEST_RUN:
+            count = ROUND_COUNTS[left if left < longest_run else longest_run]
+            run = unpack_run(at, count)
+            if run is None:
+                left = 0
+                break
+            trans_ids += run[0]
+            payloads += run[1]
+            at += count * size
+            left -= count
+        while left > 0:
+            # The one fetch of a descriptor word.
+            if headers[at >> 3] != its_word:
+                break
+            trans_id, payload = unpack(buffer, at)
+            trans_ids.append(trans_id)
+            payloads.append(payload)
+            at += size
+            left -= 1
+        if at == start:
+            return None
+        # As `_release`, which would cost a small read a sixth more.
+        ring._read = read = at if at < data_size else at - data_size
+        ring.packets += len(payloads)
+        ring.bytes += at - start
+        ring.releases += 1
+        ring._bad_wish = 0
+        # Release for the copies, full barrier before pending_send_sz is loaded.
+        store_read(read)
+        if load_features() & FEAT_PENDING_SEND_SZ and (wish := load_pending() & -ALIGNMENT):
+            ring._look_at_wish(wish, at - start)
+        return kind, trans_ids, payloads
+
+    return take_alike
 
 
 class HeldPackets:

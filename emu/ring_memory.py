@@ -36,7 +36,7 @@ _LARGE_PAYLOAD: Final = 4096
 # Offsets stay below 2**30, where Python's integers are quickest.
 _MOST_PAGES: Final = 1 << 17
 
-_DESCRIPTOR: Final = Struct("<QQ")
+_DESCRIPTOR: Final = Struct("<8sQ")
 _MOST_COUNTS: Final = 1024
 _every_start = memoryview(array("I"))
 
@@ -159,7 +159,8 @@ class RingMemory(ABC):
     def packer(self, length: int, padding: int) -> Pack:
         """Return what stores a packet: `(buffer, offset, descriptor word, trans_id, payload, write_index)`.
 
-        `payload` has `length` bytes; `padding` zero bytes follow it, then the trailer with write_index.
+        The word comes as its eight bytes, which are stored quicker than an integer. `payload` has `length` bytes;
+        `padding` zero bytes follow it, then the trailer with write_index.
         """
 
     @abstractmethod
@@ -170,7 +171,7 @@ class RingMemory(ABC):
         """
 
     @abstractmethod
-    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+    def run_packer(self, length: int, padding: int, word: bytes) -> PackRun:
         """Return what stores packets alike, one behind the other: `(offset, payloads, trans_ids or None for 0)`.
 
         Every payload has `length` bytes and every packet begins before the end of the data.
@@ -181,7 +182,7 @@ class RingMemory(ABC):
         """Return what copies packets alike out: `(offset, count) -> (trans_ids, payloads)`.
 
         None when one of them has another descriptor word: each word is fetched once, and nothing that is used
-        depends on a second look. `count` is a power of two.
+        depends on a second look. What a `count` needs is kept: callers have few different ones.
         """
 
     @abstractmethod
@@ -192,7 +193,7 @@ class RingMemory(ABC):
         """
 
     @abstractmethod
-    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+    def reserve(self, offset: int, length: int, padding: int, word: bytes) -> tuple[memoryview, Seal]:
         """Show where a packet's payload of `length` bytes will lie, and return what stores the rest around it.
 
         That is `(trans_id, write_index)`. Whoever reserves releases the memoryview before it seals.
@@ -229,11 +230,13 @@ class _MirroredRing(RingMemory):
     def packer(self, length: int, padding: int) -> Pack:
         if length <= _LARGE_PAYLOAD:
             # The trailer is a u64, write_index << 32: a zero half ("4x") and the index.
-            return Struct(f"<QQ{length + padding}s4xI").pack_into
-        pack_descriptor = Struct("<QQ").pack_into
+            return Struct(f"<8sQ{length + padding}s4xI").pack_into
+        pack_descriptor = _DESCRIPTOR.pack_into
         pack_end = Struct(f"<{padding + 4}xI").pack_into
 
-        def pack(buffer: mmap.mmap, offset: int, word: int, trans_id: int, payload: Payload, write_index: int) -> None:
+        def pack(
+            buffer: mmap.mmap, offset: int, word: bytes, trans_id: int, payload: Payload, write_index: int
+        ) -> None:
             pack_descriptor(buffer, offset, word, trans_id)
             begin = offset + DESCRIPTOR_SIZE
             end = begin + length
@@ -245,7 +248,7 @@ class _MirroredRing(RingMemory):
     def unpacker(self, start: int, length: int) -> Unpack:
         return Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack_from
 
-    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+    def run_packer(self, length: int, padding: int, word: bytes) -> PackRun:
         mapping, words64, words32 = self._mapping, self._words64, self._words32
         descriptor, tail = _DESCRIPTOR.pack(word, 0), bytes(padding + TRAILER_SIZE)
         between = tail + descriptor
@@ -300,7 +303,7 @@ class _MirroredRing(RingMemory):
 
         return view
 
-    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+    def reserve(self, offset: int, length: int, padding: int, word: bytes) -> tuple[memoryview, Seal]:
         begin = offset + DESCRIPTOR_SIZE
         mapping = self._mapping
 
@@ -345,9 +348,9 @@ class _SplitRing(RingMemory):
         return int.from_bytes(self._copy_out(index << 3, 8), "little")
 
     def packer(self, length: int, padding: int) -> Pack:
-        pack_whole = Struct(f"<QQ{length + padding}s4xI").pack
+        pack_whole = Struct(f"<8sQ{length + padding}s4xI").pack
 
-        def pack(_buffer: None, offset: int, word: int, trans_id: int, payload: Payload, write_index: int) -> None:
+        def pack(_buffer: None, offset: int, word: bytes, trans_id: int, payload: Payload, write_index: int) -> None:
             self._copy_in(offset, pack_whole(word, trans_id, payload, write_index))
 
         return pack
@@ -360,9 +363,9 @@ class _SplitRing(RingMemory):
 
         return unpack
 
-    def run_packer(self, length: int, padding: int, word: int) -> PackRun:
+    def run_packer(self, length: int, padding: int, word: bytes) -> PackRun:
         size = DESCRIPTOR_SIZE + length + padding + TRAILER_SIZE
-        pack_whole = Struct(f"<QQ{length + padding}s4xI").pack
+        pack_whole = Struct(f"<8sQ{length + padding}s4xI").pack
 
         def pack_run(offset: int, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> None:
             starts = range(offset, offset + len(payloads) * size, size)
@@ -390,7 +393,7 @@ class _SplitRing(RingMemory):
 
         return view
 
-    def reserve(self, offset: int, length: int, padding: int, word: int) -> tuple[memoryview, Seal]:
+    def reserve(self, offset: int, length: int, padding: int, word: bytes) -> tuple[memoryview, Seal]:
         payload = bytearray(length)
         pack = self.packer(length, padding)
 

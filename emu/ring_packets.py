@@ -15,22 +15,38 @@ from emu.errors import VmbusError
 from emu.ring_memory import Pack, PackRun, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
-_MOST_ENTRIES: Final = 4096
+_MOST_SHAPES: Final = 4096
+# What a plan keeps for the runs of its packets may be 33 KB.
+_MOST_PLANS: Final = 1024
 # Packets alike are handled together up to so many bytes, and so many packets; a longer run is several.
-RUN_BYTES: Final = 1 << 15
+RUN_BYTES: Final = 1 << 17
 LONGEST_RUN: Final = 128
-# Copying a long payload costs so much that once more (it is joined with others first) is not made up for.
-_LONGEST_JOINED: Final = 2048
 
-Shape = tuple[Pack, int, int]
+
+def _three_digits(count: int) -> int:
+    """The next number down that has no more than three binary digits before its zeros."""
+    zeros = max(0, count.bit_length() - 3)
+    return count >> zeros << zeros
+
+
+ROUND_COUNTS: Final = tuple(map(_three_digits, range(LONGEST_RUN + 1)))
+"""How many of so many packets alike are read together: round numbers, so that few of them have to be prepared."""
+
+# Copying a long payload costs so much that once more (it is joined with others first) is not made up for.
+LONGEST_JOINED: Final = 8192
+
+Shape = tuple[Pack, bytes, int]
 """What stores the packet, its descriptor word, the bytes it takes in the ring."""
+
+PackedRun = tuple[PackRun, int]
+"""What stores packets alike, the bytes that each takes in the ring."""
 
 Kind = tuple[int, int, int]
 """Packet type, flags, bytes in the ring besides the payload: what packets handed out together have in common."""
 
-Plan = tuple[Kind, int, Unpack, UnpackRun, int]
+Plan = tuple[Kind, int, Unpack, UnpackRun, int, int]
 """Its kind (the same object for equal ones), bytes in the ring; what copies one out, what copies several alike,
-and how many at most."""
+and how many at most; the descriptor word."""
 
 
 class PacketTooLong(VmbusError):
@@ -56,20 +72,20 @@ class Shapes:
         self._kind = packet_type | (DESCRIPTOR_SIZE + header_length) // 8 << 16 | flags << 48
         self.header_length = header_length
         self.table: dict[int, Shape] = {}
-        self.runs: dict[int, PackRun] = {}
+        self.runs: dict[int, PackedRun] = {}
 
-    def run(self, length: int) -> PackRun | None:
+    def run(self, length: int) -> PackedRun | None:
         """What stores several packets of `length` bytes at once; None where one by one is quicker."""
-        pack_run = self.runs.get(length)
-        if pack_run is None:
-            if not 0 <= length <= _LONGEST_JOINED:
+        run = self.runs.get(length)
+        if run is None:
+            if not 0 <= length <= LONGEST_JOINED:
                 return None
-            if len(self.runs) >= _MOST_ENTRIES:
+            if len(self.runs) >= _MOST_SHAPES:
                 self.runs.clear()
             _pack, word, size = self.table.get(length) or self.add(length)
             padding = size - DESCRIPTOR_SIZE - length - TRAILER_SIZE
-            pack_run = self.runs[length] = self._memory.run_packer(length, padding, word)
-        return pack_run
+            run = self.runs[length] = self._memory.run_packer(length, padding, word), size
+        return run
 
     def add(self, length: int) -> Shape:
         """The shape for `length` bytes of payload, type-specific header included; or PacketTooLong."""
@@ -77,10 +93,11 @@ class Shapes:
         packet = size - TRAILER_SIZE
         if packet > MAX_PACKET_SIZE:
             raise PacketTooLong(size, MAX_PACKET_SIZE + TRAILER_SIZE)
-        if len(self.table) >= _MOST_ENTRIES:
+        if len(self.table) >= _MOST_SHAPES:
             self.table.clear()
         pack = self._memory.packer(length, packet - DESCRIPTOR_SIZE - length)
-        shape = self.table[length] = pack, self._kind | packet // 8 << 32, size
+        word = self._kind | packet // 8 << 32
+        shape = self.table[length] = pack, word.to_bytes(8, "little"), size
         return shape
 
 
@@ -109,13 +126,13 @@ class Plans:
         # Whether so much has been published is no matter of the word: the reader looks, each time.
         check_descriptor(packet_type, offset8, len8, flags, packet + TRAILER_SIZE)
         start, size = 8 * offset8, packet + TRAILER_SIZE
-        if len(self.table) >= _MOST_ENTRIES:
+        if len(self.table) >= _MOST_PLANS:
             self.table.clear()
             self._kinds.clear()
         kind = packet_type, flags, start + TRAILER_SIZE
         kind = self._kinds.setdefault(kind, kind)
         unpack_run = self._memory.run_unpacker(start, packet - start, word)
-        plan = kind, size, self._unpacker(start, packet - start), unpack_run, self._longest_run(size)
+        plan = kind, size, self._unpacker(start, packet - start), unpack_run, self._longest_run(size), word
         self.table[word] = plan
         return plan
 

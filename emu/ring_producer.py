@@ -9,13 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, islice, repeat
-from operator import ne
+from operator import countOf, ne
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from emu.errors import RingFull
 from emu.ring_memory import Payload, RingMemory, RingWords, Seal, checked_index, impossible_index
-from emu.ring_packets import RUN_BYTES, PacketTooLong, Shapes
+from emu.ring_packets import LONGEST_JOINED, PackedRun, PacketTooLong, Shapes
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
@@ -52,6 +52,17 @@ class WriteMany(Protocol):
     ) -> tuple[int, bool]: ...
 
 
+class _Writer(NamedTuple):
+    """The functions of one producer, over variables that they share."""
+
+    write: Write
+    write_many: WriteMany
+    write_all: Callable[[Shapes, Sequence[Payload], Sequence[int] | None], tuple[int, bool]]
+    publish: Callable[[int], bool]
+    get: Callable[[], int]
+    set: Callable[[int], None]
+
+
 class RingProducer:
     """The writing end. Attaching reads both indices from the ring, so it may be done while the ring is in
     use.
@@ -63,13 +74,14 @@ class RingProducer:
 
     __slots__ = (
         "_base",
-        "_buffer",
         "_data_size",
         "_full_at",
         "_get",
         "_kinds",
+        "_publish",
         "_set",
         "_sole",
+        "_write_all",
         "batch_bytes",
         "memory",
         "out_full_first",
@@ -85,7 +97,6 @@ class RingProducer:
     def __init__(self, memory: RingMemory, *, sole: bool = True, words: RingWords | None = None) -> None:
         self.memory = memory
         self.words = words or memory.words
-        self._buffer = memory.buffer
         self._data_size = memory.data_size
         self._sole = sole
         self._kinds: dict[tuple[int, int, int], Shapes] = {}
@@ -93,7 +104,9 @@ class RingProducer:
         self.out_full_total = 0  # writes that found no room
         self.out_full_first = 0  # of them, those right after a write that found some
         self._full_at = -1
-        self.write, self.write_many, self._get, self._set = _writer(self, self.words)
+        writer = _writer(self, self.words)
+        self.write, self.write_many, self._get, self._set = writer.write, writer.write_many, writer.get, writer.set
+        self._write_all, self._publish = writer.write_all, writer.publish
         self._attach()
 
     def init(self) -> None:
@@ -226,73 +239,6 @@ class RingProducer:
             shapes = self._kinds[key] = Shapes(self.memory, *key)
         return shapes
 
-    def _write_all(
-        self, shapes: Shapes, payloads: Sequence[Payload], trans_ids: Sequence[int] | None
-    ) -> tuple[int, bool]:
-        """The body of all batches; at `stop` something is due: to publish, to look for room, or to wrap.
-
-        Payloads come in stretches: alike and stored together, or one by one. `done` of them are written,
-        `published` of them are the reader's.
-        """
-        buffer, table, chunk = self._buffer, shapes.table, self._data_size >> 3
-        write = self._get()
-        stop = done = published = nbytes = 0
-        signal = False
-        try:
-            for length, left in _stretches(payloads):
-                pack_run = shapes.run(length) if left >= SHORTEST_RUN else None
-                if pack_run is None:
-                    ids = repeat(0) if trans_ids is None else trans_ids[done:]
-                    for payload, trans_id in zip(islice(payloads, done, done + left), ids, strict=False):
-                        length = len(payload)
-                        try:
-                            pack, word, size = table[length]
-                        except KeyError:
-                            pack, word, size = shapes.add(length)
-                        end = write + size
-                        if end >= stop:
-                            if done != published:
-                                signal |= self._publish(write)
-                                published = done
-                            write, end, stop = self._make_room(write, size)
-                            stop = min(stop, end + chunk)
-                        try:
-                            pack(buffer, write, word, trans_id, payload, write)
-                        except struct.error:  # as in `write`
-                            pack(buffer, write, word, trans_id, bytes(payload), write)
-                        write = end
-                        nbytes += length
-                        done += 1
-                    continue
-                pack, word, size = table[length]
-                most = max(1, RUN_BYTES // size)
-                while left:
-                    end = write + size
-                    if end >= stop:
-                        if done != published:
-                            signal |= self._publish(write)
-                            published = done
-                        write, end, stop = self._make_room(write, size)
-                        stop = min(stop, end + chunk)
-                    # One that goes beyond the end of the data is the last before the next look.
-                    fitting = 1 + (stop - 1 - end) // size if end > write else 1
-                    fitting = min(fitting, left, most)
-                    after = done + fitting
-                    pack_run(write, payloads[done:after], None if trans_ids is None else trans_ids[done:after])
-                    write = end + (fitting - 1) * size
-                    left -= fitting
-                    nbytes += fitting * length
-                    done = after
-        except RingFull:
-            pass
-        except PacketTooLong:
-            if not done:
-                raise
-        if done != published:
-            signal |= self._publish(write)
-        self.batch_bytes = nbytes
-        return done, signal
-
     def publish_reserved(self, begin: int, end: int) -> bool:
         """The end of a `Reservation`: make its packet the reader's."""
         assert self._get() == begin, "something was written while room was reserved"
@@ -303,42 +249,38 @@ class RingProducer:
         if end < begin:
             self._base -= self._data_size
 
-    def _publish(self, end: int) -> bool:
-        """Make the packets up to `end` the reader's; return whether it must be signalled, as in `write`."""
-        write = self._get()
-        self._set(end)
-        self.words.store_write(end)
-        if self.words.load_mask():
-            return False
-        return self.words.load_read() == write
 
+def _writer(ring: RingProducer, words: RingWords) -> _Writer:
+    """Make what writes, publishes, and gets and sets write_index (setting forgets what room was known of).
 
-def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Callable[[], int], Callable[[int], None]]:
-    """Make `write` and `write_many`, and what gets and sets its write_index (setting forgets what room was known of).
-
-    `write` is a function over variables of its own because that is a fifth quicker than a method over
-    attributes, and one call a packet is all the time there is. Everything rare it leaves to the producer.
+    They are functions over variables of their own because that is a fifth quicker than methods over attributes, and
+    one call a packet, or a few lines a batch, is all the time there is. Everything rare they leave to the producer.
     """
     buffer, sole = ring.memory.buffer, ring._sole
-    store_write, load_mask, load_read = words.store_write, words.load_mask, words.load_read
-    load_write = words.load_write
+    store_write, load_write = words.store_write, words.load_write
+    load_mask, load_read = words.load_mask, words.load_read
+    make_room = ring._make_room
     kind_type, kind_flags = VM_PKT_DATA_INBAND, 0
     shapes = ring._shapes(kind_type, kind_flags)
     table = shapes.table
-    first_shapes, runs_get = shapes, shapes.runs.get
     data_size = ring._data_size
-    most = min(RUN_BYTES, data_size >> 3)
+    chunk = data_size >> 3
     write_index = barrier = 0
+    pack, word, size = shapes.add(0)
+    last_length = -1
 
     def write(payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
-        nonlocal barrier, kind_flags, kind_type, shapes, table, write_index
+        nonlocal barrier, kind_flags, kind_type, last_length, pack, shapes, size, table, word, write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
-            table, kind_type, kind_flags = shapes.table, packet_type, flags
-        try:
-            pack, word, size = table[len(payload)]
-        except KeyError:
-            pack, word, size = shapes.add(len(payload))
+            table, kind_type, kind_flags, last_length = shapes.table, packet_type, flags, -1
+        length = len(payload)
+        if length != last_length:
+            try:
+                pack, word, size = table[length]
+            except KeyError:
+                pack, word, size = shapes.add(length)
+            last_length = length
         begin = write_index
         end = begin + size
         # One comparison for the end of the room known of, the end of the data, and other producers.
@@ -352,7 +294,7 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
             or read % ALIGNMENT
             or size > (read - begin - 8) % data_size
         ):
-            begin, end, beyond = ring._make_room(begin, size)
+            begin, end, beyond = make_room(begin, size)
             barrier = beyond if sole else 0
         try:
             pack(buffer, begin, word, trans_id, payload, begin)
@@ -372,10 +314,10 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
         flags: int = 0,
         packet_type: int = VM_PKT_DATA_INBAND,
     ) -> tuple[int, bool]:
-        nonlocal barrier, kind_flags, kind_type, shapes, table, write_index
+        nonlocal kind_flags, kind_type, last_length, shapes, table, write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
-            table, kind_type, kind_flags = shapes.table, packet_type, flags
+            table, kind_type, kind_flags, last_length = shapes.table, packet_type, flags, -1
         count = len(payloads)
         trans_ids: Sequence[int] | None = None
         if first_trans_id.__class__ is not int:
@@ -386,35 +328,148 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
                 payloads, trans_ids = payloads[:count], trans_ids[:count]
         elif first_trans_id:
             trans_ids = range(first_trans_id, first_trans_id + count)
-        if not sole or count < SHORTEST_RUN:
-            return ring._write_all(shapes, payloads, trans_ids)
+        if count < SHORTEST_RUN:
+            done, ring.batch_bytes, signal = write_each(shapes, payloads, trans_ids, 0, count)
+            return done, signal
         # Most batches are of one length, and there is room for all of it before the data wraps.
         length = len(payloads[0])
-        pack_run = runs_get(length) if shapes is first_shapes else shapes.run(length)
-        if pack_run is None:
-            pack_run = shapes.run(length)
-            if pack_run is None:
-                return ring._write_all(shapes, payloads, trans_ids)
-        nbytes = count * table[length][2]
+        run = shapes.runs.get(length)
+        if run is None:
+            return write_all(shapes, payloads, trans_ids)
+        pack_run, size = run
         begin = write_index
-        end = begin + nbytes
-        if end >= barrier:
-            if end >= data_size or nbytes > most:
-                return ring._write_all(shapes, payloads, trans_ids)
-            barrier = min(begin + ring._room(begin) + 1, data_size)
-            if end >= barrier:
-                return ring._write_all(shapes, payloads, trans_ids)
-        elif nbytes > most:
-            return ring._write_all(shapes, payloads, trans_ids)
-        if list(map(len, payloads)).count(length) != count:
-            return ring._write_all(shapes, payloads, trans_ids)
+        end = begin + count * size
+        if end >= begin + size + chunk or (end >= barrier and not room_until(end)):
+            return write_all(shapes, payloads, trans_ids)
+        if countOf(map(len, payloads), length) != count:
+            return write_all(shapes, payloads, trans_ids)
         pack_run(begin, payloads, trans_ids)
-        write_index = end
         ring.batch_bytes = count * length
+        write_index = end
         store_write(end)  # as in `write`
         if load_mask():
             return count, False
         return count, load_read() == begin
+
+    def room_until(end: int) -> bool:
+        """Look at the indices again: whether packets up to `end` fit, before the end of the data."""
+        nonlocal barrier
+        if not sole and load_write() != write_index:
+            return False
+        beyond = min(write_index + ring._room(write_index) + 1, data_size)
+        if sole:
+            barrier = beyond
+        return end < beyond
+
+    def write_all(shapes: Shapes, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> tuple[int, bool]:
+        """Any batch: in stretches, of packets alike that are stored together, or of others one by one."""
+        done = nbytes = 0
+        signal = False
+        for length, left in _stretches(payloads):
+            run = shapes.run(length) if left >= SHORTEST_RUN else None
+            try:
+                if run is None:
+                    written, of_them, must_signal = write_each(shapes, payloads, trans_ids, done, left)
+                else:
+                    written, must_signal = write_run(run, payloads, trans_ids, done, left)
+                    of_them = written * length
+            except PacketTooLong:
+                if not done:
+                    raise
+                break
+            signal |= must_signal
+            done += written
+            nbytes += of_them
+            if written < left:
+                break
+        ring.batch_bytes = nbytes
+        return done, signal
+
+    def write_run(
+        run: PackedRun, payloads: Sequence[Payload], trans_ids: Sequence[int] | None, first: int, count: int
+    ) -> tuple[int, bool]:
+        """Packets alike, as many as fit: how many, and whether the reader must be signalled."""
+        nonlocal barrier
+        pack_run, size = run
+        done, last = first, first + count
+        room_end, signal = barrier, False
+        while done < last:
+            begin = write_index
+            end = begin + size
+            if end >= room_end:
+                try:
+                    begin, end, room_end = make_room(begin, size)
+                except RingFull:
+                    break
+            # One that goes beyond the end of the data is the last before the next look.
+            fitting = 1 + min(room_end - 1 - end, chunk - 1) // size if end > begin else 1
+            after = min(last, done + fitting)
+            pack_run(begin, payloads[done:after], None if trans_ids is None else trans_ids[done:after])
+            signal |= publish(end + (after - done - 1) * size)
+            done = after
+            if not sole:
+                room_end = 0  # another producer may have written since
+        barrier = room_end
+        return done - first, signal
+
+    def write_each(
+        shapes: Shapes, payloads: Sequence[Payload], trans_ids: Sequence[int] | None, first: int, count: int
+    ) -> tuple[int, int, bool]:
+        """Packets of any length, as many as fit: how many, their bytes, and whether the reader must be signalled.
+
+        At `due` something is to be seen to: to publish, to look for room, or to wrap.
+        """
+        nonlocal barrier
+        table = shapes.table
+        room_end = barrier
+        ids = repeat(0) if trans_ids is None else islice(trans_ids, first, None)
+        begin = published = write_index
+        due = done = nbytes = 0
+        signal = False
+        try:
+            for payload, trans_id in zip(islice(payloads, first, first + count), ids, strict=False):
+                length = len(payload)
+                try:
+                    pack, word, size = table[length]
+                except KeyError:
+                    pack, word, size = shapes.add(length)
+                end = begin + size
+                if end >= due:
+                    if begin != published:
+                        signal |= publish(begin)
+                        published = begin
+                    if end >= room_end:
+                        begin, end, room_end = make_room(begin, size)
+                        published = begin
+                    due = min(room_end, end + chunk)
+                try:
+                    pack(buffer, begin, word, trans_id, payload, begin)
+                except struct.error:  # as in `write`
+                    pack(buffer, begin, word, trans_id, bytes(payload), begin)
+                begin = end
+                nbytes += length
+                done += 1
+        except RingFull:
+            pass
+        except PacketTooLong:
+            if not done:
+                raise
+        if begin != published:
+            signal |= publish(begin)
+        barrier = room_end if sole else 0
+        return done, nbytes, signal
+
+    def publish(end: int) -> bool:
+        """Make the packets up to `end` the reader's; return whether it must be signalled, as in `write`.
+
+        What room was known of is forgotten, since `end` may lie behind a wrap.
+        """
+        nonlocal barrier, write_index
+        begin, write_index, barrier = write_index, end, 0
+        store_write(end)
+        if load_mask():
+            return False
+        return load_read() == begin
 
     def get() -> int:
         return write_index
@@ -423,7 +478,7 @@ def _writer(ring: RingProducer, words: RingWords) -> tuple[Write, WriteMany, Cal
         nonlocal barrier, write_index
         write_index, barrier = index, 0
 
-    return write, write_many, get, set_
+    return _Writer(write, write_many, write_all, publish, get, set_)
 
 
 def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:
@@ -432,7 +487,7 @@ def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:
     A look at the first ones tells whether a closer look may pay: most batches are of one length or of many.
     """
     total = len(payloads)
-    if total < SHORTEST_RUN or len({*map(len, payloads[:_LOOKED_AT])}) > 1:
+    if total < SHORTEST_RUN or len(payloads[0]) > LONGEST_JOINED or len({*map(len, payloads[:_LOOKED_AT])}) > 1:
         return ((-1, total),)
     lengths = list(map(len, payloads))
     first = lengths[0]

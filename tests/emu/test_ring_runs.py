@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
+from dataclasses import replace
+from itertools import cycle, groupby, islice
 
 import pytest
 from hypothesis import given, settings
@@ -16,10 +17,17 @@ from tests.emu.ring_pages import KINDS, RingPages, ring_pages
 
 DATA_PAGES = 2
 
-stretches = st.lists(
-    st.tuples(st.sampled_from([0, 1, 8, 13, 64, 100, 700, 2048, 2049]), st.integers(1, 40)), max_size=6
-)
-"""Batches as traffic has them: so many payloads of one length, then so many of another."""
+LONGER = 12
+LENGTHS = {DATA_PAGES: [0, 1, 8, 13, 64, 100, 700, 2048, 2049], LONGER: [0, 64, 1500, 4096, 8191, 8192, 8193, 20_000]}
+"""By the pages of a ring, lengths of payload of which it holds some."""
+
+
+@st.composite
+def rings_and_stretches(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
+    """A ring's pages, and a batch as traffic has them: so many payloads of one length, then so many of another."""
+    data_pages = draw(st.sampled_from(sorted(LENGTHS)))
+    stretch = st.tuples(st.sampled_from(LENGTHS[data_pages]), st.integers(1, 40))
+    return data_pages, draw(st.lists(stretch, max_size=6 if data_pages == DATA_PAGES else 3))
 
 
 @pytest.fixture(params=KINDS)
@@ -51,15 +59,20 @@ def write_one_by_one(producer: RingProducer, payloads: list[bytes], first_id: in
 
 
 @settings(max_examples=40, deadline=None)
-@given(stretches, st.integers(0, DATA_PAGES * 512 - 1), st.sampled_from([0, 1, 2**63]), st.sampled_from(KINDS))
-def test_batch_is_what_single_writes_are(shape: list[tuple[int, int]], begin: int, first_id: int, kind: str) -> None:
+@given(
+    rings_and_stretches(), st.integers(0, 2**20), st.sampled_from([0, 1, 2**63]), st.sampled_from(KINDS), st.booleans()
+)
+def test_batch_is_what_single_writes_are(
+    ring: tuple[int, list[tuple[int, int]]], begin: int, first_id: int, kind: str, sole: bool
+) -> None:
     """The same number fits, and every byte of the ring but the published index is the same."""
+    data_pages, shape = ring
     payloads = payloads_of(shape)
     seen = []
     for batched in (False, True):
-        with ring_pages(kind, data_pages=DATA_PAGES) as pages:
-            pages.start_at(8 * begin)
-            producer = RingProducer(pages.memory)
+        with ring_pages(kind, data_pages=data_pages) as pages:
+            pages.start_at(8 * begin % pages.data_size)
+            producer = RingProducer(pages.memory, sole=sole)
             if batched:
                 count, _ = producer.write_many(payloads, first_id)
                 assert producer.batch_bytes == sum(map(len, payloads[:count]))
@@ -70,60 +83,77 @@ def test_batch_is_what_single_writes_are(shape: list[tuple[int, int]], begin: in
     assert seen[0] == seen[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    stretches,
-    st.integers(0, DATA_PAGES * 512 - 1),
+    rings_and_stretches(),
+    st.integers(0, 2**20),
     st.sampled_from(KINDS),
     st.integers(1, 50),
     st.integers(1, 6000),
-    st.sampled_from(["runs", "many", "drain", "left", "hold"]),
+    st.lists(st.sampled_from(["runs", "many", "drain", "left", "hold", "one"]), min_size=1, max_size=3),
+    st.booleans(),
 )
 def test_every_way_of_reading_gives_the_same_packets(
-    shape: list[tuple[int, int]], begin: int, kind: str, limit: int, most_bytes: int, way: str
+    ring: tuple[int, list[tuple[int, int]]],
+    begin: int,
+    kind: str,
+    limit: int,
+    most_bytes: int,
+    ways: list[str],
+    sole: bool,
 ) -> None:
-    """Runs, packets, drains (also left early) and views: all that was written, in order, each once."""
+    """Runs, packets, drains (also left early) and views, in turn: all that was written, in order, each once."""
+    data_pages, shape = ring
     payloads = payloads_of(shape)
     read: list[Packet] = []
-    with ring_pages(kind, data_pages=DATA_PAGES) as pages:
-        pages.start_at(8 * begin)
-        producer, consumer = RingProducer(pages.memory), RingConsumer(pages.attach())
+    with ring_pages(kind, data_pages=data_pages) as pages:
+        pages.start_at(8 * begin % pages.data_size)
+        producer, consumer = RingProducer(pages.memory), RingConsumer(pages.attach(), sole=sole)
         written = 0
+        turns = cycle(ways)
         while written < len(payloads):
             flags = COMPLETION_REQUESTED if written % 3 else 0
             count, _ = producer.write_many(payloads[written:], 1 + written, flags, VM_PKT_COMP)
             written += count
-            for taken in read_all(consumer, way, limit, most_bytes):
+            while consumer.bytes_to_read:
+                way = next(turns)
+                taken = read_some(consumer, way, limit, most_bytes)
+                assert taken
                 assert way == "drain" or len(taken) <= limit
                 read += taken
         assert (consumer.bytes, consumer.bytes_to_read, consumer.packets) == (producer.bytes, 0, len(payloads))
 
+    assert {type(packet[3]) for packet in read} <= {bytes}
     assert [(one[0], one[2], one[3]) for one in read] == [
         (VM_PKT_COMP, 1 + number, padded(payload)) for number, payload in enumerate(payloads)
     ]
 
 
-def read_all(consumer: RingConsumer, way: str, limit: int, most_bytes: int) -> Iterator[list[Packet]]:
-    """Empty the ring in one of the ways there are."""
-    while consumer.bytes_to_read:
-        match way:
-            case "runs":
-                yield [
-                    (packet_type, flags, trans_id, payload)
-                    for packet_type, flags, trans_ids, payloads in consumer.read_runs(limit, most_bytes)
-                    for trans_id, payload in zip(trans_ids, payloads, strict=True)
-                ]
-            case "many":
-                yield consumer.read_many(limit, most_bytes)
-            case "drain":
-                yield list(consumer.drain())
-            case "left":
-                drain = consumer.drain()
-                yield list(islice(drain, limit))
-                drain.close()
-            case "hold":
-                with consumer.hold(limit, most_bytes) as held:
-                    yield [(*one[:3], bytes(one[3])) for one in held.packets]
+def read_some(consumer: RingConsumer, way: str, limit: int, most_bytes: int) -> list[Packet]:
+    """Read in one of the ways there are."""
+    match way:
+        case "runs":
+            return [
+                (packet_type, flags, trans_id, payload)
+                for packet_type, flags, trans_ids, payloads in consumer.read_runs(limit, most_bytes)
+                for trans_id, payload in zip(trans_ids, payloads, strict=True)
+            ]
+        case "many":
+            return consumer.read_many(limit, most_bytes)
+        case "one":
+            packet = consumer.read()
+            assert packet is not None
+            return [packet]
+        case "drain":
+            return list(consumer.drain())
+        case "left":
+            drain = consumer.drain()
+            packets = list(islice(drain, limit))
+            drain.close()
+            return packets
+        case _:
+            with consumer.hold(limit, most_bytes) as held:
+                return [(*one[:3], bytes(one[3])) for one in held.packets]
 
 
 def test_runs_are_cut_where_type_or_flags_change(pages: RingPages) -> None:
@@ -174,6 +204,53 @@ def test_held_packets_stay_in_the_ring_until_they_are_released(pages: RingPages)
     held.release()
 
     assert [packet[3][0] for packet in consumer.drain()] == [5, 6]
+
+
+def test_look_ends_where_packets_stop_making_sense(pages: RingPages) -> None:
+    """Packets like those shown before are shown up to a descriptor that is another; a bad one is told then."""
+    producer, consumer = RingProducer(pages.memory), RingConsumer(pages.attach())
+    producer.write_many([bytes([number]) * 8 for number in range(10)])
+    pages.poke(32 * 5, DESCRIPTOR.pack(VM_PKT_COMP, 2, 3, 1, 77))
+    pages.poke(32 * 8, DESCRIPTOR.pack(VM_PKT_COMP, 9, 3, 1, 77))
+    shown = []
+    for limit in (3, None, None):
+        with consumer.hold(limit) as held:
+            shown.append([packet[:3] for packet in held.packets])
+
+    assert shown == [[(6, 0, 0)] * 3, [(6, 0, 0)] * 2, [(VM_PKT_COMP, 1, 77), *[(6, 0, 0)] * 2]]
+    with pytest.raises(ProtocolViolation, match="payload at byte 72"):
+        consumer.hold()
+
+
+def test_what_is_read_after_a_look_is_copied(pages: RingPages) -> None:
+    """Packets behind those that were held come out as bytes of their own, though they are like them."""
+    producer, consumer = RingProducer(pages.memory), RingConsumer(pages.attach())
+    producer.write_many([bytes([number]) * 100 for number in range(30)])
+    with consumer.hold(limit=10):
+        pass
+    (few,) = consumer.read_runs(limit=3)
+    rest = consumer.read_many()
+    pages.poke(0, bytes(pages.data_size))
+
+    assert [*few[3], *(packet[3] for packet in rest)] == [bytes([number]) * 100 + bytes(4) for number in range(10, 30)]
+
+
+@pytest.mark.parametrize("lengths", [[300] * 40, [300, 8, 300, 16] * 20])
+def test_room_known_of_before_a_wrap_is_none_behind_it(pages: RingPages, lengths: list[int]) -> None:
+    """A batch that meets a wrong read_index once it has wrapped leaves a writer that looks again at once."""
+    pages.start_at(pages.data_size - 2048)
+    words = pages.memory.words
+    words.store_mask(1)
+    # It looks when it attaches, at its first packet, and at the wrap.
+    seen = iter([words.load_read()] * 3)
+    producer = RingProducer(pages.memory, words=replace(words, load_read=lambda: next(seen, 4)))
+    producer.write(b"")
+    with pytest.raises(ProtocolViolation, match="read_index"):
+        producer.write_many([bytes(length) for length in lengths])
+    assert producer.bytes > 2048
+
+    with pytest.raises(ProtocolViolation, match="read_index"):
+        producer.write(b"")
 
 
 def test_view_of_a_mapped_ring_is_the_ring(pages: RingPages) -> None:
