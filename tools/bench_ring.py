@@ -30,9 +30,11 @@ RING_BYTES: Final = (DATA_PAGES + 1) * PAGE_SIZE
 BATCH: Final = 32
 AT_ONCE: Final = 1 << 17
 SMALL: Final = 64
-PACKETS: Final[Mapping[int, int]] = {64: 400_000, 1500: 200_000, 4096: 100_000, 65536: 10_000}
-"""Packets of a run by their payload, so that each takes some tenths of a second."""
-SHORTER: Final = 20
+PACKETS: Final[Mapping[int, int]] = {64: 2_000_000, 1500: 1_000_000, 4096: 500_000, 65536: 60_000}
+"""Packets of a run by their payload, so that each takes a tenth of a second or more, also on a fast machine."""
+SHORTER: Final = 100
+FOR_A_PEER: Final = 50
+"""A peer sends so many times less."""
 _DEADLINE_S: Final = 60.0
 
 Send = Callable[[RingProducer, bytes, int], None]
@@ -172,7 +174,7 @@ def _measure_size(
         if (size, name) in figures.reasons:
             continue
         try:
-            rate = peers.messages_per_second(name, size, max(100, packets // 10), cpus)
+            rate = peers.messages_per_second(name, size, max(100, packets // FOR_A_PEER), cpus)
             figures.peers.setdefault((size, name), []).append(rate)
         except peers.LeftOut as left_out:
             figures.reasons[size, name] = left_out.reason
