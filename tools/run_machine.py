@@ -29,7 +29,7 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import GuestDeaths
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch, unused_name
 from tools.options import check_record_path
-from tools.output import narrates, say
+from tools.output import narrates, print_json, say
 from tools.run_outcome import Outcome, show_devices, tell
 
 ECHO_PACKETS: Final = 32
@@ -111,7 +111,13 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     interrupted: int | None = None
     with noting_interruption() as beside:
         raise_noted()
-        interrupted = run_to_its_end(options, outcome, ready_pipe)
+        try:
+            interrupted = run_to_its_end(options, outcome, ready_pipe)
+        except DeadlinePassed as passed:
+            outcome.timed_out = str(passed)
+            if options.as_json:
+                print_json("run", 1, outcome.report())
+            raise
     return tell(outcome, options.as_json, beside.status or interrupted)
 
 
@@ -148,6 +154,8 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             # Why a guest does not come any further is in its log, if anywhere.
             for line in running.log:
                 say(line)
+            outcome.counters, outcome.faults = running.machine.control.counter_totals(), running.faults.report()
+            look(running, outcome)
             raise
         except MachineDied as died:
             death = died

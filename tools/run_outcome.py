@@ -50,6 +50,8 @@ class Outcome:
     log: list[str] = field(default_factory=list)
     """The log of a machine with plugins, or one whose devices are not all open: the guest's lines, and the
     tracebacks of back ends."""
+    timed_out: str | None = None
+    """What was waited for in vain, if that ended it."""
     deaths: list[str] = field(default_factory=list)
     crash_record: str | None = None
     recording: RecordingWriter | None = None
@@ -152,6 +154,7 @@ class Outcome:
             "plugin_errors": self.plugin_errors,
             "log": self.log,
             "seed": self.seed,
+            "timed_out": self.timed_out,
             "deaths": self.deaths,
             "crash_record": self.crash_record,
             "recording": recording_report(self.recording),

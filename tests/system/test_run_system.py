@@ -400,12 +400,18 @@ def test_boot_with_both_cores_busy(tmp_path: Path) -> None:
 
 
 def test_no_guest_ends_by_its_deadline(tmp_path: Path) -> None:
-    """A machine that waits for somebody else's guest gives up at its deadline: exit code 124, nothing left."""
+    """A machine that waits for somebody else's guest gives up at its deadline: exit code 124, nothing left.
+
+    The object is printed all the same, and says what was waited for.
+    """
     done = call(tmp_path, "run", "--name", "t-alone", "--no-guest", "--guest-timeout", "0.5", "--json")
 
     assert done.returncode == 124, done.stderr
     assert "guest" in done.stderr
     assert_gone("t-alone")
+    told = report(done.stdout)
+    assert "a guest to attach" in told["timed_out"] and told["timed_out"] in done.stderr
+    assert (told["machine"], told["offers"], told["deaths"]) == ("t-alone", 0, [])
 
 
 @pytest.mark.parametrize("mount", ["mount -t tmpfs -o size=64k tmpfs /dev/shm", "mount -t tmpfs -o ro tmpfs /dev/shm"])
