@@ -405,6 +405,8 @@ class Hypervisor:
         self.bus.forget_outgoing()
         self.control_plane.attached_pid = pid
         if self.machine.config["no_guest"]:
+            # What somebody spoilt who was gone already: the next one reads its VP pages right behind this exit.
+            self._set_right()
             self._watch_guest(pid)
         return self.upkeep.attached()
 

@@ -31,6 +31,7 @@ from emu.layout import (
     M_STATE,
     PAGE_SIZE,
     VP_EXIT_SLOT,
+    VP_INDEX,
     X_STATE,
     ExitState,
     vp_page_offset,
@@ -597,6 +598,21 @@ def test_machine_page_is_set_right(machine: RunningMachine, guest: PythonGuest) 
     machine.wait_until(lambda: page_is_right(machine), 5.0, "the machine page to be set right", step_s=0.01)
     assert refused(machine, "vps-page-written") >= 1
     assert not guest.stopping()
+
+
+def test_pages_are_right_for_who_attaches(machine: RunningMachine) -> None:
+    """Identities of VP pages that somebody spoilt behind his DETACH are right when the next guest's ATTACH returns."""
+    with PythonGuest(machine.name) as guest:
+        pages = [vp_page_offset(position) for position in range(guest.vp_count)]
+        made = [guest.vps.view.load_u32(page + VP_INDEX) for page in pages]
+        for _ in range(20):
+            guest.attach()
+            assert [guest.vps.view.load_u32(page + VP_INDEX) for page in pages] == made
+            guest.detach()
+            for page in pages:
+                guest.vps.view.store_u32(page + VP_INDEX, 0xBAD)
+        guest.attach()
+        guest.detach()
 
 
 def test_tokens_for_nobody(guest: PythonGuest) -> None:
