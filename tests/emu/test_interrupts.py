@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from types import FrameType
 from typing import cast
 
@@ -731,6 +732,8 @@ def test_explorer_sees_a_lost_wakeup_of_the_requester() -> None:
 
 # -- real processes -------------------------------------------------------------------------------
 
+PID_READY, PREEMPTED = 4, 8
+"""Words of the machine page that say here: the processor may be requested; it was interrupted while it computed."""
 ACKNOWLEDGED = 4096
 """Where the processor counts how often it took each vector (u64 each), behind the VP page."""
 LAST_VECTOR = 0x20
@@ -772,6 +775,7 @@ class SmallProcessor:
             self._computing = False
             self._set_state(IN_ISR)
             self.preempted += 1
+            self._view.store_u32(PREEMPTED, 1)
             self.take()
             self._computing = True
             self._set_state(COMPUTING)
@@ -829,7 +833,11 @@ class ProcessKick:
 
 
 def requests_meet_a_processor(name: str, poll: str | int, rounds: int) -> None:
-    """Two processes request vectors of their own, each waiting for the last one to be taken."""
+    """Two processes request vectors of their own, each waiting for the last one to be taken.
+
+    They make `rounds` requests each, and more until one has met the processor while it computes: which of its states a
+    request meets is chance, and on a busy computer nearly always the same one.
+    """
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
     segment = Segment.create(object_name(name, "vps"), vps_bytes(1) + 4096)
@@ -841,10 +849,9 @@ def requests_meet_a_processor(name: str, poll: str | int, rounds: int) -> None:
         # No watchdog helps here: a lost wakeup has to show.
         vars(interrupts)["WATCHDOG_S"] = 3600.0
         small = SmallProcessor(segment, Wakeup.attach(semaphore), poll, seed)
-        segment.view.store_u32(4, 1)
+        segment.view.store_u32(PID_READY, 1)
         small.run()
         assert small.counters.blocks > 0 or poll != "off"
-        assert small.preempted > 0
 
     def request(who: int, pidfd: int) -> None:
         chance = random.Random(seed + who)
@@ -852,9 +859,16 @@ def requests_meet_a_processor(name: str, poll: str | int, rounds: int) -> None:
         requester = InterruptRequester(segment.view, 0, ProcessKick(Wakeup.attach(semaphore), pidfd), counters)
         mine = [vector for vector in range(0x30, 0x100) if vector % 2 == who]
         asked = dict.fromkeys(mine, 0)
-        for number in range(rounds):
+        bound = {vector: requester.bound(vector) for vector in mine}
+        preempted = segment.view.cell_u32(PREEMPTED).load
+        chance_ends = time.monotonic() + 30
+        for number in count():
+            if number >= rounds:
+                if preempted():
+                    break
+                assert time.monotonic() < chance_ends, f"no request met it computing (seed {seed})"
             vector = chance.choice(mine)
-            requester.request(vector)
+            chance.choice((bound[vector], partial(requester.request, vector)))()
             asked[vector] += 1
             taken = segment.view.cell_u64(PAGE + ACKNOWLEDGED + 8 * vector).load
             deadline = time.monotonic() + 30
@@ -872,7 +886,7 @@ def requests_meet_a_processor(name: str, poll: str | int, rounds: int) -> None:
         with Crowd() as crowd:
             vcpu = crowd.start(processor)
             pidfd = os.pidfd_open(vcpu.pid)
-            while not segment.view.load_u32(4):
+            while not segment.view.load_u32(PID_READY):
                 os.sched_yield()
             for who in range(2):
                 crowd.start(partial(request, who, pidfd))
