@@ -82,8 +82,7 @@ def _worker(
         current = _current(machine, tables, hooks, report)
         try:
             while (item := tables.work_queues.take(current.actor, queue, worker)) is not None:
-                _run(current, queue, item)
-                _finish(current, item, worker)
+                carry_out(current, queue, item, worker)
         finally:
             hooks.counters.flush()
             if hooks.trace:
@@ -102,8 +101,9 @@ def _current(machine: Machine, tables: KernelTables, hooks: WorkerThread, report
     return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
 
 
-def _finish(current: Current, item: WorkItem, worker: int) -> None:
-    """Give the record back, also to a message that found none."""
+def carry_out(current: Current, queue: QueueNumber, item: WorkItem, worker: int) -> None:
+    """Run one work, then give its record back, also to a message that found none."""
+    _run(current, queue, item)
     current.tables.work_queues.finish(current.actor, item, worker)
     if current.connection.slot_waits.load():
         assert isinstance(current.hooks, WorkerThread)

@@ -111,8 +111,7 @@ class CopiedWorld(World):
             if item is None:
                 self._rest(lambda: record.head != 0)
                 continue
-            workqueue_main._run(current, queue, item)
-            queues.finish(current.actor, item, worker)
+            workqueue_main.carry_out(current, queue, item, worker)
 
     def _rest(self, due: Callable[[], bool]) -> None:
         """Wait, without anything on the stack that matters, until there is something to do."""

@@ -412,8 +412,7 @@ class World:
         """A worker: as in the workqueue process."""
         queues = self.tables.work_queues
         while (item := queues.take(current.actor, queue, worker)) is not None:
-            workqueue_main._run(current, queue, item)
-            workqueue_main._finish(current, item, worker)
+            workqueue_main.carry_out(current, queue, item, worker)
 
     def wait_turn(self, ready: Callable[[], bool], deadline_ns: int) -> None:
         """Called by the actor that has the turn: let the others run until `ready`, or until that time."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from struct import Struct
 from typing import Final
 
@@ -38,6 +39,7 @@ from emu.layout import (
     vp_page_offset,
 )
 from emu.machine import Machine
+from emu.memory import reserve_ram
 from emu.mirror import Mirror
 from emu.wire.message_relid import relid_of
 from emu.wire.messages import MessageType
@@ -155,8 +157,10 @@ class LiveView:
         if self._guest is None and not self.machine.config.get("no_guest"):
             ram = self.machine.ram
             if ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) == BOOT_MAGIC:
-                # A mapping of its own: the tables hold views of it for as long as they live.
-                self._guest = GuestView(KernelTables.attach(mmap.mmap(ram.fd, ram.size)))
+                # A mapping of its own: the tables hold views of it for as long as they live. A look at a page's column
+                # may be the first touch of it.
+                tables = KernelTables.attach(mmap.mmap(ram.fd, ram.size), partial(reserve_ram, ram.fd))
+                self._guest = GuestView(tables)
         return self._guest
 
     @property

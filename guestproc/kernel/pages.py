@@ -235,8 +235,8 @@ class PageAllocator:
         return bool(self._owner[pfn]) and self._generation[pfn] == generation
 
     def owner_of(self, pfn: int) -> int:
-        """Owner word of one page, 0 if it is free."""
-        owner: int = self._owner[pfn]
+        """Owner word of one page, 0 if it is free; of any page, as the number may be the host's."""
+        owner: int = self._owner[pfn] if self._has_memory(pfn) else 0
         return owner
 
     def run_at(self, pfn: int) -> PageRun:

@@ -358,6 +358,8 @@ def test_nothing_of_the_columns_is_touched_before_it_is_reserved() -> None:
         if chance.random() < 0.3:
             world.pages.free(world.lone.actor, runs.pop(chance.randrange(len(runs))))
     assert sum(world.pages.in_use_by_owner().values()) == sum(run.count for run in runs)
+    last = world.BYTES // PAGE_SIZE - 1
+    assert world.pages.owner_of(last) == 0
 
     pages = {page for gpa, length in world.reserved for page in range(gpa >> 12, (gpa + length - 1 >> 12) + 1)}
     touched = world.with_memory()
