@@ -32,10 +32,10 @@ def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
             signal.pidfd_send_signal(zygote_pidfd, signal.SIGKILL)
         _wait(zygote_pidfd, GRACE_S)
     # Somebody may have cleaned up already, and somebody else taken the name for a machine of his own.
-    left = _inode(machine)
-    if left and left == made:
+    if made and _inode(machine) == made:
         _write_crash_record(machine)
-    if left in (made, 0):
+    # Also while that was written.
+    if _inode(machine) in (made, 0):
         unlink_objects(machine)
     return 0
 

@@ -155,6 +155,30 @@ def test_successor_of_the_name_is_left_alone(family: Family, name: str) -> None:
     keep.close()
 
 
+def test_successor_that_came_while_the_record_was_written_is_left_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record takes seconds where a machine is large: whose the name is by then is asked anew."""
+    keep = Segment.attach(object_name(name, "control"))
+
+    def clean_up_and_start_another(machine: str) -> None:
+        unlink_objects(machine)
+        make(machine)
+
+    monkeypatch.setattr(sweeper, "GRACE_S", 0.05)
+    monkeypatch.setattr(sweeper, "_write_crash_record", clean_up_and_start_another)
+    family = Family(name)
+    try:
+        wait_until_ready(family)
+        family.kill_launcher()
+
+        assert family.ended(family.sweeper)
+        assert len(objects_of(name)) == 2
+    finally:
+        family.close()
+        keep.close()
+
+
 def test_rest_of_a_half_cleaned_machine_is_removed(family: Family, name: str) -> None:
     """Without a control segment there is no successor: what is left is the dead machine's."""
     wait_until_ready(family)
