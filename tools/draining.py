@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from emu.errors import UserError
 from emu.recording import RecordingWriter
 from tools.launch import RunningMachine
 
@@ -40,17 +39,17 @@ def drain(writer: RecordingWriter, stopped: Callable[[float], bool]) -> None:
 
 
 class Drainer:
-    """Drains a recording until it is stopped; `check` raises what it could not write."""
+    """Drains a recording until it is stopped; `check` raises what ended it before that."""
 
     def __init__(self, writer: RecordingWriter) -> None:
         self._writer: Final = writer
         self._stopped: Final = threading.Event()
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._thread: Final = threading.Thread(target=self._run, name="drainer", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the UserError of a file that could not be written; the recording ended there."""
+        """Raise what ended the thread, a UserError where the file could not be written; the recording ends there."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -63,7 +62,7 @@ class Drainer:
     def _run(self) -> None:
         try:
             drain(self._writer, self._stopped.wait)
-        except UserError as error:
+        except Exception as error:  # told by `check`: a thread's own traceback would be all that is left of it
             self._error = error
 
 

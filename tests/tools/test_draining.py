@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -84,6 +85,20 @@ def test_full_disk_is_told_to_whoever_looks_after_the_machine(machine: Machine, 
         with pytest.raises(UserError, match="No space left"):
             drainer.check()
         drainer.check()
+
+
+def test_mistake_of_ours_ends_no_recording_quietly(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the thread dies of is raised where the machine is looked after."""
+    writer = RecordingWriter(tmp_path / "r", machine)
+    monkeypatch.setattr(writer, "poll", Mock(side_effect=[AssertionError("an index is odd"), 0]))
+    drainer = Drainer(writer)
+    vars(drainer)["_thread"].join()
+
+    with pytest.raises(AssertionError, match="odd"):
+        drainer.check()
+    writer.close()
 
 
 @pytest.mark.parametrize(
