@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from itertools import product
 from struct import Struct
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,11 @@ from emu.wire.messages import MessageType, RescindChannelOffer
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.kernel.workqueue import QueueNumber
+from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol import faults, uevents
 from guestproc.protocol.numbers import Works
-from guestproc.vmbus.message_dpc import MOST_TRIES
+from guestproc.vcpu import WorkerThread
+from guestproc.vmbus.message_dpc import MOST_TRIES, look_at_slot_again
 from tests.guestproc.world import World, new_world
 
 T = MessageType
@@ -146,6 +148,39 @@ def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) 
 
     assert sorted(booted.tables.relids.published()) == [9, 10]
     assert booted.shut_down() == {}
+
+
+@pytest.mark.parametrize("refusals", [2, 3, 4])
+def test_record_comes_back_at_any_moment_of_the_search_for_one(
+    booted: World, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    """Before the tasklet says that it waits, while it looks once more, or behind that: the message is taken."""
+    queues = booted.tables.work_queues
+    hoarded = []
+    while (item := queues.allocate(Works.VMBUS_ONMESSAGE_WORK, reserved=True)) is not None:
+        hoarded.append(item)
+    worker = next(iter(booted.workers.values()))
+    hooks = worker.hooks
+    assert isinstance(hooks, WorkerThread)
+    allocate, refused = queues.allocate, 0
+
+    def allocate_beside_a_worker(*arguments: Any, **keywords: Any) -> WorkItem | None:
+        nonlocal refused
+        item = allocate(*arguments, **keywords)
+        if item is None:
+            refused += 1
+            if refused == refusals:
+                while hoarded:
+                    queues.discard(hoarded.pop())
+                if worker.connection.slot_waits.load():  # as `carry_out` ends
+                    look_at_slot_again(worker, hooks)
+        return item
+
+    monkeypatch.setattr(queues, "allocate", allocate_beside_a_worker)
+    booted.host.device(9)
+    booted.settle()
+
+    assert (refused, [*booted.tables.relids.published()]) == (refusals, [9])
 
 
 def test_a_tasklet_that_never_gives_up_is_called_stuck() -> None:
