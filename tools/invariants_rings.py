@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -148,13 +149,13 @@ class _SleeperRule(_RingRule):
             if shown := self.asleep(ring):
                 self.violate(f"relid {relid}, {Side(side).name}: {self.why(ring)}", *shown)
 
+    @abstractmethod
     def asleep(self, ring: _Ring) -> tuple[TraceRecord, ...]:
         """The records that show it; none: nobody does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def why(self, ring: _Ring) -> str:
         """What there is to do for him, in words."""
-        raise NotImplementedError
 
 
 class ReadersLook(_SleeperRule):
