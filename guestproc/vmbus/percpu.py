@@ -114,6 +114,7 @@ class PerCpuContext:
         if lane is None:
             if len(self.lanes) >= MOST_LANES:
                 self.lanes.clear()  # most are of lives that are over
+                self.known.clear()  # or those that live would be found there, and by their handles never again
             published = self._relids.cell(channel.relid).load
             lane = self.lanes[channel.handle] = EventLane(channel, published, self._trace)
         return lane

@@ -16,7 +16,8 @@ from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
 from guestproc.drivers.steering import LEFT
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import era as eras
-from guestproc.vmbus.chan_sched import words_with_flags
+from guestproc.vmbus import percpu
+from guestproc.vmbus.chan_sched import find_in_table, words_with_flags
 from guestproc.vmbus.channel import vmbus_close
 from guestproc.vmbus.cpu_hotplug import cpu_down
 from guestproc.vmbus.packets import vmbus_sendpacket
@@ -66,6 +67,23 @@ def test_words_with_flags_are_found_wherever_they_are() -> None:
     for words in ([], [0], [31], [0, 5, 31], list(range(32))):
         flags = b"".join((1 << word if word in words else 0).to_bytes(8, "little") for word in range(32))
         assert words_with_flags(flags) == words
+
+
+def test_lanes_that_are_let_go_of_are_made_anew(booted: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for so many; whoever is found by its relid is found by its handle, too, so its tasklet has it."""
+    monkeypatch.setattr(percpu, "MOST_LANES", 2)
+    for relid in (5, 6, 7):
+        booted.host.device(relid)
+    booted.settle()
+    current = booted.currents[0]
+    cpu = current.percpu
+    assert cpu is not None
+
+    for relid in (5, 6, 7, 5, 6, 7, 7):
+        lane = find_in_table(current, cpu, relid)
+        assert lane is not None and lane.channel.relid == relid
+        assert cpu.lanes[lane.handle] is lane
+        assert len(cpu.lanes) <= 2
 
 
 # -- what goes well -------------------------------------------------------------------------------------
