@@ -39,12 +39,14 @@ def test_version_and_offers_of_a_machine_that_is_up_early(
 def test_boot_that_does_not_end_shows_the_guests_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A host that never says that these were all offers: exit 124, and how far the guest has come."""
+    """A host that never says that these were all offers: exit 124, how far the guest has come, and an object."""
     monkeypatch.setattr(run_machine, "BOOT_TIMEOUT_S", 0.6)
     silent = ("--fault", "reply.drop@kind=alloffers_delivered")
 
     assert cli.main(["run", "--device", "echo:1", "--duration", "0", "--json", *silent]) == ExitStatus.TIME_LIMIT
 
     shown = capsys.readouterr()
-    assert shown.out == "" and "vcpu0: Vmbus version:5.3" in shown.err.splitlines()
-    assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in shown.err
+    told = json.loads(shown.out)
+    assert "vcpu0: Vmbus version:5.3" in shown.err.splitlines()
+    assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in shown.err and told["timed_out"] in shown.err
+    assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
