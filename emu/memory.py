@@ -166,6 +166,11 @@ class GuestMemory:
         reserve_ram(self.fd, gpa, length)
         self._reserved[first:end] = b"\1" * (end - first)
 
+    def room(self) -> int:
+        """Bytes that the tmpfs behind RAM has free; one without a limit, or a `bytearray`, has all that RAM needs."""
+        behind = None if self.fd is None else os.fstatvfs(self.fd)
+        return behind.f_bavail * behind.f_frsize if behind is not None and behind.f_blocks else self.size
+
     def close(self) -> None:
         """End `atomics`, and the mapping if `map` made it; rings mapped from the fd live on.
 

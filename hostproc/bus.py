@@ -75,6 +75,8 @@ from hostproc.throttle import Throttle
 
 MOST_AHEAD: Final = 256 << 10
 """Bytes of guest pages that are reserved before anybody asks."""
+ROOM_AHEAD: Final = 64 << 20
+"""So much must be free for that: the last of a tmpfs belongs to who needs it."""
 _MODIFYCHANNEL: Final = int(MessageType.MODIFYCHANNEL).to_bytes(4, "little")
 _ON_MODIFY: Final = int(Point.HOST_ON_MODIFY)
 _BEFORE_ANSWER: Final = int(Point.HOST_BEFORE_ANSWER)
@@ -410,10 +412,10 @@ class Bus:
 
         A guest takes the rings of a device behind those of the one before, and waits while its pages are reserved:
         40 us for two rings of 64 KiB, next to nothing where they are there. As much again as the last run, if that was
-        no more than `MOST_AHEAD`; where there is no room for it, nothing.
+        no more than `MOST_AHEAD`; nothing where less than `ROOM_AHEAD` is free.
         """
         (gpa, length), self.likely = self.likely, (0, 0)
-        if length <= MOST_AHEAD and gpa + length <= self._memory.size:
+        if length <= MOST_AHEAD and gpa + length <= self._memory.size and self._memory.room() >= ROOM_AHEAD:
             with suppress(OutOfMemory):
                 self._memory.reserve(gpa, length)
 

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,17 @@ def test_reserved_pages_exist_and_keep_their_bytes() -> None:
     assert memory.read(0, 4) == b"kept"
     memory.close()
     os.close(fd)
+
+
+@pytest.mark.parametrize(("blocks", "room"), [(1000, 7 * PAGE_SIZE), (0, RAM_BYTES)], ids=["limited", "no-limit"])
+def test_room_is_what_the_tmpfs_has_left(fd: int, monkeypatch: pytest.MonkeyPatch, blocks: int, room: int) -> None:
+    """Free blocks of the file system behind RAM; what has no limit has all that RAM needs, as a `bytearray` does."""
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: SimpleNamespace(f_blocks=blocks, f_bavail=7, f_frsize=PAGE_SIZE))
+    memory = GuestMemory.map(fd, RAM_BYTES)
+
+    assert memory.room() == room
+    assert GuestMemory.on(bytearray(RAM_BYTES)).room() == RAM_BYTES
+    memory.close()
 
 
 def test_full_tmpfs_is_a_refusal(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from emu.wire.messages import (
     parse,
 )
 from emu.wire.versions import VERSION_COPPER, VERSION_WIN7, VERSION_WIN10_V5_3, VERSION_WS2008, version_text
-from hostproc.bus import Bus
+from hostproc.bus import ROOM_AHEAD, Bus
 from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.echo import Echo
@@ -498,13 +498,31 @@ class WatchedMemory(GuestMemory):
     def __init__(self, pages: int) -> None:
         super().__init__(None, bytearray(RAM_PAGES * PAGE_SIZE))
         self.there = pages * PAGE_SIZE
+        self.free = ROOM_AHEAD
         self.reserved: list[tuple[int, int]] = []
+
+    def room(self) -> int:
+        """Plenty, unless it is said otherwise."""
+        return self.free
 
     def reserve(self, gpa: int, length: int) -> None:
         """Note it."""
         if gpa + length > self.there:
             raise OutOfMemory(f"no pages behind {gpa:#x}")
         self.reserved.append((gpa // PAGE_SIZE, length // PAGE_SIZE))
+
+
+def test_the_last_of_a_tmpfs_is_not_reserved_ahead() -> None:
+    """Where less than 64 MiB are free, pages are reserved when somebody asks."""
+    memory = WatchedMemory(RAM_PAGES)
+    memory.free -= 1
+    guest = Guest(memory=memory)
+    guest.boot()
+    guest.post(*gpadl_messages(1, RING, range(100, 108)))
+
+    guest.bus.reserve_ahead()
+
+    assert memory.reserved == [(100, 8)]
 
 
 @pytest.mark.parametrize(
