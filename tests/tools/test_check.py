@@ -187,7 +187,7 @@ def circle_of_mutexes(edited: Edited) -> None:
     wait, at = edited.where("wait"), taken + 1
     edited.insert(at, wait, what=WaitedFor.MUTEX, object=mutex)
     edited.records[at] = replace(edited.records[at], actor=other)
-    edited.insert(at, wait, what=WaitedFor.MUTEX, object=0xABC0)
+    edited.insert(at, at, what=WaitedFor.MUTEX, object=0xABC0)  # like the one that is there now
     edited.records[at] = replace(edited.records[at], actor=one)
     edited.insert(at, taken, lock=0xABC0)
     edited.records[at] = replace(edited.records[at], actor=other)
