@@ -259,21 +259,6 @@ class Atomic32(Part[AtomicU32]):
     def __init__(self, lock: str = "atomic") -> None:
         super().__init__(lambda ram, gpa, name: ram.atomics.cell_u32(gpa), 4, lock, 4)
 
-    def accessor(self) -> property:
-        """As any part's; but it has no name to be made for reports, and no variant."""
-        offset = self.offset
-
-        def get(record: Record) -> AtomicU32:
-            if record.words[0] != record.generation:
-                raise record.stale()
-            try:
-                word: AtomicU32 = record._parts[offset]
-            except KeyError:
-                word = record._parts[offset] = record.table.ram.atomics.cell_u32(record.gpa + offset)
-            return word
-
-        return property(get, doc=self.lock)
-
 
 class Atomic64(Part[AtomicU64]):
     """A 64-bit word that is changed by atomic operations only."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from emu.ipc.segments import unlink_objects
+from emu.machine import Machine
 from emu.recording import Recording, TraceRecord
 from emu.scenario import Scenario, parse_device
 from tools.draining import recording
@@ -63,3 +68,16 @@ class Edited:
     def wait(self, index: int, nanoseconds: int) -> None:
         """Everything from `index` on happens so much later."""
         self.records[index:] = [replace(one, t_ns=one.t_ns + nanoseconds) for one in self.records[index:]]
+
+
+@contextmanager
+def recording_machine() -> Iterator[Machine]:
+    """A machine that records, without processes."""
+    name = f"t-records{os.getpid()}"
+    made = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
+    try:
+        made.control.set_recording()
+        yield made
+    finally:
+        unlink_objects(name)
+        made.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -11,10 +10,10 @@ import pytest
 
 from emu.control import ActorKind
 from emu.errors import UserError
-from emu.ipc.segments import unlink_objects
 from emu.machine import Machine
 from emu.recording import Recording, RecordingWriter
 from emu.tracing import CAPACITY, E_EOM, WRITTEN_AT_ONCE, Recorder
+from tests.tools.recorded import recording_machine
 from tools.draining import LEAST_TURN_S, TURN_S, Drainer, drain, next_turn_s
 from tools.testing import wait_for
 
@@ -22,14 +21,8 @@ from tools.testing import wait_for
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     """A machine that records."""
-    name = f"drain{os.getpid()}"
-    made = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
-    try:
-        made.control.set_recording()
+    with recording_machine() as made:
         yield made
-    finally:
-        unlink_objects(name)
-        made.close()
 
 
 @pytest.fixture

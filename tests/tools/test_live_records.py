@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from emu.control import ActorKind
-from emu.ipc.segments import unlink_objects
 from emu.machine import Machine
 from emu.tracing import E_OFFER, E_PROBE, Context, Drain
+from tests.tools.recorded import recording_machine
 from tools.live_records import LiveRecords
 
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    """A machine that records, without processes."""
-    name = f"t-live{os.getpid()}"
-    made = Machine.create(name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
-    try:
-        made.control.set_recording()
+    """A machine that records."""
+    with recording_machine() as made:
         yield made
-    finally:
-        unlink_objects(name)
-        made.close()
 
 
 def test_an_effect_is_not_given_without_its_cause(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
