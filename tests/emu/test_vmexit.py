@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -39,7 +40,7 @@ from emu.layout import (
     vps_bytes,
 )
 from emu.machine import Machine
-from emu.vmexit import ExitClient, ExitRequest, ExitServer, HostBell, InvalidOpcode
+from emu.vmexit import KEEP_NS, ExitClient, ExitRequest, ExitServer, HostBell, InvalidOpcode
 from tests.emu.conftest import MakeMachine
 from tests.interleaving import Actor, Check, SteppedWakeup, Turns, explore, stepped_view
 from tests.processes import Crowd, Forked
@@ -70,7 +71,9 @@ class FakeSemaphore:
 class Exits:
     """Client of one VP and server of `vp_count`, on bytearrays; `serve_when_asked` answers while it polls."""
 
-    def __init__(self, vp_count: int = 1, position: int = 0, *, deadline_ns: int = 5 * 10**9) -> None:
+    def __init__(
+        self, vp_count: int = 1, position: int = 0, *, deadline_ns: int = 5 * 10**9, poll_ns: int = -1
+    ) -> None:
         buffer = bytearray(vps_bytes(vp_count))
         self.memory = memoryview(buffer)
         self.vps = AtomicView(buffer)
@@ -93,7 +96,7 @@ class Exits:
             HostBell(self.doorbells, cast(Wakeup, self.host)),
             lambda slot: cast(Wakeup, self.semaphores[position][slot]),
             claimer=0x1234,
-            poll_ns=-1,
+            poll_ns=poll_ns,
             stopping=lambda: self.stopping,
             deadline_ns=deadline_ns,
         )
@@ -589,3 +592,28 @@ def test_killed_host_is_noticed_by_the_deadline(make_machine: MakeMachine) -> No
         killer.join()
 
     assert first == (0, 0)
+
+
+def test_a_host_that_waits_for_this_core_is_let_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exit keeps its core 20 us; behind one whose answer came with a long yield, the next yields at once."""
+    pair, moment = Exits(poll_ns=1_000_000), SimpleNamespace(now=0, took=0, yielded=0)
+
+    def tick() -> int:
+        moment.now += 1_000
+        return int(moment.now)
+
+    def give_away() -> None:
+        moment.yielded = moment.now
+        moment.now += moment.took
+        for request in pair.server.take():
+            pair.server.answer(request)
+
+    monkeypatch.setattr("emu.vmexit.time.monotonic_ns", tick)
+    monkeypatch.setattr("emu.vmexit.os.sched_yield", give_away)
+    kept = []
+    for took in (30_000, 30_000, 1_000, 1_000):
+        moment.took, began = took, moment.now
+        pair.client.exit(WRMSR)
+        kept.append(moment.yielded - began >= KEEP_NS)
+
+    assert kept == [True, False, False, True]
