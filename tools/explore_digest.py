@@ -24,8 +24,8 @@ from tools.guest_world import World
 NAMES: Final = frozenset(
     {
         # times, serials, places in a sequence
-        "since_ns", "subject", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued", "finished",
-        "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle",
+        "since_ns", "until_ns", "subject", "entered_ns", "queued_ns", "serial", "offer_serial", "sequence", "queued",
+        "finished", "running", "flush_target", "uevent_seqnum", "isr_sequence", "next_gpadl_handle",
         # counters
         "interrupts", "irq_hv_callback_count", "sig_events", "intr_in_full", "intr_out_empty",
         # links of lists, whose order is in the digest by itself

@@ -7,11 +7,12 @@ that is a finding (`tools.invariants_settled`), not a reason to wait.
 One look is a list of reasons why not. It is valid if no actor did a step meanwhile, so it is taken between two
 looks at the count of all steps: records in the trace rings, and what actors publish before they block. A wait for it
 looks again and again, with `sched_yield` in between, until its deadline; then it says who still runs. Whoever is dead
-is named at once. Waits of the guest that end by a deadline of their own are no reason: that is minutes away.
+is named at once. Waits of the guest that will end by a deadline of their own are no reason: that is minutes away.
 
 Whether a worker is inside its semaphore it says itself in a machine that runs schedules (`emu.blocked`);
 elsewhere one that has announced that it sleeps is taken for asleep, so that a settled machine of that kind is
-almost certainly so, and no more.
+almost certainly so, and no more. One whose wait is over by machine time is about to run, wherever it sleeps:
+an `advance` wakes everybody, but a thread needs a core to notice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from emu.tracing import recorded_so_far
 from guestproc.kernel.layout import KernelTables
 from guestproc.user_threads import SHELLS
 from tools.live_view import LiveView
-from tools.waits import Wait, waits, woken
+from tools.waits import Wait, over, waits, woken
 
 Parked = Callable[[], Collection[int]]
 """Slots (in the process table) of the actors that stand still because somebody holds them."""
@@ -137,9 +138,12 @@ class SettleTest:
         tables = self.view.tables
         waiting = {} if tables is None else waits(tables)
         about_to_run = set() if tables is None else woken(tables)
+        out_of_time = set() if tables is None else over(tables, self._machine.clock.now())
         for row in rows:
             if row.number in about_to_run:
                 yield f"{row.name} was woken"
+            elif row.number in out_of_time:
+                yield f"{row.name} has not noticed yet that its wait is over"
             elif row.kind == ActorKind.VCPU:
                 yield from self._processor(row)
             elif row.kind == ActorKind.WORKER:

@@ -146,6 +146,15 @@ def woken(tables: KernelTables) -> set[int]:
     return {waiter.actor for waiter in tables.waiters.live() if waiter.state.load() == WaiterState.WOKEN}
 
 
+def over(tables: KernelTables, now_ns: int) -> set[int]:
+    """Numbers of the actors whose wait is over by its own deadline (machine time) and who have not gone on yet."""
+    return {
+        waiter.actor
+        for waiter in tables.waiters.live()
+        if waiter.state.load() == WaiterState.WAITING and 0 < waiter.until_ns <= now_ns
+    }
+
+
 def _in_driver_state(tables: KernelTables, waiter: Waiter) -> WaitObject | None:
     """A word of a driver's own state whose chain this waiter is in: a mutex there has its owner above."""
     first = field_of(Device, "driver_state").offset

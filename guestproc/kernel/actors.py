@@ -46,6 +46,7 @@ class Waiter(Record):
     next = Word(4, "written before the record is announced (index + 1 of the waiter before it)")
     since_ns = Word(8, "written before the record is announced")
     subject = Word(8, "written before the record is announced: GPA of the record that must change, 0: not said")
+    until_ns = Word(8, "written by its actor before it blocks: machine time at which it looks again by itself")
 
     def sleeper(self) -> int:
         """Whose it is, for a report: reads without the check, for it may be given back meanwhile."""

@@ -97,6 +97,9 @@ def sleepers(table: Table[Waiter], newest: int) -> list[int]:
 def sleep(actor: Actor, waiter: Waiter, deadline_ns: int) -> bool:
     """Block until `waiter` is woken (True) or the deadline passed or the machine stops (False)."""
     state = waiter.state
+    # For who asks whether anything will still happen: a sleeper whose time is over has not settled, however late it
+    # comes to notice (races.md E2 was let go too early that way).
+    waiter.until_ns = deadline_ns
     while state.load() == WAITING:
         if not actor.block(deadline_ns) or actor.stopping():
             return state.load() != WAITING

@@ -128,6 +128,26 @@ def test_woken_sleeper_will_run(world: World) -> None:
     waiter.state.store(WaiterState.WAITING)
 
 
+def test_sleeper_whose_wait_is_over_will_run(world: World) -> None:
+    """Machine time that is past a waiter's deadline wakes it, however late it gets a core to notice; nobody held."""
+    tables = world.tables
+    world.host.hold(MessageType.OPENCHANNEL)
+    world.host.device(10)
+    world.settle()
+    publish(world)
+    sleeper = next(number for number, wait in waits(tables).items() if not wait.idle)
+    waiter = next(one for one in tables.waiters.live() if one.actor == sleeper)
+    assert look(world).settled
+    assert waiter.until_ns > world.clock.time_ns
+
+    world.clock.time_ns = waiter.until_ns
+
+    name = next(row.name for row in world.machine.control.rows() if row.number == sleeper)
+    assert f"{name} has not noticed yet that its wait is over" in look(world).moving
+    row = world.machine.control.row(slot_named(world, name))
+    assert not any(name in text for text in look(world, row.slot).moving)
+
+
 def test_host_that_runs_or_is_rung_for(world: World) -> None:
     """Its run state, the summary of its doorbells, its next timer."""
     doorbells = world.machine.doorbells.view
