@@ -90,7 +90,6 @@ def _listen(session: EchoSession, row: TaskRow, stamps: list[int], samples: arra
     began = 0
     while True:
         wait(session)
-        session.check()
         for packet in session.take():
             left, rang = _CALL.unpack(packet[3])
             if began and rang:
@@ -114,6 +113,7 @@ def _at_safe_points(session: EchoSession) -> None:
         safe_point()
         if inbox:
             return
+    session.check()
 
 
 def _computing(session: EchoSession) -> None:
@@ -127,6 +127,8 @@ def _computing(session: EchoSession) -> None:
             total += number
 
     session.vcpu.compute(compute)
+    if not inbox:
+        session.check()
 
 
 _WAITS: Final[dict[Listening, Callable[[EchoSession], None]]] = {

@@ -72,7 +72,16 @@ class Caller(Backend):
 
     def _serve(self, channel: HostChannel) -> TaskBody:
         while True:
-            for packet in channel.take():
+            # Invitation and answers come one by one.
+            packet = channel.take_lone()
+            if packet is None:
+                packets = channel.take()
+                if not packets:
+                    yield from channel.wait_for_packets()
+                    continue
+            else:
+                packets = [packet]
+            for packet in packets:
                 payload = packet[3]
                 if len(payload) == INVITATION.size:
                     if channel in Caller.party.channels:
@@ -80,7 +89,7 @@ class Caller(Backend):
                     Caller.party.invited(channel, *INVITATION.unpack(payload))
                 else:
                     Caller.party.answered()
-            yield from channel.wait_for_packets()
+            yield from channel.rest()
 
     def close(self, channel: HostChannel) -> bool:
         """Nobody is called any more."""

@@ -363,6 +363,16 @@ def test_adaptive_polling_grows_and_shrinks() -> None:
     assert POLL_START_NS == 10_000
 
 
+@pytest.mark.parametrize(("block_ns", "window_ns"), [(200_001, 10_000), (300_000, 10_000), (300_001, 0)])
+def test_block_a_little_longer_than_the_longest_poll_grows_it(block_ns: int, window_ns: int) -> None:
+    """A block has wake-ups in it that polling would save: up to one and a half longest polls it is worth a try."""
+    policy = PollPolicy("adaptive")
+
+    policy.blocked_for(block_ns)
+
+    assert policy.window_ns == window_ns
+
+
 def test_adaptive_polling_takes_its_time_when_an_answer_is_due() -> None:
     """Whoever waits for an answer polls for the whole maximum, whatever the past says; a fixed time stays."""
     due = [True]
