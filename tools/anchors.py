@@ -81,6 +81,14 @@ class Anchor:
             reason=reason,
         )
 
+    @property
+    def below_floor(self) -> bool:
+        """Whether it has a floor, can be judged, and is worse than that."""
+        judged = self.value if self.against is None else self.ratio
+        if judged is None or self.floor is None:
+            return False
+        return judged < self.floor if self.better == "higher" else judged > self.floor
+
     def as_json(self) -> dict[str, Any]:
         """The entry of `results` in `bench --json`."""
         return {
