@@ -23,9 +23,8 @@ from emu.control import ActorKind
 from emu.machine import Machine
 from emu.task_board import TaskBoard, TaskRow
 from emu.tracing import Context as TraceContext
-from emu.vmexit import ExitClient, HostBell
 from guestproc.kernel.actors import Context
-from guestproc.vcpu import Report, Vcpu, raise_if_stopping, recorded_exit
+from guestproc.vcpu import Report, Vcpu, exit_client, exit_of, raise_if_stopping
 
 if TYPE_CHECKING:
     from greenlet import greenlet
@@ -106,17 +105,7 @@ class GuestTask:
         self._stack: greenlet | None = None
         self.until_ns = NEVER
         """Machine time at which its pause ends by itself."""
-        self.exits = ExitClient(
-            machine.vps.view,
-            machine.vps_memory,
-            machine.doorbells.view,
-            vcpu.position,
-            HostBell(machine.doorbells.view, machine.wakeup("host")),
-            machine.exit_wakeups(vcpu.position),
-            claimer=self.row.number,
-            stopping=vcpu.stopping,
-            deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
-        )
+        self.exits = exit_client(machine, vcpu.position, self.row.number, vcpu.stopping)
         self.now: Final = vcpu.now
         self.yield_processor: Final = vcpu.yield_processor
         self.is_dead: Final = vcpu.is_dead
@@ -183,14 +172,7 @@ class GuestTask:
 
     def exit(self, operation: int, a0: int = 0, a1: int = 0, a2: int = 0) -> tuple[int, int]:
         """A VM exit of this task's: one instruction to the guest, so with interrupts off."""
-        flags = self.irq_save()
-        try:
-            self.counters.exits += 1
-            if self.trace:
-                return recorded_exit(self.trace, self.exits, operation, a0, a1, a2)
-            return self.exits.exit(operation, a0, a1, a2)
-        finally:
-            self.irq_restore(flags)
+        return exit_of(self, operation, a0, a1, a2)
 
 
 class RunQueue:

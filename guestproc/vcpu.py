@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Callable, Sized
 from functools import partial
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from emu.blocked import told
-from emu.control import ActorKind
+from emu.control import ActorKind, Counters
 from emu.errors import MachineStopping
 from emu.interrupt_trace import halt_of, requester_of
 from emu.interrupts import (
@@ -53,11 +53,33 @@ LOOK_AGAIN_S: Final = 2.0
 
 _IN_ISR_CONTEXT: Final = int(TraceContext.ISR)
 _TASKLET_CONTEXT: Final = int(TraceContext.TASKLET)
+PATIENT_TIMEOUT_NS: Final = 3_600_000_000_000
+"""Where a process is started by hand, or stands in a debugger."""
 
 HELD_NS: Final = 1_000_000_000
 """A turn of waiting at a sync point, whose end the director's interrupt tells."""
 
 Report = Callable[..., None]
+
+
+def exit_client(machine: Machine, position: int, claimer: int, stopping: Callable[[], bool]) -> ExitClient:
+    """VM exits of the actor `claimer` on a VP page, under the machine's deadline.
+
+    Where a process is started by hand the host may be the one that is still to come, or stand in a debugger.
+    """
+    config = machine.config
+    deadline_ns = int(config["machine"]["exit_deadline_s"] * 1e9)
+    return ExitClient(
+        machine.vps.view,
+        machine.vps_memory,
+        machine.doorbells.view,
+        position,
+        HostBell(machine.doorbells.view, machine.wakeup("host")),
+        machine.exit_wakeups(position),
+        claimer=claimer,
+        stopping=stopping,
+        deadline_ns=PATIENT_TIMEOUT_NS if config.get("by_hand") else deadline_ns,
+    )
 
 
 class Peers:
@@ -155,17 +177,7 @@ class Vcpu:
             longest_s=LONG_WATCHDOG_S,
         )
         self.now = machine.clock.now
-        self.exits = ExitClient(
-            vps,
-            machine.vps_memory,
-            machine.doorbells.view,
-            self.position,
-            HostBell(machine.doorbells.view, machine.wakeup("host")),
-            machine.exit_wakeups(self.position),
-            claimer=self.row.number,
-            stopping=self.stopping,
-            deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
-        )
+        self.exits = exit_client(machine, self.position, self.row.number, self.stopping)
         signal.signal(KICK_SIGNAL, self._on_kick)
 
     # -- interrupts ---------------------------------------------------------------------------------
@@ -432,14 +444,36 @@ class Vcpu:
 
     def exit(self, operation: int, a0: int = 0, a1: int = 0, a2: int = 0) -> tuple[int, int]:
         """A VM exit: one instruction to the guest, so with interrupts off."""
-        flags = self.irq_save()
-        try:
-            self.counters.exits += 1
-            if self.trace:
-                return recorded_exit(self.trace, self.exits, operation, a0, a1, a2)
-            return self.exits.exit(operation, a0, a1, a2)
-        finally:
-            self.irq_restore(flags)
+        return exit_of(self, operation, a0, a1, a2)
+
+
+class Exiting(Protocol):
+    """A thread of a processor's, as its exits need it."""
+
+    @property
+    def exits(self) -> ExitClient: ...
+
+    @property
+    def counters(self) -> Counters: ...
+
+    @property
+    def trace(self) -> Recorder | None: ...
+
+    def irq_save(self) -> int: ...
+
+    def irq_restore(self, flags: int) -> None: ...
+
+
+def exit_of(thread: Exiting, operation: int, a0: int, a1: int, a2: int) -> tuple[int, int]:
+    """A VM exit of a processor's thread, with interrupts off meanwhile; raises as `ExitClient.exit`."""
+    flags = thread.irq_save()
+    try:
+        thread.counters.exits += 1
+        if thread.trace:
+            return recorded_exit(thread.trace, thread.exits, operation, a0, a1, a2)
+        return thread.exits.exit(operation, a0, a1, a2)
+    finally:
+        thread.irq_restore(flags)
 
 
 class WorkerThread:
@@ -465,17 +499,7 @@ class WorkerThread:
         self._sleep = told(machine.control, self.row.slot, sleep) if machine.races else sleep
         self.now = machine.clock.now
         self.wake = self.peers.wake
-        self.exits = ExitClient(
-            machine.vps.view,
-            machine.vps_memory,
-            machine.doorbells.view,
-            position,
-            HostBell(machine.doorbells.view, machine.wakeup("host")),
-            machine.exit_wakeups(position),
-            claimer=self.row.number,
-            stopping=self.stopping,
-            deadline_ns=int(machine.config["machine"]["exit_deadline_s"] * 1e9),
-        )
+        self.exits = exit_client(machine, position, self.row.number, self.stopping)
 
     def stop_at_turns(self, armed: Armed, reach: Callable[[int], None]) -> None:
         """In a machine that runs schedules: each sleep ends at a sync point, so that who was woken can be held."""

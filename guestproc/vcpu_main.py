@@ -33,7 +33,7 @@ from guestproc.protocol.era import ERAS
 from guestproc.run_queue import Body, GuestTask, RunQueue, SharedVcpu
 from guestproc.tasks import CALLERS, run_task
 from guestproc.user import end_user_space
-from guestproc.vcpu import CALL_FUNCTION_VECTOR, Vcpu, raise_if_stopping
+from guestproc.vcpu import CALL_FUNCTION_VECTOR, PATIENT_TIMEOUT_NS, Vcpu, raise_if_stopping
 from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
 from guestproc.vmbus.cpu_hotplug import cpuhp_thread_fun, hv_synic_online
@@ -44,8 +44,6 @@ from guestproc.vmbus.vector import Gate
 IDLE_NS: Final = 10 * SECOND_NS
 """An idle processor is woken by whoever wants something of it; a round of its own is a watchdog's."""
 CPUS_TIMEOUT_NS: Final = 30 * SECOND_NS
-PATIENT_TIMEOUT_NS: Final = 3_600 * SECOND_NS
-"""Where a process is started by hand, under a debugger."""
 BOOT_CPU: Final = 0
 EXIT_BOOT_FAILED: Final = 4
 

@@ -370,6 +370,47 @@ def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
     assert by_hand.returncode == 0
 
 
+def test_hypervisor_started_by_hand_may_take_its_time(tmp_path: Path) -> None:
+    """The boot CPU's first exit waits for a host that is still to come, for longer than the deadline of an exit."""
+    scenario = tmp_path / "hasty.toml"
+    # Less than it takes to start a Python process that imports the host.
+    scenario.write_text("[machine]\nexit_deadline_s = 0.1\n")
+    words = ("run", str(scenario), "--name", "t-late", "--without", "hypervisor", "--duration", "0", "--json")
+    with ended(start(tmp_path, *words)) as process:
+        wait_for(lambda: "vcpu0" in _enlisted("t-late"), "the boot CPU to come")
+        by_hand = subprocess.Popen(
+            [sys.executable, "-m", "hostproc", "--machine", "t-late"],
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        output, errors = process.communicate(timeout=60)
+        by_hand.communicate(timeout=30)
+
+    assert process.returncode == 0, errors
+    assert "python -m hostproc --machine t-late" in errors
+    assert report(output)["channels_open"] == 8
+    assert by_hand.returncode == 0
+    assert_gone("t-late")
+
+
+def _enlisted(name: str) -> set[str]:
+    """Who is in the process table of a machine, if there is one yet."""
+    from emu.control import Control
+    from emu.errors import UserError
+    from emu.ipc.segments import object_name
+
+    try:
+        control = Control.attach(object_name(name, "control"))
+    except UserError:
+        return set()
+    try:
+        return {row.name for row in control.rows()}
+    finally:
+        control.close()
+
+
 def _formatted(name: str) -> bool:
     from emu.control import Control
     from emu.ipc.segments import object_name
