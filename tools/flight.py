@@ -7,6 +7,7 @@ recording costs and nothing more; no file is written until there is something to
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import DeadlinePassed, UserError
+from emu.ipc.segments import SHM
 from emu.machine import Machine
 from emu.recording import RecordingWriter
 from tools.launch import RunningMachine
@@ -22,6 +24,24 @@ from tools.paths import made, state_dir
 
 KEPT: Final = 10
 DEFAULT_S: Final = 10.0
+LEAST_FREE: Final = 256 << 20
+"""Bytes of shared memory that must be free for a flight that nobody asked for: rings take up to 1 MB an actor."""
+
+
+def usual_s(recording: bool) -> float:
+    """How long a flight is where nobody said: none beside a recording, nor where shared memory is scarce."""
+    if recording or free_shared_memory() < LEAST_FREE:
+        return 0.0
+    return DEFAULT_S
+
+
+def free_shared_memory() -> int:
+    """Bytes that are free where machines have their memory; 0 where there is none."""
+    try:
+        space = os.statvfs(SHM)
+    except OSError:
+        return 0
+    return space.f_bavail * space.f_frsize
 
 
 def save_flight(machine: Machine, seconds: float, reason: str) -> Path | None:

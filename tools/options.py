@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,8 @@ from tools.machines import MACHINE_VARIABLE, FromVariable
 from tools.named_files import check_writable
 
 F = TypeVar("F", bound=Callable[..., Any])
+FLIGHT_VARIABLE: Final = "VMBUS_EMU_FLIGHT"
+"""Environment variable that stands for `--flight` where that is not said."""
 
 
 def relid_of(_context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -93,15 +95,17 @@ def record_option(function: F) -> F:
     )(function)
 
 
-def flight_option(default: float) -> Callable[[F], F]:
-    """`--flight SECONDS` (parameter `flight_s`, 0: off)."""
+def flight_option(default: float | None, shown: str | bool = True) -> Callable[[F], F]:
+    """`--flight SECONDS` (parameter `flight_s`, 0: off; None: nobody said anything, see `tools.flight.usual_s`)."""
     return click.option(
         "--flight",
         "flight_s",
         metavar="SECONDS",
         type=Seconds(0, 3600),
         default=default,
-        show_default=True,
+        envvar=FLIGHT_VARIABLE,
+        show_envvar=True,
+        show_default=shown,
         help="Record into the processes' rings; save the last seconds when something goes wrong. 0: off.",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
 from tools.machines import chosen_machine, find_machines
 from tools.named_files import check_writable, write_text
-from tools.options import Seconds, json_option, machine_option
+from tools.options import FLIGHT_VARIABLE, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of
 from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
@@ -128,7 +129,11 @@ class _Command:
 
     def __init__(self, command: tuple[str, ...]) -> None:
         # What it prints is talk here: stdout is for the profile.
-        self.process = subprocess.Popen([sys.executable, "-m", "tools.entry", *command], stdout=sys.stderr)
+        # What is to be measured does not record, unless the command says so.
+        environment = {FLIGHT_VARIABLE: "0", **os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.entry", *command], stdout=sys.stderr, env=environment
+        )
 
     def machines(self) -> list[str]:
         """Names of its machines at the moment."""

@@ -8,6 +8,7 @@ import click
 
 from emu.scenario import parse_device
 from tools.detach import run_detached
+from tools.flight import usual_s
 from tools.guest_versions import check_versions
 from tools.options import (
     Seconds,
@@ -45,7 +46,7 @@ from tools.run_machine import Options, run_here
     help="With --no-guest: seconds to wait for a guest; status 124 behind them.",
 )
 @record_option
-@flight_option(0)
+@flight_option(None, "10; 0 with --record, or where little shared memory is free")
 @click.option("--record-bytes", is_flag=True, help="With --record: the bytes of messages and rings, too (for pcapng).")
 @click.option(
     "--without",
@@ -69,7 +70,7 @@ def run(
     no_guest: bool,
     guest_timeout_s: float,
     record_path: Path | None,
-    flight_s: float,
+    flight_s: float | None,
     record_bytes: bool,
     without: tuple[str, ...],
     name: str | None,
@@ -99,7 +100,7 @@ def run(
         no_guest,
         guest_timeout_s,
         record_path,
-        flight_s,
+        usual_s(record_path is not None) if flight_s is None else flight_s,
         record_bytes,
         frozenset(without),
         seed,

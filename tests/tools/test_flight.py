@@ -7,14 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from emu.errors import DeadlinePassed
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
+from tools import flight as module
+from tools import run as run_module
 from tools.crash import crash_recorded
-from tools.flight import save_flight, saved_if_it_hangs
+from tools.flight import LEAST_FREE, save_flight, saved_if_it_hangs, usual_s
 from tools.invariants import missing_of
 from tools.launch import MachineDied, launch
+from tools.options import FLIGHT_VARIABLE
+from tools.run_machine import Options
 
 
 @pytest.fixture
@@ -85,3 +90,47 @@ def test_hang_is_saved_from_before_its_wait(state: Path) -> None:
     with Recording(path) as flight:
         assert flight.flight == "hang: the host to answer: no answer within 3.6e+03 s"
         assert flight.counts()["vmbus_onoffer"] == 1
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "recording", "seconds"),
+    [(LEAST_FREE, False, 10.0), (LEAST_FREE, True, 0.0), (LEAST_FREE - 1, False, 0.0), (0, False, 0.0)],
+)
+def test_flight_that_nobody_asked_for_takes_no_memory_that_is_scarce(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, recording: bool, seconds: float
+) -> None:
+    """Ten seconds, but not beside a recording, which has them, nor where its rings could make a run fail."""
+    monkeypatch.setattr(module, "free_shared_memory", lambda: free_bytes)
+
+    assert usual_s(recording) == seconds
+
+
+def test_shared_memory_that_is_missing_has_nothing_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No mount, no flight; whoever makes the machine then says what is missing."""
+    assert module.free_shared_memory() > 0
+
+    monkeypatch.setattr(module, "SHM", tmp_path / "nowhere")
+
+    assert module.free_shared_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "seconds"),
+    [([], None, 7.0), (["--flight", "0"], None, 0.0), (["--flight", "3"], "0", 3.0), ([], "0", 0.0)],
+)
+def test_run_flies_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], variable: str | None, seconds: float
+) -> None:
+    """A run keeps its last seconds by itself; the option says how many, the variable where that is silent."""
+    asked: list[Options] = []
+    monkeypatch.setattr(run_module, "usual_s", lambda _recording: 7.0)
+
+    def note(options: Options) -> int:
+        asked.append(options)
+        return 0
+
+    monkeypatch.setattr(run_module, "run_here", note)
+
+    done = CliRunner().invoke(run_module.run, words, env={FLIGHT_VARIABLE: variable}, standalone_mode=False)
+
+    assert (done.exception, [one.flight_s for one in asked]) == (None, [seconds])
