@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -17,6 +20,9 @@ from tools.output import print_json, say
 from tools.paths import made, state_dir
 from tools.run_machine import Options, run_here
 
+KEPT: Final = 10
+"""Logs of launchers that ended badly, or were killed."""
+
 
 def run_detached(options: Options) -> int:
     """Fork the launcher into a session of its own and wait for its word, or for its end.
@@ -26,6 +32,7 @@ def run_detached(options: Options) -> int:
     raise_noted()
     reader, writer = os.pipe()
     log = made(state_dir()) / f"detached-{os.getpid()}.log"
+    _drop_old_logs()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
@@ -53,12 +60,25 @@ def run_detached(options: Options) -> int:
     return ExitStatus.FINE
 
 
+def _drop_old_logs() -> None:
+    """All but the newest ten; the log of a launcher that lives is locked by it, and stays."""
+    logs: list[tuple[float, Path]] = []
+    for path in state_dir().glob("detached-*.log"):
+        with contextlib.suppress(OSError):  # another one that drops them was quicker
+            logs.append((path.stat().st_mtime, path))
+    for _written, path in sorted(logs)[:-KEPT]:
+        with contextlib.suppress(OSError), path.open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def _become_launcher(options: Options, writer: int, log: Path) -> None:
     """In the child: no terminal, output to the log, run, leave."""
     status = int(ExitStatus.FAILED)
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    fcntl.flock(out, fcntl.LOCK_EX)
     os.dup2(null, 0)
     os.dup2(out, 1)
     os.dup2(out, 2)

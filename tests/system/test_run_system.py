@@ -347,6 +347,29 @@ def test_detached_machine_is_listed_and_stopped(tmp_path: Path) -> None:
     assert_gone("t-detach")
 
 
+def test_logs_of_detached_launchers_are_kept_up_to_ten(tmp_path: Path) -> None:
+    """The newest of those that ended badly; that of a launcher that lives stays however old it is, and ends with it."""
+    state = tmp_path / "state" / "vmbus-emu"
+    done = call(tmp_path, "run", "--name", "t-old", "--detach", "--device", "echo:1")
+    assert done.returncode == 0, done.stderr
+    try:
+        (living,) = state.glob("detached-*.log")
+        os.utime(living, (1, 1))
+        for number in range(12):
+            log = state / f"detached-0{number}.log"
+            log.write_text("it died\n")
+            os.utime(log, (1_000 + number, 1_000 + number))
+        refused = call(tmp_path, "run", "--name", "t-old", "--detach")
+        assert refused.returncode == 2
+        left = {path.name for path in state.glob("detached-*.log")}
+    finally:
+        stopped = call(tmp_path, "stop", "--machine", "t-old")
+
+    assert stopped.returncode == 0, stopped.stderr
+    assert left == {living.name, *(f"detached-0{number}.log" for number in range(2, 12))}
+    assert not living.exists()
+
+
 def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
     """A machine without one of its processors waits for it; started by hand, it comes online and takes channels."""
     with ended(
