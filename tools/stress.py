@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import click
 
-from emu.errors import UserError
+from emu.errors import MissingPrerequisite, UserError
 from emu.mirror import Mirror
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
@@ -223,6 +223,7 @@ def stress(
     check_versions(scenario)
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     report: dict[str, Any] | None = None
+    ran = True
     try:
         with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
             raise_noted()
@@ -239,8 +240,11 @@ def stress(
             report["again"] = again
             if record_path is not None:
                 report |= _checked(record_path)
+    except (UserError, MissingPrerequisite):
+        ran = False  # so there is nothing to do again: what is wrong is one line
+        raise
     finally:
-        if report is None:
+        if report is None and ran:
             click.echo(f"ended early; the same again: --seed {chosen}", err=True)
     if interruption.status is not None or report is None:
         if as_json:

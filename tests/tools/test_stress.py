@@ -44,6 +44,14 @@ def test_help_says_what_the_mix_may_hold(run_cli: RunCli) -> None:
     assert "or none." in shown
 
 
+def test_what_cannot_begin_is_one_line(run_cli: RunCli) -> None:
+    """A file that no recording can be written into is found at the launch; there is nothing to do again then."""
+    done = run_cli("stress", "--duration", "1", "--record", "/proc/x")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "/proc/x" in done.stderr
+
+
 def test_what_two_cpus_sent_is_compared_with_what_the_owner_got() -> None:
     """Senders are counted apart, so that one's surplus does not hide the other's loss."""
     owner, other = report(0, lane(5, 10, {0: 10, 1: 7})), report(1, lane(5, 7, {}))
