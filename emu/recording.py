@@ -117,7 +117,7 @@ class RecordingWriter:
         self._left_out = 0
         self._tee = tee
         self._control = machine.control
-        self._drain = Drain(machine.trace)
+        self._drain = Drain(machine.trace, tells=True)
         self._known: set[int] = set()
         try:
             self._file: IO[bytes] = path.open("wb")

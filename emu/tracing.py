@@ -32,6 +32,9 @@ _WORDS: Final = Struct("<5Q")
 CAPACITY: Final = 16_384
 """Records of one actor's ring, 1 MiB: a stream makes 400,000 a second, and a drain may come 40 ms late."""
 _HEADS: Final = 4_096
+"""A row of 64 bytes for each actor: how many records it has written (u64, its own)."""
+_DRAINED: Final = _HEADS + 8
+"""How many of them were drained (u64, the drain's)."""
 _RINGS: Final = _HEADS + ACTORS * 64
 TRACE_HEAD_BYTES: Final = _RINGS
 """What every reader touches: the heads of all rings. The rings get their memory from their writers."""
@@ -491,7 +494,18 @@ class Recorder:
     `waited_for` and calls `room(index, freed bytes)` if that is not 0.
     """
 
-    __slots__ = ("bind", "bind_first", "bind_pair", "bind_publish", "bind_release", "context", "record", "vp")
+    __slots__ = (
+        "_drained",
+        "_written",
+        "bind",
+        "bind_first",
+        "bind_pair",
+        "bind_publish",
+        "bind_release",
+        "context",
+        "record",
+        "vp",
+    )
 
     now_ns = staticmethod(time.monotonic_ns)
     """The time that records have, for `bind_pair`."""
@@ -514,12 +528,18 @@ class Recorder:
             raise MissingPrerequisite(f"no room for {size} bytes of recording: {error.strerror}") from None
         self.vp = vp
         self.context = int(context)
+        self._written = segment.view.cell_u64(_HEADS + slot * 64).load
+        self._drained = segment.view.cell_u64(_DRAINED + slot * 64).load
         self.record, self.bind, self.bind_first, self.bind_pair, self.bind_publish, self.bind_release = _functions(
             self, segment, slot
         )
 
     def keep(self, data: bytes) -> None:
         """Keep the bytes that the record before this one is about: not here, only where that was asked for."""
+
+    def behind(self) -> int:
+        """How many of its records nobody has drained yet; where nobody drains, all of them."""
+        return self._written() - self._drained()
 
     def start(self, pid: int, kind: int, cpu: int, name: str) -> None:
         """Say who records here: the first record of an actor."""
@@ -711,9 +731,11 @@ def recorded_so_far(segment: Segment) -> int:
 class Drain:
     """Copies what actors recorded since the last look, oldest first; counts what was overwritten."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, *, tells: bool = False) -> None:
+        """`tells`: actors learn how far it has come (`Recorder.behind`) and may wait for it; one drain of a machine."""
         self._segment = segment
         self._heads = [segment.view.cell_u64(_HEADS + slot * 64) for slot in range(ACTORS)]
+        self._tell = [segment.view.cell_u64(_DRAINED + slot * 64).store for slot in range(ACTORS)] if tells else None
         self._taken = [0] * ACTORS
         self.dropped = 0
 
@@ -746,4 +768,6 @@ class Drain:
             self.dropped += min(torn, head - first)
             raw = raw[torn * RECORD_BYTES :]
         self._taken[slot] = head
+        if self._tell is not None:
+            self._tell[slot](head)
         return raw

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
-from emu.tracing import E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN, E_TASK_TAKE
+from emu.tracing import CAPACITY, E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN, E_TASK_TAKE
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers.claims import open_relids
 from guestproc.drivers.echo import claim_channels, release_channel
@@ -44,9 +44,12 @@ BATCH: Final = 32
 COMPUTE_PACKETS: Final = 8
 COMPUTE_NS: Final = 30_000_000
 """How long CRUNCH computes at most for an interrupt to come into it: a host that shares its core waits a time slice."""
-BURST: Final = 256
-"""Round trips that fit into a ring of records with much to spare."""
+LOOK_EVERY: Final = 64
+"""Round trips between two looks at how far the drain of a recording is behind: a thousandth of a ring."""
+MOST_BEHIND: Final = CAPACITY // 2
 DRAIN_NS: Final = 30_000_000
+"""How long to wait for it; where nobody drains, in vain."""
+TURN_NS: Final = 1_000_000
 
 
 @contextmanager
@@ -247,14 +250,14 @@ def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     """Round trips of `size` bytes on one channel for `wanted` ns, `rate` a second or (0) one after the other.
 
     Each round trip is two u64 in the file `path`: when it was due, and when its answer was taken (CLOCK_MONOTONIC
-    ns). `errors` counts answers that never came, or that nobody asked for. A machine that records is given time to be
-    drained.
+    ns). `errors` counts answers that never came, or that nobody asked for. A machine that records waits for its drain
+    before that loses anything, and else goes on at its pace: one that pauses measures how it wakes up.
     """
     tally = Tally()
     samples = array("Q")
     with claimed(current, vcpu, row, tally) as sessions:
         if sessions:
-            pinger = _Pinger(sessions[0], bytes(row.size), samples, BURST if current.trace else 0)
+            pinger = _Pinger(sessions[0], bytes(row.size), samples)
             with suppress(ChannelGone, Stalled):
                 pinger.run(row.wanted, 1_000_000_000 // row.rate if row.rate else 0)
             # An answer too many is as wrong as one that never came, and a host may send one.
@@ -267,14 +270,12 @@ def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
 class _Pinger:
     """One channel's round trips: which are under way, and when each was due."""
 
-    def __init__(self, session: EchoSession, payload: bytes, samples: array[int], burst: int) -> None:
+    def __init__(self, session: EchoSession, payload: bytes, samples: array[int]) -> None:
         self.session = session
         self.trace = session.current.trace
         self.relid = session.channel.relid
         self.payload = [payload]
         self.samples = samples
-        self.burst = burst
-        self.drained = 0
         self.due: deque[int] = deque()
 
     def run(self, wanted_ns: int, every_ns: int) -> None:
@@ -282,6 +283,7 @@ class _Pinger:
         now = time.monotonic_ns
         next_due = now()
         end = next_due + wanted_ns
+        left = LOOK_EVERY
         while next_due < end:
             # At a rate the next one is due when it is due, whatever became of the ones before: a round trip that is
             # sent late has waited, and that is part of how long it took (no coordinated omission).
@@ -293,13 +295,21 @@ class _Pinger:
             next_due += every_ns
             while self.due and (not every_ns or now() < next_due):
                 self.take()
-            if self.burst and len(self.samples) // 2 - self.drained >= self.burst:
-                self.drained = len(self.samples) // 2
-                paused = now()
-                self.session.vcpu.idle(DRAIN_NS)
-                next_due += now() - paused
+            left -= 1
+            if not left:
+                left = LOOK_EVERY
+                if self.trace and not self.due and self.trace.behind() > MOST_BEHIND:
+                    next_due += self.let_drain()
         while self.due:
             self.take()
+
+    def let_drain(self) -> int:
+        """Halt until half of what waits is drained; how long that took (ns), which is no part of any round trip."""
+        assert self.trace is not None
+        began = time.monotonic_ns()
+        while self.trace.behind() > MOST_BEHIND // 2 and time.monotonic_ns() - began < DRAIN_NS:
+            self.session.vcpu.idle(TURN_NS)
+        return time.monotonic_ns() - began
 
     def send(self, due_ns: int) -> None:
         """One packet that asks for a completion; a full ring is waited for."""

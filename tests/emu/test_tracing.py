@@ -312,6 +312,21 @@ def test_records_are_drained_once_in_order(segment: Segment) -> None:
     assert drain.dropped == 0
 
 
+def test_actor_knows_how_far_the_drain_is_behind(segment: Segment) -> None:
+    """Only the drain that tells counts: somebody else may copy the same records, and nobody needs to."""
+    recorder, other = Recorder(segment, 3), Recorder(segment, 4)
+    for _ in range(5):
+        recorder.record(E_EOM)
+    Drain(segment).take(3)
+    before = recorder.behind()
+    drain = Drain(segment, tells=True)
+    drain.take(3)
+    after = recorder.behind()
+    recorder.record(E_EOM)
+
+    assert (before, after, recorder.behind(), other.behind()) == (5, 0, 1, 0)
+
+
 def test_actors_have_rings_of_their_own(segment: Segment) -> None:
     """The first and the last slot record side by side."""
     Recorder(segment, 0).record(E_EOM, 1)

@@ -1,0 +1,54 @@
+"""PING in a machine that records: it waits for the drain before that would lose anything, and not for ever."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from guestproc.tasks import MOST_BEHIND, _Pinger
+
+
+class Recording:
+    """A trace whose drain comes as far as it is told at each look, and a processor whose halts are counted."""
+
+    def __init__(self, *behind: int) -> None:
+        self._behind = list(behind)
+        self.halts = 0
+
+    def behind(self) -> int:
+        return self._behind.pop(0) if len(self._behind) > 1 else self._behind[0]
+
+    def idle(self, _timeout_ns: int) -> None:
+        self.halts += 1
+
+    def pinger(self) -> _Pinger:
+        session = SimpleNamespace(
+            vcpu=self, current=SimpleNamespace(trace=self), channel=SimpleNamespace(relid=1), send=None, take=None
+        )
+        return _Pinger(cast(Any, session), b"", array("Q"))
+
+
+@pytest.mark.parametrize(
+    ("behind", "halts"),
+    [((MOST_BEHIND // 2,), 0), ((MOST_BEHIND, MOST_BEHIND // 2 + 1, MOST_BEHIND // 2), 2)],
+)
+def test_ping_waits_until_half_of_what_waits_is_drained(behind: tuple[int, ...], halts: int) -> None:
+    """Not less, or it would wait again soon: each wait lets the processor cool down."""
+    recording = Recording(*behind)
+
+    assert recording.pinger().let_drain() >= 0
+    assert recording.halts == halts
+
+
+def test_ping_goes_on_where_nobody_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 30 ms: a flight recorder's rings are never drained."""
+    clock = iter(range(0, 10**12, 10_000_000))
+    monkeypatch.setattr("guestproc.tasks.time", SimpleNamespace(monotonic_ns=lambda: next(clock)))
+    recording = Recording(MOST_BEHIND + 1)
+
+    recording.pinger().let_drain()
+
+    assert recording.halts == 2
