@@ -238,9 +238,11 @@ class PollPolicy:
 
     def next_window_ns(self) -> int:
         """How long to poll now."""
-        if self.adaptive and self.expecting is not None and self.expecting():
-            return self.maximum_ns
-        return self.window_ns
+        return self.maximum_ns if self.answer_is_due() else self.window_ns
+
+    def answer_is_due(self) -> bool:
+        """Whether an adaptive processor expects an answer."""
+        return self.adaptive and self.expecting is not None and bool(self.expecting())
 
     def blocked_for(self, nanoseconds: int) -> None:
         """Adapt after a block: grow when the wake came soon, shrink when polling was in vain."""
@@ -401,7 +403,11 @@ class Halt:
                 if took > LOST_CORE_NS:
                     self._hold_off_ns = min(MOST_HOLD_OFF_NS, 2 * self._hold_off_ns or HOLD_OFF_NS)
                     self._hold_off_until = before + self._hold_off_ns
-                break
+                    break
+                if not self.policy.answer_is_due():
+                    break
+                # Wanted by whoever asked, most likely, and it waits for the answer now (a device of 2,000: 15 us).
+                continue
             if took < self._quickest_yield_ns:
                 self._quickest_yield_ns = took
             if took > SHARED_YIELD * self._quickest_yield_ns:

@@ -580,6 +580,31 @@ def test_poller_gives_way_when_its_core_is_wanted(monkeypatch: pytest.MonkeyPatc
     assert sleeper.counters.polls_vain == 1
 
 
+@pytest.mark.parametrize(
+    ("due_for", "yield_ns", "looks"),
+    [
+        (1, 150_000, 22),  # the answer came before the first look again: nobody is polled for
+        (99, 150_000, 22 + 20),  # still due behind each: so does it here
+        (99, 1_500_000, 22),  # the core is lost, whatever is due
+    ],
+)
+def test_poller_goes_on_behind_who_works_on_what_is_due(
+    monkeypatch: pytest.MonkeyPatch, due_for: int, yield_ns: int, looks: int
+) -> None:
+    """Whoever asks shares its core with the poller, works a while, and waits for the answer: then it comes soon."""
+    clock, asked = [0], iter([True] * due_for)
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + yield_ns))
+    seen: list[int] = []
+    sleeper = Sleeper()
+    policy = PollPolicy("adaptive", lambda: next(asked, False))
+    wakeup = cast(Wakeup, sleeper.semaphore)
+
+    Halt(sleeper.view, 0, wakeup, lambda: seen.append(1), policy, sleeper.counters).halt(10**6)
+
+    assert len(seen) == looks
+
+
 def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody computes there: a block is woken sooner than a yield comes back. Each time it holds off longer."""
     clock = [0]
