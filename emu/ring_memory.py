@@ -14,7 +14,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import countOf
 from struct import Struct
+from struct import error as struct_error
 from typing import Any, Final, Protocol
 
 from emu.errors import ProtocolViolation
@@ -38,6 +40,9 @@ _MOST_PAGES: Final = 1 << 17
 
 _DESCRIPTOR: Final = Struct("<8sQ")
 _MOST_COUNTS: Final = 1024
+# What `struct` calls a Pascal string has its length in the byte before, which is 255 for whatever is longer.
+_LONGEST_PASCAL: Final = 254
+_MOST_ALIKE: Final = 64
 _every_start = memoryview(array("I"))
 
 Payload = bytes | bytearray | memoryview
@@ -46,6 +51,7 @@ Store = Callable[[int], None]
 Pack = Callable[..., None]
 Unpack = Callable[..., tuple[int, Any]]
 PackRun = Callable[[int, Sequence[Payload], Sequence[int] | None], None]
+PackAlike = Callable[[Sequence[Payload], Sequence[int] | None, int, int, int], bool]
 UnpackRun = Callable[[int, int], tuple[list[int], Sequence[bytes]] | None]
 Seal = Callable[[int, int], None]
 
@@ -177,6 +183,24 @@ class RingMemory(ABC):
         Every payload has `length` bytes and every packet begins before the end of the data.
         """
 
+    def alike_packer(self, length: int, padding: int, word: bytes) -> PackAlike:
+        """Return what does the same after a look at the lengths: `(payloads, trans_ids or None, count, offset, end)`.
+
+        `count` is how many, `end` where the last one ends. False: some payload has not `length` bytes; what was
+        written between the offsets then is no packet.
+        """
+        pack_run = self.run_packer(length, padding, word)
+
+        def pack_alike(
+            payloads: Sequence[Payload], trans_ids: Sequence[int] | None, count: int, offset: int, end: int
+        ) -> bool:
+            if countOf(map(len, payloads), length) != count:
+                return False
+            pack_run(offset, payloads, trans_ids)
+            return True
+
+        return pack_alike
+
     @abstractmethod
     def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
         """Return what copies packets alike out: `(offset, count) -> (trans_ids, payloads)`.
@@ -222,7 +246,8 @@ class _MirroredRing(RingMemory):
         # A cast holds the mapping by itself: releasing its parent neither releases it nor complains.
         with memoryview(self._mapping) as whole:
             self._words64 = whole.cast("Q")
-            self._words32 = whole.cast("I")
+            # Of each word the upper half: of a packet's last one, the index that its trailer has.
+            self._trailers = whole.cast("I")[1::2]
             self._bytes = whole.toreadonly()
         self.headers = self._words64
         self._on_close = on_close
@@ -249,7 +274,7 @@ class _MirroredRing(RingMemory):
         return Struct(f"<8xQ{start - DESCRIPTOR_SIZE}x{length}s").unpack_from
 
     def run_packer(self, length: int, padding: int, word: bytes) -> PackRun:
-        mapping, words64, words32 = self._mapping, self._words64, self._words32
+        mapping, words64, trailers = self._mapping, self._words64, self._trailers
         descriptor, tail = _DESCRIPTOR.pack(word, 0), bytes(padding + TRAILER_SIZE)
         between = tail + descriptor
         size = DESCRIPTOR_SIZE + length + len(tail)
@@ -266,11 +291,57 @@ class _MirroredRing(RingMemory):
             mapping[offset + DESCRIPTOR_SIZE : body_end] = between.join(payloads)
             mapping[body_end:end] = tail
             first, last = offset >> 3, end >> 3
-            words32[(offset + size - 4) >> 2 : end >> 2 : size >> 2] = starts[first:last:step]
+            trailers[first + step - 1 : last : step] = starts[first:last:step]
             if trans_ids is not None:
                 words64[first + 1 : last : step] = memoryview(_ids(count)(*trans_ids)).cast("Q")
 
         return pack_run
+
+    def alike_packer(self, length: int, padding: int, word: bytes) -> PackAlike:
+        pack_measured = super().alike_packer(length, padding, word)
+        if length > _LONGEST_PASCAL:
+            return pack_measured
+        mapping, words64, trailers = self._mapping, self._words64, self._trailers
+        size = DESCRIPTOR_SIZE + length + padding + TRAILER_SIZE
+        step, before = size >> 3, DESCRIPTOR_SIZE - 1
+        to_trailer = step - 1
+        starts = _starts(self.data_size)
+        # The length goes where the highest byte of the id will be; a byte more than `length` would show in it.
+        one = f"{before}x{length + 2}p{padding + TRAILER_SIZE - 1}x"
+        known: dict[int, tuple[Pack, bytes, bytes, memoryview, int]] = {}
+
+        def pack_alike(
+            payloads: Sequence[Payload], trans_ids: Sequence[int] | None, count: int, offset: int, end: int
+        ) -> bool:
+            # To measure payloads takes as long as to copy them, so here the copy tells their lengths. Everything else
+            # of the packets is zero then, and set in strides as in a run. The lengths are read where the peer could
+            # have changed them: it would get other bytes than were meant for it, and nobody else anything.
+            try:
+                pack, lengths, zeros, words, nwords = known[count]
+            except KeyError:
+                if count > _MOST_ALIKE:
+                    return pack_measured(payloads, trans_ids, count, offset, end)
+                pack, lengths, zeros = Struct("<" + one * count).pack_into, bytes((length,)) * count, bytes(count)
+                words, nwords = memoryview(array("Q", word) * count), step * count
+                known[count] = pack, lengths, zeros, words, nwords
+            try:
+                pack(mapping, offset, *payloads)
+            except struct_error:  # it takes bytes and bytearrays only
+                return pack_measured(payloads, trans_ids, count, offset, end)
+            measured = slice(offset + before, end, size)
+            if mapping[measured] != lengths:
+                return False
+            first = offset >> 3
+            last = first + nwords
+            words64[first:last:step] = words
+            if trans_ids is None:
+                mapping[measured] = zeros
+            else:
+                words64[first + 1 : last : step] = memoryview(_ids(count)(*trans_ids)).cast("Q")
+            trailers[first + to_trailer : last : step] = starts[first:last:step]
+            return True
+
+        return pack_alike
 
     def run_unpacker(self, start: int, length: int, word: int) -> UnpackRun:
         mapping, words64 = self._mapping, self._words64
@@ -322,7 +393,7 @@ class _MirroredRing(RingMemory):
             return
         self.closed = True
         self._words64.release()
-        self._words32.release()
+        self._trailers.release()
         self._bytes.release()
         self._view.close()
         self._mapping.close()
@@ -369,7 +440,8 @@ class _SplitRing(RingMemory):
 
         def pack_run(offset: int, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> None:
             starts = range(offset, offset + len(payloads) * size, size)
-            packets = zip(trans_ids or bytes(len(payloads)), payloads, starts, strict=True)
+            # `struct` takes bytes and bytearrays only; bytes are not copied here.
+            packets = zip(trans_ids or bytes(len(payloads)), map(bytes, payloads), starts, strict=True)
             self._copy_in(offset, b"".join([pack_whole(word, *packet) for packet in packets]))
 
         return pack_run

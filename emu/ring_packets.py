@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from emu.errors import VmbusError
-from emu.ring_memory import Pack, PackRun, RingMemory, Unpack, UnpackRun
+from emu.ring_memory import Pack, PackAlike, PackRun, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
 _MOST_SHAPES: Final = 4096
@@ -38,8 +38,8 @@ LONGEST_JOINED: Final = 8192
 Shape = tuple[Pack, bytes, int]
 """What stores the packet, its descriptor word, the bytes it takes in the ring."""
 
-PackedRun = tuple[PackRun, int]
-"""What stores packets alike, the bytes that each takes in the ring."""
+PackedRun = tuple[PackRun, PackAlike, int]
+"""What stores packets alike; what looks first whether they are; the bytes that each takes in the ring."""
 
 Kind = tuple[int, int, int]
 """Packet type, flags, bytes in the ring besides the payload: what packets handed out together have in common."""
@@ -84,7 +84,8 @@ class Shapes:
                 self.runs.clear()
             _pack, word, size = self.table.get(length) or self.add(length)
             padding = size - DESCRIPTOR_SIZE - length - TRAILER_SIZE
-            run = self.runs[length] = self._memory.run_packer(length, padding, word), size
+            pack_run = self._memory.run_packer(length, padding, word)
+            run = self.runs[length] = pack_run, self._memory.alike_packer(length, padding, word), size
         return run
 
     def add(self, length: int) -> Shape:

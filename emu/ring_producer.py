@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, islice, repeat
-from operator import countOf, ne
+from operator import ne
 from types import TracebackType
 from typing import Final, NamedTuple, Protocol
 
 from emu.errors import RingFull
-from emu.ring_memory import Payload, RingMemory, RingWords, Seal, checked_index, impossible_index
+from emu.ring_memory import PackAlike, Payload, RingMemory, RingWords, Seal, checked_index, impossible_index
 from emu.ring_packets import LONGEST_JOINED, PackedRun, PacketTooLong, Shapes
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
@@ -267,13 +267,15 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     chunk = data_size >> 3
     write_index = barrier = 0
     pack, word, size = shapes.add(0)
-    last_length = -1
+    last_length = alike_length = -1
+    alike_size = most_alike = 0
+    pack_alike: PackAlike
 
     def write(payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
-        nonlocal barrier, kind_flags, kind_type, last_length, pack, shapes, size, table, word, write_index
+        nonlocal alike_length, barrier, kind_flags, kind_type, last_length, pack, shapes, size, table, word, write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
-            table, kind_type, kind_flags, last_length = shapes.table, packet_type, flags, -1
+            table, kind_type, kind_flags, last_length, alike_length = shapes.table, packet_type, flags, -1, -1
         length = len(payload)
         if length != last_length:
             try:
@@ -314,36 +316,38 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         flags: int = 0,
         packet_type: int = VM_PKT_DATA_INBAND,
     ) -> tuple[int, bool]:
-        nonlocal kind_flags, kind_type, last_length, shapes, table, write_index
+        nonlocal alike_length, alike_size, kind_flags, kind_type, last_length, most_alike, pack_alike, shapes, table
+        nonlocal write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
-            table, kind_type, kind_flags, last_length = shapes.table, packet_type, flags, -1
+            table, kind_type, kind_flags, last_length, alike_length = shapes.table, packet_type, flags, -1, -1
         count = len(payloads)
         trans_ids: Sequence[int] | None = None
-        if first_trans_id.__class__ is not int:
-            assert not isinstance(first_trans_id, int)
-            trans_ids = first_trans_id if isinstance(first_trans_id, list) else list(islice(first_trans_id, count))
-            if len(trans_ids) != count:
-                count = min(count, len(trans_ids))
-                payloads, trans_ids = payloads[:count], trans_ids[:count]
-        elif first_trans_id:
-            trans_ids = range(first_trans_id, first_trans_id + count)
+        if first_trans_id != 0:
+            if isinstance(first_trans_id, int):
+                trans_ids = range(first_trans_id, first_trans_id + count)
+            else:
+                trans_ids = first_trans_id if isinstance(first_trans_id, list) else list(islice(first_trans_id, count))
+                if len(trans_ids) != count:
+                    count = min(count, len(trans_ids))
+                    payloads, trans_ids = payloads[:count], trans_ids[:count]
         if count < SHORTEST_RUN:
             done, ring.batch_bytes, signal = write_each(shapes, payloads, trans_ids, 0, count)
             return done, signal
-        # Most batches are of one length, and there is room for all of it before the data wraps.
+        # Most batches are of one length, often that of the one before, and there is room before the data wraps.
         length = len(payloads[0])
-        run = shapes.runs.get(length)
-        if run is None:
-            return write_all(shapes, payloads, trans_ids)
-        pack_run, size = run
+        if length != alike_length:
+            run = shapes.runs.get(length)
+            if run is None:
+                return write_all(shapes, payloads, trans_ids)
+            _pack_run, pack_alike, alike_size = run
+            alike_length, most_alike = length, (chunk - 1) // alike_size + 1
         begin = write_index
-        end = begin + count * size
-        if end >= begin + size + chunk or (end >= barrier and not room_until(end)):
+        end = begin + count * alike_size
+        if count > most_alike or (end >= barrier and not room_until(end)):
             return write_all(shapes, payloads, trans_ids)
-        if countOf(map(len, payloads), length) != count:
+        if not pack_alike(payloads, trans_ids, count, begin, end):
             return write_all(shapes, payloads, trans_ids)
-        pack_run(begin, payloads, trans_ids)
         ring.batch_bytes = count * length
         write_index = end
         store_write(end)  # as in `write`
@@ -390,7 +394,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     ) -> tuple[int, bool]:
         """Packets alike, as many as fit: how many, and whether the reader must be signalled."""
         nonlocal barrier
-        pack_run, size = run
+        pack_run, _pack_alike, size = run
         done, last = first, first + count
         room_end, signal = barrier, False
         while done < last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, groupby, islice
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from emu.errors import ProtocolViolation, RingFull
 from emu.ring import Packet, RingConsumer, RingProducer
-from emu.wire.packets import COMPLETION_REQUESTED, DESCRIPTOR, VM_PKT_COMP, VM_PKT_DATA_INBAND
+from emu.ring_memory import Payload
+from emu.wire.packets import COMPLETION_REQUESTED, DESCRIPTOR, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
 from tests.emu.ring_pages import KINDS, RingPages, ring_pages
 
 DATA_PAGES = 2
@@ -48,7 +49,7 @@ def padded(payload: bytes) -> bytes:
     return payload + bytes(-len(payload) % 8)
 
 
-def write_one_by_one(producer: RingProducer, payloads: list[bytes], first_id: int) -> int:
+def write_one_by_one(producer: RingProducer, payloads: Sequence[Payload], first_id: int) -> int:
     """What `write_many` is held against: how many fitted."""
     for number, payload in enumerate(payloads):
         try:
@@ -81,6 +82,63 @@ def test_batch_is_what_single_writes_are(
             seen.append((count, producer.bytes, pages.peek(0, pages.data_size), pages.control_page()))
 
     assert seen[0] == seen[1]
+
+
+ODD_ONES = st.tuples(st.integers(0, 39), st.integers(-70, 70), st.sampled_from([bytes, bytearray, memoryview]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([0, 1, 64, 253, 254, 255, 300]),
+    st.integers(6, 40),
+    st.lists(ODD_ONES, max_size=4),
+    st.sampled_from([0, 1, 2**63]),
+    st.sampled_from(KINDS),
+    st.booleans(),
+)
+def test_batch_that_begins_like_the_one_before_may_be_another(
+    length: int, count: int, odd_ones: list[tuple[int, int, type]], first_id: int, kind: str, sole: bool
+) -> None:
+    """One payload that is longer or shorter, two that make up for each other, or one of another type: the bytes of
+    single writes."""
+    payloads: list[Payload] = list(payloads_of([(length, count)]))
+    for at, more, buffer in odd_ones:
+        if 0 < at < count:
+            payloads[at] = buffer(b"\x40" * max(0, length + more))
+    alike = payloads_of([(length, count)])
+    seen = []
+    for batched in (False, True):
+        with ring_pages(kind, data_pages=LONGER) as pages:
+            producer = RingProducer(pages.memory, sole=sole)
+            for batch, ids in ((alike, 0), (alike, 0), (payloads, first_id)):
+                written = producer.write_many(batch, ids)[0] if batched else write_one_by_one(producer, batch, ids)
+                assert written == count
+            seen.append((producer.bytes, pages.peek(0, producer.bytes), pages.control_page()))
+
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 64, 253, 254, 255, 256, 300])
+@pytest.mark.parametrize("count", [1, 6, 64, 65])
+@pytest.mark.parametrize("kind", ["contiguous", "bytearray"])
+def test_batch_is_stored_if_all_its_payloads_have_the_length(kind: str, count: int, length: int) -> None:
+    """As a run is, byte for byte; one that is a byte longer or shorter, or much longer, anywhere, is found out."""
+    payloads: list[Payload] = list(payloads_of([(length, count)]))
+    size = ring_bytes(length)
+    with ring_pages(kind, data_pages=LONGER) as pages:
+        pages.start_at(0)
+        shape = length, size - ring_bytes(0) - length, bytes(range(1, 9))
+        pages.memory.run_packer(*shape)(16, payloads, None)
+        run = pages.peek(0, pages.data_size)
+        pages.start_at(0)
+        pack_alike = pages.memory.alike_packer(*shape)
+        assert pack_alike(payloads, None, count, 16, 16 + count * size)
+        assert pages.peek(0, pages.data_size) == run
+
+        for at in (0, count // 2, count - 1):
+            for other in {max(0, length - 1), length + 1, length + 600} - {length}:
+                odd = [*payloads[:at], bytes(other), *payloads[at + 1 :]]
+                assert not pack_alike(odd, None, count, 16, 16 + count * size)
 
 
 @settings(max_examples=60, deadline=None)
