@@ -17,7 +17,7 @@ from functools import lru_cache
 from operator import countOf
 from struct import Struct
 from struct import error as struct_error
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from emu.errors import ProtocolViolation
 from emu.ipc.atomics import AtomicView
@@ -32,6 +32,9 @@ from emu.wire.ring_layout import (
     READ_INDEX,
     WRITE_INDEX,
 )
+
+if TYPE_CHECKING:
+    from emu.tracing import Publishes
 
 # Above this a slice assignment is cheaper than `pack_into`, which first clears the bytes it will write.
 _LARGE_PAYLOAD: Final = 4096
@@ -85,6 +88,8 @@ class RingWords:
     store_pending: Store
     load_features: Load
     store_features: Store
+    publishes: Publishes | None = None
+    """What the only producer of a ring whose `store_write` records needs to record its batches by itself."""
 
     @classmethod
     def on(cls, view: AtomicView, base: int) -> RingWords:

@@ -7,6 +7,7 @@ length that follow each other are stored together. What orders the words is said
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, islice, repeat
 from operator import ne
@@ -16,6 +17,8 @@ from typing import Final, NamedTuple, Protocol
 from emu.errors import RingFull
 from emu.ring_memory import PackAlike, Payload, RingMemory, RingWords, Seal, checked_index, impossible_index
 from emu.ring_packets import LONGEST_JOINED, PackedRun, PacketTooLong, Shapes
+from emu.shared_variables import sharing
+from emu.tracing import RECORD_BYTES
 from emu.wire.packets import VM_PKT_DATA_INBAND, ring_bytes
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
@@ -482,7 +485,61 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         nonlocal barrier, write_index
         write_index, barrier = index, 0
 
-    return _Writer(write, write_many, write_all, publish, get, set_)
+    publishes = words.publishes
+    if publishes is None:
+        return _Writer(write, write_many, write_all, publish, get, set_)
+    # A recorded ring. The call of `store_write` is a third of what the record of a batch costs, so a batch like the one
+    # before writes its record itself; these three variables are the recorder's.
+    at = before = records = 0
+    _publish, record_memory, first_at, end_at, pack_record, same, show_record, shared = publishes
+    store_index, now = ring.memory.words.store_write, time.monotonic_ns
+
+    def write_many_recorded(
+        payloads: Sequence[Payload],
+        first_trans_id: int | Iterable[int] = 0,
+        flags: int = 0,
+        packet_type: int = VM_PKT_DATA_INBAND,
+    ) -> tuple[int, bool]:
+        nonlocal at, before, records, write_index
+        count = len(payloads)
+        if (
+            not SHORTEST_RUN <= count <= most_alike
+            or len(payloads[0]) != alike_length
+            or first_trans_id != 0
+            or packet_type != kind_type
+            or flags != kind_flags
+        ):
+            return write_many(payloads, first_trans_id, flags, packet_type)
+        begin = write_index
+        nbytes = count * alike_size
+        end = begin + nbytes
+        if end >= barrier and not room_until(end):
+            return write_many(payloads, first_trans_id, flags, packet_type)
+        # The time at which it begins: read behind the copying it would cost 20 ns more. Nothing is recorded meanwhile.
+        time_ns = now()
+        if not pack_alike(payloads, None, count, begin, end):
+            return write_many(payloads, first_trans_id, flags, packet_type)
+        ring.batch_bytes = count * alike_length
+        try:
+            pack_record(record_memory, at, time_ns, records, same, end, nbytes)
+        except struct.error:
+            pack_record(record_memory, at, time_ns, records & 0xFFFFFFFF, same, end, nbytes)
+        records += 1
+        at += RECORD_BYTES
+        if at == end_at:
+            at = first_at
+        show_record(records)
+        before = write_index = end
+        # Before this the record is there, since no effect may precede its cause. As in `write`.
+        store_index(end)
+        if load_mask():
+            return count, False
+        return count, load_read() == begin
+
+    recorded = sharing(
+        write_many_recorded, {"at": shared["at"], "before": shared["before"], "records": shared["count"]}
+    )
+    return _Writer(write, recorded, write_all, publish, get, set_)
 
 
 def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:

@@ -77,12 +77,18 @@ def recorded(
 
     record(E_RING_ATTACH, relid, side, size, load_write(), load_read())
     release = recorder.bind_release(side_words, size, store_read, load_read, load_pending, room, sole=sole)
-    publish = recorder.bind_publish(side_words, size, store_write, load_write, sole=sole)
+    # Who writes alone, always in the same context (a host), records its batches itself.
+    alone = sole and not masks and not recorder.keeps_bytes
+    publishes = recorder.bind_publishes(side_words, size, store_write, load_write) if alone else None
+    publish = (
+        publishes.publish if publishes else recorder.bind_publish(side_words, size, store_write, load_write, sole=sole)
+    )
     changed = replace(
         words,
         store_write=publish_bytes if recorder.keeps_bytes else publish,
         store_read=release,
         store_pending=wish,
+        publishes=publishes,
     )
     return replace(changed, store_mask=mask) if masks else changed
 

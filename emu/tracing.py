@@ -7,17 +7,20 @@ what it missed. Event names, arguments and their types stand in `EVENTS`, the on
 
 from __future__ import annotations
 
+import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from struct import Struct
 from struct import error as struct_error
-from typing import ClassVar, Final
+from types import CellType
+from typing import ClassVar, Final, NamedTuple
 
 from emu.control import ACTORS
 from emu.errors import MissingPrerequisite
 from emu.event_fields import WORDS, EventSpec, parse_argument, text_value
 from emu.ipc.segments import Segment
+from emu.shared_variables import variables
 
 RECORD: Final = Struct("<QIHBBQQQQQQ")
 RECORD_BYTES: Final = RECORD.size
@@ -410,10 +413,33 @@ BoundPair = Callable[[int], None]
 that whoever sorts by time has them in order."""
 BoundMove = Callable[[int], None]
 """`(index)`: stores an index of a ring, and records that and by how many bytes it moved."""
+
+
+class Publishes(NamedTuple):
+    """How to record the publishes of a ring where they are made, in one context: for a writer whose batches are so
+    quick that a call is much (`emu.ring_producer`). Otherwise `publish` does it, and stores the index.
+
+    The next record is `pack(memory, at, time, count, same, index, bytes moved)`, its sequence modulo 2^32. Then `count`
+    is one more, `at` is `RECORD_BYTES` more, or `begin` where that is `end`, `store(count)` shows the record to the
+    drain, and `before` is the index, which may be stored then. `shared` are these three, as `sharing` takes them: they
+    are the recorder's, and whatever else is recorded goes on from there.
+    """
+
+    publish: BoundMove
+    memory: mmap.mmap
+    begin: int
+    end: int
+    pack: Callable[..., None]
+    same: bytes
+    store: Callable[[int], None]
+    shared: Mapping[str, CellType]
+
+
 Bind = Callable[..., Bound]
 BindFirst = Callable[..., BoundFirst]
 BindPair = Callable[[tuple[int, ...], tuple[int, ...]], BoundPair]
 BindMove = Callable[..., BoundMove]
+BindPublishes = Callable[..., Publishes]
 
 
 def not_recorded(*_what: int) -> None:
@@ -455,6 +481,9 @@ class OneByOne:
 
         return publish
 
+    def bind_publishes(self, *_what: object) -> None:
+        """Nobody else records here: whoever publishes uses `bind_publish`."""
+
     def bind_release(
         self,
         words: tuple[int, int],
@@ -491,7 +520,8 @@ class Recorder:
     `bind_publish` and `bind_release` are a ring's stores of its indices, each with its record in one function: a
     publish records before it stores, since no effect may precede its cause, a release behind it. `words` are (relid,
     side), `load` loads the index; with `sole` nobody else stores it, so it is loaded once. A release then looks at
-    `waited_for` and calls `room(index, freed bytes)` if that is not 0.
+    `waited_for` and calls `room(index, freed bytes)` if that is not 0. `bind_publishes` is `bind_publish` with `sole`,
+    together with what a writer needs that records by itself, in the context of now.
     """
 
     __slots__ = (
@@ -501,6 +531,7 @@ class Recorder:
         "bind_first",
         "bind_pair",
         "bind_publish",
+        "bind_publishes",
         "bind_release",
         "context",
         "record",
@@ -514,6 +545,7 @@ class Recorder:
     bind_first: BindFirst
     bind_pair: BindPair
     bind_publish: BindMove
+    bind_publishes: BindPublishes
     bind_release: BindMove
 
     keeps_bytes: ClassVar[bool] = False
@@ -530,9 +562,9 @@ class Recorder:
         self.context = int(context)
         self._written = segment.view.cell_u64(_HEADS + slot * 64).load
         self._drained = segment.view.cell_u64(_DRAINED + slot * 64).load
-        self.record, self.bind, self.bind_first, self.bind_pair, self.bind_publish, self.bind_release = _functions(
-            self, segment, slot
-        )
+        made = _functions(self, segment, slot)
+        self.record, self.bind, self.bind_first, self.bind_pair = made.record, made.bind, made.first, made.pair
+        self.bind_publish, self.bind_publishes, self.bind_release = made.publish, made.publishes, made.release
 
     def keep(self, data: bytes) -> None:
         """Keep the bytes that the record before this one is about: not here, only where that was asked for."""
@@ -550,9 +582,19 @@ class Recorder:
         self.record(E_PROCESS_STOP, *EVENTS["process_stop"].pack(pid, status, text_value(name, 16)))
 
 
-def _functions(
-    recorder: Recorder, segment: Segment, slot: int
-) -> tuple[Record, Bind, BindFirst, BindPair, BindMove, BindMove]:
+class _Functions(NamedTuple):
+    """`record`, and what binds."""
+
+    record: Record
+    bind: Bind
+    first: BindFirst
+    pair: BindPair
+    publish: BindMove
+    publishes: BindPublishes
+    release: BindMove
+
+
+def _functions(recorder: Recorder, segment: Segment, slot: int) -> _Functions:
     """Make `record` and what binds: functions over variables that they share.
 
     A method over attributes takes a tenth longer.
@@ -665,6 +707,15 @@ def _functions(
 
         return publish
 
+    def bind_publishes(
+        words: tuple[int, int], size: int, store_index: Callable[[int], None], load: Callable[[], int]
+    ) -> Publishes:
+        publish = bind_publish(words, size, store_index, load, sole=True)
+        same = _by_context(recorder.vp, E_RING_PUBLISH, *words)[recorder.context][:20]
+        its = variables(publish)
+        shared = {name: its[name] for name in ("at", "before", "count")}
+        return Publishes(publish, memory, begin, end, pack_move, same, store, shared)
+
     def bind_release(
         words: tuple[int, int],
         size: int,
@@ -699,7 +750,7 @@ def _functions(
 
         return release
 
-    return record, bind, bind_first, bind_pair, bind_publish, bind_release
+    return _Functions(record, bind, bind_first, bind_pair, bind_publish, bind_publishes, bind_release)
 
 
 def _by_context(vp: int, event: int, *words: int) -> tuple[bytes, ...]:
