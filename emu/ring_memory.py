@@ -314,6 +314,16 @@ class _MirroredRing(RingMemory):
         # The length goes where the highest byte of the id will be; a byte more than `length` would show in it.
         one = f"{before}x{length + 2}p{padding + TRAILER_SIZE - 1}x"
         known: dict[int, tuple[Pack, bytes, bytes, memoryview, int]] = {}
+        last_count = nwords = 0
+        pack: Pack
+        lengths = zeros = b""
+        words = memoryview(b"")
+
+        def prepare(count: int) -> tuple[Pack, bytes, bytes, memoryview, int]:
+            pack = Struct("<" + one * count).pack_into
+            words = memoryview(array("Q", word) * count)
+            made = known[count] = pack, bytes((length,)) * count, bytes(count), words, step * count
+            return made
 
         def pack_alike(
             payloads: Sequence[Payload], trans_ids: Sequence[int] | None, count: int, offset: int, end: int
@@ -321,26 +331,24 @@ class _MirroredRing(RingMemory):
             # To measure payloads takes as long as to copy them, so here the copy tells their lengths. Everything else
             # of the packets is zero then, and set in strides as in a run. The lengths are read where the peer could
             # have changed them: it would get other bytes than were meant for it, and nobody else anything.
-            try:
-                pack, lengths, zeros, words, nwords = known[count]
-            except KeyError:
+            nonlocal last_count, lengths, nwords, pack, words, zeros
+            if count != last_count:
                 if count > _MOST_ALIKE:
                     return pack_measured(payloads, trans_ids, count, offset, end)
-                pack, lengths, zeros = Struct("<" + one * count).pack_into, bytes((length,)) * count, bytes(count)
-                words, nwords = memoryview(array("Q", word) * count), step * count
-                known[count] = pack, lengths, zeros, words, nwords
+                pack, lengths, zeros, words, nwords = known.get(count) or prepare(count)
+                last_count = count
             try:
                 pack(mapping, offset, *payloads)
             except struct_error:  # it takes bytes and bytearrays only
                 return pack_measured(payloads, trans_ids, count, offset, end)
-            measured = slice(offset + before, end, size)
-            if mapping[measured] != lengths:
+            at = offset + before
+            if mapping[at:end:size] != lengths:
                 return False
             first = offset >> 3
             last = first + nwords
             words64[first:last:step] = words
             if trans_ids is None:
-                mapping[measured] = zeros
+                mapping[at:end:size] = zeros
             else:
                 words64[first + 1 : last : step] = memoryview(_ids(count)(*trans_ids)).cast("Q")
             trailers[first + to_trailer : last : step] = starts[first:last:step]

@@ -64,6 +64,7 @@ class _Writer(NamedTuple):
     publish: Callable[[int], bool]
     get: Callable[[], int]
     set: Callable[[int], None]
+    batch_bytes: Callable[[], int]
 
 
 class RingProducer:
@@ -77,6 +78,7 @@ class RingProducer:
 
     __slots__ = (
         "_base",
+        "_batch_bytes",
         "_data_size",
         "_full_at",
         "_get",
@@ -85,7 +87,6 @@ class RingProducer:
         "_set",
         "_sole",
         "_write_all",
-        "batch_bytes",
         "memory",
         "out_full_first",
         "out_full_total",
@@ -103,13 +104,12 @@ class RingProducer:
         self._data_size = memory.data_size
         self._sole = sole
         self._kinds: dict[tuple[int, int, int], Shapes] = {}
-        self.batch_bytes = 0  # of payload, in the last batch
         self.out_full_total = 0  # writes that found no room
         self.out_full_first = 0  # of them, those right after a write that found some
         self._full_at = -1
         writer = _writer(self, self.words)
         self.write, self.write_many, self._get, self._set = writer.write, writer.write_many, writer.get, writer.set
-        self._write_all, self._publish = writer.write_all, writer.publish
+        self._write_all, self._publish, self._batch_bytes = writer.write_all, writer.publish, writer.batch_bytes
         self._attach()
 
     def init(self) -> None:
@@ -148,6 +148,11 @@ class RingProducer:
     def bytes(self) -> int:
         """Bytes of ring that the packets written here took, with descriptors and trailers."""
         return self._base + self._get()
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of payload that the last `write_many` wrote."""
+        return self._batch_bytes()
 
     def reserve(
         self, length: int, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND
@@ -272,6 +277,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     pack, word, size = shapes.add(0)
     last_length = alike_length = -1
     alike_size = most_alike = 0
+    batch_count = batch_length = 0  # so many payloads of so many bytes, or a single one, are what the last batch had
     pack_alike: PackAlike
 
     def write(payload: Payload, trans_id: int = 0, flags: int = 0, packet_type: int = VM_PKT_DATA_INBAND) -> bool:
@@ -319,8 +325,8 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         flags: int = 0,
         packet_type: int = VM_PKT_DATA_INBAND,
     ) -> tuple[int, bool]:
-        nonlocal alike_length, alike_size, kind_flags, kind_type, last_length, most_alike, pack_alike, shapes, table
-        nonlocal write_index
+        nonlocal alike_length, alike_size, batch_count, batch_length, kind_flags, kind_type, last_length, most_alike
+        nonlocal pack_alike, shapes, table, write_index
         if packet_type != kind_type or flags != kind_flags:
             shapes = ring._shapes(packet_type, flags)
             table, kind_type, kind_flags, last_length, alike_length = shapes.table, packet_type, flags, -1, -1
@@ -335,7 +341,8 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
                     count = min(count, len(trans_ids))
                     payloads, trans_ids = payloads[:count], trans_ids[:count]
         if count < SHORTEST_RUN:
-            done, ring.batch_bytes, signal = write_each(shapes, payloads, trans_ids, 0, count)
+            done, nbytes, signal = write_each(shapes, payloads, trans_ids, 0, count)
+            batch_count, batch_length = 1, nbytes
             return done, signal
         # Most batches are of one length, often that of the one before, and there is room before the data wraps.
         length = len(payloads[0])
@@ -351,8 +358,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
             return write_all(shapes, payloads, trans_ids)
         if not pack_alike(payloads, trans_ids, count, begin, end):
             return write_all(shapes, payloads, trans_ids)
-        ring.batch_bytes = count * length
-        write_index = end
+        batch_count, batch_length, write_index = count, length, end
         store_write(end)  # as in `write`
         if load_mask():
             return count, False
@@ -370,6 +376,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
 
     def write_all(shapes: Shapes, payloads: Sequence[Payload], trans_ids: Sequence[int] | None) -> tuple[int, bool]:
         """Any batch: in stretches, of packets alike that are stored together, or of others one by one."""
+        nonlocal batch_count, batch_length
         done = nbytes = 0
         signal = False
         for length, left in _stretches(payloads):
@@ -389,7 +396,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
             nbytes += of_them
             if written < left:
                 break
-        ring.batch_bytes = nbytes
+        batch_count, batch_length = 1, nbytes
         return done, signal
 
     def write_run(
@@ -485,9 +492,12 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         nonlocal barrier, write_index
         write_index, barrier = index, 0
 
+    def batch_bytes() -> int:
+        return batch_count * batch_length
+
     publishes = words.publishes
     if publishes is None:
-        return _Writer(write, write_many, write_all, publish, get, set_)
+        return _Writer(write, write_many, write_all, publish, get, set_, batch_bytes)
     # A recorded ring. The call of `store_write` is a third of what the record of a batch costs, so a batch like the one
     # before writes its record itself; these three variables are the recorder's.
     at = before = records = 0
@@ -500,7 +510,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         flags: int = 0,
         packet_type: int = VM_PKT_DATA_INBAND,
     ) -> tuple[int, bool]:
-        nonlocal at, before, records, write_index
+        nonlocal at, batch_count, batch_length, before, records, write_index
         count = len(payloads)
         if (
             not SHORTEST_RUN <= count <= most_alike
@@ -519,7 +529,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         time_ns = now()
         if not pack_alike(payloads, None, count, begin, end):
             return write_many(payloads, first_trans_id, flags, packet_type)
-        ring.batch_bytes = count * alike_length
+        batch_count, batch_length = count, alike_length
         try:
             pack_record(record_memory, at, time_ns, records, same, end, nbytes)
         except struct.error:
@@ -539,7 +549,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     recorded = sharing(
         write_many_recorded, {"at": shared["at"], "before": shared["before"], "records": shared["count"]}
     )
-    return _Writer(write, recorded, write_all, publish, get, set_)
+    return _Writer(write, recorded, write_all, publish, get, set_, batch_bytes)
 
 
 def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:
