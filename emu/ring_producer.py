@@ -525,15 +525,13 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         end = begin + nbytes
         if end >= barrier and not room_until(end):
             return write_many(payloads, first_trans_id, flags, packet_type)
-        # The time at which it begins: read behind the copying it would cost 20 ns more. Nothing is recorded meanwhile.
-        time_ns = now()
         if not pack_alike(payloads, None, count, begin, end):
             return write_many(payloads, first_trans_id, flags, packet_type)
         batch_count, batch_length = count, alike_length
         try:
-            pack_record(record_memory, at, time_ns, records, same, end, nbytes)
+            pack_record(record_memory, at, now(), records, same, end, nbytes)
         except struct.error:
-            pack_record(record_memory, at, time_ns, records & 0xFFFFFFFF, same, end, nbytes)
+            pack_record(record_memory, at, now(), records & 0xFFFFFFFF, same, end, nbytes)
         records += 1
         at += RECORD_BYTES
         if at == end_at:
