@@ -45,6 +45,7 @@ _DESCRIPTOR: Final = Struct("<8sQ")
 _MOST_COUNTS: Final = 1024
 # What `struct` calls a Pascal string has its length in the byte before, which is 255 for whatever is longer.
 _LONGEST_PASCAL: Final = 254
+# Of more, measuring first is no great part; and what a number of them needs, up to 4 KB, is kept.
 _MOST_ALIKE: Final = 64
 _every_start = memoryview(array("I"))
 
@@ -311,19 +312,10 @@ class _MirroredRing(RingMemory):
         step, before = size >> 3, DESCRIPTOR_SIZE - 1
         to_trailer = step - 1
         starts = _starts(self.data_size)
-        # The length goes where the highest byte of the id will be; a byte more than `length` would show in it.
-        one = f"{before}x{length + 2}p{padding + TRAILER_SIZE - 1}x"
-        known: dict[int, tuple[Pack, bytes, bytes, memoryview, int]] = {}
         last_count = nwords = 0
         pack: Pack
         lengths = zeros = b""
         words = memoryview(b"")
-
-        def prepare(count: int) -> tuple[Pack, bytes, bytes, memoryview, int]:
-            pack = Struct("<" + one * count).pack_into
-            words = memoryview(array("Q", word) * count)
-            made = known[count] = pack, bytes((length,)) * count, bytes(count), words, step * count
-            return made
 
         def pack_alike(
             payloads: Sequence[Payload], trans_ids: Sequence[int] | None, count: int, offset: int, end: int
@@ -335,7 +327,7 @@ class _MirroredRing(RingMemory):
             if count != last_count:
                 if count > _MOST_ALIKE:
                     return pack_measured(payloads, trans_ids, count, offset, end)
-                pack, lengths, zeros, words, nwords = known.get(count) or prepare(count)
+                pack, lengths, zeros, words, nwords = _pascals(length, padding, word, count)
                 last_count = count
             try:
                 pack(mapping, offset, *payloads)
@@ -515,6 +507,19 @@ class _SplitRing(RingMemory):
         for gpa, step in self._pieces(offset, len(data)):
             self._memory.write(gpa, data[done : done + step])
             done += step
+
+
+@lru_cache(maxsize=_MOST_COUNTS)  # for all rings of the process
+def _pascals(length: int, padding: int, word: bytes, count: int) -> tuple[Pack, bytes, bytes, memoryview, int]:
+    """What stores so many payloads where packets of `length` bytes would have them, and everything else as zeros.
+
+    Their lengths come to lie where the highest bytes of the ids belong; a payload that is longer shows one byte more.
+    Then these lengths as they should be, zeros to put there, the descriptor words, the words of all packets.
+    """
+    one = f"{DESCRIPTOR_SIZE - 1}x{length + 2}p{padding + TRAILER_SIZE - 1}x"
+    pack = Struct("<" + one * count).pack_into
+    step = (DESCRIPTOR_SIZE + length + padding + TRAILER_SIZE) >> 3
+    return pack, bytes((length,)) * count, bytes(count), memoryview(array("Q", word) * count), step * count
 
 
 @lru_cache(maxsize=_MOST_COUNTS)
