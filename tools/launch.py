@@ -30,6 +30,7 @@ from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
 from emu.machine import ACTOR_WAKEUPS, Machine
+from emu.mirror import Mirror
 from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.vmexit import HostBell
@@ -40,6 +41,8 @@ from tools.zygote_start import Link, start_zygote
 BOOT_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 5.0
 SHUTDOWN_TIMEOUT_S: Final = 60.0
+TOLD_TIMEOUT_S: Final = 1.0
+"""Much longer than the host takes to write its mirror, which is a few milliseconds."""
 LOG_LINES: Final = 500
 BY_HAND_LOOK_S: Final = 0.5
 
@@ -296,6 +299,16 @@ class RunningMachine:
         with contextlib.suppress(DeadlinePassed):
             self.wait_until(lambda: control.shutdown_done, timeout_s, "the guest to unload")
         return control.shutdown_done
+
+    def leaked(self) -> int:
+        """Records, pages and GPADLs that a guest has not given back; call it when that guest has unloaded.
+
+        The host's mirror is a few milliseconds late: one that still shows GPADLs is looked at again for a while.
+        """
+        mirror = Mirror(self.machine.control)
+        with contextlib.suppress(DeadlinePassed):
+            self.wait_until(lambda: not mirror.head().gpadls, TOLD_TIMEOUT_S, "the host to tell", step_s=0.002)
+        return self.machine.control.leaked + mirror.head().gpadls
 
     def _awaited(self) -> frozenset[str]:
         """Processes that somebody was to start by hand and has not: a guest that lacks one does nothing."""

@@ -27,7 +27,15 @@ from tools.exit_status import noting_interruption
 from tools.findings import SCENARIO, Case, InFolder, keep_death, kept_if_it_hangs
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import GuestDeaths
-from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, by_hand_command, launch, unused_name
+from tools.launch import (
+    BOOT_TIMEOUT_S,
+    TOLD_TIMEOUT_S,
+    MachineDied,
+    RunningMachine,
+    by_hand_command,
+    launch,
+    unused_name,
+)
 from tools.options import check_record_path
 from tools.output import narrates, print_json, say
 from tools.run_outcome import Outcome, show_devices, tell
@@ -37,8 +45,6 @@ CRUNCH_NUMBERS: Final = 400
 NET_FRAMES: Final = 200
 TASK_TIMEOUT_S: Final = 60.0
 BY_HAND_TIMEOUT_S: Final = 3600.0
-TOLD_TIMEOUT_S: Final = 1.0
-"""Much longer than the host takes to publish; a guest that has died meanwhile is connected to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +172,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             outcome.crash_record = None if record is None else str(record)
             outcome.flight = death.flight
             look(running, outcome)
-    if scenario.plugins or outcome.unopened:
+    if scenario.plugins or outcome.unopened or outcome.leaked:
         outcome.log = running.log
     if death is not None:
         outcome.kept = keep_death(case, death, options.record_path)
@@ -263,6 +269,7 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
     channel = next((one for one in echoing if one.state == "opened"), None)
     if channel is None:
         raise UserError("--stream: no channel of an echo device is open")
+    before = path.stat()
     started = time.monotonic()
     row = running.order(Program.STREAM, channel.cpu, relid=channel.relid, path=str(path.resolve()))
     digest = hashlib.sha256()
@@ -271,14 +278,23 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
             digest.update(chunk)
             running.pump(0)
     task = running.wait_tasks([row], float("inf"))[0]
+    seconds = round(time.monotonic() - started, 6)
+    same = task.state == TaskState.DONE and task.digest == digest.digest()
+    if not same and _written(before) != _written(path.stat()):
+        raise UserError(f"--stream {path}: somebody wrote it while it was sent; give a file that stays as it is")
     return {
         "path": str(path),
         "bytes": task.nbytes,
         "packets": task.packets,
-        "seconds": round(time.monotonic() - started, 6),
+        "seconds": seconds,
         "sha256": digest.hexdigest(),
-        "sha256_ok": task.state == TaskState.DONE and task.digest == digest.digest(),
+        "sha256_ok": same,
     }
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written: its size and its time (ns)."""
+    return status.st_size, status.st_mtime_ns
 
 
 def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: Outcome) -> None:
@@ -333,7 +349,7 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
     if no_guest:
         outcome.leaked = Mirror(running.machine.control).head().gpadls
     elif running.shut_down_guest():
-        outcome.leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
+        outcome.leaked = running.leaked()
     running.stop()
     outcome.counters = running.machine.control.counter_totals()
     outcome.refused, outcome.refusals = running.machine.control.refusals()

@@ -48,8 +48,8 @@ class Outcome:
     state: dict[str, Any] = field(default_factory=lambda: {"state_violations": [], "unjudged": "it ended before"})
     """What the machine left undone when it had settled (`tools.invariants_settled`)."""
     log: list[str] = field(default_factory=list)
-    """The log of a machine with plugins, or one whose devices are not all open: the guest's lines, and the
-    tracebacks of back ends."""
+    """The log of a machine with plugins, of one whose devices are not all open or that leaked: the guest's lines, and
+    the tracebacks of back ends."""
     timed_out: str | None = None
     """What was waited for in vain, if that ended it."""
     deaths: list[str] = field(default_factory=list)

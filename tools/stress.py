@@ -25,7 +25,6 @@ from xml.etree import ElementTree
 import click
 
 from emu.errors import MissingPrerequisite, UserError
-from emu.mirror import Mirror
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
 from guestproc.kernel.layout import KernelTables
@@ -332,7 +331,7 @@ def run_stress(
         ordered = "faults were ordered" if running.faults.report() else ""
         state = state_report(running.machine, running.pump, unjudged=ordered)
         in_time = running.shut_down_guest()
-        leaked = running.machine.control.leaked + Mirror(running.machine.control).head().gpadls
+        leaked = running.leaked()
         counters = running.machine.control.counter_totals()
         refused = running.machine.control.refusals()[0]
         running.stop()

@@ -203,7 +203,7 @@ class LiveMachine:
         """Let the guest remove its devices and unload; AssertionError when it does not, or when anything leaked."""
         self.running.pump(0)
         assert self.running.shut_down_guest(), self._with_log(f"machine {self.name} did not shut down")
-        leaked = self.machine.control.leaked + Mirror(self.machine.control).head().gpadls
+        leaked = self.running.leaked()
         assert not leaked, self._with_log(f"machine {self.name} leaked {leaked} records, pages or GPADLs")
 
     def _with_log(self, text: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from emu.mirror import Mirror, MirrorHead
-from tools import cli, run_machine
+from emu.task_board import Program, TaskRow
+from tools import cli, launch, run_machine
 from tools.exit_status import ExitStatus
 
 
@@ -50,3 +52,62 @@ def test_boot_that_does_not_end_shows_the_guests_log(
     assert "vcpu0: Vmbus version:5.3" in shown.err.splitlines()
     assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in shown.err and told["timed_out"] in shown.err
     assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
+
+
+class MirrorBehind(Mirror):
+    """What a launcher reads right after the guest has unloaded: its GPADLs, as of a few milliseconds ago."""
+
+    looks = 0
+
+    def head(self) -> MirrorHead:
+        """Seven GPADLs at the first three looks."""
+        MirrorBehind.looks += 1
+        return replace(super().head(), **({"gpadls": 7} if MirrorBehind.looks <= 3 else {}))
+
+
+def test_a_mirror_that_is_behind_is_no_leak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPADLs that the host has given up and not yet told of are waited for, and are no finding."""
+    monkeypatch.setattr(MirrorBehind, "looks", 0)
+    monkeypatch.setattr(launch, "Mirror", MirrorBehind)
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0", "--json"]) == 0
+
+    assert (json.loads(capsys.readouterr().out)["leaked"], MirrorBehind.looks > 3) == (0, True)
+
+
+def test_what_leaked_is_told_by_the_guests_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a leak the number alone helps nobody: the guest's log, which names the tables, is printed as well."""
+    monkeypatch.setattr(
+        launch.RunningMachine, "leaked", lambda running: running.log.append("vcpu0: leaked: 2 of devices") or 2
+    )
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0"]) == ExitStatus.FINDING
+
+    assert "vcpu0: leaked: 2 of devices" in capsys.readouterr().err.splitlines()
+
+
+def test_a_file_that_is_written_while_it_is_sent_is_no_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The two readings of a file that grows meanwhile differ: that is said of the file, not of the bus."""
+    source = tmp_path / "log"
+    source.write_bytes(b"x" * 100)
+    wait_tasks = launch.RunningMachine.wait_tasks
+
+    def written_meanwhile(running: launch.RunningMachine, rows: list[int], timeout_s: float) -> list[TaskRow]:
+        tasks = wait_tasks(running, rows, timeout_s)
+        if not tasks or tasks[0].program is not Program.STREAM:
+            return tasks
+        source.write_bytes(b"x" * 101)
+        return [replace(tasks[0], digest=bytes(32))]
+
+    monkeypatch.setattr(launch.RunningMachine, "wait_tasks", written_meanwhile)
+
+    assert cli.main(["run", "--device", "echo:1", "--stream", str(source), "--json"]) == ExitStatus.USAGE
+
+    said = f"vmbus-emu: --stream {source}: somebody wrote it while it was sent; give a file that stays as it is\n"
+    assert capsys.readouterr() == ("", said)
