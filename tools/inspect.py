@@ -13,7 +13,7 @@ import click
 
 from emu.errors import UserError
 from emu.machine import Machine
-from tools.machines import FromVariable, chosen_machine
+from tools.machines import chosen_machine, typed
 from tools.options import json_option, machine_option
 from tools.output import print_json, say
 from tools.state_node import Node, NoSuchNode, find, flat, indented, parts_of, text_of, whole
@@ -73,7 +73,7 @@ def inspect(path: str, machine_name: str | None, saved: Path | None, as_json: bo
 def _tree(machine_name: str | None, saved: Path | None) -> Iterator[tuple[str, Node]]:
     """The name of a machine and its tree."""
     if saved is not None:
-        if machine_name is not None and not isinstance(machine_name, FromVariable):
+        if typed(machine_name) is not None:
             raise UserError("--from and --machine exclude each other; leave one of them out")
         record = saved_record(saved)
         yield record["machine"], record["state"]

@@ -39,6 +39,11 @@ class FromVariable(str):
     __slots__ = ()
 
 
+def typed(name: str | None) -> str | None:
+    """The name that somebody typed behind `--machine`; None for the variable's, which whatever is typed beats."""
+    return None if isinstance(name, FromVariable) else name
+
+
 class Life(Enum):
     """How a machine is, as far as one can see from outside."""
 
@@ -110,14 +115,17 @@ def find_machines() -> Iterator[FoundMachine]:
         yield find_machine(name)
 
 
-def chosen_machine(name: str | None) -> str:
-    """The living machine that `--machine` means: the named one, or the only one; UserError otherwise."""
+def chosen_machine(name: str | None, *, by: str = "--machine") -> str:
+    """The living machine that `--machine` (or another word, `by`) means: the named one, or the only one.
+
+    UserError otherwise, which says where the name came from.
+    """
     living = [machine.name for machine in find_machines() if machine.life is not Life.DEAD]
     if name is not None:
         if name in living:
             return name
         known = f"running: {', '.join(living)}" if living else "none is running"
-        said = f"${MACHINE_VARIABLE}" if isinstance(name, FromVariable) else "--machine"
+        said = f"${MACHINE_VARIABLE}" if isinstance(name, FromVariable) else by
         raise UserError(f"{said}: no machine {name}; {known}{_epitaph(name)}")
     if not living:
         raise UserError(f"no machine is running; start one with `vmbus-emu run --detach`{_epitaph(None)}")

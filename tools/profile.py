@@ -17,7 +17,7 @@ import click
 
 from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
-from tools.machines import chosen_machine, find_machines
+from tools.machines import chosen_machine, find_machines, typed
 from tools.named_files import check_writable, write_text
 from tools.options import FLIGHT_VARIABLE, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
@@ -82,7 +82,7 @@ def profile(
       vmbus-emu profile --machine vm4711 --duration 10 --plot cost.svg
     """
     spy = _py_spy() if flame is not None else ""
-    if command and machine_name is not None:
+    if command and typed(machine_name) is not None:
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
     check_writable(plot, "--plot")
     check_writable(flame, "--flame")
@@ -94,7 +94,9 @@ def profile(
     if not found.processes:
         if status:
             return status  # the command said itself what was wrong
-        raise UserError(f"`{' '.join(command)}` ran no machine; give a command that runs one, like run or latency")
+        within = "" if duration_s is None else f" within {duration_s:g} s"
+        cure = "give a command that runs one, like run or latency"
+        raise UserError(f"`{' '.join(command)}` ran no machine{within}; {cure}{', or more time' if within else ''}")
     if plot is not None:
         write_text(plot, svg_of(found), "--plot")
     if as_json:

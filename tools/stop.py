@@ -14,7 +14,7 @@ import click
 from emu.control import ActorRow
 from emu.errors import DeadlinePassed, UserError
 from emu.ipc.segments import objects_of
-from tools.machines import Life, chosen_machine, find_machine, find_machines, runs
+from tools.machines import Life, chosen_machine, find_machine, find_machines, runs, typed
 from tools.options import Seconds, json_option, machine_option
 from tools.output import print_json, say
 
@@ -45,17 +45,14 @@ def stop(name: str | None, machine_name: str | None, stop_all: bool, limit_s: fl
       vmbus-emu stop
       vmbus-emu stop vm4711
     """
-    if name is not None:
-        if stop_all:
-            raise UserError(f"--all and {name} exclude each other; leave one of them out")
-        # The name that was typed here beats the variable.
-        machine_name = name
-    if stop_all and machine_name is not None:
-        raise UserError("--all and --machine exclude each other; leave one of them out")
+    given = (("--all", stop_all), ("--machine", typed(machine_name) is not None), (str(name), name is not None))
+    ways = [way for way, is_given in given if is_given]
+    if len(ways) > 1:
+        raise UserError(f"{ways[0]} and {ways[1]} exclude each other; leave one of them out")
     if stop_all:
         names = [machine.name for machine in find_machines() if machine.life is not Life.DEAD]
     else:
-        names = [chosen_machine(machine_name)]
+        names = [chosen_machine(machine_name) if name is None else chosen_machine(name, by="NAME")]
     end = time.monotonic() + limit_s
     for one in names:
         stop_machine(one, end - time.monotonic())

@@ -199,6 +199,18 @@ def test_stop_waits_until_nothing_is_left(
     assert objects_of(running.name) == []
 
 
+def test_what_is_typed_beats_the_variable(run_cli: RunCli, launcher: Callable[..., FakeLauncher]) -> None:
+    """A machine in $VMBUS_EMU_MACHINE is in nobody's way who names another one, or a command to profile."""
+    running = launcher()
+    elsewhere = {"VMBUS_EMU_MACHINE": "elsewhere"}
+
+    stopped = run_cli("stop", running.name, env=elsewhere)
+    profiled = run_cli("profile", "--", "ps", env=elsewhere)
+
+    assert (stopped.returncode, stopped.stderr) == (0, f"machine {running.name} has stopped\n")
+    assert "exclude each other" not in profiled.stderr
+
+
 def test_stop_gives_up_at_its_time_limit(run_cli: RunCli, launcher: Callable[..., FakeLauncher]) -> None:
     """A launcher that does not end is status 124, in one line."""
     stubborn = launcher("stubborn")
@@ -256,7 +268,11 @@ def test_only_machine_needs_no_name(launcher: Callable[..., FakeLauncher], monke
     ("arguments", "said"),
     [
         (("stop", "--machine", "no-such"), "--machine: no machine no-such; "),
+        (("stop", "no-such"), "vmbus-emu: NAME: no machine no-such; "),
         (("stop", "--machine", "x", "--all"), "--all and --machine exclude each other; "),
+        (("stop", "--machine", "x", "y"), "--machine and y exclude each other; "),
+        (("stop", "--all", "y"), "--all and y exclude each other; "),
+        (("profile", "--machine", "x", "ps"), "--machine and a COMMAND exclude each other; "),
         (("stop", "--time-limit", "0"), "--time-limit"),
         (("ps", "x"), "unexpected extra argument"),
         (("inspect", "--from", "x.json", "--machine", "x"), "--from and --machine exclude each other; "),
