@@ -56,7 +56,7 @@ from tools.run_machine import Options, run_here
 )
 @click.option("--name", help="Name of the machine; default: vm and the process id.")
 @click.option("--poll", help="How a halting processor polls: off, microseconds, or adaptive.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Repeats what is random.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Repeats what is random.")
 @json_option
 def run(
     scenario_path: Path | None,

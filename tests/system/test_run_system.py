@@ -108,6 +108,7 @@ def test_empty_stream_comes_back_equal(tmp_path: Path) -> None:
         (("--device", "floppy:1"), "floppy"),
         (("--name", "a/b"), "a/b"),
         (("--without", "vcpu9"), "vcpu9"),
+        (("--seed", str(2**63)), "--seed"),
         (("nothing.toml",), "nothing.toml"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
