@@ -22,7 +22,7 @@ from tools.exit_status import ExitStatus
 from tools.findings import Case, folder_of
 from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
-from tools.named_files import check_writable, write_text
+from tools.named_files import check_apart, check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.trace import as_json
@@ -178,6 +178,7 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
       vmbus-emu check boot.rec --json | jq '.violations[].text'
     """
     check_writable(junit, "--junit")
+    check_apart(junit, "--junit", file)
     verdicts, recording = check_recording(file)
     note = run_of(recording)
     told = told_of(verdicts, note)

@@ -43,7 +43,7 @@ from tools.histograms import (
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
-from tools.named_files import check_writable, write_text
+from tools.named_files import check_apart, check_svg, check_writable, write_text
 from tools.options import Seconds, check_record_path, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults
@@ -56,7 +56,6 @@ MOST_RECORDED: Final = 50_000
 """Round trips whose stages are found out, unless somebody wants the recording; each has 27 records of 64 bytes."""
 HOT_PLUGS: Final = 20
 _PACKET_NAMES: Final = ("p50", "p90", "p99", "p999")
-OTHER_PICTURES: Final = frozenset({".png", ".gif", ".jpg", ".jpeg", ".webp", ".pdf"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,9 @@ def latency(
     check_record_path(record_path)
     for path, option in ((hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
         check_writable(path, option)
-    if plot is not None and plot.suffix.lower() in OTHER_PICTURES:
-        raise UserError(f"--plot {plot}: the curves are written as SVG; name the file {plot.with_suffix('.svg')}")
+    for path, option in ((record_path, "--record"), (hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
+        check_apart(path, option, scenario_path, compare)
+    check_svg(plot, "--plot", "the curves are")
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else {}
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)

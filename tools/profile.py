@@ -18,7 +18,7 @@ import click
 from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
 from tools.machines import chosen_machine, find_machines, typed
-from tools.named_files import check_writable, write_text
+from tools.named_files import check_svg, check_writable, write_text
 from tools.options import FLIGHT_VARIABLE, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of
@@ -86,6 +86,8 @@ def profile(
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
     check_writable(plot, "--plot")
     check_writable(flame, "--flame")
+    check_svg(plot, "--plot", "the picture is")
+    check_svg(flame, "--flame", "the graph is")
     with _target(command, machine_name) as target:
         found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
         status = target.end(interrupted=interruption.status is not None)

@@ -14,7 +14,7 @@ import click
 from emu.errors import UserError
 from emu.recording import Recording
 from tools.exit_status import ExitStatus
-from tools.named_files import check_writable, write_text
+from tools.named_files import check_apart, check_writable, write_text
 from tools.options import json_option
 from tools.output import print_json, say
 from tools.report_data import CURVE, report_of
@@ -50,9 +50,8 @@ def report(file: Path, output: Path | None, as_json: bool) -> int:
     if output == Path("-"):
         return _to_stdout(file, as_json=as_json)
     page = output or file.with_name(file.name + ".html")
-    if page.absolute() == file.absolute():
-        raise UserError(f"-o {page}: that is the recording itself; name another file")
     check_writable(page, "-o")
+    check_apart(page, "-o", file)
     with Recording(file) as recording:
         found = report_of(recording)
     text = page_of(found)

@@ -10,6 +10,7 @@ from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.flight import usual_s
 from tools.guest_versions import check_versions
+from tools.named_files import check_apart
 from tools.options import (
     Seconds,
     fault_option,
@@ -107,4 +108,5 @@ def run(
         as_json,
     )
     options.check(detach=detach)
+    check_apart(record_path, "--record", scenario_path, stream_path)
     return run_detached(options) if detach else run_here(options)

@@ -40,7 +40,7 @@ from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.invariants_settled import state_report
 from tools.launch import RunningMachine, launch
-from tools.named_files import check_writable, write_text
+from tools.named_files import check_apart, check_writable, write_text
 from tools.options import (
     Seconds,
     check_record_path,
@@ -212,6 +212,8 @@ def stress(
     ingredients = _mix(mix)
     check_record_path(record_path)
     check_writable(junit, "--junit")
+    check_apart(record_path, "--record", scenario_path)
+    check_apart(junit, "--junit", scenario_path)
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices, faults=fault_texts)

@@ -20,6 +20,7 @@ from emu.errors import UserError
 from emu.recording import Recording, TraceRecord
 from tools.event_names import name_of
 from tools.exit_status import ExitStatus
+from tools.named_files import check_apart, whole
 from tools.output import say
 
 
@@ -91,8 +92,8 @@ def trace(file: Path, form: str, output: str) -> int:
       vmbus-emu trace boot.rec --to perfetto -o boot.pftrace
       vmbus-emu trace b.rec --to trace-cmd -o b.dat && trace-cmd report -t b.dat
     """
-    if output != "-" and Path(output).exists() and file.exists() and Path(output).samefile(file):
-        raise UserError(f"{output} is the recording itself; write to another file")
+    if output != "-":
+        check_apart(Path(output), "-o", file)
     if output == "-" and not FORMATS[form].text and sys.stdout.isatty():
         raise UserError(f"{form} is no text for a terminal; write it to a file with -o OUT")
     with Recording(file) as recording, opened(output) as out:
@@ -114,12 +115,7 @@ def opened(output: str) -> Iterator[IO[bytes]]:
         return
     path = Path(output)
     try:
-        with path.open("wb") as out:
+        with whole(path), path.open("wb") as out:
             yield out
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another file with -o") from None
-    except BaseException:
-        # A half of an export looks like a whole one to some readers. A pipe or a device is not ours to remove.
-        if path.is_file():
-            path.unlink()
-        raise

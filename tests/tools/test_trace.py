@@ -165,7 +165,7 @@ def test_recording_is_not_overwritten_by_its_export(run_cli: RunCli, recording_p
     done = run_cli("trace", recording_path, "-o", recording_path)
 
     assert done.returncode == ExitStatus.USAGE
-    assert "is the recording itself" in done.stderr
+    assert f"-o {recording_path}: that is {recording_path} itself" in done.stderr
     assert recording_path.read_bytes() == before
 
 
