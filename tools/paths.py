@@ -6,6 +6,7 @@ A variable that is unset, empty or relative counts as unset, as the XDG specific
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -46,13 +47,28 @@ def made(directory: Path) -> Path:
 
 def _base(variable: str, fallback: str) -> Path:
     value = os.environ.get(variable, "")
-    base = Path(value) if value.startswith("/") else _home() / fallback
+    base = Path(value) if value.startswith("/") else _below_home(fallback)
     return base / _DIRECTORY
 
 
-def _home() -> Path:
-    """The user's home; where there is none (a container's user without a name), a place for temporary files."""
+def _below_home(fallback: str) -> Path:
+    """A place in the user's home; who has none that takes anything has one of his own for temporary files.
+
+    A container's user without a name lives in / or nowhere, a system's user in /nonexistent.
+    """
+    temporary = Path(tempfile.gettempdir()) / f"{_DIRECTORY}-{os.getuid()}"
     try:
-        return Path.home()
+        place = Path.home() / fallback
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"{_DIRECTORY}-{os.getuid()}"
+        return temporary / fallback
+    there = next((one for one in (place, *place.parents) if os.access(one, os.F_OK)), place)
+    return place if os.access(there, os.W_OK) or not _is_ours(temporary) else temporary / fallback
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory among everybody's is this user's, or still to be made: no link, and nobody else's."""
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022

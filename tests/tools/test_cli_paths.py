@@ -37,12 +37,13 @@ def test_unusable_variable_counts_as_unset(
     variable: str,
     fallback: str,
     value: str,
+    tmp_path: Path,
 ) -> None:
     """Empty and relative values are ignored, as the specification asks."""
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(variable, value)
 
-    assert directory() == Path("/home/somebody") / fallback / "vmbus-emu"
+    assert directory() == tmp_path / fallback / "vmbus-emu"
 
 
 def test_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
@@ -72,3 +73,28 @@ def test_user_without_a_home_has_a_place_of_his_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "home", homeless)
 
     assert state_dir() == Path(tempfile.gettempdir()) / f"vmbus-emu-{os.getuid()}" / ".local/state/vmbus-emu"
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_home_that_takes_nothing_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, theirs: bool) -> None:
+    """A container's user without a name has HOME=/, where he may make nothing; nothing of anybody else's is used."""
+    place = tmp_path / f"vmbus-emu-{os.getuid()}"
+    if theirs:
+        place.mkdir()
+        place.chmod(0o777)
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+
+    below = Path("/") if theirs else place
+    assert state_dir() == below / ".local/state/vmbus-emu"
+
+
+def test_home_that_is_to_be_made_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home below a directory of the user's is made with what goes into it, as it always was."""
+    monkeypatch.setenv("HOME", str(tmp_path / "new"))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+
+    assert made(state_dir()) == tmp_path / "new" / ".local/state/vmbus-emu"
