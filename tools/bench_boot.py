@@ -10,8 +10,10 @@ import time
 from typing import Final
 
 from emu.control import Ready
+from emu.errors import MissingPrerequisite
 from emu.scenario import Scenario, parse_device
 from tools.anchors import Against, Anchor
+from tools.exit_status import ExitStatus
 from tools.launch import launch
 from tools.paths import cache_dir
 
@@ -103,8 +105,11 @@ def launch_to_open() -> float:
     # As installed by pip: with bytecode.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_dir() / "bytecode"))
-    output = subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment).stdout
-    return (int(json.loads(output)["opened_at_ns"]) - started) / 1e9
+    done = subprocess.run(command, check=False, capture_output=True, timeout=120, env=environment)
+    if done.returncode == ExitStatus.MISSING:
+        raise MissingPrerequisite(done.stderr.decode().strip().removeprefix("vmbus-emu: "))
+    done.check_returncode()
+    return (int(json.loads(done.stdout)["opened_at_ns"]) - started) / 1e9
 
 
 def bring_up(devices: int) -> float:

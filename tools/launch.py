@@ -36,7 +36,7 @@ from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.vmexit import HostBell
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
-from tools.zygote_start import Link, start_zygote
+from tools.zygote_start import Link, not_started, start_zygote
 
 BOOT_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 5.0
@@ -125,6 +125,7 @@ class RunningMachine:
     _stopping: bool = False
     _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
+    _lacking: MissingPrerequisite | None = None
 
     @property
     def faults(self) -> FaultPlan:
@@ -168,7 +169,7 @@ class RunningMachine:
     def pump(self, timeout_s: float) -> bool:
         """Take what the zygote and its children say, waiting at most `timeout_s`; True if there was any.
 
-        Raises MachineDied when a process ended unasked.
+        Raises MachineDied when a process ended unasked, MissingPrerequisite when one could not be started.
         """
         heard = False
         if self.on_pump is not None:
@@ -187,6 +188,8 @@ class RunningMachine:
             self._look_after_by_hand()
         if self.deaths and not self._stopping:
             raise MachineDied(self.deaths)
+        if self._lacking is not None and not self._stopping:
+            raise self._lacking
         return heard
 
     def _readable(self, timeout_s: float) -> bool:
@@ -198,6 +201,8 @@ class RunningMachine:
         if verb == "forked":
             name, pid = arguments
             self.inner[name] = Inner(name, pid)
+        elif verb == "not forked":
+            self._lacking = not_started(*arguments)
         elif verb == "crashed":
             name, text = arguments
             if name in self.inner:

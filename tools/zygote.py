@@ -125,7 +125,11 @@ class Zygote:
 
     def _fork(self, name: str, body: Callable[[], int], *, detached: bool = False) -> None:
         zygote_pid = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or no memory for one more
+            self._send("not forked", name, error.strerror)
+            return
         if pid == 0:
             self._child(name, body, zygote_pid, detached=detached)
         descriptor = os.pidfd_open(pid)

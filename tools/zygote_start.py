@@ -7,6 +7,7 @@ run beside ours. Nothing heavy is imported here for the same reason.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emu.errors import MissingPrerequisite
 from tools.paths import cache_dir
 
 
@@ -48,7 +50,8 @@ def start_zygote() -> Link:
 
 def start_early() -> None:
     """Start a zygote that `start_zygote` will hand out; it ends with this process when nobody asks for it."""
-    _started.append(_start())
+    with contextlib.suppress(MissingPrerequisite):  # whoever asks for it is told
+        _started.append(_start())
     atexit.register(discard_unused)
 
 
@@ -74,13 +77,23 @@ def _start() -> Link:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**_with_bytecode(), "PYTHONPATH": path},
-            # From its first moment: Ctrl-C while it imports is for the launcher alone.
-            process_group=0,
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**_with_bytecode(), "PYTHONPATH": path},
+                # From its first moment: Ctrl-C while it imports is for the launcher alone.
+                process_group=0,
+            )
+        except OSError as error:
+            ours.close()
+            raise not_started("the zygote", error.strerror) from None
     return Link(process, ours)
+
+
+def not_started(name: str, why: str | None) -> MissingPrerequisite:
+    """What to raise when the system does not give us one process more; `why` is its own word."""
+    cure = "a machine needs some 20 processes and threads: see `ulimit -u`, or the container's limit"
+    return MissingPrerequisite(f"cannot start {name}: {why}; {cure}")

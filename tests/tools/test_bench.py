@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from emu.errors import MissingPrerequisite
 from tests.conftest import RunCli
 from tools import bench as module
 from tools.anchors import Against, Anchor
+from tools.bench_boot import launch_to_open
+from tools.exit_status import ExitStatus
 
 FIELDS = {"name", "value", "unit", "better", "runs", "spread", "against", "ratio", "goal", "floor", "met", "reason"}
 
@@ -161,3 +164,13 @@ def test_figures_hold_their_floors(name: str) -> None:
     ]
 
     assert not below, "\n".join(below)
+
+
+def test_boot_that_lacks_something_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that is timed is a process of its own: what it says is lacking is what the bench lacks."""
+    said = b"vmbus-emu: /dev/shm is full (/vmbus-emu.vm1.ram); free some of it or ask for less RAM\n"
+    ended = subprocess.CompletedProcess[bytes]([], ExitStatus.MISSING, b"", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: ended)
+
+    with pytest.raises(MissingPrerequisite, match=r"^/dev/shm is full"):
+        launch_to_open()

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
 from emu.task_board import Program, TaskRow
 from tools import cli, launch, run_machine
 from tools.exit_status import ExitStatus
+
+AT_ITS_LIMIT = """
+import os, sys
+fork = os.fork
+def refuses():
+    if sys._getframe(1).f_locals["name"] == "{first}":
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = refuses
+"""
+"""A sitecustomize of a zygote that gets no process for `first`."""
 
 
 class LateMirror(Mirror):
@@ -111,3 +124,33 @@ def test_a_file_that_is_written_while_it_is_sent_is_no_finding(
 
     said = f"vmbus-emu: --stream {source}: somebody wrote it while it was sent; give a file that stays as it is\n"
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("first", ["sweeper", "hypervisor", "workqueue"])
+def test_a_process_that_cannot_be_forked_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, first: str
+) -> None:
+    """At the limit of processes: the one that could not be started, why, where limits are, and nothing left."""
+    (tmp_path / "sitecustomize.py").write_text(AT_ITS_LIMIT.format(first=first), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    assert cli.main(["run", "--name", "t-limit", "--device", "echo:1", "--duration", "0"]) == ExitStatus.MISSING
+
+    why = f"cannot start {first}: Resource temporarily unavailable; a machine needs some 20 processes and threads"
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n"), why in said, objects_of("t-limit")) == ("", 1, True, [])
+
+
+def test_a_zygote_that_cannot_be_started_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same of the first of them."""
+
+    def refused(*_arguments: object, **_options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0"]) == ExitStatus.MISSING
+
+    assert "cannot start the zygote: Resource temporarily unavailable" in capsys.readouterr().err

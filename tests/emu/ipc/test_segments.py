@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import posix_ipc
 import pytest
@@ -109,6 +110,17 @@ def test_size_that_cannot_be_had_leaves_no_name(machine_name: str, name: str, re
         Segment.create(name, size, reserved=reserved)
 
     assert objects_of(machine_name) == []
+
+
+def test_directory_that_nobody_may_look_into_has_nothing_of_ours(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A failure to make the first segment there is told as such, not as one to tidy up behind it."""
+
+    def shut(_path: Path) -> None:
+        raise PermissionError(13, "Permission denied", "/dev/shm")
+
+    monkeypatch.setattr(Path, "iterdir", shut)
+
+    assert (objects_of(name), unlink_objects(name)) == ([], 0)
 
 
 def test_interrupt_while_making_leaves_no_name(machine_name: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
