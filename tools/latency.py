@@ -8,10 +8,11 @@ the difference of the two.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from emu.errors import UserError
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from emu.task_board import Program, TaskState
+from guestproc.drivers.echo import EchoDriver
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
@@ -48,6 +50,7 @@ from tools.options import Seconds, check_record_path, fault_option, json_option,
 from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults
 
+REPORT: Final = "vmbus-emu.latency"
 ROUND_TRIP: Final = "round_trip"
 RECORDED: Final = "round_trip_recorded"
 MOST_SIZE: Final = 8_192
@@ -130,7 +133,7 @@ def latency(
         check_apart(path, option, scenario_path, compare)
     check_svg(plot, "--plot", "the curves are")
     limits = dict(_limit(text) for text in fail)
-    before = _read_report(compare) if compare is not None else {}
+    before = _read_report(compare) if compare is not None else Older({}, {})
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     case = _case(scenario, rate, size, duration_s, compare, fail)
     folder = tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-")
@@ -158,7 +161,7 @@ def latency(
         write_text(hlog, hlog_text(histograms, began_s, duration_s), "--hlog")
     if plot is not None:
         write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {size} bytes, {_pace(rate)}"), "--plot")
-    worse = regressions(before, figures, limits)
+    worse = regressions(before.stages, figures, limits)
     report = {
         "rate": rate,
         "size": size,
@@ -172,10 +175,12 @@ def latency(
         "regressions": worse,
     }
     report["finding"] = _kept(case, report, recorded_at)
+    if compare is not None and (other := before.otherwise(report)):
+        say(f"vmbus-emu: {compare} was measured otherwise: {other}")
     if as_json:
         print_json("latency", 1, report)
     else:
-        _show(report, terminal_plot(histograms[ROUND_TRIP]))
+        _show(report, terminal_plot(histograms[ROUND_TRIP]), before)
     return ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE
 
 
@@ -251,7 +256,8 @@ def both(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict
 
 
 def _ping(running: RunningMachine, rate: int, size: int, duration_s: float, samples: Path) -> int:
-    channels = [one for device in list_devices(running.machine) for one in device.channels if one.state == "opened"]
+    echoing = [device for device in list_devices(running.machine) if device.driver == EchoDriver.name]
+    channels = [one for device in echoing for one in device.channels if one.state == "opened"]
     if not channels:
         raise UserError("no channel is open to measure on; give a scenario with an echo device")
     first = channels[0]
@@ -297,30 +303,54 @@ def _limit(text: str) -> tuple[str, float]:
         value = float(number) / 100
     except ValueError:
         value = -1.0
-    if name not in _PACKET_NAMES or not share.endswith("%") or value < 0:
+    if name not in _PACKET_NAMES or not share.endswith("%") or not 0 <= value < math.inf:
         raise UserError(f"--fail {text}: not understood; write it like p99:+10% ({', '.join(_PACKET_NAMES)})")
     return name, value
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    """The stages of an older report; UserError when it is none."""
+@dataclass(frozen=True, slots=True)
+class Older:
+    """An older report: each stage's percentiles (ns, by the report's names), and what they were measured with."""
+
+    stages: dict[str, dict[str, float]]
+    measured_with: dict[str, Any]
+
+    def otherwise(self, report: Mapping[str, Any]) -> str:
+        """What of it is not as in `report`, in the old one's values; "" if nothing is."""
+        changed = {name: value for name, value in self.measured_with.items() if value != report[name]}
+        return ", ".join(_pace(value) if name == "rate" else f"{name} {value}" for name, value in changed.items())
+
+
+def _read_report(path: Path) -> Older:
+    """An older report; UserError when it is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         name, stages = document["schema"]["name"], document["stages"]
+        if name == REPORT:
+            figures = [f"{percentile}_ns" for percentile in _PACKET_NAMES]
+            stages = {stage: {figure: float(one[figure]) for figure in figures} for stage, one in stages.items()}
     except OSError as error:
         raise UserError(f"--compare {path}: {error.strerror}; give what `vmbus-emu latency --json` printed") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--compare {path}: no report; give what `vmbus-emu latency --json` printed") from None
-    if name != "vmbus-emu.latency":
+    if name != REPORT:
         raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
-    return {str(stage): figures for stage, figures in stages.items()}
+    return Older(stages, {key: document[key] for key in ("rate", "size", "vcpus", "poll") if key in document})
+
+
+def _change(before: Mapping[str, float], now: Mapping[str, float]) -> Iterator[str]:
+    """Median and 99th percentile as they were, as they are, and by how much they changed."""
+    for figure in ("p50_ns", "p99_ns"):
+        yield f"{before[figure] / US:.1f}"
+        yield f"{now[figure] / US:.1f}"
+        yield f"{now[figure] / before[figure] - 1:+.0%}" if before[figure] else "-"
 
 
 def _pace(rate: int | None) -> str:
     return "one after the other" if rate is None else f"{rate} a second"
 
 
-def _show(report: dict[str, Any], curve: list[str]) -> None:
+def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     rows = [
         (
             name,
@@ -337,5 +367,12 @@ def _show(report: dict[str, Any], curve: list[str]) -> None:
         click.echo(line)
     click.echo(f"\nthe recorder adds {report['recorder_ns'] / US:.1f} us to a round trip; {report['lost']} lost")
     tell_faults(report["faults"])
+    shared = [stage for stage in report["stages"] if stage in before.stages]
+    if shared:
+        click.echo("")
+        print_table(
+            ("stage", *(f"{name} {word}" for name in ("p50", "p99") for word in ("before us", "now us", "change"))),
+            [(stage, *_change(before.stages[stage], report["stages"][stage])) for stage in shared],
+        )
     for line in report["regressions"]:
         click.echo(f"worse: {line}")

@@ -27,10 +27,12 @@ import click
 from emu.errors import MissingPrerequisite, UserError
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
+from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded
 from tools.ctl import ask_host, offer_devices
+from tools.device_list import list_devices
 from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
@@ -223,8 +225,8 @@ def stress(
     end = None if limit_s is None else time.monotonic() + limit_s
     check_versions(scenario)
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
+    ended_early = f"ended early; the same again: --seed {chosen}"
     report: dict[str, Any] | None = None
-    ran = True
     try:
         with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
             raise_noted()
@@ -242,12 +244,12 @@ def stress(
             if record_path is not None:
                 report |= _checked(record_path)
     except (UserError, MissingPrerequisite):
-        ran = False  # so there is nothing to do again: what is wrong is one line
+        raise  # no seed makes any difference
+    except BaseException:
+        click.echo(ended_early, err=True)
         raise
-    finally:
-        if report is None and ran:
-            click.echo(f"ended early; the same again: --seed {chosen}", err=True)
     if interruption.status is not None or report is None:
+        click.echo(ended_early, err=True)
         if as_json:
             print_json("stress", 1, {"seed": chosen, "interrupted": True})
         return interruption.status or ExitStatus.FAILED
@@ -320,6 +322,8 @@ def run_stress(
         recording(running, record_path) as recorded,
     ):
         running.wait_ready()
+        if "hot" not in mix and not any(one.driver == EchoDriver.name for one in list_devices(running.machine)):
+            raise UserError("nothing would be sent: give a scenario with an echo device, or --mix hot")
         troubles = Troubles(running, random.Random(seed), mix, cores)
         paths = {cpu: Path(folder, f"cpu{cpu}") for cpu in range(scenario.machine.vcpus)}
         rows = [

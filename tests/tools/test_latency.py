@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -104,6 +105,8 @@ def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
         (("--fail", "p99:+10%"), "--compare"),
         (("--compare", "nothing.json", "--fail", "p98:+10%"), "p98"),
         (("--compare", "nothing.json", "--fail", "p99:ten"), "p99:ten"),
+        (("--compare", "nothing.json", "--fail", "p99:nan%"), "p99:nan%: not understood"),
+        (("--compare", "nothing.json", "--fail", "p99:+inf%"), "p99:+inf%: not understood"),
         (("--compare", "nothing.json"), "nothing.json: No such file or directory"),
         (("--compare", str(Path(__file__))), "no report; give what `vmbus-emu latency --json` printed"),
         (("--hgrm", "nowhere/x.hgrm"), "--hgrm nowhere/x.hgrm: No such file or directory; choose"),
@@ -142,3 +145,35 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     done = run_cli("latency", *again, timeout_s=60)
     assert done.returncode == 1, done.stderr
     assert "worse: round_trip p50" in done.stdout
+    assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
+    assert "old.json was measured otherwise: one after the other\n" in done.stderr
+
+
+@pytest.mark.parametrize("stages", ["5", "[1]", '{"isr": 5}', '{"isr": {"p50_ns": 1}}', '{"isr": {"p50_ns": null}}'])
+def test_a_report_that_was_spoilt_is_none(run_cli: RunCli, tmp_path: Path, stages: str) -> None:
+    """Told in one line before anything is measured, not by an error behind it."""
+    (tmp_path / "old.json").write_text(f'{{"schema": {{"name": "vmbus-emu.latency"}}, "stages": {stages}}}')
+
+    done = run_cli("latency", "--compare", "old.json")
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--compare old.json: no report" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("latency",), "no channel is open to measure on; give a scenario with an echo device"),
+        (("stress", "--mix", "none"), "nothing would be sent: give a scenario with an echo device"),
+    ],
+)
+def test_a_machine_without_echo_is_no_finding(
+    run_cli: RunCli, tmp_path: Path, command: tuple[str, ...], said: str
+) -> None:
+    """A netlike channel answers no pings: that is said, rather than that two were lost, or that none was."""
+    (tmp_path / "net.toml").write_text('[[device]]\nclass = "netlike"\nbackend = "netlike"\n')
+
+    done = run_cli(*command, "net.toml", "--duration", "0.2")
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
