@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import click
 
-from emu.errors import MissingPrerequisite, UserError
+from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskState
 from guestproc.drivers.echo import EchoDriver
@@ -41,7 +41,7 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.invariants_settled import state_report
-from tools.launch import RunningMachine, launch
+from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_writable, write_text
 from tools.options import (
     Seconds,
@@ -245,8 +245,13 @@ def stress(
                 report |= _checked(record_path)
     except (UserError, MissingPrerequisite):
         raise  # no seed makes any difference
-    except BaseException:
+    except BaseException as error:
         click.echo(ended_early, err=True)
+        if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
+            timed_out = str(error) if isinstance(error, DeadlinePassed) else None
+            deaths = [one.report() for one in error.deaths] if isinstance(error, MachineDied) else []
+            told = {"seed": chosen, "interrupted": False, "timed_out": timed_out, "deaths": deaths}
+            print_json("stress", 1, told)
         raise
     if interruption.status is not None or report is None:
         click.echo(ended_early, err=True)

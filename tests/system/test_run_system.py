@@ -186,14 +186,16 @@ def test_killed_process_ends_a_stress_which_says_how_to_repeat_it(tmp_path: Path
     """Exit code 4, the process, a crash record that exists, the seed; nothing left."""
     scenario = tmp_path / "four.toml"
     scenario.write_text('[machine]\nname = "t-kill-stress"\n[[device]]\nclass = "echo"\ncount = 4\n')
-    with ended(start(tmp_path, "stress", str(scenario), "--seed", "17", "--duration", "60")) as process:
+    with ended(start(tmp_path, "stress", str(scenario), "--seed", "17", "--duration", "60", "--json")) as process:
         wait_until_open("t-kill-stress", process)
         os.kill(inner_pids("t-kill-stress")["vcpu1"], signal.SIGKILL)
-        _output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=20)
 
     assert process.returncode == 4, errors
     assert "vcpu1" in errors and "SIGKILL" in errors and "--seed 17" in errors
     assert Path(errors.partition("crash record: ")[2].strip()).is_file()
+    told = report(output)
+    assert (told["seed"], told["timed_out"], len(told["deaths"])) == (17, None, 1) and "vcpu1" in told["deaths"][0]
     assert_gone("t-kill-stress")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -135,12 +134,13 @@ def test_what_cannot_be_meant_is_one_line(run_cli: RunCli, arguments: tuple[str,
 
 
 def test_time_limit_ends_it_and_tells_the_seed(run_cli: RunCli) -> None:
-    """Exit status 124; the same again is one option away."""
-    done = run_cli("stress", "--duration", "30", "--time-limit", "1")
+    """Exit status 124; the same again is one option away, in JSON as well."""
+    done = run_cli("stress", "--duration", "30", "--time-limit", "1", "--json")
 
-    assert (done.returncode, done.stdout) == (124, "")
+    told = json.loads(done.stdout)
     flight, seed, limit = done.stderr.splitlines()
-    assert re.fullmatch(r"ended early; the same again: --seed \d+", seed)
+    assert (done.returncode, seed) == (124, f"ended early; the same again: --seed {told['seed']}")
+    assert (told["interrupted"], told["timed_out"]) == (False, limit.removeprefix("vmbus-emu: "))
     assert "30 s of stress (--time-limit)" in limit
     with Recording(Path(flight.removeprefix("vmbus-emu: flight recording: "))) as saved:
         assert saved.flight.startswith("hang: the end of 30 s of stress")
