@@ -5,6 +5,7 @@ Nothing else is imported before that: click and what it brings take as long as t
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -20,6 +21,7 @@ def main() -> int:
     asked = sys.argv[1:]
     try:
         replace_closed_streams()
+        write_every_character()
         if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):
             from tools.zygote_start import start_early
 
@@ -43,6 +45,15 @@ def replace_closed_streams() -> None:
                 os.close(descriptor)
             os.set_inheritable(number, True)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def write_every_character() -> None:
+    """An arrow that the locale lacks becomes a question mark, and a file's name that is no text stays its bytes.
+
+    Neither is a reason to end in the middle of a table.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding.lower() == "utf-8" else "replace")
 
 
 if __name__ == "__main__":

@@ -108,3 +108,17 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert done.stderr == (
         "vmbus-emu: cannot write to stdout: No space left on device; make room, or send it somewhere else\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("ascii", b"? ?"), ("latin-1", b"? \xfc"), ("utf-8", "→ ü".encode()), ("UTF-8", b"\xff")]
+)
+def test_what_a_locale_lacks_is_no_end(encoding: str, written: bytes) -> None:
+    """A table with an arrow is whole also where there are no arrows; a file's name that is no text keeps its bytes."""
+    said = "\udcff" if encoding == "UTF-8" else "→ ü"
+    script = f"from tools import entry; entry.write_every_character(); print({said!a}, end='')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, written, b"")
