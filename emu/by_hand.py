@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from emu.control import ActorState, is_over
 from emu.errors import UserError, VmbusError
 from emu.machine import KICK_SIGNAL, Machine
 
 
-def attach_and_run(machine_name: str, body: Callable[[Machine, Callable[..., None]], int]) -> int:
-    """Attach to a machine and run an inner process in this one; what it reports goes to stderr."""
+def attach_and_run(machine_name: str, name: str, body: Callable[[Machine, Callable[..., None]], int]) -> int:
+    """Attach to a machine and run its inner process `name` in this one; what it reports goes to stderr."""
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
     try:
@@ -21,10 +22,22 @@ def attach_and_run(machine_name: str, body: Callable[[Machine, Callable[..., Non
         sys.stderr.write(f"{error}\n")
         return 2
     try:
+        _check_wanted(machine, name)
         return body(machine, _report)
-    except UserError as error:  # a plugin that is not what it was
+    except UserError as error:  # also a plugin that is not what it was
         sys.stderr.write(f"{error}\n")
         return 2
+
+
+def _check_wanted(machine: Machine, name: str) -> None:
+    """UserError when the machine has no such process, or has it already: two of them would share its one state."""
+    number = name.removeprefix("vcpu")
+    if number != name and int(number) not in range(machine.vp_count):
+        raise UserError(f"machine {machine.name} has no {name}; its CPUs are 0 to {machine.vp_count - 1}")
+    for row in machine.control.rows():
+        if row.name == name and row.state == ActorState.ALIVE and not is_over(row.pid):
+            cure = f"`vmbus-emu run --without {name}` leaves it to you"
+            raise UserError(f"machine {machine.name} has its {name} already (pid {row.pid}); {cure}")
 
 
 def _report(*message: Any) -> None:

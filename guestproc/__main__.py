@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", required=True, metavar="NAME")
     asked = parser.parse_args(arguments)
     if asked.process == "workqueue":
-        return attach_and_run(asked.machine, workqueue_main.run)
-    return attach_and_run(asked.machine, lambda machine, report: vcpu_main.run(machine, asked.cpu, report))
+        return attach_and_run(asked.machine, "workqueue", workqueue_main.run)
+    name = f"vcpu{asked.cpu}"
+    return attach_and_run(asked.machine, name, lambda machine, report: vcpu_main.run(machine, asked.cpu, report))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Attach to the named machine and be its hypervisor until it stops."""
     parser = argparse.ArgumentParser(prog="python -m hostproc", description=__doc__)
     parser.add_argument("--machine", required=True, metavar="NAME")
-    return attach_and_run(parser.parse_args(arguments).machine, hypervisor_main.run)
+    return attach_and_run(parser.parse_args(arguments).machine, "hypervisor", hypervisor_main.run)
 
 
 if __name__ == "__main__":

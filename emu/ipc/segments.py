@@ -76,7 +76,7 @@ class Segment:
         """Map an existing segment whole; UserError when no machine has one of that name."""
         try:
             shm = posix_ipc.SharedMemory(name)
-        except posix_ipc.ExistentialError:
+        except (posix_ipc.ExistentialError, ValueError):  # also a name that no machine can have
             cure = "no such machine is running; `vmbus-emu ps` lists them"
             raise UserError(f"no shared memory {name}: {cure}") from None
         except posix_ipc.PermissionsError:

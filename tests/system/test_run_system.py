@@ -421,6 +421,30 @@ def test_hypervisor_started_by_hand_may_take_its_time(tmp_path: Path) -> None:
     assert_gone("t-late")
 
 
+def test_a_process_that_a_machine_has_is_not_started_a_second_time(tmp_path: Path) -> None:
+    """By hand one gets a line, and the machine goes on: two hypervisors would answer one guest."""
+    wanted = {
+        ("hostproc",): "machine t-twice has its hypervisor already (pid ",
+        ("guestproc", "workqueue"): "machine t-twice has its workqueue already (pid ",
+        ("guestproc", "vcpu", "1"): "machine t-twice has its vcpu1 already (pid ",
+        ("guestproc", "vcpu", "2"): "machine t-twice has no vcpu2; its CPUs are 0 to 1\n",
+    }
+    with ended(start(tmp_path, "run", "--name", "t-twice", "--json")) as process:
+        wait_until_open("t-twice", process)
+        for words, said in wanted.items():
+            command = [sys.executable, "-m", *words, "--machine", "t-twice"]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=30, check=False
+            )
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+            assert done.stderr.startswith(said)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 143, errors
+    assert (report(output)["channels_open"], report(output)["leaked"]) == (8, 0)
+
+
 def _enlisted(name: str) -> set[str]:
     """Who is in the process table of a machine, if there is one yet."""
     from emu.control import Control

@@ -123,6 +123,12 @@ def test_directory_that_nobody_may_look_into_has_nothing_of_ours(monkeypatch: py
     assert (objects_of(name), unlink_objects(name)) == ([], 0)
 
 
+def test_a_name_that_nothing_can_have_is_one_of_no_machine() -> None:
+    """The system refuses it in words of its own; who typed it is told what of any other name."""
+    with pytest.raises(UserError, match="no such machine is running"):
+        Segment.attach("/vmbus-emu.../x.control")
+
+
 def test_interrupt_while_making_leaves_no_name(machine_name: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C between two steps of the making is no reason to leave something."""
 
