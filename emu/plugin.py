@@ -222,13 +222,21 @@ def channel_callback(function: Callable[[Any, Any], None]) -> Callback:
 # -- loading ----------------------------------------------------------------------------------------------
 
 
+def _whole(path: Path) -> Path:
+    """Its absolute path: inner processes find it from wherever they are."""
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise UserError(f"plugin {path}: the current directory is gone; go to one that exists") from None
+
+
 def load(paths: Iterable[Path]) -> Plugins:
     """Execute these files, in order, and return what they register; a file that is named twice counts once.
 
     UserError, in one line that names the file, when one cannot be read, raises, or registers what cannot be.
     """
     plugins = Plugins()
-    for path in dict.fromkeys(Path(path).absolute() for path in paths):
+    for path in dict.fromkeys(map(_whole, paths)):
         if len(plugins.files) == MAX_FILES:
             raise UserError(f"plugin {path}: more than {MAX_FILES} plugins; leave some out")
         source = _read(path)

@@ -124,7 +124,8 @@ def read_toml(path: Path) -> Mapping[str, object]:
     if len(raw) > MAX_FILE_BYTES:
         raise UserError(f"{path}: larger than {MAX_FILE_BYTES} bytes; give the path of a scenario file")
     try:
-        return tomllib.loads(raw.decode("utf-8"))
+        # Editors of Windows begin a text with a byte-order mark, which is no part of it.
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; a scenario is a TOML text file") from None
     except (ValueError, RecursionError) as error:  # tomllib lets int()'s own ValueError through

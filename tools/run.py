@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from emu.errors import UserError
 from emu.scenario import parse_device
 from tools.detach import run_detached
 from tools.flight import usual_s
@@ -89,6 +91,9 @@ def run(
       vmbus-emu run --plugin tempsensor.py --device tempsensor:2
       vmbus-emu run --duration 1 --fault delay_irq=200us@relid=7
     """
+    said = click.get_current_context().get_parameter_source("guest_timeout_s")
+    if said is ParameterSource.COMMANDLINE and not no_guest:
+        raise UserError("--guest-timeout is for somebody else's guest; add --no-guest, or leave it out")
     scenario = scenario_of(scenario_path, plugin_paths)
     devices = [parse_device(text, scenario.plugins) for text in device_texts]
     scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll, faults=fault_texts)

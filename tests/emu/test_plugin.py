@@ -143,6 +143,18 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         plugin.load([tmp_path])
 
 
+def test_a_plugin_named_from_a_directory_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative name leads nowhere then; that is no error of ours."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    with pytest.raises(UserError, match=r"^plugin x\.py: the current directory is gone; "):
+        plugin.load([Path("x.py")])
+
+
 def test_two_files_may_not_register_the_same(tmp_path: Path) -> None:
     """The complaint is about the second and names the first; two files of one name cannot be told apart."""
     first = written(tmp_path, WHOLE)

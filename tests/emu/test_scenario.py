@@ -331,6 +331,14 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         Scenario.load(path)
 
 
+def test_byte_order_mark_is_no_part_of_a_scenario(tmp_path: Path) -> None:
+    """Some editors write one; what follows is read as without it."""
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xef\xbb\xbf[machine]\nvcpus = 3\n")
+
+    assert Scenario.load(path).machine.vcpus == 3
+
+
 def test_file_that_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
     """A wrong path is refused by the system's reason."""
     with pytest.raises(UserError, match=r"gone\.toml: No such file or directory; "):

@@ -113,6 +113,14 @@ def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tu
     assert {"version", "commit", "python", "kernel", "abi"} <= report.keys()
 
 
+def test_patience_for_a_guest_that_nobody_waits_for_is_refused(run_cli: RunCli) -> None:
+    """`--guest-timeout` without `--no-guest` would be silently without effect."""
+    done = run_cli("run", "--guest-timeout", "1")
+
+    assert (done.returncode, done.stdout) == (ExitStatus.USAGE, "")
+    assert done.stderr == ("vmbus-emu: --guest-timeout is for somebody else's guest; add --no-guest, or leave it out\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word", "command"),
     [
