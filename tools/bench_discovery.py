@@ -40,7 +40,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     added, released = hot(1 if short else ROUNDS, runs)
     many = 100 if short else MANY
     eras: dict[str, list[float]] = {"seed": [], "current": []}
-    for _ in range(max(1, runs // 2)):
+    for _ in range(1 if short else runs):
         for era, figures in eras.items():
             figures.append(bring_up_s(era, many))
     current = sorted(eras["current"])[len(eras["current"]) // 2]

@@ -269,7 +269,7 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
     channel = next((one for one in echoing if one.state == "opened"), None)
     if channel is None:
         raise UserError("--stream: no channel of an echo device is open")
-    before = path.stat()
+    before = _written(path)
     started = time.monotonic()
     row = running.order(Program.STREAM, channel.cpu, relid=channel.relid, path=str(path.resolve()))
     digest = hashlib.sha256()
@@ -280,7 +280,7 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
     task = running.wait_tasks([row], float("inf"))[0]
     seconds = round(time.monotonic() - started, 6)
     same = task.state == TaskState.DONE and task.digest == digest.digest()
-    if not same and _written(before) != _written(path.stat()):
+    if not same and _written(path) != before:
         raise UserError(f"--stream {path}: somebody wrote it while it was sent; give a file that stays as it is")
     return {
         "path": str(path),
@@ -292,8 +292,12 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
     }
 
 
-def _written(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written: its size and its time (ns)."""
+def _written(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written: its size and its time (ns); None for one that is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_size, status.st_mtime_ns
 
 
