@@ -373,6 +373,17 @@ def test_logs_of_detached_launchers_are_kept_up_to_ten(tmp_path: Path) -> None:
     assert not living.exists()
 
 
+def started_by_hand(home: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
+    """An inner process as somebody starts it at another terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words],
+        cwd=ROOT,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
 def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
     """A machine without one of its processors waits for it; started by hand, it comes online and takes channels."""
     with ended(
@@ -380,13 +391,7 @@ def test_processor_started_by_hand_boots_with_the_rest(tmp_path: Path) -> None:
     ) as process:
         wait_for(lambda: "vmbus-emu.t-hand.trace" in objects("t-hand"), "the machine to be made")
         wait_for(lambda: _formatted("t-hand"), "the boot CPU to lay RAM out")
-        by_hand = subprocess.Popen(
-            [sys.executable, "-m", "guestproc", "vcpu", "1", "--machine", "t-hand"],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        by_hand = started_by_hand(tmp_path, "guestproc", "vcpu", "1", "--machine", "t-hand")
         output, errors = process.communicate(timeout=60)
         by_hand.communicate(timeout=30)
 
@@ -404,13 +409,7 @@ def test_hypervisor_started_by_hand_may_take_its_time(tmp_path: Path) -> None:
     words = ("run", str(scenario), "--name", "t-late", "--without", "hypervisor", "--duration", "0", "--json")
     with ended(start(tmp_path, *words)) as process:
         wait_for(lambda: "vcpu0" in _enlisted("t-late"), "the boot CPU to come")
-        by_hand = subprocess.Popen(
-            [sys.executable, "-m", "hostproc", "--machine", "t-late"],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        by_hand = started_by_hand(tmp_path, "hostproc", "--machine", "t-late")
         output, errors = process.communicate(timeout=60)
         by_hand.communicate(timeout=30)
 

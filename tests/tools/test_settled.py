@@ -26,7 +26,7 @@ from emu.orders import OrderDesk, Recipient
 from emu.syncpoint import Point, Tickets
 from emu.task_board import Program, TaskBoard
 from emu.wire.messages import MessageType
-from guestproc.kernel.actors import WaiterState
+from guestproc.kernel.actors import Waiter, WaiterState
 from guestproc.kernel.wait import sleepers
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish
@@ -111,16 +111,20 @@ def test_running_worker_is_named_with_its_work() -> None:
         assert look(world, slot).settled
 
 
-def test_woken_sleeper_will_run(world: World) -> None:
-    """Between its waker's swap and its own next step a sleeper still says that it sleeps."""
-    tables = world.tables
+def waiter_for_an_opening(world: World) -> Waiter:
+    """A settled world in which the host keeps the result of an opening back; who waits for it."""
     world.host.hold(MessageType.OPENCHANNEL)
     world.host.device(10)
     world.settle()
     publish(world)
     assert look(world).settled
-    sleeper = next(number for number, wait in waits(tables).items() if not wait.idle)
-    waiter = next(one for one in tables.waiters.live() if one.actor == sleeper)
+    sleeper = next(number for number, wait in waits(world.tables).items() if not wait.idle)
+    return next(one for one in world.tables.waiters.live() if one.actor == sleeper)
+
+
+def test_woken_sleeper_will_run(world: World) -> None:
+    """Between its waker's swap and its own next step a sleeper still says that it sleeps."""
+    waiter = waiter_for_an_opening(world)
     waiter.state.store(WaiterState.WOKEN)
 
     assert any("was woken" in text for text in look(world).moving)
@@ -130,19 +134,12 @@ def test_woken_sleeper_will_run(world: World) -> None:
 
 def test_sleeper_whose_wait_is_over_will_run(world: World) -> None:
     """Machine time that is past a waiter's deadline wakes it, however late it gets a core to notice; nobody held."""
-    tables = world.tables
-    world.host.hold(MessageType.OPENCHANNEL)
-    world.host.device(10)
-    world.settle()
-    publish(world)
-    sleeper = next(number for number, wait in waits(tables).items() if not wait.idle)
-    waiter = next(one for one in tables.waiters.live() if one.actor == sleeper)
-    assert look(world).settled
+    waiter = waiter_for_an_opening(world)
     assert waiter.until_ns > world.clock.time_ns
 
     world.clock.time_ns = waiter.until_ns
 
-    name = next(row.name for row in world.machine.control.rows() if row.number == sleeper)
+    name = next(row.name for row in world.machine.control.rows() if row.number == waiter.actor)
     assert f"{name} has not noticed yet that its wait is over" in look(world).moving
     row = world.machine.control.row(slot_named(world, name))
     assert not any(name in text for text in look(world, row.slot).moving)
