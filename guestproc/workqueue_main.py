@@ -55,9 +55,15 @@ def run(machine: Machine, report: Report) -> int:
             )
             threads.append(thread)
             semaphore += 1
-    for thread in threads:
-        thread.start()
-    start_user_space(machine, tables, lambda hooks: _current(machine, tables, hooks, report), report)
+    try:
+        for thread in threads:
+            thread.start()
+        start_user_space(machine, tables, lambda hooks: _current(machine, tables, hooks, report), report)
+    except RuntimeError as error:  # the system gives us no thread more; whoever launched us takes the machine away
+        report("not forked", "a thread of the workqueue process", str(error))
+        while not machine.stopping:
+            gate.block(0.05)
+        return 0
     for thread in threads:
         thread.join()
     counters.flush()

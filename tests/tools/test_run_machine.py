@@ -15,6 +15,20 @@ from emu.task_board import Program, TaskRow
 from tools import cli, launch, run_machine
 from tools.exit_status import ExitStatus
 
+NO_THREAD = """
+import threading
+
+start = threading.Thread.start
+
+def limited(thread):
+    if thread.name == {name!r}:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = limited
+"""
+"""A `sitecustomize` of a process that gets no thread of this name."""
+
 AT_ITS_LIMIT = """
 import os, sys
 fork = os.fork
@@ -139,6 +153,21 @@ def test_a_process_that_cannot_be_forked_is_one_line(
     why = f"cannot start {first}: Resource temporarily unavailable; a machine needs some 20 processes and threads"
     out, said = capsys.readouterr()
     assert (out, said.count("\n"), why in said, objects_of("t-limit")) == ("", 1, True, [])
+
+
+@pytest.mark.parametrize("name", ["kworker/rescind", "user/1"])
+def test_a_thread_that_cannot_be_started_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """The same limit counts threads: of a worker, or of the guest's user space."""
+    (tmp_path / "sitecustomize.py").write_text(NO_THREAD.format(name=name), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    assert cli.main(["run", "--name", "t-threads", "--device", "echo:1", "--duration", "0"]) == ExitStatus.MISSING
+
+    why = "cannot start a thread of the workqueue process: can't start new thread; a machine needs some 20 processes"
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n"), why in said, objects_of("t-threads")) == ("", 1, True, [])
 
 
 def test_a_zygote_that_cannot_be_started_is_one_line(
