@@ -172,7 +172,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             outcome.crash_record = None if record is None else str(record)
             outcome.flight = death.flight
             look(running, outcome)
-    if scenario.plugins or outcome.unopened or outcome.leaked:
+    if scenario.plugins or outcome.lost() or outcome.leaked:
         outcome.log = running.log
     if death is not None:
         outcome.kept = keep_death(case, death, options.record_path)

@@ -80,7 +80,7 @@ class Outcome:
 
     @property
     def unopened(self) -> int:
-        """Channels that our guest was offered and has not opened, so that its log is wanted."""
+        """Channels that our guest was offered and has not opened."""
         return 0 if self.foreign or self.boot_s is None else max(0, self.offers - self.channels_open)
 
     def lost(self) -> int:

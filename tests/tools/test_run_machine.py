@@ -81,6 +81,15 @@ def test_boot_that_does_not_end_shows_the_guests_log(
     assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
 
 
+def test_device_that_no_driver_takes_needs_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays closed rightly: nothing is wrong, and nothing is said."""
+    assert cli.main(["run", "--device", "hv_sock:1", "--device", "echo:1", "--duration", "0", "--json"]) == 0
+
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert (told["offers"], told["channels_open"], told["not_open"], shown.err) == (2, 1, 0, "")
+
+
 class MirrorBehind(Mirror):
     """What a launcher reads right after the guest has unloaded: its GPADLs, as of a few milliseconds ago."""
 
