@@ -316,14 +316,15 @@ class Hypervisor:
     def _halt_for(self, timeout_ns: int) -> None:
         if self.bus.likely[1]:
             self.bus.reserve_ahead()
+        if self._timers.armed:
+            timeout_ns = min(timeout_ns, max(0, self._timers.next_expiration * 100 - self.machine.clock.now()))
+        due_ns = timeout_ns
         if self.machine.clock.held:
             # No deadline comes nearer until whoever holds the clock lets it go, and that one wants to see the state.
             timeout_ns = HELD_HALT_NS
             if self._changed:
                 self._changed = False
                 self.control_plane.publish()
-        elif self._timers.armed:
-            timeout_ns = min(timeout_ns, max(0, self._timers.next_expiration * 100 - self.machine.clock.now()))
         if self._changed or self.machine.races:
             # Not at each halt of a busy host: at most every millisecond, and never later than that; in the middle of
             # a conversation when it pauses, or every five.
@@ -338,8 +339,9 @@ class Hypervisor:
             else:
                 timeout_ns = min(timeout_ns, due)
         if self.machine.races:
-            # Whoever asks whether the machine is settled reads the mirror while the host is halted.
-            self._wakes_ns.store(self.machine.clock.now() + timeout_ns)
+            # Whoever asks whether the machine is settled reads the mirror while the host is halted. Of a clock that is
+            # held somebody may push the hands: what is due then is due, however late the host gets a core to notice.
+            self._wakes_ns.store(self.machine.clock.now() + due_ns)
         self._halt.halt(timeout_ns)
 
     def _recorded(self, relid: int, side: str, memory: RingMemory) -> RingWords:
