@@ -72,15 +72,10 @@ class Caller(Backend):
 
     def _serve(self, channel: HostChannel) -> TaskBody:
         while True:
-            # Invitation and answers come one by one.
-            packet = channel.take_lone()
-            if packet is None:
-                packets = channel.take()
-                if not packets:
-                    yield from channel.wait_for_packets()
-                    continue
-            else:
-                packets = [packet]
+            packets = channel.take()
+            if not packets:
+                yield from channel.wait_for_packets()
+                continue
             for packet in packets:
                 payload = packet[3]
                 if len(payload) == INVITATION.size:

@@ -88,8 +88,8 @@ class Options:
             words += ["--no-guest", "--guest-timeout", f"{self.guest_timeout_s:g}"]
         for process in sorted(self.without):
             words += ["--without", process]
-        if self.flight_s or self.record_path is not None:
-            words += ["--flight", f"{self.flight_s or DEFAULT_S:g}"]
+        # Said in any case: what did not record shall not record the next time either.
+        words += ["--flight", f"{self.flight_s or (0 if self.record_path is None else DEFAULT_S):g}"]
         return Case(("run",), self.scenario, self.seed, tuple(words))
 
 

@@ -134,3 +134,23 @@ def test_run_flies_unless_told_otherwise(
     done = CliRunner().invoke(run_module.run, words, env={FLIGHT_VARIABLE: variable}, standalone_mode=False)
 
     assert (done.exception, [one.flight_s for one in asked]) == (None, [seconds])
+
+
+@pytest.mark.parametrize(
+    ("words", "flight"),
+    [(["--flight", "3"], "3"), (["--flight", "0"], "0"), (["--record", "x.rec"], "10"), ([], "7")],
+)
+def test_what_is_repeated_records_as_the_run_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], flight: str
+) -> None:
+    """A run that recorded, into a file or its rings, and one that did not: recording changes who waits for whom."""
+    asked: list[Options] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "usual_s", lambda recording: 0.0 if recording else 7.0)
+    monkeypatch.setattr(run_module, "run_here", lambda options: asked.append(options))
+
+    CliRunner().invoke(run_module.run, words, env={FLIGHT_VARIABLE: None}, standalone_mode=False)
+
+    (options,) = asked
+    again = options.case().words
+    assert again[again.index("--flight") + 1] == flight

@@ -22,6 +22,7 @@ from tools.histograms import (
     svg_plot,
     terminal_plot,
 )
+from tools.latency import _recorded_s
 
 SAMPLES = [1_000 * n for n in range(1, 1_001)]
 
@@ -177,3 +178,12 @@ def test_a_machine_without_echo_is_no_finding(
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rate", "duration_s", "recorded_s"),
+    [(None, 1.0, 1.0), (None, 60.0, 1.5), (1_000, 60.0, 50.0), (1_000_000, 9.0, 1.5)],
+)
+def test_recorded_part_ends_when_it_has_told_enough(rate: int | None, duration_s: float, recorded_s: float) -> None:
+    """After 1.5 s, or 50,000 round trips where these take longer; never later than the rest."""
+    assert _recorded_s(rate, duration_s) == recorded_s

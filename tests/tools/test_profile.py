@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,8 @@ import pytest
 
 from tests.conftest import RunCli
 from tools.exit_status import ExitStatus
-from tools.profile import _Running, watch
+from tools.options import FLIGHT_VARIABLE
+from tools.profile import _Command, _Running, watch
 from tools.profile_picture import MOST_BANDS, svg_of
 from tools.profile_samples import ProcessCost, Profile
 
@@ -105,3 +107,19 @@ def test_picture_that_cannot_be_written_is_told_before_the_command_runs(run_cli:
     assert (
         done.stderr == "vmbus-emu: --plot nowhere/x.svg: No such file or directory; choose a file that can be written\n"
     )
+
+
+@pytest.mark.parametrize(("said", "flight"), [(None, "0"), ("5", "5")])
+def test_command_that_is_measured_does_not_record(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, flight: str
+) -> None:
+    """Unless somebody says so: what a flight recorder costs is no part of what a packet costs."""
+    environments: list[dict[str, str]] = []
+    monkeypatch.delenv(FLIGHT_VARIABLE, raising=False)
+    if said is not None:
+        monkeypatch.setenv(FLIGHT_VARIABLE, said)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_words, env, **_more: environments.append(env))
+
+    _Command(("run",))
+
+    assert [one[FLIGHT_VARIABLE] for one in environments] == [flight]
