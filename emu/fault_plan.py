@@ -194,15 +194,16 @@ class Faults:
     def __init__(self, control: Control, record: Record | None = None) -> None:
         self.plan: Final = FaultPlan(control)
         self._view: Final = control.view
-        self._generation = self.plan.generation.load
+        self.generation: Final = self.plan.generation.load
+        """Loads the plan's generation: while it is `known`, `rows` are those that are on."""
         self._record = record
-        self._known = 0
-        self._rows: dict[FaultKind, list[_Row]] = {}
+        self.known = 0
+        self.rows: dict[FaultKind, list[_Row]] = {}
 
     @property
     def changed(self) -> bool:
         """Whether something was turned on or off since the last look; a look takes it in."""
-        return self._generation() != self._known
+        return self.generation() != self.known
 
     def hit(
         self,
@@ -220,9 +221,9 @@ class Faults:
 
         `most`: one whose number (a time) is larger is left alone.
         """
-        if self._generation() != self._known:
+        if self.generation() != self.known:
             self._read()
-        rows = self._rows.get(kind)
+        rows = self.rows.get(kind)
         if not rows:
             return None
         for row in rows:
@@ -247,36 +248,36 @@ class Faults:
     @property
     def quiet(self) -> bool:
         """Whether nothing at all is on: one cheap look instead of many."""
-        if self._generation() != self._known:
+        if self.generation() != self.known:
             self._read()
-        return not self._rows
+        return not self.rows
 
     def on(self, kind: FaultKind) -> list[Fault]:
         """Those of this kind that are on and may still strike."""
-        if self._generation() != self._known:
+        if self.generation() != self.known:
             self._read()
-        rows = self._rows.get(kind, ())
+        rows = self.rows.get(kind, ())
         return [row.fault for row in rows if row.fault.last is None or row.seen.load() < row.fault.last]
 
     def take_new(self, since: int) -> tuple[list[FaultKind], int]:
         """Kinds of what was turned on since serial `since`, and the newest serial now."""
-        if self._generation() != self._known:
+        if self.generation() != self.known:
             self._read()
-        rows = [row for rows in self._rows.values() for row in rows]
+        rows = [row for rows in self.rows.values() for row in rows]
         kinds = {row.fault.spec.kind: None for row in rows if row.serial > since}
         return list(kinds), max([since, *(row.serial for row in rows)])
 
     def _read(self) -> None:
         # The generation first: what changes while we read is seen at the next look.
-        self._known = self._generation()
-        self._rows = {}
+        self.known = self.generation()
+        self.rows = {}
         for planned in self.plan.rows():
             if planned.on and not planned.spent:
                 at = self.plan.row_offset(planned.index)
                 cell = self._view.cell_u64
                 word_on = planned.serial << 32 | RowState.ON
                 row = _Row(planned.fault, cell(at), word_on, cell(at + _SEEN), cell(at + _HITS))
-                self._rows.setdefault(planned.fault.spec.kind, []).append(row)
+                self.rows.setdefault(planned.fault.spec.kind, []).append(row)
 
 
 def _is_of(fault: Fault, identity: Identity | None) -> bool:

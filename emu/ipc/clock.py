@@ -32,7 +32,7 @@ _MOST_LOOKS: Final = 20_000
 class MachineClock:
     """Reads machine nanoseconds (u64, 0 at creation); holding and advancing are for director and launcher."""
 
-    __slots__ = ("_cas", "_change", "_held_at", "_load", "_load_held_at", "_load_offset", "_offset")
+    __slots__ = ("_cas", "_change", "_held_at", "_known", "_load", "_load_held_at", "_load_offset", "_offset")
 
     def __init__(self, view: AtomicView, base: int) -> None:
         self._offset = view.cell_u64(base + OFFSET)
@@ -42,19 +42,24 @@ class MachineClock:
         self._cas = self._change.cas
         self._load_offset = self._offset.load
         self._load_held_at = self._held_at.load
+        self._known = (0, _BUSY)
+        """Offset, and the change word that it goes with, of a clock that runs: in one, for other threads."""
 
     def start(self) -> None:
-        """Make now time 0 (once, by the launcher)."""
-        self._offset.store(time.monotonic_ns())
+        """Make now time 0 (by the launcher; again, when the machine's words were wiped)."""
+        now = time.monotonic_ns()
+        self._offset.store(now)
+        # A count that no clock here had before: who attached to that one must not take its offset for this one's.
+        self._change.store(now * _CHANGED % _U64)
 
     def now(self) -> int:
         """Machine time in nanoseconds."""
-        # Nobody holds or writes, nearly always: two looks, and no more than that for a question this frequent.
-        change = self._load()
-        if not change & (_HOLDS | _BUSY):
-            value = time.monotonic_ns() - self._load_offset()
-            if value >= 0 and self._load() == change:
-                return value
+        # Nobody holds or writes, nearly always: one look, and no more than that for a question this frequent. The time
+        # first: a hold or a jump that is in it has changed the word by the time of the look.
+        now = time.monotonic_ns()
+        offset, change = self._known
+        if self._load() == change:
+            return now - offset
         return self._careful_now()
 
     def _careful_now(self) -> int:
@@ -63,9 +68,12 @@ class MachineClock:
         for _ in range(_MOST_LOOKS):
             change = self._load()
             held = change & _HOLDS
-            value = self._load_held_at() if held else (time.monotonic_ns() - self._load_offset()) % _U64
+            offset = self._load_offset()
+            value = self._load_held_at() if held else (time.monotonic_ns() - offset) % _U64
             # Looked at again: a hold that came and went between the loads above would make time step back.
             if not change & _BUSY and self._load() == change:
+                if not held and value < _U64 // 2:
+                    self._known = offset, change
                 break
             os.sched_yield()
         return value

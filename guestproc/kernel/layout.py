@@ -139,6 +139,7 @@ class Connection(Record, permanent=True):
     uevent_lock = spinlock(Rank.LEAF)
     uevent_seqnum = Word(8, "uevent_lock: of the newest uevent, from 1")
     slot_waits = Atomic32("atomic: 1 + the CPU in whose slot a message waits for a record of work, 0: none does")
+    driver_changes = Atomic32("atomic: raised under driver_mutex behind each driver that comes or goes")
 
 
 class Cpu(Record, permanent=True):
@@ -479,6 +480,9 @@ class KernelTables:
         if not self.connections.in_use:
             self._take_fixed_records()
         self.connection: Final = self.connections.at(0)
+        self.all_cpus: Final = tuple(self.cpus.live())
+        self.known_drivers: tuple[int, tuple[Driver, ...]] = (-1, ())
+        """The registered drivers, and the `driver_changes` as of which they are."""
         self.pages: Final = PageAllocator(ram, self.zones.at(0), layout.tables["pages"].gpa)
         self.chn_list: Final = RecordList(self.connection.chn_list, self.channels, "listentry")
         self.chn_msg_list: Final = RecordList(self.connection.chn_msg_list, self.requests, "msglistentry")

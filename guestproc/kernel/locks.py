@@ -335,19 +335,34 @@ class Mutex(Lock):
 
 
 class HeldMutex(tuple[Mutex, Actor]):
-    """The block of a `with mutex.hold(actor)`."""
+    """The block of a `with mutex.hold(actor)`: `acquire` and `release` of one that is free, as in `HeldSpinlock`."""
 
     __slots__ = ()
 
     def __enter__(self) -> None:
         lock, actor = self
-        lock.acquire(actor)
+        if actor.spinning or actor.has_interrupts:
+            assert_may_wait(actor, lock.name)
+        held = actor.held
+        if held and held[-1][0].rank >= lock.rank:
+            raise lock.out_of_rank(actor)
+        if lock._word.cas(0, actor.number << 32):
+            lock._wait(actor)
+        held.append((lock, 0))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lock, actor = self
-        lock.release(actor)
+        held = actor.held
+        if held and held[-1][0] is lock:
+            held.pop()
+            word = lock._word.exchange(0)
+            assert word >> 32 == actor.number, f"{actor} gave back {lock.name}, which {word >> 32:#x} held"
+            if word & INDEX_MASK:
+                lock._chain.wake(actor, word & INDEX_MASK)
+        else:
+            lock.release(actor)
 
 
 def spinlock(rank: Rank) -> Part[Spinlock]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELAXED, RELEASE, AtomicU32, AtomicU64, AtomicView
+from emu.memory import PAGE_SIZE
 
 RECORD_HEADER_SIZE: Final = 8
 """generation u32, free-list link u32 (index + 1; 0: last)."""
@@ -408,6 +409,8 @@ class Table(Generic[R]):
         self._refusals: Final = ram.u32(gpa + 16)
         self._cache: Final[dict[int, R]] = {}
         self._views: Final[dict[int, Views]] = {}
+        self._there = 0
+        """So many records, from the first, this process knows to have memory."""
         body = self.record_size - RECORD_HEADER_SIZE
         self._zeros: Final = bytes(body)
         self._poison: Final = bytes([POISON]) * body
@@ -483,15 +486,14 @@ class Table(Generic[R]):
 
     def alloc(self) -> R | None:
         """Take a record, zeroed; None when all are in use (counted)."""
-        index = self._pop()
-        if index < 0:
+        if self._head.load() & INDEX_MASK and (index := self._pop()) >= 0:
+            untouched = self._poison
+        else:
             index = self._take_fresh()
             if index < 0:
                 self._refusals.fetch_add(1)
                 return None
             untouched = self._zeros
-        else:
-            untouched = self._poison
         self._in_use.fetch_add(1, RELAXED)
         size = self.record_size
         gpa = self._first + index * size
@@ -569,14 +571,23 @@ class Table(Generic[R]):
         """Index of a record that was never taken, -1 if there is none left, or no memory behind it."""
         while True:
             taken = self._taken.load()
-            if taken >= self.capacity:
-                return -1
-            try:
-                self.ram.reserve(self.record_gpa(taken), self.record_size)
-            except OutOfMemory:
+            if taken >= self._there and not self._make_memory(taken):
                 return -1
             if self._taken.cas(taken, taken + 1) == taken:
                 return taken
+
+    def _make_memory(self, index: int) -> bool:
+        """Make sure that record `index`, and all that lie on its last page, have memory; False: none is left."""
+        if index >= self.capacity:
+            return False
+        end = -(-(self.record_gpa(index) + self.record_size) // PAGE_SIZE) * PAGE_SIZE
+        there = min((end - self._first) // self.record_size, self.capacity)
+        try:
+            self.ram.reserve(self.record_gpa(index), self.record_gpa(there) - self.record_gpa(index))
+        except OutOfMemory:
+            return False
+        self._there = there
+        return True
 
     def _damage(self, index: int, expected: bytes) -> str:
         gpa = self.record_gpa(index)

@@ -101,7 +101,10 @@ def sleep(actor: Actor, waiter: Waiter, deadline_ns: int) -> bool:
     # comes to notice (races.md E2 was let go too early that way).
     waiter.until_ns = deadline_ns
     while state.load() == WAITING:
-        if not actor.block(deadline_ns) or actor.stopping():
+        blocked = actor.block(deadline_ns)
+        if state.load() != WAITING:
+            return True
+        if not blocked or actor.stopping():
             return state.load() != WAITING
     return True
 

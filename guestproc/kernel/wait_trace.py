@@ -8,12 +8,13 @@ before the mutex is free; so what the records say of waits and holders was true 
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import ClassVar, Final
 
 from emu.event_fields import text_value
 from emu.tracing import E_LOCK, E_UNLOCK, E_WAIT, E_WAIT_DONE, E_WAKE, EVENTS, WaitedFor
 from guestproc.kernel.actors import Actor, Waiter
-from guestproc.kernel.locks import Mutex, Rank
+from guestproc.kernel.locks import HeldMutex, Mutex, Rank
 from guestproc.kernel.records import Ram
 from guestproc.kernel.wait import Completion, WaitQueue, WaitWord, wake_chain
 
@@ -86,6 +87,10 @@ class RecordedMutex(Mutex):
         self._gpa: Final = gpa
         self._name_words: Final = _name_words(name)
 
+    def hold(self, actor: Actor) -> HeldRecordedMutex:
+        """`with lock.hold(actor):` takes the mutex for the block."""
+        return HeldRecordedMutex((self, actor))
+
     def acquire(self, actor: Actor) -> None:
         """Take it, then record that."""
         super().acquire(actor)
@@ -102,6 +107,22 @@ class RecordedMutex(Mutex):
         """Record that it is free, then give it back."""
         actor.record(E_UNLOCK, self._gpa, actor.number, *self._name_words)
         super().release(actor)
+
+
+class HeldRecordedMutex(HeldMutex):
+    """The block of a `with mutex.hold(actor)`, by the calls that record."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        lock, actor = self
+        lock.acquire(actor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lock, actor = self
+        lock.release(actor)
 
 
 def record_waits(ram: Ram) -> None:

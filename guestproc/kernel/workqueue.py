@@ -17,7 +17,7 @@ from typing import Final
 from emu.errors import MachineStopping
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.locks import Rank, spinlock
-from guestproc.kernel.records import Blob, Record, Table, Word, Words64
+from guestproc.kernel.records import Blob, Fields, Record, Table, Word, Words64, position_of
 from guestproc.kernel.wait import DEFAULT_TIMEOUT_NS, SECOND_NS, assert_may_wait, wait_queue
 
 ARGUMENTS: Final = 4
@@ -78,6 +78,17 @@ class Queue(Record, permanent=True):
     flushers = wait_queue()
 
 
+# Queues are there as long as the machine: their plain words are read and written without a look at a generation.
+_HEAD: Final = position_of(Queue, "head")
+_TAIL: Final = position_of(Queue, "tail")
+_QUEUED: Final = position_of(Queue, "queued")
+_FINISHED: Final = position_of(Queue, "finished")
+_NEXT: Final = position_of(WorkItem, "next")
+_SEQUENCE: Final = position_of(WorkItem, "sequence")
+_QUEUED_NS: Final = position_of(WorkItem, "queued_ns")
+_ALLOCATED: Final = Fields(WorkItem, "queue", "function", "next", "message_size", "sequence", "serial")
+
+
 class WorkQueues:
     """All queues and the pool of work records."""
 
@@ -104,15 +115,13 @@ class WorkQueues:
         item = self._items.alloc()
         if item is None:
             return None
-        item.function = function
-        item.serial = serial
+        _ALLOCATED.write(item, 0, function, 0, len(message), 0, serial)
         if arguments:
             words = item.arguments
             for position, value in enumerate(arguments):
                 words[position] = value
         if message:
             item.message = message
-            item.message_size = len(message)
         return item
 
     def discard(self, item: WorkItem) -> None:
@@ -125,18 +134,18 @@ class WorkQueues:
         item.queue = number
         position = item.index + 1
         now = actor.now()
-        lock = queue.lock
+        words, quads, quads_of_item, lock = queue.words, queue.quads, item.quads, queue.lock
         lock.acquire(actor)
-        sequence = queue.queued + 1
-        queue.queued = sequence
-        item.sequence = sequence
-        item.queued_ns = now
-        tail = queue.tail
+        sequence = quads[_QUEUED] + 1
+        quads[_QUEUED] = sequence
+        quads_of_item[_SEQUENCE] = sequence
+        quads_of_item[_QUEUED_NS] = now
+        tail = words[_TAIL]
         if tail:
-            self._items.at(tail - 1).next = position
+            self._items.at(tail - 1).words[_NEXT] = position
         else:
-            queue.head = position
-        queue.tail = position
+            words[_HEAD] = position
+        words[_TAIL] = position
         lock.release(actor)
         # Behind the lock: a worker that looked before the record was linked has announced itself by now, or
         # will look again after it has.
@@ -178,7 +187,8 @@ class WorkQueues:
         lock.acquire(actor)
         assert running[worker] == item.sequence, f"{item} is not what worker {worker} of {queue} runs"
         running[worker] = 0
-        finished = queue.finished = queue.finished + 1
+        finished = queue.quads[_FINISHED] + 1
+        queue.quads[_FINISHED] = finished
         lock.release(actor)
         self._items.free(item)
         # Only when the queue ran dry, or what the last flush waits for is done: a wake costs an interrupt.
@@ -211,21 +221,22 @@ class WorkQueues:
 
     def _pop(self, actor: Actor, queue: Queue, worker: int) -> WorkItem | None:
         """Take the oldest and write down that it runs, in one: a flush must not miss it in between."""
-        if not queue.head:
+        words = queue.words
+        if not words[_HEAD]:
             return None
         running, lock = queue.running, queue.lock
         lock.acquire(actor)
-        head = queue.head
+        head = words[_HEAD]
         if not head:
             lock.release(actor)
             return None
         item = self._items.at(head - 1)
-        following = item.next
-        queue.head = following
+        following = item.words[_NEXT]
+        words[_HEAD] = following
         if not following:
-            queue.tail = 0
+            words[_TAIL] = 0
         assert not running[worker], f"worker {worker} of {queue} takes work while it runs some"
-        running[worker] = item.sequence
+        running[worker] = item.quads[_SEQUENCE]
         lock.release(actor)
         return item
 

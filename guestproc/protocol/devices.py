@@ -8,7 +8,7 @@ half of `Device.state`, the bits of the driver core in the lower.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntFlag
 from typing import Final, Protocol
 
@@ -156,12 +156,15 @@ def add_driver(tables: KernelTables, number: int, name: str, flags: int = 0) -> 
     record.name = name.encode()
     record.dynamic_count = 0
     record.unregistered.store(0)
+    tables.connection.driver_changes.fetch_add(1)
     return record
 
 
 def remove_driver(tables: KernelTables, number: int) -> bool:
     """Under driver_mutex: it is registered no more; whether it was."""
-    return any(not record.unregistered.exchange(1) for record in tables.drivers.live() if record.number == number)
+    was = any(not record.unregistered.exchange(1) for record in tables.drivers.live() if record.number == number)
+    tables.connection.driver_changes.fetch_add(1)
+    return was
 
 
 def registered(tables: KernelTables) -> list[Driver]:
@@ -179,7 +182,7 @@ def name_of(driver: Driver) -> str:
     return driver.name.rstrip(b"\0").decode()
 
 
-def matching(candidates: list[Driver], match: Callable[[Driver], bool]) -> Iterator[Driver]:
+def matching(candidates: Sequence[Driver], match: Callable[[Driver], bool]) -> Iterator[Driver]:
     """Under device_lock: the drivers to try, in the order of their registration.
 
     A driver that went since is passed over: whoever took it away walks over the devices after that, and

@@ -52,7 +52,11 @@ def hv_is_perf_channel(channel: Channel) -> bool:
 
 def online_cpus(tables: KernelTables) -> int:
     """Mask of the CPUs that are online."""
-    return sum(1 << cpu.index for cpu in tables.cpus.live() if cpu.online.load())
+    mask = 0
+    for cpu in tables.all_cpus:
+        if cpu.online.load():
+            mask |= 1 << cpu.index
+    return mask
 
 
 def init_vp_index(tables: KernelTables, channel: Channel, others: Iterable[int]) -> None:

@@ -87,7 +87,7 @@ def write(
     connection = tables.connection
     seqnum: int = connection.uevent_seqnum + 1
     connection.uevent_seqnum = seqnum
-    at = _slot(tables, seqnum)
+    at = tables.uevents_gpa + seqnum % UEVENT_SLOTS * UEVENT_BYTES
     store = tables.ram.atomics.store_u64
     store(at, _HALF_WRITTEN, RELEASE)
     _SLOT.pack_into(

@@ -10,7 +10,7 @@ find a device under channel_mutex, hold it by a reference, and take its lock.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -139,7 +139,7 @@ def vmbus_match(current: Current, device: Device, record: Driver) -> bool:
         return devices.vmbus_match(current.tables, device, DRIVER_OBJECTS[record.number], record)
 
 
-def _attach(current: Current, device: Device, candidates: list[Driver]) -> None:
+def _attach(current: Current, device: Device, candidates: Sequence[Driver]) -> None:
     """Under device_lock: try the drivers that match, until one takes the device (`__device_attach`)."""
     for record in devices.matching(candidates, lambda record: vmbus_match(current, device, record)):
         if device.driver or not devices.is_there(device):
@@ -238,9 +238,20 @@ def synth_uevent(current: Current, device: Device, action: Action) -> None:
 # -- drivers ------------------------------------------------------------------------------------------
 
 
-def _registered_drivers(current: Current) -> list[Driver]:
-    with current.connection.driver_mutex.hold(current.actor):
-        return devices.registered(current.tables)
+def _registered_drivers(current: Current) -> Sequence[Driver]:
+    """The registered drivers, in the order of their first registration; asked for once a device.
+
+    A driver that comes raises `driver_changes` before it looks for devices, and a device is registered before it looks
+    here: whichever is later sees the other.
+    """
+    tables = current.tables
+    changes, drivers = tables.known_drivers
+    if current.connection.driver_changes.load() != changes:
+        with current.connection.driver_mutex.hold(current.actor):
+            changes = current.connection.driver_changes.load()
+            drivers = tuple(devices.registered(tables))
+        tables.known_drivers = changes, drivers
+    return drivers
 
 
 def find_driver(current: Current, name: str) -> Driver | None:

@@ -358,14 +358,21 @@ def test_a_table_takes_the_room_it_says() -> None:
 
 
 def test_record_without_memory_behind_it_is_one_less() -> None:
-    """Where the tmpfs is full a fresh record is refused and counted; one that was there before is taken again."""
-    table = new_table()
-    old = take(table)
+    """Where the tmpfs is full a fresh record is refused and counted; one that was there before is taken again.
+
+    So is one that lies on the same page as another that was taken.
+    """
+    table = new_table(64)
+    asked: list[tuple[int, int]] = []
+    table.ram.reserve = lambda gpa, length: asked.append((gpa, length))
+    whole = (2 * GPA - table.record_gpa(0)) // Sample.SIZE
+    old = [take(table) for _ in range(whole)][0]
+    assert asked == [(table.record_gpa(0), whole * Sample.SIZE)]
 
     def full(_gpa: int, _length: int) -> None:
         raise OutOfMemory("no pages")
 
     table.ram.reserve = full
-    assert (table.alloc(), table.refusals, table.in_use) == (None, 1, 1)
+    assert (table.alloc(), table.refusals, table.in_use) == (None, 1, whole)
     table.free(old)
     assert take(table).index == old.index
