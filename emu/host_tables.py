@@ -39,6 +39,7 @@ _VP: Final = Struct("<3Q16Q16I12Q")
 _VP_ROW: Final = 512
 _GPADLS: Final = _VPS + MAX_VPS * _VP_ROW
 _RUNS_IN_ROW: Final = 4
+_NO_RUNS: Final = (0,) * (2 * _RUNS_IN_ROW - 2)
 _GPADL: Final = Struct(f"<IIIIIII{2 * _RUNS_IN_ROW}I")
 _GPADL_ROW: Final = 64
 _TRAFFIC: Final = _GPADLS + GPADL_ROWS * _GPADL_ROW
@@ -184,10 +185,11 @@ class HostTables:
         before = self._gpadls.get(relid, ())
         if before == gpadls:
             return
-        handles = {one.gpadl for one in gpadls}
-        for one in before:
-            if one.gpadl not in handles:
-                self._drop(relid, one.gpadl)
+        if before:
+            handles = {one.gpadl for one in gpadls}
+            for one in before:
+                if one.gpadl not in handles:
+                    self._drop(relid, one.gpadl)
         for one in gpadls:
             if one not in before:
                 self._write(one)
@@ -233,9 +235,12 @@ class HostTables:
         shown = self._shown.get(number)
         if shown is None or shown._replace(state=one.state) != one:
             self._view.store_u32(at, 0)
-            count, more = self._write_chunks(number, one.runs)
-            inside = [word for run in one.runs[:_RUNS_IN_ROW] for word in run]
-            inside += [0] * (2 * _RUNS_IN_ROW - len(inside))
+            if len(one.runs) == 1 and number not in self._chunks:
+                count, more, inside = 1, 0, [*one.runs[0], *_NO_RUNS]
+            else:
+                count, more = self._write_chunks(number, one.runs)
+                inside = [word for run in one.runs[:_RUNS_IN_ROW] for word in run]
+                inside += [0] * (2 * _RUNS_IN_ROW - len(inside))
             store_row(self._memory, at, _GPADL, 0, one.relid, one.gpadl, one.pages, one.ring, count, more, *inside)
         self._shown[number] = one
         self._view.store_u32(at, one.state + 1)

@@ -10,13 +10,13 @@ import contextlib
 import mmap
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from emu.control import ActorKind, ActorRow, ActorState, Control, Counters, start_time_of
 from emu.errors import UserError
 from emu.ipc.atomics import AtomicView
-from emu.ipc.segments import Segment, object_name, unlink_segment, unlink_semaphore
+from emu.ipc.segments import Segment, object_name, refused_memory, unlink_segment, unlink_semaphore
 from emu.ipc.semaphores import Wakeup
 from emu.layout import (
     ABI_MAJOR,
@@ -105,17 +105,18 @@ class Machine:
     ) -> Machine:
         """Make all objects of a new machine; what a failure half made is removed again.
 
-        `vp_indices[position]` is the VP index of each page, `cpuid` rows are (leaf, eax, ebx, ecx, edx).
+        `vp_indices[position]` is the VP index of each page, `cpuid` rows are (leaf, eax, ebx, ecx, edx). RAM stays
+        sparse, but for `config["ram_reserved"]` (GPA, length), if there is such.
         Raises UserError when the name is taken, MissingPrerequisite when shared memory is missing or full.
         """
         vp_count = len(vp_indices)
         assert 0 < vp_count <= MAX_VPS and len(cpuid) <= CPUID_ENTRIES
-        # Size, and how much of it gets memory now: RAM and the actors' trace rings stay sparse.
-        sizes = {
-            "ram": (ram_bytes, 0),
-            "vps": (vps_bytes(vp_count), vps_bytes(vp_count)),
-            "doorbells": (DOORBELLS.size, DOORBELLS.size),
-            "trace": (TRACE_BYTES, TRACE_HEAD_BYTES),
+        # Size, and what of it gets memory now: most of RAM and the actors' trace rings stay sparse.
+        sizes: dict[str, tuple[int, Sequence[int]]] = {
+            "ram": (ram_bytes, config.get("ram_reserved", (0, 0))),
+            "vps": (vps_bytes(vp_count), (0, vps_bytes(vp_count))),
+            "doorbells": (DOORBELLS.size, (0, DOORBELLS.size)),
+            "trace": (TRACE_BYTES, (0, TRACE_HEAD_BYTES)),
         }
         made: list[Segment | Wakeup] = []
         try:
@@ -123,8 +124,8 @@ class Machine:
             control = Control.create(object_name(name, "control"), config)
             made.append(control.segment)
             segments = {}
-            for part, (size, reserved) in sizes.items():
-                segments[part] = Segment.create(object_name(name, part), size, reserved=reserved)
+            for part, (size, (first, reserved)) in sizes.items():
+                segments[part] = Segment.create(object_name(name, part), size, first=first, reserved=reserved)
                 made.append(segments[part])
             for part in wakeup_names(vp_count, races=config.get("races", False)):
                 wakeup = Wakeup.create(object_name(name, part))
@@ -138,6 +139,12 @@ class Machine:
         machine._page = ram_bytes, vp_indices, cpuid
         return machine
 
+    @property
+    def ram_reserved(self) -> tuple[int, int]:
+        """GPA and length of the RAM that has had memory since the launch, for the rings of the scenario's devices."""
+        gpa, length = self.config.get("ram_reserved", (0, 0))
+        return gpa, length
+
     def read_config(self) -> None:
         """Read the configuration again: its maker has stored another one."""
         self.config = self.control.config()
@@ -150,6 +157,11 @@ class Machine:
         """
         assert self._page is not None, "a machine is reset by its maker"
         self.ram.memory.madvise(mmap.MADV_REMOVE)
+        if self.ram_reserved[1]:
+            try:
+                self.ram.reserve(*self.ram_reserved)
+            except OSError as error:
+                raise refused_memory(self.ram.name, self.ram_reserved[1], error) from None
         for segment in (self.vps, self.doorbells):
             segment.memory[:] = bytes(segment.size)
         self.trace.memory[:TRACE_HEAD_BYTES] = bytes(TRACE_HEAD_BYTES)

@@ -94,15 +94,25 @@ class GuestMemory:
     the caller's, except a mapping that `map` made.
     """
 
-    __slots__ = ("_atomics", "_owned", "_reserved", "buffer", "fd", "size")
+    __slots__ = ("_atomics", "_owned", "_reserved", "_there", "_there_end", "buffer", "fd", "size")
 
-    def __init__(self, fd: int | None, buffer: mmap.mmap | bytearray, size: int | None = None) -> None:
+    def __init__(
+        self,
+        fd: int | None,
+        buffer: mmap.mmap | bytearray,
+        size: int | None = None,
+        *,
+        there: Sequence[int] = (0, 0),
+    ) -> None:
+        """`there`: GPA and length of what has had memory since the launch, so that nobody need reserve it."""
         self.fd = fd
         self.buffer = buffer
         self.size = len(buffer) if size is None else size
         self._atomics: AtomicView | None = None
         self._owned: mmap.mmap | None = None
         self._reserved: mmap.mmap | None = None
+        self._there = there[0]
+        self._there_end = there[0] + there[1]
         assert self.size <= len(buffer), (self.size, len(buffer))
 
     @classmethod
@@ -154,6 +164,8 @@ class GuestMemory:
         A page that this process has reserved once is there for good, and costs no system call again. Raises
         ProtocolViolation outside RAM, OutOfMemory when the tmpfs behind RAM is full.
         """
+        if self._there <= gpa <= gpa + length <= self._there_end:
+            return
         self.check(gpa, length)
         if self.fd is None or length == 0:
             return
@@ -165,6 +177,10 @@ class GuestMemory:
             return
         reserve_ram(self.fd, gpa, length)
         self._reserved[first:end] = b"\1" * (end - first)
+
+    def is_there(self, gpa: int, length: int) -> bool:
+        """Whether these bytes lie in what has had memory since the launch."""
+        return self._there <= gpa <= gpa + length <= self._there_end
 
     def room(self) -> int:
         """Bytes that the tmpfs behind RAM has free; one without a limit, or a `bytearray`, has all that RAM needs."""

@@ -334,6 +334,12 @@ class Scenario:
             config["policy"] = dict(self.policy)
         return {**config, "plugins": self.plugins.paths} if self.plugins else config
 
+    @property
+    def ring_bytes(self) -> int:
+        """Guest RAM that the rings of all channels need, both ways."""
+        scattered = self.machine.ring_memory == "scattered"
+        return sum(spec.ring_bytes(self.machine.vcpus, scattered=scattered) for spec in self.device_specs)
+
     def _check(self) -> None:
         """What no single key can be blamed for: too many channels, too little RAM, an instance twice."""
         vcpus = self.machine.vcpus
@@ -345,8 +351,7 @@ class Scenario:
                 "lower a count, or subchannels",
             )
             raise complaint(self.source, "device.count", problem)
-        scattered = self.machine.ring_memory == "scattered"
-        rings = sum(spec.ring_bytes(vcpus, scattered=scattered) for spec in self.device_specs)
+        rings = self.ring_bytes
         if rings > self.machine.ring_room:
             room = self.machine.ring_room >> 20
             problem = Nonsense(

@@ -249,6 +249,7 @@ class ExitServer:
     def take(self) -> list[ExitRequest]:
         """Every slot that was rung since the last time (at most 8 for each VP)."""
         requests: list[ExitRequest] = []
+        memory, unpack = self._memory, _WHOLE.unpack_from
         for word, load in enumerate(self._loads):
             if not load():
                 continue
@@ -259,7 +260,12 @@ class ExitServer:
                 index = word * 64 + low.bit_length() - 1
                 # A bell follows RUNG, and each is taken once: one without an exit is a guest's own mistake.
                 if index < len(self._states) and self._states[index].load() in (RUNG, SLEEPING):
-                    requests.append(self._copy(index))
+                    _state, claimer, operation, _fault, a0, a1, a2, _low, _high, serial = unpack(
+                        memory, self._bases[index]
+                    )
+                    requests.append(
+                        ExitRequest(index // EXIT_SLOTS, index % EXIT_SLOTS, claimer, operation, (a0, a1, a2), serial)
+                    )
                 else:
                     self.unknown_bells += 1
         return requests
@@ -276,11 +282,6 @@ class ExitServer:
             attaching = _WHOLE.unpack_from(self._memory, at)[2] == ExitOperation.ATTACH
             if seen not in (RUNG, SLEEPING) or not attaching:
                 state.cas(seen, FREE)
-
-    def _copy(self, index: int) -> ExitRequest:
-        whole = _WHOLE.unpack_from(self._memory, self._bases[index])
-        _state, claimer, operation, _fault, a0, a1, a2, _result0, _result1, serial = whole
-        return ExitRequest(index // EXIT_SLOTS, index % EXIT_SLOTS, claimer, operation, (a0, a1, a2), serial)
 
     def answer(self, request: ExitRequest, result: tuple[int, int] = (0, 0), fault: int = 0) -> None:
         """Store the answer and hand the slot back; a sleeper gets its token."""

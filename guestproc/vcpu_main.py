@@ -149,7 +149,7 @@ def _kernel_thread(hooks: Vcpu | GuestTask, tables: KernelTables, report: Report
     machine = hooks.machine
     if hooks.trace:
         record_waits(tables.ram)
-    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size, there=machine.ram_reserved)
     era = ERAS[machine.config["machine"]["era"]]
     return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
 

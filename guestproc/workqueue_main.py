@@ -102,7 +102,7 @@ def _worker(
 
 def _current(machine: Machine, tables: KernelTables, hooks: WorkerThread, report: Report) -> Current:
     """A thread as the kernel code sees it."""
-    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size)
+    memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size, there=machine.ram_reserved)
     era = ERAS[machine.config["machine"]["era"]]
     return Current(hooks, tables, era, RingCache(memory, lambda: hooks.trace), memory, report)
 

@@ -393,8 +393,9 @@ class Bus:
         runs = list(_page_runs(effect.ranges))
         try:
             for gpa, length in runs:
-                self._memory.reserve(gpa, length)
-                self.likely = (gpa + length, length)
+                if not self._memory.is_there(gpa, length):
+                    self._memory.reserve(gpa, length)
+                    self.likely = (gpa + length, length)
         except (ProtocolViolation, OutOfMemory) as fault:
             self._refuse(fault, f"GPADL {effect.gpadl:#x} of channel {effect.relid}")
             self._answer(effect.key, partial(self.server.gpadl_refused, effect.key, effect.gpadl))

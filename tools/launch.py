@@ -34,6 +34,8 @@ from emu.mirror import Mirror
 from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.vmexit import HostBell
+from guestproc.kernel.layout import compute
+from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
 from tools.zygote_start import Link, not_started, start_zygote
@@ -457,8 +459,22 @@ def config_of(scenario: Scenario, **extra: Any) -> dict[str, Any]:
         "seed": 0,
         "exercise": True,
         "faults": bool(scenario.faults),
+        "ram_reserved": (0, 0) if extra.get("no_guest") else ring_ram(scenario),
         **extra,
     }
+
+
+def ring_ram(scenario: Scenario) -> tuple[int, int]:
+    """GPA and length of the RAM out of which our guest takes the rings of a scenario's devices.
+
+    It has memory from the launch on: a /dev/shm that is too small for them is said before anything runs, and no device
+    waits while the pages of its rings are made (40 us for two of 64 KiB). Others are made when they are needed.
+    """
+    machine = scenario.machine
+    gpa = compute(machine.ram_bytes, machine.vcpus).first_free_page * PAGE_SIZE
+    # Their blocks are aligned to their sizes; a block's worth more than they take lets the last one be among them.
+    largest = max((spec.ring_bytes(machine.vcpus) // max(1, spec.count) for spec in scenario.device_specs), default=0)
+    return gpa, min(scenario.ring_bytes + largest, machine.ram_bytes - gpa)
 
 
 @contextlib.contextmanager

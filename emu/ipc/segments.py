@@ -41,10 +41,10 @@ class Segment:
         self.view = AtomicView(self.memory)
 
     @classmethod
-    def create(cls, name: str, size: int, *, reserved: int = 0) -> Segment:
+    def create(cls, name: str, size: int, *, first: int = 0, reserved: int = 0) -> Segment:
         """Make a sparse segment of `size` zero bytes, or say in one line why that is not possible.
 
-        The first `reserved` bytes get their memory now: a first touch of a full tmpfs is SIGBUS.
+        `reserved` bytes from `first` on get their memory now: a first touch of a full tmpfs is SIGBUS.
         """
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
@@ -60,16 +60,14 @@ class Segment:
         try:
             os.ftruncate(shm.fd, size)
             if reserved:
-                os.posix_fallocate(shm.fd, 0, reserved)
+                os.posix_fallocate(shm.fd, first, reserved)
             return cls(name, shm.fd, size)
         except BaseException as error:
             shm.close_fd()
             unlink_segment(name)
             if not isinstance(error, OSError):
                 raise
-            what = "is full" if error.errno == errno.ENOSPC else f"refused {size} bytes: {error.strerror}"
-            cure = "free some of it or ask for less RAM"
-            raise MissingPrerequisite(f"{SHM} {what} ({name}); {cure}") from None
+            raise refused_memory(name, reserved if error.errno == errno.ENOSPC else size, error) from None
 
     @classmethod
     def attach(cls, name: str) -> Segment:
@@ -99,6 +97,15 @@ class Segment:
         self.view.close()
         self.memory.close()
         os.close(self.fd)
+
+
+def refused_memory(name: str, nbytes: int, error: OSError) -> MissingPrerequisite:
+    """What to say when a segment does not get `nbytes` of memory, or of addresses."""
+    asked = f"{nbytes} bytes" if nbytes < 1 << 20 else f"{nbytes / (1 << 20):.0f} MiB"
+    if error.errno == errno.ENOSPC:
+        cure = "free some of it, or ask for fewer or smaller rings" if name.endswith(".ram") else "free some of it"
+        return MissingPrerequisite(f"{SHM} is full, it has no room for {asked} ({name}); {cure}")
+    return MissingPrerequisite(f"{SHM} refused {asked}: {error.strerror} ({name}); ask for less RAM")
 
 
 def unlink_segment(name: str) -> bool:

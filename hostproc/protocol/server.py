@@ -222,6 +222,11 @@ class Server:
         """How often `relid` was offered: with it, the name of one life of the number."""
         return self._table.generation(relid)
 
+    @property
+    def open_channels(self) -> int:
+        """How many channels are open."""
+        return self._table.open_count
+
     def lives(self) -> tuple[int, int, int, int]:
         """How many relids were offered ever, were given back, are held now; and of these, how many are rescinded."""
         table = self._table

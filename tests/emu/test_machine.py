@@ -15,7 +15,7 @@ import pytest
 
 from emu.control import ActorKind, Control
 from emu.errors import MissingPrerequisite, UserError
-from emu.ipc.segments import Segment, object_name, objects_of, unlink_semaphore
+from emu.ipc.segments import Segment, object_name, objects_of, unlink_objects, unlink_semaphore
 from emu.ipc.semaphores import Wakeup
 from emu.layout import (
     ABI_MAJOR,
@@ -193,10 +193,10 @@ if os.path.isdir("/dev/shm"):
 """
 
 
-def create_with(prepare: str) -> list[str]:
+def create_with(prepare: str, program: str = CREATE) -> list[str]:
     """Make a machine in a mount namespace prepared by a shell command; what it printed."""
     done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f'{prepare} && exec "$0" -c "$1"', sys.executable, CREATE],
+        ["unshare", "-Urm", "sh", "-c", f'{prepare} && exec "$0" -c "$1"', sys.executable, program],
         cwd=SOURCES,
         capture_output=True,
         text=True,
@@ -407,3 +407,33 @@ def test_control_names_the_machine_as_taken(machine_name: str) -> None:
 
     assert objects_of(machine_name) == [f"vmbus-emu.{machine_name}.control"]
     control.close()
+
+
+def test_ram_that_is_reserved_has_memory_or_the_machine_is_not_made() -> None:
+    """What the configuration reserves is asked for at once: where it does not fit, a line says how much."""
+    wanted = CREATE.replace("{}", '{"ram_reserved": (1 << 20, 4 << 20)}')
+
+    assert create_with("mount -t tmpfs -o size=8m small /dev/shm", wanted)[0] == "made"
+    line, left = create_with("mount -t tmpfs -o size=4m small /dev/shm", wanted)
+
+    assert line == (
+        "/dev/shm is full, it has no room for 4 MiB (/vmbus-emu.tiny.ram); free some of it, or ask for fewer or smaller"
+        " rings"
+    )
+    assert left == "[]"
+
+
+def test_ram_that_is_reserved_has_memory_again_after_a_wipe(machine_name: str) -> None:
+    """Power off gives all of RAM back, then the reserved part is made anew."""
+    config = {"ram_reserved": (1 << 20, 4 << 20)}
+    machine = Machine.create(machine_name, config, ram_bytes=1 << 25, vp_indices=[0], cpuid=[])
+    try:
+        taken = os.fstat(machine.ram.fd).st_blocks
+        machine.ram.memory[1 << 24] = 1
+        machine.wipe()
+
+        assert machine.ram_reserved == (1 << 20, 4 << 20)
+        assert taken * 512 == os.fstat(machine.ram.fd).st_blocks * 512 == 4 << 20
+    finally:
+        machine.close()
+        unlink_objects(machine_name)

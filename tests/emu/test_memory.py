@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import emu.memory
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.memory import PAGE_SIZE, GuestMemory, coalesce, stitch
 
@@ -182,3 +183,17 @@ def mappings() -> int:
         lines = [line.split() for line in file]
     spans = [[int(end, 16) for end in line[0].split("-")] for line in lines if len(line) == 5]
     return sum(end - begin == 64 * PAGE_SIZE for begin, end in spans)
+
+
+def test_what_has_had_memory_since_the_launch_is_not_reserved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages in there cost no system call; a byte beyond it does."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(emu.memory, "reserve_ram", lambda _fd, gpa, length: asked.append((gpa, length)))
+    memory = GuestMemory(0, bytearray(16 * PAGE_SIZE), there=(4 * PAGE_SIZE, 8 * PAGE_SIZE))
+
+    memory.reserve(4 * PAGE_SIZE, 8 * PAGE_SIZE)
+    assert asked == [] and memory.is_there(11 * PAGE_SIZE, PAGE_SIZE)
+
+    memory.reserve(11 * PAGE_SIZE, PAGE_SIZE + 1)
+    memory.reserve(3 * PAGE_SIZE, 1)
+    assert asked == [(11 * PAGE_SIZE, PAGE_SIZE + 1), (3 * PAGE_SIZE, 1)]

@@ -168,7 +168,7 @@ def test_figures_hold_their_floors(name: str) -> None:
 
 def test_boot_that_lacks_something_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run that is timed is a process of its own: what it says is lacking is what the bench lacks."""
-    said = b"vmbus-emu: /dev/shm is full (/vmbus-emu.vm1.ram); free some of it or ask for less RAM\n"
+    said = b"vmbus-emu: /dev/shm is full, it has no room for 8 MiB (/vmbus-emu.vm1.ram); free some of it\n"
     ended = subprocess.CompletedProcess[bytes]([], ExitStatus.MISSING, b"", said)
     monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: ended)
 

@@ -193,3 +193,17 @@ def test_time_never_steps_back_while_processes_hold_it(machine_name: str) -> Non
         assert clock.held is False
     finally:
         segment.close()
+
+
+def test_clock_that_is_started_again_is_another_one(real: RealTime, words: AtomicView) -> None:
+    """Who read the clock before its words were wiped does not go on with the old offset."""
+    clock, other = started(words), MachineClock(words, 0)
+    real.ns += 500
+    assert (clock.now(), other.now()) == (500, 500)
+
+    for word in range(0, WORDS_BYTES, 8):
+        words.store_u64(word, 0)
+    clock.start()
+    real.ns += 20
+
+    assert (clock.now(), other.now()) == (20, 20)

@@ -13,10 +13,16 @@ from emu.wire.device_classes import BY_NAME
 from emu.wire.messages import MessageType, OpenChannelResult
 from guestproc.current import Current
 from guestproc.drivers.driver import DRIVER_OBJECTS
+from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import CallbackMode, ChannelState, Device
 from guestproc.protocol import uevents
 from guestproc.user import end_user_space, run_call
-from guestproc.vmbus.device import vmbus_device_unregister, vmbus_shutdown
+from guestproc.vmbus.device import (
+    vmbus_device_unregister,
+    vmbus_driver_register,
+    vmbus_driver_unregister,
+    vmbus_shutdown,
+)
 from tests.guestproc.world import Task, World
 
 T = MessageType
@@ -516,3 +522,21 @@ def test_bus_itself_tells_of_itself_when_asked(booted: World) -> None:
 
     assert told.variables["SUBSYSTEM"] == "bus" and told.variables["SYNTH_UUID"] == "0"
     assert wrong["errno"] == errno.EINVAL
+
+
+def test_driver_that_another_process_registered_takes_the_next_device(booted: World, spies: list[Spy]) -> None:
+    """A process keeps the list of drivers, and makes it anew when one came or went in any other."""
+    booted.call(lambda current: vmbus_driver_unregister(current, DRIVER_OBJECTS[EchoDriver.number]))
+    offered(booted, 9)
+    kept = booted.tables.known_drivers
+    booted.call(lambda current: vmbus_driver_register(current, spies[0]))
+    booted.tables.known_drivers = kept  # as in a process that has not looked since
+
+    offered(booted, 10, NIC)
+    assert driver_of(booted, 10) == "hv_spy"
+
+    kept = booted.tables.known_drivers
+    booted.call(lambda current: vmbus_driver_unregister(current, spies[0]))
+    booted.tables.known_drivers = kept
+    offered(booted, 11, NIC)
+    assert driver_of(booted, 11) != "hv_spy"
