@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from emu.ipc.atomics import AtomicU32, AtomicU64, AtomicView
 from emu.ipc.clock import MachineClock
 from emu.ipc.rows import load_row, store_row
 from emu.ipc.segments import Segment
+from emu.values import valueclass
 
 CONTROL_MAGIC: Final = int.from_bytes(b"VMBUSCTL", "little")
 ACTORS: Final = 160
@@ -190,7 +190,7 @@ def _stat(pid: int) -> list[bytes]:
         os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ActorRow:
     """One row of the process table, copied out."""
 

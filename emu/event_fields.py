@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 from uuid import UUID
+
+from emu.values import valueclass
 
 WORDS: Final = 6
 _WORD_BITS: Final = 64
@@ -34,7 +35,7 @@ _CONVERSION: Final = re.compile(r"%(?:pUl|llx|x|d|u)")
 Decoder = Callable[[Sequence[int]], tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Argument:
     """One value of an event.
 
@@ -95,7 +96,7 @@ def parse_argument(written: str) -> Argument:
     return Argument(name, type_name, width, bits, rest[1] if len(rest) > 1 else "")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Place:
     """Where one value lies: from bit `shift` of word `word` on, `bits` of them; over whole words if above 64."""
 
@@ -125,7 +126,7 @@ def places_of(fields: Sequence[Argument]) -> tuple[Place, ...]:
     return tuple(places)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class EventSpec:
     """An event: its number, its name, and its arguments in the order in which they are printed.
 

@@ -13,7 +13,6 @@ atomic: several processes may look at the same row at the same time, and each oc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 from uuid import UUID
@@ -23,6 +22,7 @@ from emu.errors import UserError
 from emu.faults import MAX_FAULTS, Fault, FaultKind, parse
 from emu.ipc.atomics import AtomicU64
 from emu.tracing import E_FAULT_HIT
+from emu.values import valueclass
 
 _SEEN: Final = 8
 _HITS: Final = 16
@@ -45,7 +45,7 @@ class RowState(IntEnum):
     OFF = 3
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PlannedFault:
     """A row as a report shows it: how often something passed the filters (`seen`), how often it struck (`hits`)."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, IntEnum
 from functools import cache
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from uuid import UUID
 
 from emu.layout import MAX_VPS
 from emu.scenario_text import Nonsense, complaint, guid, nearest, shown
+from emu.values import valueclass
 from emu.wire.device_classes import BY_NAME
 
 MAX_FAULTS: Final = 64
@@ -100,7 +101,7 @@ _COUNTS: Final = ("nth", "times")
 _CHANNEL: Final = ("relid", "class", "device")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class FaultSpec:
     """A row of the table. `keys` are what it takes behind the @; `needs` those of them that must be said.
 
@@ -190,7 +191,7 @@ KEYS: Final[Mapping[str, str]] = MappingProxyType(
 """What may stand behind the @, and what it means."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Fault:
     """One fault, checked. Fields that it does not filter by are None; `nth` and `times` 0 when they were not said.
 

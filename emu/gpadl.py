@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from emu.errors import ProtocolViolation
 from emu.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory, coalesce
 from emu.ring_memory import RingMemory
+from emu.values import valueclass
 from emu.wire.gpa_range import GpaRange
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Gpadl:
     """The ranges of one GPADL handle, complete, each consistent in itself (`parse_gpa_ranges`)."""
 

@@ -18,13 +18,13 @@ scattered one go on in chunks, each with the number of the next (plus 1; 0: the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from struct import Struct
 from typing import Final, NamedTuple
 
 from emu.control import HOST_TABLES_BYTES, MIRROR_CHANNELS, Control
 from emu.ipc.rows import load_row, store_row
 from emu.layout import MAX_VPS
+from emu.values import valueclass
 
 SINTS: Final = 16
 GPADL_ROWS: Final = 5_000
@@ -55,7 +55,7 @@ PageRuns = tuple[tuple[int, int], ...]
 """Pages as (first PFN, how many follow each other from there)."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class HostTimer:
     """Registers of a synthetic timer, and the reference time at which it expires next (0: it does not run)."""
 
@@ -67,7 +67,7 @@ class HostTimer:
 NO_TIMERS: Final = (HostTimer(0, 0, 0),) * 4
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class HostVp:
     """SynIC registers of one VP, and how many messages wait for each of its slots."""
 
@@ -94,7 +94,7 @@ class HostGpadl(NamedTuple):
     runs: PageRuns = ()
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class HostPartition:
     """Partition-wide registers, and where messages go.
 
@@ -110,7 +110,7 @@ class HostPartition:
     ports: dict[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Traffic:
     """What went through a channel since it was opened: packets that the host took, bytes of ring that it wrote,
     and how often it signalled the guest."""

@@ -8,9 +8,10 @@ All integers are little-endian and naturally aligned; every offset is in bytes f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
+
+from emu.values import valueclass
 
 ABI_MAJOR: Final = 1
 ABI_MINOR: Final = 0
@@ -27,7 +28,7 @@ VECTOR_WORDS: Final = 4
 _WIDTH: Final = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Field:
     """One field: name, byte offset, element type (`u8` to `u64`), element count, what it holds."""
 
@@ -43,7 +44,7 @@ class Field:
         return _WIDTH[self.ctype] * self.count
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Block:
     """One block of shared memory as a C structure: name, size in bytes, fields in order of offset."""
 

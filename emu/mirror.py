@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final
 from uuid import UUID
 
 from emu.control import MIRROR_CHANNELS, Control
 from emu.ipc.rows import load_row, store_row
+from emu.values import valueclass
 from emu.wire.guids import guid_to_wire
 
 _ROW: Final = Struct("<IIIIIIII16s16s")
@@ -24,7 +24,7 @@ _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a host that is just writing, before it takes it for dead."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MirrorHead:
     """The partition in numbers: `version` is 0 while nobody is connected; queue lengths are messages."""
 
@@ -40,7 +40,7 @@ class MirrorHead:
     disconnects: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MirrorChannel:
     """One channel as the host sees it; `state` is a `ChannelState` value of hostproc.protocol."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Any, Final
@@ -26,6 +25,7 @@ import msgpack
 from emu.control import ORDER_SLOTS, ORDER_TEXT_BYTES, Control, start_time_of
 from emu.errors import DeadlinePassed, MachineStopping, UserError
 from emu.layout import MachineState
+from emu.values import valueclass
 
 _HEAD: Final = Struct("<QII")
 """The slot's word, recipient, bytes of text."""
@@ -62,7 +62,7 @@ class OrderRefused(UserError):
         self.errno = errno
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Order:
     """A letter that its recipient has taken; to be answered exactly once."""
 

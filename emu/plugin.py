@@ -29,6 +29,7 @@ from uuid import UUID
 
 from emu.errors import UserError
 from emu.scenario_text import Nonsense, machine_name
+from emu.values import valueclass
 from emu.wire.device_classes import BY_GUID, BY_NAME, HV_UNKNOWN, DeviceClass, remember_classes
 from emu.wire.messages import ChannelFlags, PipeMode
 
@@ -41,7 +42,7 @@ MAX_FILE_BYTES: Final = 1 << 20
 Class = TypeVar("Class", bound=type[Any])
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Callback:
     """A channel callback with its number, by which `vmbus_open` and guest RAM name it; 0 outside of a machine."""
 
@@ -53,7 +54,7 @@ class Callback:
         self.function(current, channel)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PluginFile:
     """A file that was loaded, and what it held (SHA-256): every process of a machine must run the same."""
 
@@ -61,7 +62,7 @@ class PluginFile:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RegisteredDriver:
     """A driver, with its number and the file it comes from."""
 
@@ -70,7 +71,7 @@ class RegisteredDriver:
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Plugins:
     """What the plugin files of one machine register, in order. Two are equal when their files are."""
 

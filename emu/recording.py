@@ -22,7 +22,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
@@ -37,6 +36,7 @@ from emu.errors import UserError
 from emu.event_fields import WORDS, Decoder, EventSpec, decoder_of, parse_argument
 from emu.machine import Machine
 from emu.tracing import CAPACITY, EVENTS, NO_VP, RECORD, RECORD_BYTES, Context, Drain
+from emu.values import valueclass
 
 MAGIC: Final = b"VMBUSREC"
 FORMAT_VERSION: Final = 2
@@ -53,7 +53,7 @@ class RecordingError(UserError):
     """The file is no recording, or none that this program reads; one line that names it."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RecordedActor:
     """One process or thread that recorded: `kind` is an ActorKind's name, `cpu` a guest CPU number."""
 
@@ -64,7 +64,7 @@ class RecordedActor:
     cpu: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TraceRecord:
     """One record: CLOCK_MONOTONIC ns, the actor's own sequence, VP index (None: none), where, and what."""
 

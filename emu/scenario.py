@@ -18,7 +18,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +47,7 @@ from emu.scenario_text import (
     whole_number,
 )
 from emu.switches import ALL_FIXED, Fix, read_switches
+from emu.values import valueclass
 from emu.wire.device_classes import BY_NAME, NETLIKE, SINGLETON_INSTANCES
 from emu.wire.subchannel_request import MAX_SUBCHANNELS
 from emu.wire.versions import (
@@ -85,7 +86,7 @@ SCHEDULE_KEYS: Final = ("title", "story", "step", "expect")
 _INSTANCES: Final = UUID("8e2f4c6a-5d0b-5c52-9a41-6f7a3d1c0be7")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Poll:
     """How long a halting processor looks before it blocks: `limit_us` (0: not at all), or up to that."""
 
@@ -112,7 +113,7 @@ class Poll:
         return self.limit_us or "off"
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MachineSpec:
     """The `[machine]` table: processors, memory, how they behave; `name` None lets the launcher pick one."""
 
@@ -144,7 +145,7 @@ class MachineSpec:
         return cpu * self.numa // self.vcpus
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class DeviceSpec:
     """One `[[device]]` table: `count` equal devices; `instance` names a single one, else it is derived.
 
@@ -183,7 +184,7 @@ class DeviceSpec:
         return self.channels(vcpus) * (1 << (pages - 1).bit_length()) * PAGE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Device:
     """One device to offer: what a `DeviceSpec` means, each of its devices by itself."""
 
@@ -194,7 +195,7 @@ class Device:
     subchannels: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Scenario:
     """A machine and its devices, checked; `source` is what a complaint names."""
 

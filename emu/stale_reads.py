@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from emu.errors import VmbusError
+from emu.values import valueclass
 
 KEPT: Final = 4
 """Values of a word that are kept."""
@@ -35,7 +36,7 @@ class TooOld(VmbusError):
         self.oldest = oldest
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Stored:
     """One value of a word: the number of the store, and the view that a release attached to it."""
 

@@ -7,13 +7,14 @@ All are on by default, and then nothing of this is seen. A scenario's `[switches
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Final
 
 from emu.scenario_text import Nonsense, Table, nearest, shown
+from emu.values import valueclass
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Fix:
     """What is right (True) or wrong on purpose (False) in one machine; see `SWITCHES` for each."""
 
@@ -74,7 +75,7 @@ class Fix:
 ALL_FIXED: Final = Fix()
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Switch:
     """What happens with it off, its exhibits in the catalogue, and the variants of wrong there are."""
 

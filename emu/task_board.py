@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
@@ -16,6 +15,7 @@ from typing import Final
 from emu.control import TASKS, Control
 from emu.errors import UserError
 from emu.ipc.rows import load_row, store_row
+from emu.values import valueclass
 
 _ROW: Final = Struct("<IIIIQQQQQQ32s256s")
 _STATE: Final = 0
@@ -54,7 +54,7 @@ class Program(IntEnum):
 ALL_PROGRAMS: Final = frozenset(Program)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TaskRow:
     """One row, copied out: `relid` 0 means every channel of that CPU; counts are the task's own.
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from emu.scenario_text import Nonsense, nearest
+from emu.values import valueclass
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CallShape:
     """The arguments of a call: those that it needs, and those that it may be given."""
 

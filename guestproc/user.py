@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from emu.errors import DeadlinePassed, UserError
+from emu.values import valueclass
 from emu.wire.device_classes import HV_SOCK, class_of, hv_sock_guid
 from emu.wire.versions import VERSION_WIN10, VERSION_WIN10_V4_1, version_text
 from guestproc.drivers import claims, stream
@@ -56,7 +56,7 @@ class CallFailed(Exception):
         self.errno = number
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Call:
     """One of user space's calls; `sleeps`: it may wait for the host, or for whoever does."""
 

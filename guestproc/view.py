@@ -8,11 +8,11 @@ gone is None. What a look returns was true of each word when that word was read,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from struct import Struct
 from typing import Final, TypeVar
 
+from emu.values import valueclass
 from emu.wire.ring_layout import CONTROL_PAGE_SIZE, INTERRUPT_MASK, READ_INDEX, WRITE_INDEX
 from guestproc.kernel.layout import Channel, Device, Driver, KernelTables
 from guestproc.protocol.devices import is_registered, name_of
@@ -50,7 +50,7 @@ def settled(look: Callable[[], T]) -> T:
     return look()
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RingFigures:
     """The words of one ring's control page, as they are: the peer may have written nonsense there."""
 
@@ -74,7 +74,7 @@ class RingFigures:
         return (self.data_size - self.read_index + self.write_index) & _U32_MASK
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MonitorFigures:
     """What one monitor page says of a channel: its group's pending word, its latency and connection id."""
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from emu.synic import Synic
 from emu.tracing import E_FLAG_SET, Bound, Recorder
+from emu.values import valueclass
 from emu.wire.hypercalls import PORT_MESSAGE_BUFFERS, HvStatus
 from emu.wire.synic import HV_EVENT_FLAGS_COUNT, MESSAGE_HEADER
 from hostproc.message_queues import MessageQueues, QueuedMessage
@@ -54,7 +54,7 @@ def _nothing() -> None:
     """No one waits for a buffer of this port."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PostedMessage:
     """A message that the guest posted to a port of the host."""
 

@@ -8,11 +8,11 @@ fixed tail. `echo` and `netlike` are ours: no real guest and no real `lsvmbus` k
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 from uuid import UUID
 
+from emu.values import valueclass
 from emu.wire.messages import ChannelFlags, PipeMode
 
 HV_UNKNOWN: Final = 16
@@ -26,7 +26,7 @@ _PIPE: Final = ChannelFlags.NAMED_PIPE_MODE
 _SOCKET: Final = _PLAIN | _PIPE | ChannelFlags.TLNPI_PROVIDER_OFFER
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class DeviceClass:
     """One class. `perf`: the guest spreads its channels over CPUs; `isolated`: allowed in an isolated VM.
 

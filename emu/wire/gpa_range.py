@@ -8,11 +8,11 @@ range is checked.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from struct import Struct, unpack_from
 from typing import Final
 
 from emu.errors import ProtocolViolation
+from emu.values import valueclass
 
 GPA_RANGE: Final = Struct("<II")
 """`gpa_range` without its PFNs: byte_count, byte_offset."""
@@ -20,7 +20,7 @@ GPA_RANGE: Final = Struct("<II")
 PAGE_SIZE: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpaRange:
     """`byte_count` bytes, the first of them `byte_offset` bytes into the page `pfns[0]`."""
 

@@ -8,10 +8,11 @@ status in 15:0 and the reps done in 43:32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import ClassVar, Final, Self
+
+from emu.values import valueclass
 
 HVCALL_POST_MESSAGE: Final = 0x5C
 HVCALL_SIGNAL_EVENT: Final = 0x5D
@@ -121,7 +122,7 @@ def split_signal_event(value: int) -> tuple[int, int, int]:
     return value & 0xFFFF_FFFF, value >> 32 & 0xFFFF, value >> 48
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PostMessageInput:
     """`hv_input_post_message`: 256 bytes of memory that HvCallPostMessage reads.
 

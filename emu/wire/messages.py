@@ -14,7 +14,6 @@ Checks that need state (relids, GPADL ranges, versions) are the server's and the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, IntEnum, IntFlag
 from operator import attrgetter
 from struct import Struct
@@ -23,6 +22,7 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from emu.errors import ProtocolViolation
+from emu.values import valueclass
 from emu.wire.gpa_range import GPA_RANGE, PAGE_SIZE, GpaRange, pfn_count
 from emu.wire.guids import GUID_SIZE, guid_from_wire, guid_to_wire
 from emu.wire.versions import (
@@ -167,7 +167,7 @@ def _packer(cls: type[Message]) -> tuple[Callable[..., bytes], Callable[[Message
     return packer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@valueclass(kw_only=True)
 class OfferChannel(Message):
     """Host to guest: a channel of the device `if_instance` can be opened."""
 
@@ -238,7 +238,7 @@ class OfferChannel(Message):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RescindChannelOffer(Message):
     """Host to guest: the channel is gone; its relid stays taken until RELID_RELEASED."""
 
@@ -248,21 +248,21 @@ class RescindChannelOffer(Message):
     child_relid: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RequestOffers(Message):
     """Guest to host, once a connection: send what there is."""
 
     TYPE = MessageType.REQUESTOFFERS
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class AllOffersDelivered(Message):
     """Host to guest: what there was when REQUESTOFFERS came has been offered."""
 
     TYPE = MessageType.ALLOFFERS_DELIVERED
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class OpenChannel(Message):
     """Guest to host: use the rings in this GPADL. 148 bytes, or 156 with the last three fields (6.0)."""
 
@@ -305,7 +305,7 @@ class OpenChannel(Message):
         return cls(*fields, *cls.SIGNAL_PARAMETERS.unpack_from(payload, end))
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class OpenChannelResult(Message):
     """Host to guest: the channel `child_relid` is open if `status` is 0."""
 
@@ -317,7 +317,7 @@ class OpenChannelResult(Message):
     status: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CloseChannel(Message):
     """Guest to host: stop using the rings. There is no reply."""
 
@@ -327,7 +327,7 @@ class CloseChannel(Message):
     child_relid: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpadlHeader(Message):
     """Guest to host: the first bytes of a page list.
 
@@ -358,7 +358,7 @@ class GpadlHeader(Message):
         return cls(child_relid, gpadl, range_buflen, rangecount, ranges)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpadlBody(Message):
     """Guest to host: `data` goes on where `GpadlHeader.ranges` ended; hosts ignore `msgnumber`."""
 
@@ -380,7 +380,7 @@ class GpadlBody(Message):
         return cls(msgnumber, gpadl, payload[HEADER.size + cls.LAYOUT.size :])
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpadlCreated(Message):
     """Host to guest: every page of `gpadl` is mapped, or why it is not."""
 
@@ -392,7 +392,7 @@ class GpadlCreated(Message):
     creation_status: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpadlTeardown(Message):
     """Guest to host: the guest wants these pages back."""
 
@@ -403,7 +403,7 @@ class GpadlTeardown(Message):
     gpadl: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class GpadlTorndown(Message):
     """Host to guest: the pages are the guest's again. It names no relid."""
 
@@ -413,7 +413,7 @@ class GpadlTorndown(Message):
     gpadl: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RelidReleased(Message):
     """Guest to host: the guest has forgotten `child_relid`, the host may use it again."""
 
@@ -423,7 +423,7 @@ class RelidReleased(Message):
     child_relid: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@valueclass(kw_only=True)
 class InitiateContact(Message):
     """Guest to host: connect, in this version, with these monitor pages.
 
@@ -488,7 +488,7 @@ class InitiateContact(Message):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class VersionResponse(Message):
     """Host to guest: yes or no, and from 5.0 on the connection id to post on.
 
@@ -538,21 +538,21 @@ class VersionResponse(Message):
         return cls(supported, state, msg_conn_id, features, to_child, to_parent)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Unload(Message):
     """Guest to host: close everything and forget this guest."""
 
     TYPE = MessageType.UNLOAD
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class UnloadResponse(Message):
     """Host to guest: every channel is closed, every GPADL torn down."""
 
     TYPE = MessageType.UNLOAD_RESPONSE
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class OpenReservedChannel(Message):
     """Guest to host: open with interrupts off; OPENCHANNEL_RESULT goes to (`target_vp`, `target_sint`)."""
 
@@ -566,7 +566,7 @@ class OpenReservedChannel(Message):
     downstream_ringbuffer_pageoffset: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CloseReservedChannel(Message):
     """Guest to host: close it; the response goes to (`target_vp`, `target_sint`)."""
 
@@ -578,7 +578,7 @@ class CloseReservedChannel(Message):
     target_sint: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CloseReservedResponse(Message):
     """Host to guest: the reserved channel is closed."""
 
@@ -588,7 +588,7 @@ class CloseReservedResponse(Message):
     child_relid: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TlConnectRequest(Message):
     """Guest to host: hv_sock wants a channel to this service. 40 bytes, or 56 with a `silo_id` (5.2)."""
 
@@ -617,7 +617,7 @@ class TlConnectRequest(Message):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ModifyChannel(Message):
     """Guest to host: interrupt that VP from now on (4.1)."""
 
@@ -628,7 +628,7 @@ class ModifyChannel(Message):
     target_vp: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TlConnectResult(Message):
     """Host to guest: why TL_CONNECT_REQUEST brings no channel (4.1); success is an offer instead."""
 
@@ -652,7 +652,7 @@ class TlConnectResult(Message):
         return cls(guid_from_wire(endpoint), guid_from_wire(service), status)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ModifyChannelResponse(Message):
     """Host to guest: no interrupt comes to the old VP any more, if `status` is 0 (5.3)."""
 
@@ -663,7 +663,7 @@ class ModifyChannelResponse(Message):
     status: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ModifyConnection(Message):
     """Guest to host: use these monitor pages from now on, or none (6.0)."""
 
@@ -674,7 +674,7 @@ class ModifyConnection(Message):
     child_to_parent_monitor_page_gpa: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ModifyConnectionResponse(Message):
     """Host to guest: whether MODIFY_CONNECTION went well (6.0)."""
 
@@ -684,28 +684,28 @@ class ModifyConnectionResponse(Message):
     connection_state: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Pause(Message):
     """Guest to host: send nothing more after PAUSE_RESPONSE, until RESUME (6.0)."""
 
     TYPE = MessageType.PAUSE
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PauseResponse(Message):
     """Host to guest: the last message until RESUME (6.0)."""
 
     TYPE = MessageType.PAUSE_RESPONSE
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Resume(Message):
     """Guest to host: send again (6.0)."""
 
     TYPE = MessageType.RESUME
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MessageSpec:
     """What is known of a message without looking into it.
 

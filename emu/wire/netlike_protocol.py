@@ -13,13 +13,13 @@ both ends see what was lost, doubled, swapped or changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
 from zlib import crc32
 
 from emu.errors import ProtocolViolation
+from emu.values import valueclass
 
 START_FRAMES: Final = 1
 GET_COUNTERS: Final = 2
@@ -45,7 +45,7 @@ class NetlikeStatus(IntEnum):
     INVALID = 1
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Counters:
     """What one end counted of the frames that came to it on one channel."""
 

@@ -12,12 +12,12 @@ peer made of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
 
 from emu.errors import ProtocolViolation
+from emu.values import valueclass
 from emu.wire.gpa_range import GpaRange, pack_gpa_ranges, parse_gpa_ranges
 
 VM_PKT_INVALID: Final = 0x0
@@ -95,7 +95,7 @@ class PipePacketType(IntEnum):
     TEARDOWN_GPA_DIRECT = 4
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Packet:
     """One packet out of a ring, taken apart: `header` lies between descriptor and payload."""
 
@@ -106,7 +106,7 @@ class Packet:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class XferPages:
     """The header of DATA_USING_XFER_PAGES: `ranges` are (byte_count, byte_offset) in the page set."""
 

@@ -8,9 +8,10 @@ lie (TLFS; hyperv-tlfs.h).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
 from typing import ClassVar, Final, Self
+
+from emu.values import valueclass
 
 # Partition-wide and per-VP registers.
 HV_X64_MSR_GUEST_OS_ID: Final = 0x4000_0000
@@ -252,7 +253,7 @@ def linux_guest_os_id(version_code: int) -> int:
     return 0x8100 << 48 | version_code << 16
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class HvMessage:
     """`hv_message`: what lies in a slot of the message page."""
 

@@ -7,10 +7,10 @@ offered later) gets what its class gets by default.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from emu.scenario import DeviceSpec, Scenario
+from emu.values import valueclass
 from emu.wire.device_classes import class_of
 from emu.wire.guids import guid_from_wire
 from guestproc.kernel.layout import Device
@@ -23,7 +23,7 @@ PAGE_SIZE: Final = 4096
 MOST_DEFAULTS: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class DeviceSettings:
     """Bytes of each of a channel's rings, control page included; sub-channels to ask for."""
 

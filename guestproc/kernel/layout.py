@@ -16,13 +16,13 @@ in RAM is laid out as its own code thinks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Any, Final, TypeVar
 
 from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELEASE, AtomicU64, fence
+from emu.values import valueclass
 from guestproc.kernel.actors import Waiter
 from guestproc.kernel.frames import Frame
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
@@ -310,7 +310,7 @@ class Driver(Record):
     dynamic_ids = Blob(16 * MAX_DYNAMIC_IDS, "dynids_lock: class GUIDs of new_id")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TableSpec:
     """A table of `capacity` records of one class."""
 
@@ -346,7 +346,7 @@ depends on RAM."""
 SMALL_TABLE_BYTES: Final = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Placement:
     """Where one table lies: its GPA, its bytes, a record's bytes (0: an array) and how many records."""
 
@@ -356,7 +356,7 @@ class Placement:
     capacity: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Layout:
     """Where everything lies in RAM of this size."""
 

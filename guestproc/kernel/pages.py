@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
 
 from emu.errors import OutOfMemory
+from emu.values import valueclass
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.locks import Rank, spinlock
 from guestproc.kernel.records import Ram, Record, Word, Words64
@@ -69,7 +69,7 @@ class Zone(Record, permanent=True):
     heads = Words64(MAX_ORDER + 1, "lock: first free block of each order (page number, 0: none)")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class PageRun:
     """Pages `pfn` to `pfn + count - 1`, as handed out once: the generation tells this time from the next."""
 

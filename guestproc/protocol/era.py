@@ -9,10 +9,10 @@ of `Era`; whoever does something differently asks the value, never its name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from emu.values import valueclass
 from emu.wire.messages import MessageType
 from emu.wire.versions import (
     VERSION_WIN7,
@@ -43,7 +43,7 @@ class HandlerType(IntEnum):
     NON_BLOCKING = 1
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class TableEntry:
     """One entry of `channel_message_table`: the handler's kernel name ("" is NULL), its type, least length."""
 
@@ -53,7 +53,7 @@ class TableEntry:
     min_payload_len: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Era:
     """One kernel's ways."""
 

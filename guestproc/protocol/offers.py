@@ -11,12 +11,12 @@ a record that nobody knows yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from struct import Struct
 
 from emu.errors import ProtocolViolation
 from emu.switches import Fix
+from emu.values import valueclass
 from emu.wire.hypercalls import VMBUS_EVENT_CONNECTION_ID
 from emu.wire.messages import HEADER, ChannelFlags, OfferChannel, parse
 from emu.wire.versions import VERSION_WS2008
@@ -44,7 +44,7 @@ class Place(Enum):
     RELID_TAKEN = auto()
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Entered:
     """Where a new channel belongs; `refusal` says why nowhere, `primary` is that of a sub-channel."""
 

@@ -9,8 +9,7 @@ ISR under sched_lock, so it is changed under it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from emu.values import valueclass
 from emu.wire.messages import MAX_USER_DEFINED_BYTES, OpenChannel
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.kernel.pages import PageRun
@@ -84,7 +83,7 @@ def open_message(channel: Channel, userdata: bytes) -> OpenChannel:
 # -- rings --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RingPages:
     """Which pages a channel's rings have: one run, or (`scattered` of them) single pages that `run` lists."""
 

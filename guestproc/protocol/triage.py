@@ -8,12 +8,12 @@ as often as it likes, where ours reads the copy in both eras.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
 from emu.errors import ProtocolViolation
 from emu.switches import ALL_FIXED, Fix
+from emu.values import valueclass
 from emu.wire.messages import MAX_MESSAGE_SIZE, MessageType
 from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.era import Era, HandlerType, TableEntry
@@ -23,7 +23,7 @@ _HEAD: Final = Struct("<IBBHQI")
 """message_type, payload_size, message_flags, reserved, sender; then msgtype, the payload's first word."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Triage:
     """A message looked at: its types and payload, the table's entry (None: drop it), what is wrong with it."""
 

@@ -9,12 +9,12 @@ is written, so that a reader without a lock takes whole ones only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
 
 from emu.ipc.atomics import ACQUIRE, RELEASE
+from emu.values import valueclass
 from emu.wire.guids import guid_from_wire, modalias
 from guestproc.kernel.layout import UEVENT_BYTES, UEVENT_SLOTS, KernelTables
 
@@ -51,7 +51,7 @@ class Action(IntEnum):
     UNBIND = 7
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Uevent:
     """One of them, as user space gets it."""
 

@@ -14,15 +14,15 @@ again, so an answer that comes too late names nobody.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from uuid import UUID
 
+from emu.values import valueclass
 from emu.wire.gpa_range import GpaRange
 from emu.wire.messages import Message
 from emu.wire.versions import FeatureFlags
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class SendMessage:
     """Post `message` to this SINT of this VP, behind everything posted there before."""
 
@@ -31,7 +31,7 @@ class SendMessage:
     sint: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Connected:
     """A guest is connected; the pages are GPAs, 0 where it gave none (or the version has none)."""
 
@@ -43,7 +43,7 @@ class Connected:
     monitor_page2: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MonitorPages:
     """The connected guest put its monitor pages elsewhere (6.0); 0 and 0 for none."""
 
@@ -51,12 +51,12 @@ class MonitorPages:
     monitor_page2: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Disconnected:
     """Nobody is connected any more, and nothing of the guest's is in use."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class MapGpadl:
     """Look whether these pages can be used, and keep them under (key, gpadl)."""
 
@@ -66,7 +66,7 @@ class MapGpadl:
     ranges: tuple[GpaRange, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class UnmapGpadl:
     """Give these pages up; the answer tells the guest that they are its own again."""
 
@@ -74,7 +74,7 @@ class UnmapGpadl:
     gpadl: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class OpenDevice:
     """Map both rings, let the device begin, and answer.
 
@@ -93,21 +93,21 @@ class OpenDevice:
     userdata: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CloseDevice:
     """Let the device stop using the rings, and answer."""
 
     key: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class DropDevice:
     """The device is gone: stop it now, forget all its GPADLs. There is no answer to this."""
 
     key: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class BindEvent:
     """The device's signal sets `flag` of this SINT of this VP.
 
@@ -122,7 +122,7 @@ class BindEvent:
     shared: bool
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class RetargetEvent:
     """Move the event to this VP; once answered, the old VP gets no interrupt of it any more."""
 
@@ -131,14 +131,14 @@ class RetargetEvent:
     target_vp: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class UnbindEvent:
     """The device's signal reaches nobody any more."""
 
     key: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class OpenDoorbell:
     """A signal on `connection_id` runs the device."""
 
@@ -146,7 +146,7 @@ class OpenDoorbell:
     connection_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class CloseDoorbell:
     """`connection_id` is no connection any more."""
 
@@ -154,7 +154,7 @@ class CloseDoorbell:
     connection_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ConnectSocket:
     """A guest's socket asks for this service (`silo_id` from 5.2 on, if it gave one)."""
 
@@ -163,7 +163,7 @@ class ConnectSocket:
     silo_id: UUID | None
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Refused:
     """Nothing happened, or the guest was told no: which rule, and what the offending field held.
 

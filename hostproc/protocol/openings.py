@@ -7,10 +7,10 @@ is bounded here, once (the ring's indices are the ring's to check).
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Final
 
 from emu.errors import ProtocolViolation
+from emu.values import valueclass
 from emu.wire.messages import VP_INDEX_DISABLE_INTERRUPT, OpenChannel
 from emu.wire.versions import FeatureFlags
 from hostproc.protocol.offers import LAST_RELID, Channel, event_connection_id
@@ -23,7 +23,7 @@ _FIRST_FREE_CONNECTION_ID: Final = 5
 _LAST_CONNECTION_ID: Final = 0x00FF_FFFF
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Opening:
     """An OPENCHANNEL that can be carried out, in whatever version it came.
 

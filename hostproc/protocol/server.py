@@ -13,13 +13,13 @@ offers and, within `Limits`, with the GPADLs of the guest; nothing else of a gue
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 from emu.errors import ProtocolViolation
 from emu.host_tables import HostGpadl
 from emu.mirror import MirrorChannel
+from emu.values import valueclass
 from emu.wire.messages import (
     MESSAGES,
     STATUS_CONNECTION_REFUSED,
@@ -80,7 +80,7 @@ _FROM_GUEST: Final = frozenset(s.cls for s in MESSAGES.values() if s.direction i
 _WHILE_PAUSED: Final = (Resume, Unload, InitiateContact)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class ServerSummary:
     """The server in numbers; `version` is 0 while nobody is connected, `offers` are relids in use."""
 

@@ -8,10 +8,10 @@ connection is the server's business.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from emu.values import valueclass
 from emu.wire.messages import STATUS_UNSUCCESSFUL, ConnectionState, InitiateContact, VersionResponse
 from emu.wire.versions import (
     KNOWN_VERSIONS,
@@ -43,7 +43,7 @@ FAILED: Final = STATUS_UNSUCCESSFUL
 _PAGE_MASK: Final = 0xFFF
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Version:
     """A version: the Windows that brought it, and what a host does differently from some version on."""
 
@@ -101,7 +101,7 @@ IMPLEMENTED_FEATURES: Final = (
 """The 6.0 features that the server carries out when its limits offer them."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Limits:
     """What this host has and offers: its size, the versions it speaks, and where it draws its lines.
 
@@ -132,7 +132,7 @@ def message_connections(max_version: int) -> tuple[int, ...]:
     return (LEGACY_CONNECTION_ID, MULTICLIENT_CONNECTION_ID)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass()
 class Verdict:
     """How a first contact is answered: to whom, and why it was refused (None: connect it)."""
 
