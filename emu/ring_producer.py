@@ -499,8 +499,10 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     if publishes is None:
         return _Writer(write, write_many, write_all, publish, get, set_, batch_bytes)
     # A recorded ring. The call of `store_write` is a third of what the record of a batch costs, so a batch like the one
-    # before writes its record itself; these three variables are the recorder's.
+    # before writes its record itself; `at`, `before` and `records` are the recorder's. Of such a batch all sizes are
+    # known, `batch_bytes` as well, so that it need not be measured.
     at = before = records = 0
+    like_count, like_bytes = -1, 0  # payloads of the last batch and their bytes in the ring; -1: they were not alike
     _publish, record_memory, first_at, end_at, pack_record, same, show_record, shared = publishes
     store_index, now = ring.memory.words.store_write, time.monotonic_ns
 
@@ -510,28 +512,26 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         flags: int = 0,
         packet_type: int = VM_PKT_DATA_INBAND,
     ) -> tuple[int, bool]:
-        nonlocal at, batch_count, batch_length, before, records, write_index
+        nonlocal at, before, records, write_index
         count = len(payloads)
         if (
-            not SHORTEST_RUN <= count <= most_alike
+            count != like_count
             or len(payloads[0]) != alike_length
             or first_trans_id != 0
             or packet_type != kind_type
             or flags != kind_flags
         ):
-            return write_many(payloads, first_trans_id, flags, packet_type)
+            return write_another(payloads, first_trans_id, flags, packet_type)
         begin = write_index
-        nbytes = count * alike_size
-        end = begin + nbytes
+        end = begin + like_bytes
         if end >= barrier and not room_until(end):
-            return write_many(payloads, first_trans_id, flags, packet_type)
+            return write_another(payloads, first_trans_id, flags, packet_type)
         if not pack_alike(payloads, None, count, begin, end):
-            return write_many(payloads, first_trans_id, flags, packet_type)
-        batch_count, batch_length = count, alike_length
+            return write_another(payloads, first_trans_id, flags, packet_type)
         try:
-            pack_record(record_memory, at, now(), records, same, end, nbytes)
+            pack_record(record_memory, at, now(), records, same, end, like_bytes)
         except struct.error:
-            pack_record(record_memory, at, now(), records & 0xFFFFFFFF, same, end, nbytes)
+            pack_record(record_memory, at, now(), records & 0xFFFFFFFF, same, end, like_bytes)
         records += 1
         at += RECORD_BYTES
         if at == end_at:
@@ -544,10 +544,28 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
             return count, False
         return count, load_read() == begin
 
+    def write_another(
+        payloads: Sequence[Payload], first_trans_id: int | Iterable[int], flags: int, packet_type: int
+    ) -> tuple[int, bool]:
+        """Any batch, and what the next one needs if it is like this one."""
+        nonlocal like_bytes, like_count
+        like_count = -1
+        written = write_many(payloads, first_trans_id, flags, packet_type)
+        if batch_count >= SHORTEST_RUN:
+            like_count, like_bytes = batch_count, batch_count * alike_size
+        return written
+
+    def write_all_recorded(
+        shapes: Shapes, payloads: Sequence[Payload], trans_ids: Sequence[int] | None
+    ) -> tuple[int, bool]:
+        nonlocal like_count
+        like_count = -1
+        return write_all(shapes, payloads, trans_ids)
+
     recorded = sharing(
         write_many_recorded, {"at": shared["at"], "before": shared["before"], "records": shared["count"]}
     )
-    return _Writer(write, recorded, write_all, publish, get, set_, batch_bytes)
+    return _Writer(write, recorded, write_all_recorded, publish, get, set_, batch_bytes)
 
 
 def _stretches(payloads: Sequence[Payload]) -> Iterable[tuple[int, int]]:

@@ -28,7 +28,7 @@ from emu.tracing import (
     OneByOne,
     Recorder,
 )
-from emu.wire.packets import VM_PKT_COMP, VM_PKT_DATA_INBAND
+from emu.wire.packets import VM_PKT_COMP, VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT
 from tests.emu.ring_pages import KINDS, RingPages, ring_pages
 
 
@@ -145,8 +145,10 @@ Step = tuple[str, int, int]
 """What a writer does: how, so many packets, of so many bytes."""
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["batch", "ids", "views", "other kind", "one", "event", "room"]),
-        st.sampled_from([6, 7, 20]),
+        st.sampled_from(
+            ["batch", "ids", "views", "other kind", "none", "one", "one of another kind", "header", "event", "room"]
+        ),
+        st.sampled_from([1, 6, 7, 20]),
         st.sampled_from([0, 8, 64, 300]),
     ),
     max_size=30,
@@ -168,8 +170,14 @@ def follow(pages: RingPages, producer: RingProducer, recorder: Recorder, steps: 
                 done.append(producer.write_many([*payloads[:-1], memoryview(payloads[-1])]))
             case "other kind":
                 done.append(producer.write_many(payloads, 0, 1, VM_PKT_COMP))
+            case "none":
+                done.append(producer.write_many([]))
             case "one" if producer.free_bytes > 400:
                 done.append(producer.write(payloads[0]))
+            case "one of another kind" if producer.free_bytes > 400:
+                done.append(producer.write(payloads[0], 0, 0, VM_PKT_COMP))
+            case "header" if producer.free_bytes > 400:
+                done.append(producer.write_with_header(bytes(8), payloads[0], VM_PKT_DATA_USING_GPA_DIRECT))
             case "event":
                 recorder.record(E_EOM, number)
             case _:
@@ -182,6 +190,10 @@ def follow(pages: RingPages, producer: RingProducer, recorder: Recorder, steps: 
 @given(STEPS, st.sampled_from(KINDS), st.sampled_from([0, CAPACITY - 5, (1 << 32) - 5]))
 @example([("batch", 6, 8)] * 6, "contiguous", CAPACITY - 5)
 @example([("batch", 6, 8)] * 6, "contiguous", (1 << 32) - 5)
+@example([("none", 6, 8)] * 2, "contiguous", 0)
+@example([*[("batch", 6, 8)] * 3, ("header", 6, 8), ("batch", 6, 8)], "contiguous", 0)
+@example([*[("batch", 6, 8)] * 3, ("one of another kind", 6, 8), ("batch", 6, 8)], "contiguous", 0)
+@example([*[("batch", 20, 64)] * 10, ("room", 6, 0), ("batch", 1, 64)], "contiguous", 0)
 def test_batch_records_itself_as_its_store_would(steps: list[Step], kind: str, count: int) -> None:
     """Batches of any kind between single packets and other events: the records, the bytes and the answers are those of
     a writer whose store of the index records; also over the end of the recorder's ring and of its sequence."""
