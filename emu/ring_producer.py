@@ -503,6 +503,8 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
     # known, `batch_bytes` as well, so that it need not be measured.
     at = before = records = 0
     like_count, like_bytes = -1, 0  # payloads of the last batch and their bytes in the ring; -1: they were not alike
+    like_written = 0, False  # what is returned for as many
+    step = RECORD_BYTES
     _publish, record_memory, first_at, end_at, pack_record, same, show_record, shared = publishes
     store_index, now = ring.memory.words.store_write, time.monotonic_ns
 
@@ -533,7 +535,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         except struct.error:
             pack_record(record_memory, at, now(), records & 0xFFFFFFFF, same, end, like_bytes)
         records += 1
-        at += RECORD_BYTES
+        at += step
         if at == end_at:
             at = first_at
         show_record(records)
@@ -541,18 +543,18 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         # Before this the record is there, since no effect may precede its cause. As in `write`.
         store_index(end)
         if load_mask():
-            return count, False
+            return like_written
         return count, load_read() == begin
 
     def write_another(
         payloads: Sequence[Payload], first_trans_id: int | Iterable[int], flags: int, packet_type: int
     ) -> tuple[int, bool]:
         """Any batch, and what the next one needs if it is like this one."""
-        nonlocal like_bytes, like_count
+        nonlocal like_bytes, like_count, like_written
         like_count = -1
         written = write_many(payloads, first_trans_id, flags, packet_type)
         if batch_count >= SHORTEST_RUN:
-            like_count, like_bytes = batch_count, batch_count * alike_size
+            like_count, like_bytes, like_written = batch_count, batch_count * alike_size, (batch_count, False)
         return written
 
     def write_all_recorded(
