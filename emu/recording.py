@@ -112,6 +112,8 @@ class RecordingWriter:
         self.records = 0
         self.share = 0.0
         """How full the fullest ring was at the last `poll`; 1 and more: records were overwritten."""
+        self.fullest_pid = 0
+        """The process whose ring that was."""
         self._lock = threading.RLock()
         self._since_ns = since_ns
         self._left_out = 0
@@ -144,8 +146,8 @@ class RecordingWriter:
             fullest = 0
             for slot in self._drain.recorded():
                 row = self._control.row(slot)
-                if row.state not in (ActorState.FREE, ActorState.STARTING):
-                    fullest = max(fullest, self._take(row))
+                if row.state not in (ActorState.FREE, ActorState.STARTING) and (taken := self._take(row)) > fullest:
+                    fullest, self.fullest_pid = taken, row.pid
             self.share = fullest / CAPACITY
             if self.records != before:
                 self._flush()

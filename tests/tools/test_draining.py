@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,8 +15,9 @@ from emu.errors import UserError
 from emu.machine import Machine
 from emu.recording import Recording, RecordingWriter
 from emu.tracing import CAPACITY, E_EOM, WRITTEN_AT_ONCE, Recorder
+from tests.processes import Forked
 from tests.tools.recorded import recording_machine
-from tools.draining import LEAST_TURN_S, TURN_S, Drainer, drain, next_turn_s
+from tools.draining import ASIDE_SHARE, LEAST_TURN_S, TURN_S, Drainer, drain, next_turn_s, step_aside
 from tools.testing import wait_for
 
 
@@ -112,8 +115,11 @@ def test_fuller_rings_are_looked_at_sooner(turn_s: float, share: float, wanted_s
     assert next_turn_s(turn_s, share) == pytest.approx(wanted_s)
 
 
-def test_each_turn_is_as_long_as_the_last_one_says(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
+def test_each_turn_is_as_long_as_the_last_one_says(
+    machine: Machine, vcpu: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full ring halves the next wait; one that stays empty is looked at as seldom as at first."""
+    monkeypatch.setattr("tools.draining.step_aside", Mock())
     writer = RecordingWriter(tmp_path / "r", machine)
     waited: list[float] = []
     bursts = [CAPACITY - WRITTEN_AT_ONCE, CAPACITY // 2, 0]
@@ -129,6 +135,58 @@ def test_each_turn_is_as_long_as_the_last_one_says(machine: Machine, vcpu: Recor
     writer.close()
 
     assert waited == pytest.approx([TURN_S, TURN_S / 2, TURN_S / 2, TURN_S], rel=0.01)
+
+
+def test_drain_steps_aside_for_who_records_much(
+    machine: Machine, vcpu: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a turn in which a ring was a tenth full, for the process whose ring it was; not for a few records."""
+    aside = Mock()
+    monkeypatch.setattr("tools.draining.step_aside", aside)
+    writer = RecordingWriter(tmp_path / "r", machine)
+    bursts = [int(ASIDE_SHARE * CAPACITY) + 1, int(ASIDE_SHARE * CAPACITY) - 1, 0]
+    called: list[int] = []
+
+    def stopped(_seconds: float) -> bool:
+        """Let something be recorded; whether that was all."""
+        called.append(aside.call_count)
+        for _ in range(bursts.pop(0) if bursts else 0):
+            vcpu.record(E_EOM)
+        return len(called) > 3
+
+    drain(writer, stopped)
+    writer.close()
+
+    assert called == [0, 1, 1, 1]
+    assert aside.call_args.args == (os.getpid(), os.sched_getaffinity(0))
+
+
+def cores_after(step: Callable[[], None]) -> set[int]:
+    """Where a thread of its own may run after this step."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(step).result()
+        return thread.submit(os.sched_getaffinity, 0).result()
+
+
+def test_thread_steps_aside_from_the_core_of_a_process() -> None:
+    """Of the cores that it may have, it keeps all but that one; the only one it keeps, and for nobody it keeps all."""
+    cores = os.sched_getaffinity(0)
+    core = max(cores)
+    (ready, tell), (end, stop) = os.pipe(), os.pipe()
+
+    def busy() -> None:
+        os.sched_setaffinity(0, {core})
+        os.write(tell, b"x")
+        os.read(end, 1)
+
+    with Forked(busy) as process:
+        os.read(ready, 1)
+        assert cores_after(lambda: step_aside(process.pid, cores)) == (cores - {core} or cores)
+        assert cores_after(lambda: step_aside(process.pid, {core})) == cores
+        os.write(stop, b"x")
+    for fd in (ready, tell, end, stop):
+        os.close(fd)
+    assert cores_after(lambda: step_aside(process.pid, cores)) == cores
 
 
 def test_share_is_that_of_the_fullest_ring(machine: Machine, vcpu: Recorder, tmp_path: Path) -> None:
@@ -147,3 +205,4 @@ def test_share_is_that_of_the_fullest_ring(machine: Machine, vcpu: Recorder, tmp
     writer.close()
 
     assert shares == [0.25, 0.0]
+    assert writer.fullest_pid == os.getpid()
