@@ -7,7 +7,6 @@ time would take a core from those that it measures: a fifth to a quarter of the 
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,9 +62,7 @@ def hot(rounds: int, runs: int) -> tuple[list[float], list[float]]:
     added, released = [], []
     with launch(Scenario.default()) as running:
         running.wait_ready()
-        # A mapping of its own: the tables hold views of it for as long as they live.
-        ram = mmap.mmap(running.machine.ram.fd, running.machine.ram.size)
-        hot_plug = HotPlug(running, KernelTables.attach(ram))
+        hot_plug = HotPlug(running, KernelTables.attach(running.machine.ram.apart))
         for _ in range(runs):
             pairs = [hot_plug.add_and_remove() for _ in range(rounds)]
             added.append(sorted(pair[0] for pair in pairs)[rounds // 2] / 1e6)

@@ -19,6 +19,7 @@ from typing import Final
 import click
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from emu.limits import limit_behind
 from tools import output
 from tools.early_signals import catch_signals, raise_noted
 from tools.exit_status import ExitStatus
@@ -132,6 +133,7 @@ def vmbus_emu(ctx: click.Context, version: bool, as_json: bool) -> int:
 
 
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_BEYOND: Final = frozenset({errno.ENOMEM, errno.EMFILE})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _close_stdout()
             said = f"cannot write to stdout: {error.strerror}; make room, or send it somewhere else"
             return _complain(said, ExitStatus.USAGE)
+        if _beyond_a_limit(error):
+            said = getattr(error, "strerror", None) or str(error) or "out of memory"
+            return _complain(f"{said}; {limit_behind(error)}", ExitStatus.MISSING)
         return _complain(f"internal error\n{traceback.format_exc()}", ExitStatus.FAILED, one_line=False)
+
+
+def _beyond_a_limit(error: Exception) -> bool:
+    """Whether this process has met a limit of its own, which nobody has told in better words."""
+    short_of_memory = isinstance(error, (MemoryError, ImportError))
+    return (short_of_memory or getattr(error, "errno", None) in _BEYOND) and limit_behind(error) is not None
 
 
 def _carry_out(arguments: list[str]) -> int:

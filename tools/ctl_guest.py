@@ -6,7 +6,6 @@ Each command is one call (`guestproc.user`); what it refuses is an errno of the 
 
 from __future__ import annotations
 
-import mmap
 import sys
 import time
 from collections.abc import Iterator
@@ -350,8 +349,7 @@ def _tables_of(machine: Machine) -> KernelTables:
     """The guest kernel's records; UserError before it has laid them out."""
     if machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         raise UserError(f"the guest of machine {machine.name} has not booted yet; try again")
-    # A mapping of its own, which lives as long as the tables' views of it.
-    return KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size))
+    return KernelTables.attach(machine.ram.apart)
 
 
 def _print_uevents(found: list[Uevent]) -> None:

@@ -6,7 +6,6 @@ only the host's side is known, so there the processor is the VP that the guest a
 
 from __future__ import annotations
 
-import mmap
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Final
@@ -73,8 +72,7 @@ def list_devices(machine: Machine) -> list[ListedDevice]:
     # The RAM of somebody else's guest is not ours to read: it may hold anything, or have no page to hold it.
     if machine.config["no_guest"] or machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         return host_devices(list(Mirror(machine.control).channels()))
-    # A mapping of its own: the tables hold views of it for as long as they live, and nobody waits for them.
-    return guest_devices(KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size)))
+    return guest_devices(KernelTables.attach(machine.ram.apart))
 
 
 def guest_devices(tables: KernelTables) -> list[ListedDevice]:

@@ -23,6 +23,8 @@ from typing import Final
 import click
 
 from emu.errors import MissingPrerequisite, VmbusError
+from emu.limits import check_memory_limits
+from emu.scenario import MachineSpec
 from tools.exit_status import ExitStatus
 from tools.kernel_source import source_archive
 from tools.options import json_option
@@ -134,6 +136,16 @@ def open_files() -> Finding:
     return Finding("open files", OK, "unlimited" if soft == resource.RLIM_INFINITY else str(soft))
 
 
+def memory_limits() -> Finding:
+    """What one process may map, and how large a file may be: guest RAM is mapped twice, and is a file."""
+    try:
+        check_memory_limits(MachineSpec().ram_bytes)
+    except MissingPrerequisite as lack:
+        found, cure = str(lack).split("; ")
+        return Finding("memory limits", WEAK, found, cure)
+    return Finding("memory limits", OK, f"enough for {MachineSpec().ram_bytes >> 20} MiB of RAM")
+
+
 def cores() -> Finding:
     """Processors that this process may use."""
     count = len(os.sched_getaffinity(0))
@@ -204,6 +216,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     shared_memory,
     semaphores,
     open_files,
+    memory_limits,
     cores,
     clock_source,
     user_namespaces,

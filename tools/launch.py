@@ -29,10 +29,12 @@ from emu.faults import FaultKind
 from emu.faults import parse as parse_fault
 from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
+from emu.limits import check_limits
 from emu.machine import ACTOR_WAKEUPS, Machine
 from emu.mirror import Mirror
 from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
+from emu.tracing import TRACE_BYTES
 from emu.vmexit import HostBell
 from guestproc.kernel.layout import compute
 from guestproc.kernel.pages import PAGE_SIZE
@@ -233,7 +235,7 @@ class RunningMachine:
                 numbers.append(row.number)
         if self._stopping or self.machine.config["no_guest"]:
             return ()  # what lies in the RAM of somebody else's guest are no locks of ours
-        return tuple(held_locks(self.machine.ram.fd, self.machine.ram.size, numbers))
+        return tuple(held_locks(self.machine.ram.apart, numbers))
 
     def _look_after_by_hand(self) -> None:
         """Processes that are not the zygote's children are looked at twice a second."""
@@ -513,6 +515,7 @@ def launch(
     unknown = without - names.keys()
     if unknown:
         raise UserError(f"--without: no process is called {min(unknown)}; there are {', '.join(names)}")
+    check_limits(scenario.machine.ram_bytes, TRACE_BYTES, scenario.machine.vcpus)
     extra.update(no_guest=no_guest, by_hand=bool(without))
     link = start_zygote()
     with _unlinking_on_failure(name, link.process):

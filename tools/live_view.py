@@ -7,7 +7,6 @@ machine that moves is a guess; of one that is settled (`tools.settled`) it is it
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -157,9 +156,8 @@ class LiveView:
         if self._guest is None and not self.machine.config.get("no_guest"):
             ram = self.machine.ram
             if ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) == BOOT_MAGIC:
-                # A mapping of its own: the tables hold views of it for as long as they live. A look at a page's column
-                # may be the first touch of it.
-                tables = KernelTables.attach(mmap.mmap(ram.fd, ram.size), partial(reserve_ram, ram.fd))
+                # A look at a page's column may be the first touch of it.
+                tables = KernelTables.attach(ram.apart, partial(reserve_ram, ram.fd))
                 self._guest = GuestView(tables)
         return self._guest
 

@@ -11,7 +11,6 @@ meanwhile. Of a guest that is not ours there is no `guest`, for its RAM is its o
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from struct import Struct
@@ -410,10 +409,7 @@ def _guest_of(machine: Machine) -> GuestView | None:
     # The RAM of somebody else's guest is not ours to read: it may hold anything, or have no page to hold it.
     if machine.config["no_guest"] or machine.ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
         return None
-    # A mapping of its own: the tables hold views of it for as long as they live, and nobody waits for them.
-    return GuestView(
-        KernelTables.attach(mmap.mmap(machine.ram.fd, machine.ram.size), partial(reserve_ram, machine.ram.fd))
-    )
+    return GuestView(KernelTables.attach(machine.ram.apart, partial(reserve_ram, machine.ram.fd)))
 
 
 def ring_of(view: GuestView, channel: Channel, side: int) -> dict[str, Node] | None:

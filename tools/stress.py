@@ -8,7 +8,6 @@ difference is lost, unless the channel was taken away meanwhile.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import random
 import shlex
@@ -420,8 +419,8 @@ def _unexpected(refused: Mapping[str, int]) -> dict[str, int]:
 
 
 def _guest_tables(running: RunningMachine) -> KernelTables:
-    """The guest's records, in a mapping of its own: the tables hold views of it for as long as they live."""
-    return KernelTables.attach(mmap.mmap(running.machine.ram.fd, running.machine.ram.size))
+    """The guest's records."""
+    return KernelTables.attach(running.machine.ram.apart)
 
 
 def _ring_transitions(tables: KernelTables) -> dict[str, int]:

@@ -10,7 +10,6 @@ and the VP that the guest asked for in the place of its CPU.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
@@ -66,9 +65,7 @@ class LiveTree:
         if foreign or ram.view.load_u64(BOOT_RECORD_GPA, ACQUIRE) != BOOT_MAGIC:
             return self._host
         if self._guest is None:
-            # A mapping of its own, which lives as long as the tables' views of it.
-            mapping = mmap.mmap(ram.fd, ram.size)
-            self._guest = GuestBus(GuestView(KernelTables.attach(mapping)), self._runs, self._call)
+            self._guest = GuestBus(GuestView(KernelTables.attach(ram.apart)), self._runs, self._call)
         return self._guest
 
     def _call(self, name: str, arguments: Mapping[str, str]) -> None:

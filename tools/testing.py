@@ -11,7 +11,6 @@ AssertionError, as is any object that is left. `docs/writing-a-driver.md` shows 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import signal
 import time
@@ -154,10 +153,10 @@ class LiveMachine:
         return settled(look)
 
     def _guest(self) -> KernelTables:
-        """The guest's records, once its boot CPU has laid them out; a mapping of their own, for all looks."""
+        """The guest's records, once its boot CPU has laid them out."""
         if self._tables is None:
             self.wait_for(lambda: self.machine.control.guest_formatted, "the guest to lay out its RAM")
-            self._tables = KernelTables.attach(mmap.mmap(self.machine.ram.fd, self.machine.ram.size))
+            self._tables = KernelTables.attach(self.machine.ram.apart)
         return self._tables
 
     def records(self) -> list[TraceRecord]:

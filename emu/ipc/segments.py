@@ -17,6 +17,7 @@ import posix_ipc
 
 from emu.errors import MissingPrerequisite, UserError
 from emu.ipc.atomics import AtomicView
+from emu.limits import limit_behind
 
 PREFIX: Final = "/vmbus-emu."
 SHM: Final = Path("/dev/shm")
@@ -31,7 +32,7 @@ def object_name(machine: str, part: str) -> str:
 class Segment:
     """A mapped segment: `memory` (mmap of `size` bytes), `view` (atomic access to it), `fd`."""
 
-    __slots__ = ("fd", "memory", "name", "size", "view")
+    __slots__ = ("_apart", "fd", "memory", "name", "size", "view")
 
     def __init__(self, name: str, fd: int, size: int) -> None:
         self.name = name
@@ -39,6 +40,7 @@ class Segment:
         self.size = size
         self.memory = mmap.mmap(fd, size)
         self.view = AtomicView(self.memory)
+        self._apart: mmap.mmap | None = None
 
     @classmethod
     def create(cls, name: str, size: int, *, first: int = 0, reserved: int = 0) -> Segment:
@@ -55,7 +57,7 @@ class Segment:
                 raise UserError(f"shared memory {name} exists already; {cure}") from None
             raise MissingPrerequisite(f"no {SHM} for shared memory {name}; mount a tmpfs there") from None
         except (OSError, posix_ipc.Error) as error:
-            cure = f"is {SHM} mounted and writable?"
+            cure = limit_behind(error) or f"is {SHM} mounted and writable?"
             raise MissingPrerequisite(f"cannot create shared memory {name}: {error}; {cure}") from None
         try:
             os.ftruncate(shm.fd, size)
@@ -79,14 +81,29 @@ class Segment:
             raise UserError(f"no shared memory {name}: {cure}") from None
         except posix_ipc.PermissionsError:
             raise UserError(f"shared memory {name} is another user's") from None
+        except OSError as error:
+            raise _not_mapped(name, error) from None
         try:
             size = os.fstat(shm.fd).st_size
             if size == 0:
                 raise UserError(f"shared memory {name} is still being made; try again")
             return cls(name, shm.fd, size)
+        except OSError as error:
+            shm.close_fd()
+            raise _not_mapped(name, error) from None
         except BaseException:
             shm.close_fd()
             raise
+
+    @property
+    def apart(self) -> mmap.mmap:
+        """A second mapping, one for all who ask, that `close` leaves alone.
+
+        It is for tables that hold views of it for as long as they live: nobody waits for them, nor for the collector.
+        """
+        if self._apart is None:
+            self._apart = mmap.mmap(self.fd, self.size)
+        return self._apart
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Make sure these bytes have memory behind them; OSError(ENOSPC) instead of a later SIGBUS."""
@@ -105,7 +122,13 @@ def refused_memory(name: str, nbytes: int, error: OSError) -> MissingPrerequisit
     if error.errno == errno.ENOSPC:
         cure = "free some of it, or ask for fewer or smaller rings" if name.endswith(".ram") else "free some of it"
         return MissingPrerequisite(f"{SHM} is full, it has no room for {asked} ({name}); {cure}")
-    return MissingPrerequisite(f"{SHM} refused {asked}: {error.strerror} ({name}); ask for less RAM")
+    cure = limit_behind(error) or "ask for less RAM"
+    return MissingPrerequisite(f"{SHM} refused {asked}: {error.strerror} ({name}); {cure}")
+
+
+def _not_mapped(name: str, error: OSError) -> MissingPrerequisite:
+    cure = limit_behind(error) or "is this computer out of memory?"
+    return MissingPrerequisite(f"cannot map shared memory {name}: {error.strerror or error}; {cure}")
 
 
 def unlink_segment(name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import posix_ipc
 
 from emu.errors import MissingPrerequisite, UserError
+from emu.limits import limit_behind
 
 WATCHDOG_S = 1.0
 """Longest single block; a waiter whose poster was killed between taking and posting looks again by itself."""
@@ -40,7 +41,7 @@ class Wakeup:
             cure = "`vmbus-emu clean` removes what a dead machine left"
             raise UserError(f"semaphore {name} exists already; {cure}") from None
         except (OSError, posix_ipc.Error) as error:
-            cure = "is /dev/shm writable and not full?"
+            cure = limit_behind(error) or "is /dev/shm writable and not full?"
             raise MissingPrerequisite(f"cannot create semaphore {name}: {error}; {cure}") from None
 
     @classmethod

@@ -10,10 +10,8 @@ from guestproc.kernel.locks import Lock, Mutex, Spinlock
 from guestproc.kernel.records import Part, Record, Table
 
 
-def held_locks(ram_fd: int, ram_bytes: int, actors: list[int]) -> list[str]:
+def held_locks(ram: mmap.mmap, actors: list[int]) -> list[str]:
     """Names of all locks in guest RAM that one of these actors holds; none before RAM is laid out."""
-    # A mapping of its own: the tables hold views of it for as long as they live, and nobody waits for them.
-    ram = mmap.mmap(ram_fd, ram_bytes)
     if not actors or int.from_bytes(ram[BOOT_RECORD_GPA : BOOT_RECORD_GPA + 8], "little") != BOOT_MAGIC:
         return []
     tables = KernelTables.attach(ram)

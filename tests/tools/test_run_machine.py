@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +15,13 @@ import pytest
 
 from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
+from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
 from tools import cli, launch, run_machine
+from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
+
+SOURCES = Path(__file__).resolve().parent.parent.parent
 
 NO_THREAD = """
 import threading
@@ -192,3 +200,45 @@ def test_a_zygote_that_cannot_be_started_is_one_line(
     assert cli.main(["run", "--device", "echo:1", "--duration", "0"]) == ExitStatus.MISSING
 
     assert "cannot start the zygote: Resource temporarily unavailable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "amount"), [("v", 60_000), ("v", 3_145_727), ("f", 100_000), ("n", 20)])
+def test_a_limit_that_is_too_small_is_one_line_that_names_it(tmp_path: Path, option: str, amount: int) -> None:
+    """Not /dev/shm, which is as it should be: which limit it is and how much is enough; and nothing is left."""
+    command = f"ulimit -{option} {amount}; exec {sys.executable} -m tools.entry run --name t-ulimit --duration 0"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "XDG_STATE_HOME": str(tmp_path)}
+
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.MISSING, "", 1)
+    assert f"(`ulimit -{option}`) is {amount}" in done.stderr and "; raise it to " in done.stderr
+    assert (objects_of("t-ulimit"), list(tmp_path.iterdir())) == ([], [])
+
+
+def test_looking_at_a_machine_maps_its_ram_once_more_at_most() -> None:
+    """However often: whoever may map only so much could not look at a gigabyte of RAM a third time."""
+    with launch.launch(Scenario.default().with_overrides(vcpus=1), name="t-looks") as running:
+        running.wait_ready()
+        for _ in range(3):
+            list_devices(running.machine)
+
+        assert Path("/proc/self/maps").read_text(encoding="utf-8").count("vmbus-emu.t-looks.ram") == 2
+
+
+def test_a_command_that_meets_a_limit_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever step it was that got no memory: where a limit is set, that is what to mend."""
+
+    def at_the_limit(_context: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(cli.vmbus_emu, "invoke", at_the_limit)
+    monkeypatch.setattr(resource, "getrlimit", lambda _number: (1 << 20, 1 << 20))
+
+    assert cli.main(["ps"]) == ExitStatus.MISSING
+
+    said = capsys.readouterr().err
+    assert said.startswith("vmbus-emu: Cannot allocate memory; the limit on address space (`ulimit -v`) is 1024 KiB")
