@@ -22,8 +22,8 @@ from tools.exit_status import ExitStatus
 from tools.findings import Case, folder_of
 from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
-from tools.named_files import check_apart, check_writable, write_text
-from tools.options import json_option
+from tools.named_files import check_apart, write_text
+from tools.options import FileToWrite, json_option
 from tools.output import print_json, say
 from tools.trace import as_json
 
@@ -164,7 +164,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
+@click.option("--junit", type=FileToWrite(), help="Write the verdicts as a JUnit file.")
 @json_option
 def check(file: Path, junit: Path | None, as_json: bool) -> int:
     """Check a recording against the invariants of VMBus.
@@ -177,8 +177,7 @@ def check(file: Path, junit: Path | None, as_json: bool) -> int:
       vmbus-emu check boot.rec
       vmbus-emu check boot.rec --json | jq '.violations[].text'
     """
-    check_writable(junit, "--junit")
-    check_apart(junit, "--junit", file)
+    check_apart({"--junit": junit}, file)
     verdicts, recording = check_recording(file)
     note = run_of(recording)
     told = told_of(verdicts, note)

@@ -19,8 +19,8 @@ from emu.scenario_text import nearest
 from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus, deferring_interruption
 from tools.findings import Case, InFolder, folder_of
-from tools.named_files import check_writable, write_text
-from tools.options import Seconds, json_option
+from tools.named_files import check_apart, write_text
+from tools.options import FileToWrite, Seconds, json_option
 from tools.output import print_json, say
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ INTERRUPTED: Final = "interruption"
 )
 @click.option(
     "--schedule-out",
-    type=click.Path(path_type=Path),
+    type=FileToWrite(),
     help="Write what is found as a schedule for processes (`races run FILE.toml`).",
 )
 @json_option
@@ -113,7 +113,7 @@ def explore(
     from tools.explore_cores import Setting
     from tools.explore_search import Explorer
 
-    check_writable(schedule_out, "--schedule-out")
+    check_apart({"--schedule-out": schedule_out}, replay)
     schedule = None
     setting = Setting(devices, subchannels, threads, without, era, TWICE in faults)
     if replay is not None:

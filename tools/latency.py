@@ -45,8 +45,8 @@ from tools.histograms import (
 )
 from tools.latency_stages import Step, stages_of
 from tools.launch import RunningMachine, launch
-from tools.named_files import check_apart, check_svg, check_writable, write_text
-from tools.options import Seconds, check_record_path, fault_option, json_option, record_option, scenario_argument
+from tools.named_files import check_apart, check_svg, write_text
+from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import tell_faults
 
@@ -87,9 +87,9 @@ class Measured:
     show_default=True,
     help="Seconds of each of the two measurements.",
 )
-@click.option("--hgrm", type=click.Path(path_type=Path), help="Write the round trip's percentiles (HdrHistogram text).")
-@click.option("--hlog", type=click.Path(path_type=Path), help="Write every stage's histogram (HdrHistogram log).")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write the percentile curves (SVG).")
+@click.option("--hgrm", type=FileToWrite(), help="Write the round trip's percentiles (HdrHistogram text).")
+@click.option("--hlog", type=FileToWrite(), help="Write every stage's histogram (HdrHistogram log).")
+@click.option("--plot", type=FileToWrite(), help="Write the percentile curves (SVG).")
 @click.option("--compare", type=click.Path(path_type=Path), help="An older --json output to compare with.")
 @click.option("--fail", "fail", multiple=True, metavar="p99:+10%", help="With --compare: how much worse is a finding.")
 @fault_option
@@ -126,11 +126,8 @@ def latency(
         raise UserError("--closed and --rate exclude each other; leave one of them out")
     if fail and compare is None:
         raise UserError("--fail needs something to compare with; add --compare OLD.json")
-    check_record_path(record_path)
-    for path, option in ((hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
-        check_writable(path, option)
-    for path, option in ((record_path, "--record"), (hgrm, "--hgrm"), (hlog, "--hlog"), (plot, "--plot")):
-        check_apart(path, option, scenario_path, compare)
+    written = {"--record": record_path, "--hgrm": hgrm, "--hlog": hlog, "--plot": plot}
+    check_apart(written, scenario_path, compare)
     check_svg(plot, "--plot", "the curves are")
     limits = dict(_limit(text) for text in fail)
     before = _read_report(compare) if compare is not None else Older({}, {})

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -49,21 +49,38 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return None
 
 
-def check_writable(path: Path | None, option: str) -> None:
+def check_writable(path: Path, option: str) -> None:
     """UserError when a file of this name cannot be written: told before a long measurement, not behind it."""
-    if path is None:
-        return
     trouble = _trouble(path)
     if trouble:
         raise _unwritable(path, option, os.strerror(trouble))
 
 
-def check_apart(path: Path | None, option: str, *read: Path | None) -> None:
-    """UserError when the file to be written is, by whatever name, one of those that are read."""
-    for one in read:
-        with contextlib.suppress(OSError):
-            if path is not None and one is not None and path.samefile(one):
+def check_apart(written: Mapping[str, Path | None], *read: Path | None) -> None:
+    """UserError when a file to be written, by whatever name, is one of those that are read, or is written twice.
+
+    `written` has the files by their options.
+    """
+    before: list[tuple[str, Path]] = []
+    for option, path in written.items():
+        if path is None:
+            continue
+        for one in read:
+            if one is not None and _same(path, one):
                 raise UserError(f"{option} {path}: that is {one} itself, which is read; name another file")
+        for other, one in before:
+            if _same(path, one):
+                raise UserError(f"{option} {path}: {other} is written there; name another file")
+        before.append((option, path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, also of one that is yet to be made; a pipe or a device takes both."""
+    with contextlib.suppress(OSError, RuntimeError):
+        if one.exists() and not one.is_file():
+            return False
+        return one.resolve() == other.resolve() or one.samefile(other)
+    return False
 
 
 def check_svg(path: Path | None, option: str, what: str) -> None:

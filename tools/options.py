@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -37,6 +38,34 @@ class Seconds(click.FloatRange):
         if not math.isfinite(seconds):
             self.fail(f"{value} is no number of seconds.", param, ctx)
         return seconds
+
+
+class FileToWrite(click.Path):
+    """A file that will be written: whatever is the matter with its name is told before anything is done.
+
+    `-` is stdout where a command takes that for its output (`allow_dash`), and no name of a file anywhere.
+    """
+
+    def __init__(self, *, allow_dash: bool = False) -> None:
+        super().__init__(path_type=Path, allow_dash=allow_dash)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; UserError when no file of this name can be written."""
+        text = os.fspath(value)
+        option = param.opts[0] if param is not None else ""
+        if text == "-":
+            if self.allow_dash:
+                return Path(text)
+            raise UserError(
+                f"{option} -: this goes into a file, not to stdout; name it (./- if it is to be called that)"
+            )
+        if not text:
+            raise UserError(f"{option} {text}: that is no name; name a file")
+        if text.endswith(("/", "/.", "/..")):  # which a Path forgets
+            raise UserError(f"{option} {text}: that names a folder; name the file in it")
+        path = Path(text)
+        check_writable(path, option)
+        return path
 
 
 def json_option(function: F) -> F:
@@ -85,12 +114,12 @@ def fault_option(function: F) -> F:
 
 
 def record_option(function: F) -> F:
-    """`--record FILE` (parameter `record_path`); `check_record_path` looks at it before anything is made."""
+    """`--record FILE` (parameter `record_path`)."""
     return click.option(
         "--record",
         "record_path",
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=FileToWrite(),
         help="Record every event into this file.",
     )(function)
 
@@ -108,11 +137,6 @@ def flight_option(default: float | None, shown: str | bool = True) -> Callable[[
         show_default=shown,
         help="Record into the processes' rings; save the last seconds when something goes wrong. 0: off.",
     )
-
-
-def check_record_path(path: Path | None) -> None:
-    """UserError when it cannot be written; `record` has looked at it already, under the option's other name."""
-    check_writable(path, "--record")
 
 
 def scenario_argument(function: F) -> F:

@@ -18,8 +18,8 @@ import click
 from emu.errors import MissingPrerequisite, UserError
 from tools.exit_status import Interruption, noting_interruption
 from tools.machines import chosen_machine, find_machines, typed
-from tools.named_files import check_svg, check_writable, write_text
-from tools.options import FLIGHT_VARIABLE, Seconds, json_option, machine_option
+from tools.named_files import check_apart, check_svg, write_text
+from tools.options import FLIGHT_VARIABLE, FileToWrite, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of
 from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
@@ -56,10 +56,8 @@ SHOWN_COUNTERS: Final = (
     type=Seconds(0.2, 3600),
     help="Seconds to watch; default 5, or until COMMAND ends.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Write processor time over time, stacked (SVG).")
-@click.option(
-    "--flame", type=click.Path(path_type=Path), help="Write a flame graph of all processes (SVG; needs py-spy)."
-)
+@click.option("--plot", type=FileToWrite(), help="Write processor time over time, stacked (SVG).")
+@click.option("--flame", type=FileToWrite(), help="Write a flame graph of all processes (SVG; needs py-spy).")
 @machine_option
 @json_option
 @click.argument("command", metavar="[-- COMMAND…]", nargs=-1)
@@ -81,11 +79,10 @@ def profile(
       vmbus-emu profile -- run --duration 3
       vmbus-emu profile --machine vm4711 --duration 10 --plot cost.svg
     """
+    check_apart({"--plot": plot, "--flame": flame})
     spy = _py_spy() if flame is not None else ""
     if command and typed(machine_name) is not None:
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
-    check_writable(plot, "--plot")
-    check_writable(flame, "--flame")
     check_svg(plot, "--plot", "the picture is")
     check_svg(flame, "--flame", "the graph is")
     with _target(command, machine_name) as target:

@@ -19,8 +19,8 @@ import click
 from emu.errors import UserError
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import RECORDING, Case, InFolder
-from tools.named_files import check_writable, write_text
-from tools.options import json_option
+from tools.named_files import check_apart, write_text
+from tools.options import FileToWrite, json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
 from tools.schedule import NotForced, Schedule
@@ -111,8 +111,8 @@ def list_(as_json: bool) -> None:
 @click.argument("name", metavar="NAME|FILE")
 @click.option("--fix", type=click.Choice(["on", "off"]), default="off", show_default=True, help="The historical fix.")
 @click.option("--times", type=click.IntRange(1, 10_000), default=1, help="How often to run it.")
-@click.option("--record", "record_path", type=click.Path(path_type=Path), help="Where to record (default: findings).")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the runs as a JUnit file.")
+@click.option("--record", "record_path", type=FileToWrite(), help="Where to record (default: findings).")
+@click.option("--junit", type=FileToWrite(), help="Write the runs as a JUnit file.")
 @json_option
 def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path | None, as_json: bool) -> int:
     """Run an exhibit, or a schedule of your own.
@@ -128,7 +128,7 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
       vmbus-emu explore --depth 9 --without wake_before_probe_wait --json >f.json
       vmbus-emu races run f.json
     """
-    check_writable(junit, "--junit")
+    check_apart({"--record": record_path, "--junit": junit}, Path(name))
     try:
         schedule = find_schedule(name)
     except NotForced as why:
@@ -174,7 +174,7 @@ def report_of(runs: list[RaceRun], record_path: Path | None, finding: Path | Non
 @click.argument("name", metavar="[NAME|FILE]", required=False)
 @click.option("--fix", type=click.Choice(["on", "off"]), default="off", show_default=True, help="The historical fix.")
 @click.option("--from", "recording", type=click.Path(path_type=Path), metavar="RECORDING", help="A run's, of `run`.")
-@click.option("--svg", "picture", type=click.Path(path_type=Path), help="Write the diagram as a picture, too.")
+@click.option("--svg", "picture", type=FileToWrite(), help="Write the diagram as a picture, too.")
 @json_option
 def show(name: str | None, fix: str, recording: Path | None, picture: Path | None, as_json: bool) -> int:
     """Tell an exhibit in plain words, run it, and draw the run as a sequence diagram.
@@ -190,7 +190,7 @@ def show(name: str | None, fix: str, recording: Path | None, picture: Path | Non
     from tools.race_picture import picture_of
     from tools.race_show import of_recording, print_shown, run_and_show
 
-    check_writable(picture, "--svg")
+    check_apart({"--svg": picture}, recording, None if name is None else Path(name))
     if name is None and recording is None:
         raise UserError("nothing is said to show; name an exhibit (`vmbus-emu races list`) or give --from RECORDING")
     try:
@@ -276,7 +276,7 @@ def status_of(game: Game) -> ExitStatus:
 
 
 @races.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Where to; default: stdout.")
+@click.option("-o", "--output", type=FileToWrite(), metavar="OUT", help="Where to; default: stdout.")
 def museum(output: Path | None) -> None:
     """Write the page of all exhibits (Markdown): each one told, run with its fix off and on, and drawn.
 
@@ -286,7 +286,6 @@ def museum(output: Path | None) -> None:
     """
     from tools.museum import page
 
-    check_writable(output, "-o")
     text = page(map(Schedule.load, exhibits().values()), say)
     if output is None:
         sys.stdout.write(text)

@@ -7,13 +7,11 @@ from pathlib import Path
 import click
 
 from emu.errors import UserError
-from tools.named_files import check_writable
+from tools.options import FileToWrite
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The recording to write."
-)
+@click.option("-o", "--output", metavar="FILE", type=FileToWrite(), required=True, help="The recording to write.")
 @click.argument("run_arguments", metavar="[RUN ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
 def record(output: Path, run_arguments: tuple[str, ...]) -> int:
     """Boot a machine, record every event of it, clean up.
@@ -28,7 +26,6 @@ def record(output: Path, run_arguments: tuple[str, ...]) -> int:
     """
     from tools.run import run
 
-    check_writable(output, "-o")
     if any(one == "--record" or one.startswith("--record=") for one in run_arguments):
         raise UserError("record: the recording is what -o names; leave --record out")
     with run.make_context("vmbus-emu record", ["--record", str(output), *run_arguments]) as ctx:

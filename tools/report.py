@@ -15,7 +15,7 @@ from emu.errors import UserError
 from emu.recording import Recording
 from tools.exit_status import ExitStatus
 from tools.named_files import check_apart, check_writable, write_text
-from tools.options import json_option
+from tools.options import FileToWrite, json_option
 from tools.output import print_json, say
 from tools.report_data import CURVE, report_of
 
@@ -32,7 +32,7 @@ LICENCE: Final = "uPlot.LICENSE"
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The page; default: FILE with .html behind it; -: stdout."
+    "-o", "--output", type=FileToWrite(allow_dash=True), help="The page; default: FILE with .html behind it; -: stdout."
 )
 @json_option
 def report(file: Path, output: Path | None, as_json: bool) -> int:
@@ -49,9 +49,11 @@ def report(file: Path, output: Path | None, as_json: bool) -> int:
     """
     if output == Path("-"):
         return _to_stdout(file, as_json=as_json)
-    page = output or file.with_name(file.name + ".html")
-    check_writable(page, "-o")
-    check_apart(page, "-o", file)
+    if output is None:
+        output = file.with_name(file.name + ".html")
+        check_writable(output, "-o")
+    page = output
+    check_apart({"-o": page}, file)
     with Recording(file) as recording:
         found = report_of(recording)
     text = page_of(found)

@@ -94,6 +94,7 @@ def run(
     said = click.get_current_context().get_parameter_source("guest_timeout_s")
     if said is ParameterSource.COMMANDLINE and not no_guest:
         raise UserError("--guest-timeout is for somebody else's guest; add --no-guest, or leave it out")
+    check_apart({"--record": record_path}, scenario_path, stream_path, *plugin_paths)
     scenario = scenario_of(scenario_path, plugin_paths)
     devices = [parse_device(text, scenario.plugins) for text in device_texts]
     scenario = scenario.with_overrides(name=name, vcpus=vcpus, devices=devices, poll=poll, faults=fault_texts)
@@ -113,5 +114,4 @@ def run(
         as_json,
     )
     options.check(detach=detach)
-    check_apart(record_path, "--record", scenario_path, stream_path)
     return run_detached(options) if detach else run_here(options)

@@ -36,7 +36,6 @@ from tools.launch import (
     launch,
     unused_name,
 )
-from tools.options import check_record_path
 from tools.output import narrates, print_json, say
 from tools.run_outcome import Outcome, show_devices, tell
 
@@ -71,7 +70,6 @@ class Options:
             if not self.scenario.devices():
                 raise UserError("--stream needs a device; the scenario has none")
             check_stream_file(self.stream_path)
-        check_record_path(self.record_path)
         if self.record_bytes and self.record_path is None:
             raise UserError("--record-bytes says what a recording keeps; name one with --record FILE")
         if detach and self.no_guest and self.duration_s is not None:

@@ -41,10 +41,10 @@ from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.invariants_settled import state_report
 from tools.launch import MachineDied, RunningMachine, launch
-from tools.named_files import check_apart, check_writable, write_text
+from tools.named_files import check_apart, write_text
 from tools.options import (
+    FileToWrite,
     Seconds,
-    check_record_path,
     fault_option,
     flight_option,
     json_option,
@@ -183,7 +183,7 @@ def _mix(text: str) -> frozenset[str]:
 @click.option("--channels", type=click.IntRange(1, MAX_OFFERS), default=8, show_default=True, help="Echo devices.")
 @click.option("--vcpus", type=int, help="Virtual CPUs.")
 @click.option("--mix", default=",".join(INGREDIENTS), show_default=True, help=MIX_HELP)
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as a JUnit file.")
+@click.option("--junit", type=FileToWrite(), help="Write the verdicts as a JUnit file.")
 @click.option("--time-limit", "limit_s", type=Seconds(1, 90_000), help="Exit with 124 if it takes longer.")
 @fault_option
 @record_option
@@ -211,10 +211,7 @@ def stress(
       vmbus-emu stress --seed 7 --vcpus 4 --channels 32 --mix none --json
     """
     ingredients = _mix(mix)
-    check_record_path(record_path)
-    check_writable(junit, "--junit")
-    check_apart(record_path, "--record", scenario_path)
-    check_apart(junit, "--junit", scenario_path)
+    check_apart({"--record": record_path, "--junit": junit}, scenario_path)
     scenario = Scenario.default() if scenario_path is None else Scenario.load(scenario_path)
     devices = [DeviceSpec(count=channels)] if scenario_path is None else []
     scenario = scenario.with_overrides(vcpus=vcpus, devices=devices, faults=fault_texts)

@@ -21,6 +21,7 @@ from emu.recording import Recording, TraceRecord
 from tools.event_names import name_of
 from tools.exit_status import ExitStatus
 from tools.named_files import check_apart, whole
+from tools.options import FileToWrite
 from tools.output import say
 
 
@@ -81,8 +82,8 @@ def formats_text() -> str:
 @click.command(epilog="\b\nFormats:\n" + formats_text())
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(FORMATS)), default="json", show_default=True, help="Which format.")
-@click.option("-o", "--output", metavar="OUT", default="-", help="Where to; default: stdout.")
-def trace(file: Path, form: str, output: str) -> int:
+@click.option("-o", "--output", metavar="OUT", type=FileToWrite(allow_dash=True), help="Where to; default: stdout.")
+def trace(file: Path, form: str, output: Path | None) -> int:
     """Write a recording in a format that other tools read.
 
     \b
@@ -92,9 +93,10 @@ def trace(file: Path, form: str, output: str) -> int:
       vmbus-emu trace boot.rec --to perfetto -o boot.pftrace
       vmbus-emu trace b.rec --to trace-cmd -o b.dat && trace-cmd report -t b.dat
     """
-    if output != "-":
-        check_apart(Path(output), "-o", file)
-    if output == "-" and not FORMATS[form].text and sys.stdout.isatty():
+    if output == Path("-"):
+        output = None
+    check_apart({"-o": output}, file)
+    if output is None and not FORMATS[form].text and sys.stdout.isatty():
         raise UserError(f"{form} is no text for a terminal; write it to a file with -o OUT")
     with Recording(file) as recording, opened(output) as out:
         for piece in FORMATS[form].export(recording):
@@ -107,15 +109,14 @@ def trace(file: Path, form: str, output: str) -> int:
 
 
 @contextlib.contextmanager
-def opened(output: str) -> Iterator[IO[bytes]]:
-    """stdout for "-", else a file, which goes away when it is not finished; UserError when it cannot be written."""
-    if output == "-":
+def opened(path: Path | None) -> Iterator[IO[bytes]]:
+    """stdout for None, else a file, which goes away when it is not finished; UserError when it cannot be written."""
+    if path is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(output)
     try:
         with whole(path), path.open("wb") as out:
             yield out
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose another file with -o") from None
+        raise UserError(f"-o {path}: {error.strerror}; choose a file that can be written") from None

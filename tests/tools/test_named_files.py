@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
+import click
 import pytest
 
 from emu.errors import UserError
+from tools import cli
+from tools.cli import COMMANDS
+from tools.exit_status import ExitStatus
 from tools.named_files import check_apart, check_svg, check_writable, whole, write_text
 
 
@@ -54,7 +59,6 @@ def test_a_file_that_can_be_written_is_neither_made_nor_touched(tmp_path: Path) 
     old = tmp_path / "old"
     old.write_bytes(b"old")
 
-    check_writable(None, "--plot")
     check_writable(old, "--plot")
     check_writable(tmp_path / "new", "--plot")
 
@@ -74,7 +78,7 @@ def test_what_is_read_is_not_overwritten(tmp_path: Path, alias: str) -> None:
         other = tmp_path / "." / "in.rec"
 
     with pytest.raises(UserError, match=f"--junit {other}: that is {source} itself, which is read"):
-        check_apart(other, "--junit", None, source)
+        check_apart({"--record": None, "--junit": other}, None, source)
 
 
 def test_files_apart_are_no_trouble(tmp_path: Path) -> None:
@@ -82,9 +86,139 @@ def test_files_apart_are_no_trouble(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text("same", encoding="utf-8")
 
-    check_apart(tmp_path / "a", "-o", tmp_path / "b", None)
-    check_apart(tmp_path / "new", "-o", tmp_path / "b")
-    check_apart(None, "-o", tmp_path / "b")
+    check_apart({"-o": tmp_path / "a", "--junit": tmp_path / "c"}, tmp_path / "b", None)
+    check_apart({"-o": tmp_path / "new", "--junit": tmp_path / "newer"}, tmp_path / "b")
+    check_apart({"-o": None, "--junit": None}, tmp_path / "b")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_one_file_is_not_written_twice(tmp_path: Path, there: bool) -> None:
+    """Two outputs under two names of one file, whether it is there yet or not: the second would end the first."""
+    one, other = tmp_path / "out", tmp_path / "folder" / ".." / "out"
+    (tmp_path / "folder").mkdir()
+    if there:
+        one.write_text("old", encoding="utf-8")
+
+    with pytest.raises(UserError, match=r"--junit .*/folder/\.\./out: --record is written there; name another file"):
+        check_apart({"--record": one, "--junit": other})
+
+
+def test_a_device_takes_as_many_outputs_as_one_likes() -> None:
+    """What is not wanted goes to /dev/null, twice if need be."""
+    check_apart({"--hgrm": Path("/dev/null"), "--hlog": Path("/dev/null")}, Path("/dev/null"))
+
+
+READ: Final = {"--stream", "--compare", "--from", "--replay", "--plugin", "--dir"}
+"""Options that name a file or a folder that is read, or made."""
+
+
+def options_that_write() -> list[tuple[tuple[str, ...], str]]:
+    """Every option of a file to be written: the words of its command, and its own name."""
+    found = []
+    group = cli.vmbus_emu
+    commands: list[tuple[tuple[str, ...], click.Command]] = [
+        ((name,), command) for name in COMMANDS if (command := group.get_command(click.Context(group), name))
+    ]
+    for words, command in commands:
+        if isinstance(command, click.Group):
+            commands += [((*words, name), one) for name, one in command.commands.items()]
+        for one in command.params:
+            if isinstance(one, click.Option) and isinstance(one.type, click.Path) and not READ & set(one.opts):
+                found.append((words, one.opts[0]))
+    return found
+
+
+@pytest.mark.parametrize(("words", "option"), options_that_write())
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("new/", "that names a folder; name the file in it"),
+        ("there/", "that names a folder; name the file in it"),
+        ("there/.", "that names a folder; name the file in it"),
+        ("there", "Is a directory; choose a file that can be written"),
+        ("", "that is no name; name a file"),
+        ("nowhere/out", "No such file or directory; choose a file that can be written"),
+    ],
+)
+def test_every_option_that_names_a_file_refuses_what_is_none(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    option: str,
+    name: str,
+    why: str,
+) -> None:
+    """One line and status 2, before anything is run or made: also of a name whose end a path forgets."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert cli.main([*words, option, name]) == ExitStatus.USAGE
+
+    assert capsys.readouterr() == ("", f"vmbus-emu: {option} {name}: {why}\n")
+    assert [one.name for one in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(("words", "option"), [one for one in options_that_write() if one[1] != "-o"])
+def test_a_file_beside_the_output_is_not_stdout(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], option: str
+) -> None:
+    """`-` is stdout where it is the output itself; a file of that name was never meant."""
+    assert cli.main([*words, option, "-"]) == ExitStatus.USAGE
+
+    said = "this goes into a file, not to stdout; name it (./- if it is to be called that)"
+    assert capsys.readouterr() == ("", f"vmbus-emu: {option} -: {said}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("explore", "--schedule-out", "{file}", "--replay", "{file}"),
+        ("races", "show", "{file}", "--svg", "{file}"),
+        ("races", "show", "--from", "{file}", "--svg", "{file}"),
+        ("races", "run", "{file}", "--record", "{file}"),
+        ("races", "run", "{file}", "--junit", "{file}"),
+        ("run", "--plugin", "{file}", "--record", "{file}"),
+    ],
+)
+def test_what_a_command_reads_is_not_its_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """The file keeps its bytes, and one line says which option named it again."""
+    file = tmp_path / "file.toml"
+    file.write_text("[machine]\n", encoding="utf-8")
+
+    assert cli.main([word.format(file=file) for word in words]) == ExitStatus.USAGE
+
+    said = capsys.readouterr().err
+    assert f"{file}: that is {file} itself, which is read; name another file" in said
+    assert file.read_text(encoding="utf-8") == "[machine]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (("latency", "--hgrm", "out", "--hlog", "out"), "--hlog out: --hgrm"),
+        (("latency", "--plot", "out", "--record", "./out"), "--plot out: --record"),
+        (("stress", "--junit", "out", "--record", "out"), "--junit out: --record"),
+        (("races", "run", "A1", "--junit", "out", "--record", "out"), "--junit out: --record"),
+        (("profile", "--plot", "out", "--flame", "out"), "--flame out: --plot"),
+    ],
+)
+def test_no_command_writes_one_file_twice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    last: str,
+) -> None:
+    """Told before anything is run."""
+    monkeypatch.chdir(tmp_path)
+
+    assert cli.main(list(words)) == ExitStatus.USAGE
+
+    assert capsys.readouterr() == ("", f"vmbus-emu: {last} is written there; name another file\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_picture_of_another_kind_is_refused() -> None:

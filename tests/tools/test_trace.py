@@ -174,7 +174,7 @@ def test_output_that_cannot_be_written_is_one_line(run_cli: RunCli, recording_pa
     done = run_cli("trace", recording_path, "-o", recording_path / "below")
 
     assert (done.returncode, done.stderr.count("\n")) == (ExitStatus.USAGE, 1)
-    assert "cannot write" in done.stderr
+    assert done.stderr.startswith(f"vmbus-emu: -o {recording_path / 'below'}: Not a directory; choose a file")
 
 
 @pytest.mark.parametrize(
