@@ -32,6 +32,7 @@ from emu.syncpoint import Tickets
 from emu.task_board import TaskBoard, TaskState
 from emu.tracing import recorded_so_far
 from guestproc.kernel.layout import KernelTables
+from guestproc.kernel.workqueue import WORKERS
 from guestproc.user_threads import SHELLS
 from tools.live_view import LiveView
 from tools.waits import Wait, over, waits, woken
@@ -148,6 +149,8 @@ class SettleTest:
                 yield from self._processor(row)
             elif row.kind == ActorKind.WORKER:
                 yield from self._worker(row, waiting)
+        if tables is not None and self._has_workers():
+            yield from _not_begun(tables)
         yield from self._exits(parked)
         yield from self._letters(parked, waiting)
         yield from self._tasks(parked)
@@ -209,6 +212,11 @@ class SettleTest:
         if not asleep:
             yield f"{row.name} runs{self._work_of(row.number)}"
 
+    def _has_workers(self) -> bool:
+        """Whether a process is there whose threads take the work."""
+        rows = self._machine.control.rows()
+        return any(row.kind == ActorKind.WORKQUEUE and row.state == ActorState.ALIVE for row in rows)
+
     def _work_of(self, number: int) -> str:
         """What a worker has in hand, for people."""
         texts = [one.text for one in self.view.work() if one.worker == number]
@@ -250,3 +258,11 @@ class SettleTest:
         for row in rows:
             if row.state in (TaskState.FILLING, TaskState.ORDERED) and row.cpu not in busy | held:
                 yield f"{row.program.name} was ordered on vcpu{row.cpu}"
+
+
+def _not_begun(tables: KernelTables) -> Iterator[str]:
+    """Work that waits for a thread which has not come to its queue yet, on a loaded computer long after the boot."""
+    for number, workers in WORKERS.items():
+        queue = tables.queues.at(number)
+        if queue.head and not all(queue.worker_actors[worker] for worker in range(workers)):
+            yield f"work waits on queue {number.name}, and a worker of it has not begun"

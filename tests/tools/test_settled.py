@@ -28,6 +28,7 @@ from emu.task_board import Program, TaskBoard
 from emu.wire.messages import MessageType
 from guestproc.kernel.actors import Waiter, WaiterState
 from guestproc.kernel.wait import sleepers
+from guestproc.kernel.workqueue import QueueNumber
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish
 from tools.settled import Settlement, SettleTest
@@ -194,6 +195,21 @@ def test_thread_that_has_not_begun_will_take_the_next_letter(world: World) -> No
 
     second = control.enlist(ActorKind.WORKER, "user/2").slot
     assert look(world, held, second).settled
+
+
+def test_work_waits_for_a_worker_that_has_not_begun(world: World) -> None:
+    """Its queue has two threads: with one of them missing the work is not stuck, whoever else is held."""
+    queue = world.tables.queues.at(QueueNumber.SYSTEM)
+    begun, queue.worker_actors[1] = queue.worker_actors[1], 0
+    queue.head = 1
+    assert look(world).settled, "nobody is there whose threads would take it"
+
+    world.machine.control.enlist(ActorKind.WORKQUEUE, "workqueue")
+    assert look(world).moving == ("work waits on queue SYSTEM, and a worker of it has not begun",)
+
+    queue.worker_actors[1] = begun
+    assert look(world).settled
+    queue.head = 0
 
 
 def test_dead_actor_ends_the_wait_at_once(world: World) -> None:
