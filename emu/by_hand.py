@@ -8,25 +8,27 @@ from collections.abc import Callable
 from typing import Any
 
 from emu.control import ActorState, is_over
-from emu.errors import UserError, VmbusError
+from emu.errors import MissingPrerequisite, UserError
 from emu.machine import KICK_SIGNAL, Machine
 
 
 def attach_and_run(machine_name: str, name: str, body: Callable[[Machine, Callable[..., None]], int]) -> int:
-    """Attach to a machine and run its inner process `name` in this one; what it reports goes to stderr."""
+    """Attach to a machine and run its inner process `name` in this one; its exit status.
+
+    What it reports goes to stderr; so does what is the matter with the machine (status 2) or this computer (3), a line.
+    """
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
     try:
         machine = Machine.attach(machine_name)
-    except VmbusError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    try:
         _check_wanted(machine, name)
         return body(machine, _report)
     except UserError as error:  # also a plugin that is not what it was
         sys.stderr.write(f"{error}\n")
         return 2
+    except MissingPrerequisite as error:
+        sys.stderr.write(f"{error}\n")
+        return 3
 
 
 def _check_wanted(machine: Machine, name: str) -> None:

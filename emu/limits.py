@@ -95,3 +95,11 @@ def _errno_of(error: BaseException) -> int:
     if error.errno is None and "files open" in str(error):
         return errno.EMFILE
     return error.errno or 0
+
+
+def not_started(name: str, why: str | None) -> MissingPrerequisite:
+    """What to raise when the system does not give us one process or thread more; `why` is its own word."""
+    cure = "a machine needs some 20 processes and threads: see `ulimit -u`, or the container's limit"
+    # A thread's stack is memory, too, and the system has one word for both.
+    memory = limit_behind(MemoryError())
+    return MissingPrerequisite(f"cannot start {name}: {why}; {cure}" + (f"; {memory}" if memory else ""))

@@ -15,6 +15,7 @@ from emu import plugin
 from emu.control import ActorKind
 from emu.errors import MachineStopping
 from emu.ipc.semaphores import Wakeup
+from emu.limits import not_started
 from emu.machine import Machine
 from emu.memory import GuestMemory
 from emu.tracing import E_WORK_DONE, E_WORK_RUN
@@ -35,7 +36,10 @@ Report = Callable[..., None]
 
 
 def run(machine: Machine, report: Report) -> int:
-    """Wait until RAM is laid out, then run every queue until the machine stops; the exit status."""
+    """Wait until RAM is laid out, then run every queue until the machine stops; the exit status.
+
+    MissingPrerequisite when a thread cannot be started: the process has to end then, and with it those that were.
+    """
     add_plugins(plugin.attach(machine.config))
     add_exhibit_drivers(machine)
     _row, counters = machine.enlist(ActorKind.WORKQUEUE, "workqueue")
@@ -59,11 +63,8 @@ def run(machine: Machine, report: Report) -> int:
         for thread in threads:
             thread.start()
         start_user_space(machine, tables, lambda hooks: _current(machine, tables, hooks, report), report)
-    except RuntimeError as error:  # the system gives us no thread more; whoever launched us takes the machine away
-        report("not forked", "a thread of the workqueue process", str(error))
-        while not machine.stopping:
-            gate.block(0.05)
-        return 0
+    except RuntimeError as error:  # the system gives us no thread more
+        raise not_started("a thread of the workqueue process", str(error)) from None
     for thread in threads:
         thread.join()
     counters.flush()

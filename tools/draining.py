@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from emu.limits import not_started
 from emu.recording import RecordingWriter
 from tools.launch import RunningMachine
 
@@ -66,7 +67,10 @@ class Drainer:
         self._stopped: Final = threading.Event()
         self._error: Exception | None = None
         self._thread: Final = threading.Thread(target=self._run, name="drainer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise not_started("the thread that drains the recording", str(error)) from None
 
     def check(self) -> None:
         """Raise what ended the thread, a UserError where the file could not be written; the recording ends there."""

@@ -40,7 +40,7 @@ from guestproc.kernel.layout import compute
 from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
-from tools.zygote_start import Link, not_started, start_zygote
+from tools.zygote_start import Link, start_zygote
 
 BOOT_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 5.0
@@ -190,10 +190,11 @@ class RunningMachine:
             self._hear(*msgpack.unpackb(data))
         if self.by_hand and not self._stopping:
             self._look_after_by_hand()
-        if self.deaths and not self._stopping:
-            raise MachineDied(self.deaths)
+        # First, as whoever lacks something ends as well.
         if self._lacking is not None and not self._stopping:
             raise self._lacking
+        if self.deaths and not self._stopping:
+            raise MachineDied(self.deaths)
         return heard
 
     def _readable(self, timeout_s: float) -> bool:
@@ -205,8 +206,8 @@ class RunningMachine:
         if verb == "forked":
             name, pid = arguments
             self.inner[name] = Inner(name, pid)
-        elif verb == "not forked":
-            self._lacking = not_started(*arguments)
+        elif verb == "lacking":
+            self._lacking = MissingPrerequisite(*arguments)
         elif verb == "crashed":
             name, text = arguments
             if name in self.inner:

@@ -6,7 +6,7 @@ and reports name and status to the launcher over a SEQPACKET socket, one msgpack
 
     launcher -> zygote   ["attach", machine] ["fork", name, kind, number] ["configured"] ["kill", name] ["bye"]
     zygote   -> launcher ["warm"] ["forked", name, pid] ["exited", name, pid, status]
-    children -> launcher ["crashed", name, traceback] ["stage", name, stage]
+    children -> launcher ["crashed", name, traceback] ["stage", name, stage] ["lacking", why]
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any, Final
 
 import msgpack
 
-from emu.errors import UserError
+from emu.errors import MissingPrerequisite, UserError
 from emu.ipc.heap import keep_freed_memory
+from emu.limits import not_started
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
 from hostproc import hypervisor_main
@@ -34,6 +35,8 @@ from tools.warm_up import fill_holes, warm_up
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+LACKING: Final = 3
+"""Exit status of a child that the system does not give what it needs."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -128,7 +131,7 @@ class Zygote:
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory for one more
-            self._send("not forked", name, error.strerror)
+            self._send("lacking", str(not_started(name, error.strerror)))
             return
         if pid == 0:
             self._child(name, body, zygote_pid, detached=detached)
@@ -148,6 +151,9 @@ class Zygote:
             if not detached:
                 die_with_parent(zygote_pid)
             status = body()
+        except MissingPrerequisite as lack:
+            self._report("lacking", str(lack))
+            status = LACKING
         except BaseException:
             text = traceback.format_exc()
             try:

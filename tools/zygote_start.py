@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emu.errors import MissingPrerequisite
+from emu.limits import not_started
 from tools.paths import cache_dir
 
 
@@ -91,9 +92,3 @@ def _start() -> Link:
             ours.close()
             raise not_started("the zygote", error.strerror) from None
     return Link(process, ours)
-
-
-def not_started(name: str, why: str | None) -> MissingPrerequisite:
-    """What to raise when the system does not give us one process more; `why` is its own word."""
-    cure = "a machine needs some 20 processes and threads: see `ulimit -u`, or the container's limit"
-    return MissingPrerequisite(f"cannot start {name}: {why}; {cure}")

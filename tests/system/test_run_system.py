@@ -449,6 +449,57 @@ def test_a_process_that_a_machine_has_is_not_started_a_second_time(tmp_path: Pat
     assert (report(output)["channels_open"], report(output)["leaked"]) == (8, 0)
 
 
+NO_THREAD = """
+import threading
+
+start = threading.Thread.start
+
+def limited(thread):
+    if thread.name == "kworker/rescind":
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = limited
+"""
+"""A `sitecustomize` of a process at the system's limit of threads."""
+
+
+def test_a_process_started_by_hand_that_gets_no_thread_says_so_and_ends(tmp_path: Path) -> None:
+    """One line and status 3, while the machine is still there; the launcher hears that it is gone."""
+    (tmp_path / "sitecustomize.py").write_text(NO_THREAD)
+    words = [sys.executable, "-m", "guestproc", "workqueue", "--machine", "t-few"]
+    with ended(
+        start(tmp_path, "run", "--name", "t-few", "--without", "workqueue", "--duration", "60", "--json")
+    ) as process:
+        wait_for(lambda: "vmbus-emu.t-few.trace" in objects("t-few"), "the machine to be made")
+        wait_for(lambda: _formatted("t-few"), "the boot CPU to lay RAM out")
+        limited = {**environment(tmp_path), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+        done = subprocess.run(words, cwd=ROOT, env=limited, capture_output=True, text=True, timeout=30, check=False)
+        _output, errors = process.communicate(timeout=60)
+
+    said = "cannot start a thread of the workqueue process: can't start new thread; a machine needs some 20 processes"
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith(said)
+    assert (process.returncode, "workqueue" in errors, "its terminal says more" in errors) == (4, True, True)
+    assert_gone("t-few")
+
+
+def test_a_process_started_by_hand_beyond_a_limit_is_one_line(tmp_path: Path) -> None:
+    """Guest RAM that it may not map is this computer's to mend: status 3."""
+    with ended(start(tmp_path, "run", "--name", "t-tight", "--without", "workqueue", "--duration", "60")) as process:
+        wait_for(lambda: "vmbus-emu.t-tight.trace" in objects("t-tight"), "the machine to be made")
+        wait_for(lambda: _formatted("t-tight"), "the boot CPU to lay RAM out")
+        command = f"ulimit -v 500000; exec {sys.executable} -m guestproc workqueue --machine t-tight"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert "the limit on address space (`ulimit -v`) is 500000 KiB: raise it" in done.stderr
+
+
 def _enlisted(name: str) -> set[str]:
     """Who is in the process table of a machine, if there is one yet."""
     from emu.control import Control
