@@ -70,6 +70,14 @@ class DeadlinePassed(VmbusError):
         """The machine's last seconds before it, where somebody saved them."""
 
 
+class OwnLimit(DeadlinePassed):
+    """A time limit that a user set has passed before `what` ended: nothing hung, so it is no finding."""
+
+    def __init__(self, what: str, limit_s: float) -> None:
+        super().__init__(what, 0)
+        self.args = (f"{what} did not end within the --time-limit of {limit_s:g} s",)
+
+
 class UserError(VmbusError):
     """Somebody typed something wrong: one line that names the thing and the cure; exit code 2."""
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from emu.errors import DeadlinePassed, UserError
+from emu.errors import DeadlinePassed, OwnLimit, UserError
 from emu.scenario import Scenario
 from tools.output import say
 from tools.paths import made, state_dir
@@ -46,10 +46,6 @@ FINDING, RECORDING, SCENARIO, SEED, REPEAT, CRASH = (
 PROGRAM: Final = "vmbus-emu"
 MOST_JUDGED: Final = 32 << 20
 """Bytes of a recording that are checked while a finding is kept; a longer one is left to `vmbus-emu check`."""
-
-
-class OwnLimit(DeadlinePassed):
-    """A limit that a user set has passed: nothing hung, so it is no finding."""
 
 
 @dataclass(frozen=True, slots=True)

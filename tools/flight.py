@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from emu.errors import DeadlinePassed, UserError
+from emu.errors import DeadlinePassed, OwnLimit, UserError
 from emu.ipc.segments import SHM
 from emu.machine import Machine
 from emu.recording import RecordingWriter
@@ -73,7 +73,8 @@ def saved_if_it_hangs(running: RunningMachine, seconds: float) -> Iterator[None]
         yield
     except DeadlinePassed as late:
         reach_s = seconds and seconds + late.timeout_ns / 1e9
-        if path := save_flight(running.machine, reach_s, f"hang: {late}"):
+        reason = str(late) if isinstance(late, OwnLimit) else f"hang: {late}"
+        if path := save_flight(running.machine, reach_s, reason):
             say(f"vmbus-emu: flight recording: {path}")
             late.recording = path
         raise

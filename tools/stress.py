@@ -23,9 +23,9 @@ from xml.etree import ElementTree
 
 import click
 
-from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
+from emu.errors import DeadlinePassed, MissingPrerequisite, OwnLimit, UserError
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
-from emu.task_board import Program, TaskState
+from emu.task_board import Program, TaskRow, TaskState
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
@@ -35,7 +35,7 @@ from tools.device_list import list_devices
 from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
-from tools.findings import SCENARIO, Case, InFolder, OwnLimit, kept_if_it_fails
+from tools.findings import SCENARIO, Case, InFolder, kept_if_it_fails
 from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
@@ -66,6 +66,23 @@ FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "stat
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`--time-limit`: as somebody typed it (seconds), and when it passes (CLOCK_MONOTONIC, seconds)."""
+
+    seconds: float
+    end: float
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it passes; 0 behind that."""
+        return max(0.0, self.end - time.monotonic())
+
+    def passed(self, duration_s: float) -> OwnLimit:
+        """What to raise once it has."""
+        return OwnLimit(f"{duration_s:g} s of stress", self.seconds)
 
 
 @dataclass(slots=True)
@@ -218,7 +235,7 @@ def stress(
     refuse_guest_deaths(scenario, "stress")
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
     again = _again(scenario_path, chosen, duration_s, channels, vcpus, mix, fault_texts)
-    end = None if limit_s is None else time.monotonic() + limit_s
+    limit = None if limit_s is None else Limit(limit_s, time.monotonic() + limit_s)
     check_versions(scenario)
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     ended_early = f"ended early; the same again: --seed {chosen}"
@@ -231,7 +248,7 @@ def stress(
                 chosen,
                 duration_s,
                 ingredients,
-                end,
+                limit,
                 live=narrates() and not as_json,
                 record_path=record_path,
                 flight_s=flight_s,
@@ -307,13 +324,13 @@ def run_stress(
     seed: int,
     duration_s: float,
     mix: frozenset[str],
-    end: float | None,
+    limit: Limit | None,
     *,
     live: bool,
     record_path: Path | None = None,
     flight_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Boot, stress, settle; the report. DeadlinePassed when `end` (monotonic) comes first."""
+    """Boot, stress, settle; the report. OwnLimit when `limit` comes first."""
     cores = sorted(os.sched_getaffinity(0))
     with (
         tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder,
@@ -331,8 +348,8 @@ def run_stress(
             running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(path))
             for cpu, path in paths.items()
         ]
-        _watch(running, troubles, rows, duration_s, end, live=live)
-        tasks = running.wait_tasks(rows, TASK_GRACE_S if end is None else max(0.1, end - time.monotonic()))
+        _watch(running, troubles, rows, duration_s, limit, live=live)
+        tasks = _ended(running, rows, duration_s, limit)
         sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
         rings = _ring_transitions(_guest_tables(running))
         ordered = "faults were ordered" if running.faults.report() else ""
@@ -388,15 +405,31 @@ def _checked(path: Path) -> dict[str, Any]:
     }
 
 
+def _ended(running: RunningMachine, rows: list[int], duration_s: float, limit: Limit | None) -> list[TaskRow]:
+    """The programs, once they have ended; DeadlinePassed where one hangs, OwnLimit where the limit comes first."""
+    try:
+        return running.wait_tasks(rows, TASK_GRACE_S if limit is None else min(TASK_GRACE_S, limit.left_s))
+    except DeadlinePassed:
+        if limit is not None and not limit.left_s:
+            raise limit.passed(duration_s) from None
+        raise
+
+
 def _watch(
-    running: RunningMachine, troubles: Troubles, rows: list[int], duration_s: float, end: float | None, *, live: bool
+    running: RunningMachine,
+    troubles: Troubles,
+    rows: list[int],
+    duration_s: float,
+    limit: Limit | None,
+    *,
+    live: bool,
 ) -> None:
     """Trouble the machine for as long as it works; a line of what happens, where somebody watches."""
     began = said = time.monotonic()
     before = running.machine.control.counter_totals()
     while time.monotonic() - began < duration_s:
-        if end is not None and time.monotonic() > end:
-            raise OwnLimit(f"the end of {duration_s:g} s of stress (--time-limit)", int((end - began) * 1e9))
+        if limit is not None and not limit.left_s:
+            raise limit.passed(duration_s)
         troubles.turn()
         running.pump(TURN_S)
         if live and time.monotonic() - said > 0.5:

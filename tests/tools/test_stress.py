@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
 
+from emu.errors import DeadlinePassed, OwnLimit
 from emu.recording import Recording
 from tests.conftest import RunCli
+from tools import stress
+from tools.launch import RunningMachine
 from tools.stress import INGREDIENTS, add_up, findings_of, junit_of
 
 
@@ -141,7 +145,30 @@ def test_time_limit_ends_it_and_tells_the_seed(run_cli: RunCli) -> None:
     flight, seed, limit = done.stderr.splitlines()
     assert (done.returncode, seed) == (124, f"ended early; the same again: --seed {told['seed']}")
     assert (told["interrupted"], told["timed_out"]) == (False, limit.removeprefix("vmbus-emu: "))
-    assert "30 s of stress (--time-limit)" in limit
+    assert told["timed_out"] == "30 s of stress did not end within the --time-limit of 1 s"
     with Recording(Path(flight.removeprefix("vmbus-emu: flight recording: "))) as saved:
-        assert saved.flight.startswith("hang: the end of 30 s of stress")
+        assert saved.flight == told["timed_out"]
         assert saved.count > 100
+
+
+@pytest.mark.parametrize(
+    ("left_s", "error", "said"),
+    [
+        (-1.0, OwnLimit, "5 s of stress did not end within the --time-limit of 7 s"),
+        (3600.0, DeadlinePassed, "the guest tasks to end: no answer within 60 s"),
+    ],
+)
+def test_a_limit_that_passes_while_the_programs_end_is_the_users(
+    left_s: float, error: type[DeadlinePassed], said: str
+) -> None:
+    """Nothing hangs then; programs that do not end long before it do, however long it is."""
+
+    class Endless:
+        def wait_tasks(self, _rows: list[int], timeout_s: float) -> None:
+            raise DeadlinePassed("the guest tasks to end", int(timeout_s * 1e9))
+
+    limit = stress.Limit(7.0, time.monotonic() + left_s)
+    with pytest.raises(DeadlinePassed) as passed:
+        stress._ended(cast(RunningMachine, Endless()), [0], 5.0, limit)
+
+    assert (type(passed.value), str(passed.value)) == (error, said)
