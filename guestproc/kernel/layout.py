@@ -138,7 +138,7 @@ class Connection(Record, permanent=True):
     user_calls = Atomic32("atomic: calls of user space that run, and the bit that there may be no more")
     uevent_lock = spinlock(Rank.LEAF)
     uevent_seqnum = Word(8, "uevent_lock: of the newest uevent, from 1")
-    slot_waits = Atomic32("atomic: 1 + the CPU in whose slot a message waits for a record of work, 0: none does")
+    slot_waits = Atomic64("atomic: mask of the CPUs in whose slots a message waits for a record of work")
     driver_changes = Atomic32("atomic: raised under driver_mutex behind each driver that comes or goes")
 
 

@@ -61,7 +61,7 @@ def vmbus_on_msg_dpc(current: Current, _cpu: int) -> None:
         while not _queue(current, message, copy, serial):
             if current.fix.msg_reserve and not tries:
                 # Announced before the second look: who gives a record back behind it has this slot looked at again.
-                current.connection.slot_waits.store(current.cpu + 1)
+                current.connection.slot_waits.fetch_or(1 << current.cpu)
             elif current.fix.msg_reserve or current.fix.variant != "spin":
                 return  # no EOM: the slot stays full until this tasklet runs again
             # Wrong on purpose (races.md B3): the slot is full, so here it is again, and nobody else runs meanwhile.
@@ -98,13 +98,16 @@ def _queue(current: Current, message: Triage, copy: bytes, serial: int) -> bool:
 
 
 def look_at_slot_again(current: Current, worker: WorkerThread) -> None:
-    """A record of work is free again: an interrupt for the processor whose message found none, as from the host.
+    """A record of work is free again: an interrupt for each processor whose message found none, as from the host.
 
+    Our host posts to one processor; another may post to any of them. Who finds no record this time waits again.
     The kernel has nothing like it: there the slot stays full until something else interrupts that processor.
     """
-    cpu = current.connection.slot_waits.exchange(0)
-    if cpu:
-        worker.peers.request(cpu - 1, HYPERVISOR_CALLBACK_VECTOR)
+    waiting = current.connection.slot_waits.exchange(0)
+    while waiting:
+        cpu = waiting.bit_length() - 1
+        waiting &= ~(1 << cpu)
+        worker.peers.request(cpu, HYPERVISOR_CALLBACK_VECTOR)
 
 
 def vmbus_signal_eom(current: Current, hv_cpu: PerCpuContext, old_type: int, serial: int = 0) -> None:

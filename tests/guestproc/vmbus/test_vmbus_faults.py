@@ -19,6 +19,7 @@ from guestproc.protocol import faults, uevents
 from guestproc.protocol.numbers import Works
 from guestproc.vcpu import WorkerThread
 from guestproc.vmbus.message_dpc import MOST_TRIES, look_at_slot_again
+from tests.guestproc.scripted_host import HostChannel
 from tests.guestproc.world import World, new_world
 
 T = MessageType
@@ -137,6 +138,31 @@ def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) 
         hoarded.append(item)
     booted.host.device(9)
     booted.host.device(10)
+    booted.settle()
+    assert not booted.tables.relids.published()
+
+    last = hoarded.pop()
+    for item in hoarded:
+        queues.discard(item)
+    booted.call(lambda current: queues.queue_work(current.actor, QueueNumber.RESCIND, last))
+    booted.settle()
+
+    assert sorted(booted.tables.relids.published()) == [9, 10]
+    assert booted.shut_down() == {}
+
+
+def test_every_processor_whose_message_found_no_record_is_interrupted(booted: World) -> None:
+    """A host may post to any of them: who comes second to wait for a record does not take the first one's place."""
+    queues = booted.tables.work_queues
+    rescind = RescindChannelOffer(77).pack()
+    message = Struct("<IBBHQ").pack(1, len(rescind), 0, 0, 0) + rescind
+    hoarded = []
+    while (item := queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message, reserved=True)) is not None:
+        hoarded.append(item)
+    for relid, cpu in ((9, 0), (10, 1)):
+        offer = booted.host.device(relid, early=True)
+        booted.host.channels[relid] = HostChannel(offer)
+        booted.host.send(offer, position=booted.cpus[cpu].position)
     booted.settle()
     assert not booted.tables.relids.published()
 
