@@ -54,6 +54,12 @@ def soft_limit(number: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def too_tight() -> bool:
+    """Whether no process of any machine fits into what one may map."""
+    soft = soft_limit(resource.RLIMIT_AS)
+    return soft is not None and soft < ROOM_BYTES
+
+
 def check_memory_limits(ram_bytes: int, largest_segment: int = 0) -> None:
     """MissingPrerequisite when RAM, or a segment beside it, is larger than one process may map or one file may be."""
     # Guest RAM is mapped twice where somebody looks at the records: the launcher does.

@@ -33,15 +33,21 @@ Report = Callable[..., None]
 Orders = SimpleQueue[Order | None]
 
 
-def start_user_space(machine: Machine, tables: KernelTables, make_current: MakeCurrent, report: Report) -> None:
-    """Start the threads; they end with the machine, and nobody waits for them."""
+def start_user_space(
+    machine: Machine, tables: KernelTables, make_current: MakeCurrent, report: Report
+) -> list[threading.Thread]:
+    """Start the threads; they end with the machine, a call that sleeps as every wait does."""
     orders: Orders = SimpleQueue()
+    threads = []
     for number in range(SHELLS + 1):
         name = f"user/{number}" if number else "user"
         body = _run_calls if number else _take_letters
-        threading.Thread(
+        thread = threading.Thread(
             target=_thread, args=(machine, name, number, make_current, report, body, orders), name=name, daemon=True
-        ).start()
+        )
+        thread.start()
+        threads.append(thread)
+    return threads
 
 
 def _thread(
@@ -62,6 +68,8 @@ def _thread(
             body(make_current(hooks), OrderDesk(machine.control), orders)
         finally:
             hooks.counters.flush()
+            if hooks.trace:
+                hooks.trace.stop(os.getpid(), name)
     except MachineStopping:
         return
     except BaseException:

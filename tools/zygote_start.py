@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emu.errors import MissingPrerequisite
-from emu.limits import not_started
+from emu.limits import not_started, too_tight
 from tools.paths import cache_dir
 
 
@@ -51,6 +51,8 @@ def start_zygote() -> Link:
 
 def start_early() -> None:
     """Start a zygote that `start_zygote` will hand out; it ends with this process when nobody asks for it."""
+    if too_tight():  # `launch` says so in one line, a zygote in a traceback
+        return
     with contextlib.suppress(MissingPrerequisite):  # whoever asks for it is told
         _started.append(_start())
     atexit.register(discard_unused)

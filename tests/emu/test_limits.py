@@ -9,7 +9,7 @@ import resource
 import pytest
 
 from emu.errors import MissingPrerequisite
-from emu.limits import FILES, FILES_A_VCPU, ROOM_BYTES, check_limits, limit_behind
+from emu.limits import FILES, FILES_A_VCPU, ROOM_BYTES, check_limits, limit_behind, too_tight
 
 RAM = 1 << 30
 NEEDED = {
@@ -75,6 +75,17 @@ def test_a_limit_that_is_too_small_is_named_with_its_cure(limits: Limits, number
         check_limits(RAM, 0, 4)
 
     assert str(refused.value) == said
+
+
+def test_what_no_machine_fits_into_is_known_beforehand(limits: Limits) -> None:
+    """Nothing is started early then: it would end in a traceback before anybody has looked at the scenario."""
+    assert not too_tight()
+    limits.soft[resource.RLIMIT_AS] = ROOM_BYTES
+    assert not too_tight()
+
+    limits.soft[resource.RLIMIT_AS] = ROOM_BYTES - 1
+
+    assert too_tight()
 
 
 def test_a_segment_that_is_larger_than_ram_counts(limits: Limits) -> None:

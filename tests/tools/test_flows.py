@@ -136,3 +136,12 @@ def test_timer_message_is_nobodys_flow(records: list[TraceRecord], whose: str) -
     assert {flow.id: [step.role for step in flow.steps] for flow in flows} == {
         flow.id: [step.role for step in flow.steps] for flow in before
     }
+
+
+def test_whoever_says_that_it_starts_says_that_it_stops(records: list[TraceRecord]) -> None:
+    """Of a machine that ended in order: processes, workers, and the threads of the guest's user space."""
+    begun = [record.actor.name for record in records if record.event.name == "process_start"]
+    ended = [record.actor.name for record in records if record.event.name == "process_stop"]
+
+    assert {"hypervisor", "vcpu0", "vcpu1", "kworker/work", "user", "user/1", "user/2"} <= set(begun)
+    assert sorted(begun) == sorted(ended)
