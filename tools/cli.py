@@ -133,6 +133,7 @@ def vmbus_emu(ctx: click.Context, version: bool, as_json: bool) -> int:
 
 
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_INTERRUPTIONS: Final = frozenset({ExitStatus.HANGUP, ExitStatus.INTERRUPTED, ExitStatus.TERMINATED})
 _BEYOND: Final = frozenset({errno.ENOMEM, errno.EMFILE})
 
 
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = 0 if _completes() else _carry_out(asked)
         sys.stdout.flush()
-        return status
+        return _interrupted(asked, status) if status in _INTERRUPTIONS else status
     except click.ClickException as error:
         return _complain(_usage(error, asked), ExitStatus.USAGE)
     except UserError as error:
@@ -189,7 +190,7 @@ def _carry_out(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _interrupted(asked: list[str], status: ExitStatus) -> int:
+def _interrupted(asked: list[str], status: int) -> int:
     """A command was ended that had nothing to tell: a program that asked for an object gets one all the same."""
     options = asked[: asked.index("--")] if "--" in asked else asked
     if "--json" in options and not output.told:

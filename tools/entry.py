@@ -29,7 +29,11 @@ def main() -> int:
         from tools.cli import main as run_command
     except KeyboardInterrupt:
         return INTERRUPTED
-    return run_command(asked)
+    status = run_command(asked)
+    # Ctrl-C inside an `exec`, as a dataclass is made by while its module is imported, is what `python -m` ends by at
+    # last, though it was caught. The next one takes that back.
+    exec("")
+    return status
 
 
 def replace_closed_streams() -> None:

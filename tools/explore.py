@@ -120,9 +120,9 @@ def explore(
         setting, _problems, schedule = read_found(replay, "--replay: ")
 
     begin = time.monotonic()
-    explorer = Explorer(setting)
-    # The two cores run inside this process: an exception out of a signal's handler would look like theirs.
+    # The two cores are made and run in this process: an exception out of a signal's handler would look like theirs.
     with deferring_interruption() as interruption:
+        explorer = Explorer(setting)
         if schedule is not None:
             found = explorer.replay(schedule)
         else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from tools import bench, cli, latency, run_machine
+from tools import bench, cli, explore_search, latency, output, run_machine
 from tools.anchors import Anchor
 from tools.exit_status import ExitStatus
 
@@ -69,3 +73,62 @@ def test_run_that_is_interrupted_outside_its_life_still_tells(
 
     told = json.loads(capsys.readouterr().out)
     assert (told["machine"], told["channels_open"]) == ("early", 0 if step == "launch" else 1)
+
+
+@pytest.mark.parametrize("status", [129, 130, 143])
+def test_a_command_that_ends_with_nothing_to_tell_gives_programs_one_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    """`races run` before its first run, `profile` of a command that was ended at its start: it says so itself."""
+    monkeypatch.setattr(cli, "_carry_out", lambda _asked: status)
+    monkeypatch.setattr(output, "told", False)
+
+    assert cli.main(["races", "run", "A1", "--json"]) == status
+
+    assert json.loads(capsys.readouterr().out)["interrupted"] is True
+
+
+def test_explore_that_is_interrupted_while_its_cores_are_made_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No error of the cores: they are whole, and nothing was explored."""
+    make = explore_search.Explorer.__init__
+
+    def interrupted_half_way(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        make(*arguments)
+
+    monkeypatch.setattr(explore_search.Explorer, "__init__", interrupted_half_way)
+
+    assert cli.main(["explore", "--depth", "3", "--json"]) == ExitStatus.INTERRUPTED
+
+    told = capsys.readouterr()
+    assert (json.loads(told.out)["stopped"], told.err) == ("interruption", "")
+
+
+IN_AN_EXEC = """
+import runpy, sys
+from tools import cli
+
+def main(_asked):
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        return 130
+
+cli.main = main
+sys.argv[:] = ["vmbus-emu", "ps"]
+runpy.run_module("tools.entry", run_name="__main__")
+"""
+
+
+def test_an_interrupt_in_the_middle_of_an_import_is_a_status(tmp_path: Path) -> None:
+    """As of a module that makes a dataclass: `python -m` would end by the signal, behind all that was told."""
+    (tmp_path / "interrupted.py").write_text(IN_AN_EXEC, encoding="utf-8")
+    root = Path(__file__).resolve().parents[2]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], cwd=tmp_path, env={"PYTHONPATH": str(root)}, check=False, timeout=30
+    )
+
+    assert done.returncode == 130
