@@ -71,6 +71,7 @@ class Watched:
     def __init__(self, name: str, kind: str, pid: int, now_s: float, *, from_birth: bool) -> None:
         self.cost = ProcessCost(name, kind, pid)
         self._process = psutil.Process(pid)
+        self._run_ns: dict[str, int] = {}
         counts = self._counts()
         self._first = tuple(0.0 for _ in counts) if from_birth else counts
         self._threads: dict[int, tuple[float, float]] = {}
@@ -102,17 +103,23 @@ class Watched:
             thread.user_s, thread.system_s = one.user_time - user, one.system_time - system
         if self._samples % MEMORY_EVERY == 0:
             memory = self._process.memory_full_info()
-            cost.rss, cost.pss, cost.uss = int(memory.rss), int(memory.pss), int(memory.uss)
+            if memory.uss:  # one that is just ending has none left
+                cost.pss, cost.uss = int(memory.pss), int(memory.uss)
+                # Read a moment before the others, of a process that may grow.
+                cost.rss = max(int(memory.rss), cost.pss)
         self._samples += 1
 
     def _counts(self) -> tuple[float, ...]:
         """ns run, user s, system s, switches of both kinds, faults of both kinds; all since the process began."""
         pid = self._process.pid
-        run_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+        # A thread that has ended takes its figure with it, and what it cost was spent all the same.
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                self._run_ns[task.name] = int((task / "schedstat").read_text().split()[0])
         times, switches = self._process.cpu_times(), self._process.num_ctx_switches()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (
-            run_ns,
+            sum(self._run_ns.values()),
             times.user,
             times.system,
             switches.voluntary,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from emu.control import is_over
 from tests.conftest import RunCli
+from tools import profile_samples
 from tools.exit_status import ExitStatus
 from tools.options import FLIGHT_VARIABLE
 from tools.profile import _Command, _Running, watch
@@ -39,6 +43,43 @@ def test_picture_has_a_band_for_each_process_up_to_a_limit(count: int, bands: in
     found = Profile(2.0, [cost(f"vcpu{n}", "vcpu", 10**6 * (n + 1)) for n in range(count)], {})
 
     assert len(ElementTree.fromstring(svg_of(found)).findall(POLYGON)) == bands
+
+
+WORKS_IN_A_THREAD = """
+import sys, threading
+
+worker = threading.Thread(target=lambda: (sum(range(10**6)), print("worked", flush=True), sys.stdin.readline()))
+worker.start()
+worker.join()
+print("joined", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_an_ended_thread_or_process_cost_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's figures go with a thread, and a process that is ending has no memory left; what was seen stays."""
+    monkeypatch.setattr(profile_samples, "MEMORY_EVERY", 1)
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKS_IN_A_THREAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        watched = profile_samples.Watched("one", "vcpu", process.pid, 0.0, from_birth=True)
+        seen = []
+        for step in ("worked", "joined"):
+            assert process.stdout.readline() == f"{step}\n"
+            watched.sample(1.0)
+            seen.append(watched.cost.cpu_ns)
+            if step == "worked":
+                process.stdin.write("\n")
+                process.stdin.flush()
+        process.kill()
+        while not is_over(process.pid):
+            os.sched_yield()
+        watched.sample(2.0)
+        seen.append(watched.cost.cpu_ns)
+
+    assert seen == sorted(seen) and seen[0] > 0
+    assert watched.cost.rss >= watched.cost.pss >= watched.cost.uss > 0
 
 
 def test_command_is_watched_from_its_machines_first_instruction(run_cli: RunCli, tmp_path: Path) -> None:
