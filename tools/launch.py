@@ -129,6 +129,8 @@ class RunningMachine:
     _stopping: bool = False
     _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
+    _sweeper: int = -1
+    """A pidfd of the sweeper: nobody else ends it where the zygote is gone."""
     _lacking: MissingPrerequisite | None = None
 
     @property
@@ -206,6 +208,9 @@ class RunningMachine:
         if verb == "forked":
             name, pid = arguments
             self.inner[name] = Inner(name, pid)
+            if name == "sweeper":
+                with contextlib.suppress(OSError):  # it may have died at once, which is heard next
+                    self._sweeper = os.pidfd_open(pid)
         elif verb == "lacking":
             self._lacking = MissingPrerequisite(*arguments)
         elif verb == "crashed":
@@ -252,15 +257,26 @@ class RunningMachine:
                 held = self._mark_dead(row.pid, 0)
                 self.deaths.append(Death(row.name, row.pid, 0, "it was started by hand: its terminal says more", held))
 
+    def tell_zygote(self, *message: Any) -> None:
+        """An order to the zygote; MachineDied when it is gone, and with it everybody whom it has forked."""
+        try:
+            self.link.send(*message)
+        except OSError:
+            self._stopping = False
+            self._lost_zygote()
+            raise MachineDied(self.deaths) from None
+
     def _lost_zygote(self) -> None:
-        if self._zygote_gone:
-            return
-        self._zygote_gone = True
+        if not self._zygote_gone:
+            self._zygote_gone = True
+            self._mark_dead(self.link.process.pid, self._zygote_status())
+        if not self._stopping and all(death.name != "zygote" for death in self.deaths):
+            self.deaths.append(Death("zygote", self.link.process.pid, self._zygote_status()))
+
+    def _zygote_status(self) -> int:
+        """Its wait status, once it has ended. (It is no actor of the guest's, and holds no lock.)"""
         status = self.link.process.wait(timeout=STOP_TIMEOUT_S)
-        wait_status = -status if status < 0 else status << 8
-        held = self._mark_dead(self.link.process.pid, wait_status)
-        if not self._stopping:
-            self.deaths.append(Death("zygote", self.link.process.pid, wait_status, held=held))
+        return -status if status < 0 else status << 8
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str, *, step_s: float = 0.05) -> None:
         """Wait for a condition while watching; DeadlinePassed when it stays false, MachineDied at a death."""
@@ -292,7 +308,7 @@ class RunningMachine:
 
     def start(self, name: str, kind: str, number: int = 0) -> None:
         """Fork one inner process and wait until the zygote has said its pid."""
-        self.link.send("fork", name, kind, number)
+        self.tell_zygote("fork", name, kind, number)
         self.wait_until(lambda: name in self.inner, STOP_TIMEOUT_S, f"the zygote to fork {name}")
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
@@ -379,8 +395,10 @@ class RunningMachine:
         """
         self._stopping = True
         for name in self._alive():
-            self.link.send("kill", name)
-        self.wait_until(lambda: not self._alive(), STOP_TIMEOUT_S, "the machine's processes to end")
+            self.tell_zygote("kill", name)
+        self.wait_until(
+            lambda: self._zygote_gone or not self._alive(), STOP_TIMEOUT_S, "the machine's processes to end"
+        )
         self._stopping = False
         self.deaths.clear()
         self.log.clear()
@@ -400,7 +418,7 @@ class RunningMachine:
         self.machine.control.store_config(config_of(scenario, **self.extra))
         self.machine.read_config()
         # Before any fork: the zygote's children have the configuration that it has.
-        self.link.send("configured")
+        self.tell_zygote("configured")
 
     def _alive(self) -> list[str]:
         return [inner.name for inner in self.inner.values() if not inner.exited and inner.name != "sweeper"]
@@ -422,7 +440,20 @@ class RunningMachine:
                 self.link.process.kill()
                 self.link.process.wait()
             self.link.socket.close()
+            self._end_sweeper()
             self.machine.close()
+
+    def _end_sweeper(self) -> None:
+        """By now it has nothing to sweep; its parent, the zygote, has ended it, or is gone itself."""
+        if self._sweeper < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._sweeper, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(self._sweeper, select.POLLIN)
+        poll.poll(int(STOP_TIMEOUT_S * 1000))
+        os.close(self._sweeper)
+        self._sweeper = -1
 
     def __enter__(self) -> RunningMachine:
         return self
@@ -552,7 +583,7 @@ def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
     if not running.pump(BOOT_TIMEOUT_S):
         raise MissingPrerequisite("the zygote did not start within 60 s; is this computer overloaded?")
     running.machine.set_state(MachineState.RUNNING)
-    running.link.send("attach", running.name)
+    running.tell_zygote("attach", running.name)
     _fork_all(running, no_guest=no_guest)
 
 
@@ -568,7 +599,7 @@ def _fork_all(running: RunningMachine, *, no_guest: bool) -> None:
     expected = {"sweeper"}
     for name, (kind, number) in names.items():
         if name not in running.by_hand:
-            running.link.send("fork", name, kind, number)
+            running.tell_zygote("fork", name, kind, number)
             expected.add(name)
     running.wait_until(lambda: expected <= set(running.inner), BOOT_TIMEOUT_S, "the zygote to fork all processes")
 

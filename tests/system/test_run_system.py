@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from emu.control import is_over
 from emu.host_tables import HostTables
 from emu.memory import PAGE_SIZE
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
@@ -31,7 +32,8 @@ from tests.system.commands import (
     wait_for,
     wait_until_open,
 )
-from tools.launch import launch
+from tools.launch import MachineDied, launch
+from tools.zygote_start import Link
 
 
 def test_default_machine_boots_echoes_and_leaves_nothing(tmp_path: Path) -> None:
@@ -170,6 +172,46 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert victim in errors and "SIGKILL" in errors
     assert any(victim in death for death in report(output)["deaths"])
     assert_gone(name)
+
+
+def test_killed_zygote_leaves_no_sweeper_behind() -> None:
+    """Its parent would have ended it. The launcher waits for its end, so no process is left, not even for a moment."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-orphan") as running:
+        running.wait_ready()
+        sweeper = running.inner["sweeper"].pid
+        os.kill(running.link.process.pid, signal.SIGKILL)
+        with pytest.raises(MachineDied, match="zygote"):
+            running.watch(10.0)
+
+    assert is_over(sweeper)
+    assert_gone("t-orphan")
+
+
+@pytest.mark.parametrize("moment", ["before", "while it kills"])
+def test_machine_whose_zygote_was_killed_is_not_booted_again(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """That is a death, with its name: an exhibit between two runs called it a reader of its output that had left."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-cycle") as running:
+        running.wait_ready()
+        zygote = running.link.process
+
+        def kill() -> None:
+            os.kill(zygote.pid, signal.SIGKILL)
+            zygote.wait()
+
+        if moment == "before":
+            kill()
+        else:
+            send = running.link.send
+
+            def send_then_kill(_link: Link, *words: str) -> None:
+                send(*words)
+                kill()
+
+            monkeypatch.setattr(Link, "send", send_then_kill)
+        with pytest.raises(MachineDied, match=r"zygote \(pid \d+\) died: killed by SIGKILL"):
+            running.power_cycle()
+
+    assert_gone("t-cycle")
 
 
 def test_death_is_told_where_nothing_can_be_kept(tmp_path: Path) -> None:
