@@ -265,10 +265,14 @@ def objects(name: str) -> list[str]:
 def processes(name: str) -> list[psutil.Process]:
     """The processes that have a machine mapped, this one excepted."""
     found = []
+    # A machine of the same name in another /dev/shm, a container's for example, is another machine.
+    device = SHM.stat().st_dev
+    wanted = f" {os.major(device):02x}:{os.minor(device):02x} "
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
-            if process.pid != os.getpid() and f"vmbus-emu.{name}." in maps:
+            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            mine = any(f"vmbus-emu.{name}." in line and wanted in line for line in maps)
+            if process.pid != os.getpid() and mine:
                 found.append(process)
     return found
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from emu.errors import UserError
+from emu.ipc.segments import SHM
 from hostproc.protocol.states import ChannelState
-from tools.testing import MachineDied, Scenario, assert_gone, inner_pids, objects, running
+from tools.testing import MachineDied, Scenario, assert_gone, inner_pids, objects, processes, running
 
 
 def test_a_machine_is_looked_at_and_troubled() -> None:
@@ -47,6 +52,32 @@ def test_a_process_that_dies_ends_the_wait() -> None:
         machine.kill("vcpu1")
         machine.wait_for(lambda: False, "what never comes")
     assert_gone("t-dies")
+
+
+MAPS_A_FILE = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 4096):
+    print("mapped", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_machine_of_another_shared_memory_is_another_machine(tmp_path: Path, here: bool) -> None:
+    """Whoever has something of that name mapped counts if it lies where ours do, and not a container's."""
+    path = (SHM if here else tmp_path) / "vmbus-emu.t-other.ram"
+    path.write_bytes(bytes(4096))
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", MAPS_A_FILE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"mapped\n"
+            found = [one.pid for one in processes("t-other")]
+            process.communicate()
+    finally:
+        path.unlink()
+
+    assert found == ([process.pid] if here else [])
 
 
 def test_what_cannot_be_is_refused_before_anything_is_made() -> None:
