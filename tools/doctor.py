@@ -14,7 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -209,6 +209,14 @@ def command(name: str, purpose: str, package: str) -> Check:
     return check
 
 
+READERS: Final[Mapping[str, tuple[str, str]]] = {
+    "trace-cmd": ("to read `trace --to trace-cmd`", "trace-cmd"),
+    "tshark": ("to read `trace --to pcapng`", "tshark"),
+    "node": ("for the tests that have Perfetto's trace processor read `trace --to perfetto`", "nodejs"),
+    "chromium": ("for the tests that open a `report`; any browser shows it", "chromium"),
+}
+"""Programs that read what we write, with what for and Debian's package."""
+
 CHECKS: Final[tuple[Check, ...]] = (
     python,
     system,
@@ -224,6 +232,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     command("gcc", "for guests in C and the C figures of `bench`", "gcc libc6-dev"),
     kernel_tools,
     command("git", "to name the commit in reports", "git"),
+    *(command(name, purpose, package) for name, (purpose, package) in READERS.items()),
 )
 
 

@@ -38,6 +38,23 @@ def test_doctor_is_plain_through_a_pipe(run_cli: RunCli) -> None:
     assert all(line.isprintable() for line in lines)
 
 
+def test_doctor_looks_for_the_readers_of_what_we_write() -> None:
+    """Each is named, absent or not, and is no reason against a machine."""
+    found = {finding.name: finding for finding in doctor.examine()}
+
+    assert {"trace-cmd", "tshark", "node", "chromium"} == doctor.READERS.keys() <= found.keys()
+    assert not any(found[name].necessary for name in doctor.READERS)
+
+
+def test_a_reader_that_is_missing_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is for, and the line that installs it."""
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+
+    found = next(one for one in doctor.examine() if one.name == "tshark")
+
+    assert (found.status, found.cure) == (ABSENT, "optional, to read `trace --to pcapng`: apt install tshark")
+
+
 def test_this_computer_has_what_the_tests_need() -> None:
     """What is necessary is there, or no other test here means anything."""
     assert [finding for finding in doctor.examine() if finding.necessary and finding.status == ABSENT] == []
