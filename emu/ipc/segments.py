@@ -110,7 +110,8 @@ class Segment:
         os.posix_fallocate(self.fd, offset, nbytes)
 
     def close(self) -> None:
-        """Unmap and close; views that were handed out must be released before."""
+        """Unmap and close; views that were handed out must be released before, but for those of `apart`."""
+        self._apart = None
         self.view.close()
         self.memory.close()
         os.close(self.fd)

@@ -175,7 +175,8 @@ def test_failed_making_leaves_nothing(
         Machine.create(machine_name, {}, ram_bytes=1 << 20, vp_indices=[0, 1], cpuid=[])
 
     assert objects_of(machine_name) == []
-    assert open_files() == before
+    # What an earlier test left to the collector may go meanwhile.
+    assert open_files() <= before
 
 
 CREATE = """

@@ -61,6 +61,23 @@ def test_attached_segment_shares_the_bytes(name: str) -> None:
     theirs.close()
 
 
+def test_second_mapping_is_one_for_all_and_outlives_the_segment(name: str) -> None:
+    """Views of it that nobody gives back hold up no `close`; without any it goes with the segment."""
+    segment = Segment.create(name, 4096)
+    looked, again = memoryview(segment.apart), memoryview(segment.apart)
+    segment.memory[0] = 7
+    assert looked.obj is again.obj
+
+    segment.close()
+
+    assert (looked[0], again[0]) == (7, 7)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    other = Segment.attach(name)
+    assert len(other.apart) == 4096
+    other.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_process_that_attached_takes_no_name_with_it(name: str) -> None:
     """An attaching process ends without unlinking the segment (Python's own shared memory would)."""
     segment = Segment.create(name, 4096)
