@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import mmap
+import os
 import threading
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final
 from zlib import crc32
 
 import msgpack
@@ -96,7 +97,8 @@ class RecordingWriter:
 
     `flight` is why a flight recorder writes its rings out ("" for an ordinary recording); records before `since_ns`
     (CLOCK_MONOTONIC) are left out. `tee` is given each actor's new records as well.
-    Raises UserError, in one line, when the file cannot be written.
+    Raises UserError, in one line, when the file cannot be written. A file with `most_bytes` is nobody's wish: where it
+    would be larger, or cannot be written, it is emptied, and `given_up` says why.
     """
 
     def __init__(
@@ -107,8 +109,11 @@ class RecordingWriter:
         flight: str = "",
         since_ns: int = 0,
         tee: Callable[[ActorRow, bytes], object] | None = None,
+        most_bytes: int | None = None,
     ) -> None:
         self.path = path
+        self.given_up = ""
+        self._most_bytes = most_bytes
         self.records = 0
         self.share = 0.0
         """How full the fullest ring was at the last `poll`; 1 and more: records were overwritten."""
@@ -151,6 +156,8 @@ class RecordingWriter:
             self.share = fullest / CAPACITY
             if self.records != before:
                 self._flush()
+            if self._most_bytes is not None and RECORD_BYTES * self.records > self._most_bytes:
+                self._give_up(f"it took more than {self._most_bytes >> 20} MiB")
             return self.records - before
 
     def note(self, content: dict[str, Any]) -> None:
@@ -201,6 +208,8 @@ class RecordingWriter:
         self._write(chunk_of(kind, slot, msgpack.packb(content)))
 
     def _write(self, data: bytes) -> None:
+        if self.given_up:
+            return
         try:
             self._file.write(data)
         except OSError as error:
@@ -208,16 +217,28 @@ class RecordingWriter:
 
     def _flush(self) -> None:
         """Whole chunks go to the file, so that a killed writer leaves what it drained."""
+        if self.given_up:
+            return
         try:
             self._file.flush()
         except OSError as error:
             self._fail(error)
 
-    def _fail(self, error: OSError) -> NoReturn:
+    def _fail(self, error: OSError) -> None:
+        if self._most_bytes is not None:
+            self._give_up(f"it could not be written: {error.strerror}")
+            return
         # Closing tries to write what is still buffered, and fails the same way.
         with contextlib.suppress(OSError):
             self._file.close()
         raise UserError(f"cannot record into {self.path}: {error.strerror}; {_ANOTHER}") from None
+
+    def _give_up(self, why: str) -> None:
+        self.given_up = self.given_up or why
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, 0)
 
 
 def chunk_of(kind: bytes, slot: int, payload: bytes) -> bytes:

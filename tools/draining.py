@@ -104,12 +104,17 @@ def drained(running: RunningMachine, writer: RecordingWriter) -> Iterator[Record
 
 
 @contextmanager
-def recording(running: RunningMachine, path: Path | None) -> Iterator[RecordingWriter | None]:
-    """Drain what the processes record into a file for as long as the block runs; None: there is no file."""
+def recording(
+    running: RunningMachine, path: Path | None, most_bytes: int | None = None
+) -> Iterator[RecordingWriter | None]:
+    """Drain what the processes record into a file for as long as the block runs; None: there is no file.
+
+    `most_bytes`: see `RecordingWriter`.
+    """
     if path is None:
         yield None
         return
-    writer = RecordingWriter(path, running.machine)
+    writer = RecordingWriter(path, running.machine, most_bytes=most_bytes)
     try:
         with drained(running, writer):
             yield writer

@@ -62,10 +62,13 @@ MIX_HELP: Final = (
     + "; or none."
 )
 FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "state_violations", "violations")
-"""What must be nothing; `violations` only where it was recorded, `state_violations` where the machine settled."""
+"""What must be nothing; `violations` only where it was checked, `state_violations` where the machine settled."""
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
+RECORDED: Final = "stress.rec"
+MOST_RECORDED: Final = 256 << 20
+"""Bytes of a recording that nobody asked for, which is checked and then gone: half a minute of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,45 +243,45 @@ def stress(
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     ended_early = f"ended early; the same again: --seed {chosen}"
     report: dict[str, Any] | None = None
-    try:
-        with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
-            raise_noted()
-            report = run_stress(
-                scenario,
-                chosen,
-                duration_s,
-                ingredients,
-                limit,
-                live=narrates() and not as_json,
-                record_path=record_path,
-                flight_s=flight_s,
-            )
-            report["again"] = again
-            if record_path is not None:
-                report |= _checked(record_path)
-    except (UserError, MissingPrerequisite):
-        raise  # no seed makes any difference
-    except BaseException as error:
-        click.echo(ended_early, err=True)
-        if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
-            timed_out = str(error) if isinstance(error, DeadlinePassed) else None
-            deaths = [one.report() for one in error.deaths] if isinstance(error, MachineDied) else []
-            told = {"seed": chosen, "interrupted": False, "timed_out": timed_out, "deaths": deaths}
-            print_json("stress", 1, told)
-        raise
-    if interruption.status is not None or report is None:
-        click.echo(ended_early, err=True)
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder:
+        try:
+            with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
+                raise_noted()
+                report = run_stress(
+                    scenario,
+                    chosen,
+                    duration_s,
+                    ingredients,
+                    limit,
+                    Path(folder),
+                    live=narrates() and not as_json,
+                    record_path=record_path,
+                    flight_s=flight_s,
+                )
+                report["again"] = again
+        except (UserError, MissingPrerequisite):
+            raise  # no seed makes any difference
+        except BaseException as error:
+            click.echo(ended_early, err=True)
+            if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
+                timed_out = str(error) if isinstance(error, DeadlinePassed) else None
+                deaths = [one.report() for one in error.deaths] if isinstance(error, MachineDied) else []
+                told = {"seed": chosen, "interrupted": False, "timed_out": timed_out, "deaths": deaths}
+                print_json("stress", 1, told)
+            raise
+        if interruption.status is not None or report is None:
+            click.echo(ended_early, err=True)
+            if as_json:
+                print_json("stress", 1, {"seed": chosen, "interrupted": True})
+            return interruption.status or ExitStatus.FAILED
+        if junit is not None:
+            write_text(junit, junit_of(report), "--junit")
+        report["finding"] = _kept(case, report, record_path, Path(folder, RECORDED))
         if as_json:
-            print_json("stress", 1, {"seed": chosen, "interrupted": True})
-        return interruption.status or ExitStatus.FAILED
-    if junit is not None:
-        write_text(junit, junit_of(report), "--junit")
-    report["finding"] = _kept(case, report, record_path)
-    if as_json:
-        print_json("stress", 1, report)
-    else:
-        _show(report)
-    return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
+            print_json("stress", 1, report)
+        else:
+            _show(report)
+        return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
 
 
 def _case(scenario: Scenario, seed: int, duration_s: float, mix: str, limit_s: float | None, flight_s: float) -> Case:
@@ -289,14 +292,15 @@ def _case(scenario: Scenario, seed: int, duration_s: float, mix: str, limit_s: f
     return Case(("stress",), scenario, seed, (InFolder(SCENARIO), *words))
 
 
-def _kept(case: Case, report: Mapping[str, Any], record_path: Path | None) -> str | None:
+def _kept(case: Case, report: Mapping[str, Any], record_path: Path | None, recorded: Path) -> str | None:
     """The folder of what was found; None if nothing was, or if it could not be kept."""
     found = findings_of(report)
     if not found:
         return None
     lines = [*found.values(), *report["complaints"]]
-    made = record_path or (Path(report["flight"]) if report.get("flight") else None)
-    folder = case.keep(lines, recording=made, judge=record_path is None)
+    judged = "violations" in report
+    made = record_path or (recorded if judged else None) or (Path(report["flight"]) if report.get("flight") else None)
+    folder = case.keep(lines, recording=made, judge=not judged)
     return None if folder is None else str(folder)
 
 
@@ -325,25 +329,30 @@ def run_stress(
     duration_s: float,
     mix: frozenset[str],
     limit: Limit | None,
+    folder: Path,
     *,
     live: bool,
     record_path: Path | None = None,
     flight_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Boot, stress, settle; the report. OwnLimit when `limit` comes first."""
+    """Boot, stress, settle, check; the report. OwnLimit when `limit` comes first.
+
+    What is written meanwhile goes into `folder`: the programs' reports, and the recording, if it is not to be kept.
+    """
     cores = sorted(os.sched_getaffinity(0))
+    unchecked = _unchecked(scenario, record_path, flight_s)
+    path = record_path or (None if unchecked else folder / RECORDED)
     with (
-        tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder,
         launch(scenario, seed=seed, record=record_path is not None or flight_s > 0, flight_s=flight_s) as running,
         crash_recorded(running, flight_s),
         saved_if_it_hangs(running, flight_s),
-        recording(running, record_path) as recorded,
+        recording(running, path, None if record_path else MOST_RECORDED) as recorded,
     ):
         running.wait_ready()
         if "hot" not in mix and not any(one.driver == EchoDriver.name for one in list_devices(running.machine)):
             raise UserError("nothing would be sent: give a scenario with an echo device, or --mix hot")
         troubles = Troubles(running, random.Random(seed), mix, cores)
-        paths = {cpu: Path(folder, f"cpu{cpu}") for cpu in range(scenario.machine.vcpus)}
+        paths = {cpu: folder / f"cpu{cpu}" for cpu in range(scenario.machine.vcpus)}
         rows = [
             running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(path))
             for cpu, path in paths.items()
@@ -392,8 +401,22 @@ def run_stress(
             flight = save_flight(running.machine, flight_s, f"finding: {', '.join(found.values())}")
             report["flight"] = None if flight is None else str(flight)
     # Behind the block: a recording is whole when it is closed.
-    report["recording"] = recording_report(recorded)
+    report["recording"] = recording_report(recorded) if record_path else None
+    if recorded is not None and recorded.given_up:
+        unchecked = f"{recorded.given_up}; --record FILE keeps it all"
+    report["unchecked"] = unchecked
+    if path is not None and not unchecked:
+        report |= _checked(path)
     return report
+
+
+def _unchecked(scenario: Scenario, record_path: Path | None, flight_s: float) -> str:
+    """Why the invariants are not to be checked; empty if they are."""
+    if record_path is not None:
+        return ""
+    if scenario.faults:
+        return "faults were ordered"
+    return "" if flight_s else "nothing was recorded"
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -402,6 +425,7 @@ def _checked(path: Path) -> dict[str, Any]:
     return {
         "violations": [f"{one.name}: {one.text}" for one in violations_of(verdicts)],
         "undecided": {one.name: one.undecided for one in verdicts if one.undecided},
+        "checked": len(verdicts),
     }
 
 
@@ -512,10 +536,14 @@ def _show(report: Mapping[str, Any]) -> None:
         click.echo(f"finding: {text}")
     if found:
         click.echo(f"the same again: {report['again']}")
+    if report["unchecked"]:
+        click.echo(f"invariants were not checked: {report['unchecked']}")
+    else:
+        undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
+        click.echo(f"{report['checked']} invariants checked, {len(report['violations'])} violations{undecided}")
     if report["unjudged"]:
         click.echo(f"what the machine left undone was not judged: {report['unjudged']}")
     if one := report["recording"]:
-        undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
-        click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped{undecided}")
+        click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped")
     if report.get("flight"):
         click.echo(f"flight recording: {report['flight']}")

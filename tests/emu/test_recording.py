@@ -394,3 +394,32 @@ def test_any_map_in_a_chunk_is_survived(tmp_path_factory: pytest.TempPathFactory
             assert list(recording.records()) == []
     except RecordingError as refusal:
         assert "before the end of its head" in str(refusal)
+
+
+def test_recording_that_nobody_asked_for_is_given_up_where_it_is_too_large(machine: Machine, tmp_path: Path) -> None:
+    """Its file is emptied, it says why, and whoever drains or closes it need not know."""
+    path = tmp_path / "own.rec"
+    trace = recorder(machine, ActorKind.HYPERVISOR, "hypervisor")
+    writer = RecordingWriter(path, machine, most_bytes=1 << 20)
+    for _ in range(3):
+        for _ in range((1 << 19) // RECORD_BYTES):
+            trace.record(E_EOM, 0, 2)
+        writer.poll()
+
+    assert writer.given_up == "it took more than 1 MiB"
+    writer.note({"late": 1})
+    assert writer.poll() == 0
+    writer.close()
+    assert path.stat().st_size == 0
+
+
+def test_recording_that_nobody_asked_for_is_given_up_where_it_cannot_be_written(machine: Machine) -> None:
+    """A full disk ends it, not the command; whoever asked for the file is told."""
+    trace = recorder(machine, ActorKind.HYPERVISOR, "hypervisor")
+    own = RecordingWriter(Path("/dev/full"), machine, most_bytes=1 << 20)
+    trace.record(E_EOM, 0, 2)
+    own.close()
+
+    assert own.given_up == "it could not be written: No space left on device"
+    with pytest.raises(UserError, match="No space left on device"):
+        RecordingWriter(Path("/dev/full"), machine)

@@ -13,7 +13,9 @@ import pytest
 from emu.errors import DeadlinePassed, OwnLimit
 from emu.recording import Recording
 from tests.conftest import RunCli
-from tools import stress
+from tools import cli, stress
+from tools.exit_status import ExitStatus
+from tools.invariant_table import RULES
 from tools.launch import RunningMachine
 from tools.stress import INGREDIENTS, add_up, findings_of, junit_of
 
@@ -106,6 +108,38 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
     assert (told["violations"], told["recording"]["path"]) == ([], "s.rec")
     assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
     assert ElementTree.parse(tmp_path / "out.xml").getroot().get("failures") == "0"
+
+
+def test_what_no_file_was_asked_for_is_checked_as_well(run_cli: RunCli, tmp_path: Path) -> None:
+    """Every invariant is decided, nothing is left of the recording; who wants none has no check, and is told so."""
+    done = run_cli("stress", "--duration", "0.5", "--seed", "11", "--json")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert (told["violations"], told["undecided"], told["unchecked"], told["recording"]) == ([], {}, "", None)
+    assert told["checked"] == len(RULES)
+    assert not list(tmp_path.glob("*.rec"))
+
+    done = run_cli("stress", "--duration", "0.5", "--seed", "11", "--flight", "0")
+    assert "invariants were not checked: nothing was recorded\n" in done.stdout
+    assert f"{len(RULES)} invariants checked" not in done.stdout
+
+
+def test_violation_is_kept_with_the_recording_that_shows_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where that was a temporary one: the finding has a copy, which `check` reads."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found = {"violations": ["INV-1: a broken one"], "undecided": {}, "checked": 1}
+    monkeypatch.setattr(stress, "_checked", lambda path: found if path.stat().st_size else {})
+
+    assert cli.main(["stress", "--duration", "0.3", "--seed", "5", "--json"]) == ExitStatus.FINDING
+
+    told = json.loads(capsys.readouterr().out)
+    folder = Path(told["finding"])
+    assert "INV-1: a broken one" in (folder / "finding.txt").read_text(encoding="utf-8")
+    with Recording(folder / "recording.rec") as recording:
+        assert any(recording.records())
 
 
 @pytest.mark.soak
