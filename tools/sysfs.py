@@ -22,7 +22,8 @@ from emu.errors import MissingPrerequisite
 from emu.machine import Machine
 from guestproc.protocol.uevents import PARENT_NAME
 from tools.machines import chosen_machine, runs
-from tools.options import machine_option
+from tools.options import json_option, machine_option
+from tools.output import print_json
 from tools.sysfs_live import LiveTree
 from tools.sysfs_mounts import FuseMounts, Mounts, TmpfsMounts
 from tools.sysfs_namespace import enter_namespaces, mount_point
@@ -40,8 +41,9 @@ TECHNIQUES: Final = ("fuse", "tmpfs")
     type=click.Choice(TECHNIQUES),
     help="How the tree is made; default: fuse, and tmpfs where that is not to be had.",
 )
+@json_option
 @click.argument("command", metavar="CMD…", nargs=-1, required=True, type=click.UNPROCESSED)
-def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, ...]) -> int:
+def sysfs(machine_name: str | None, technique: str | None, as_json: bool, command: tuple[str, ...]) -> int:
     """Run a command that sees the machine's live tree at /sys/bus/vmbus.
 
     CMD runs in its own user and mount namespace, as root over nothing but itself (as in `unshare -rm`); no
@@ -52,6 +54,8 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
     the guest kernel's records, errors included (EINVAL without a ring), and a write to bind, unbind, new_id,
     remove_id, driver_override or uevent is done by the guest's kernel; /dev/fuse is all it needs. With tmpfs the
     files are a copy refreshed every 0.1 s, without those whose read would fail, and read-only.
+
+    With --json an object with machine, command and status stands behind what CMD has printed.
 
     \b
     Example:
@@ -68,7 +72,7 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
     def vanish() -> None:
         tree.gone = True
 
-    return run_inside(
+    status = run_inside(
         Session(
             command=command,
             environment={"VMBUS_EMU_MACHINE": name},
@@ -77,6 +81,9 @@ def sysfs(machine_name: str | None, technique: str | None, command: tuple[str, .
             on_watched=vanish,
         )
     )
+    if as_json:
+        print_json("sysfs", 1, {"machine": name, "command": list(command), "status": status})
+    return status
 
 
 def preparation(tree: LiveTree, technique: str | None) -> Callable[[], Mounts]:

@@ -21,8 +21,8 @@ from emu.recording import Recording, TraceRecord
 from tools.event_names import name_of
 from tools.exit_status import ExitStatus
 from tools.named_files import check_apart, whole
-from tools.options import FileToWrite
-from tools.output import say
+from tools.options import FileToWrite, json_option
+from tools.output import print_json, say
 
 
 def as_json(record: TraceRecord) -> dict[str, Any]:
@@ -83,7 +83,8 @@ def formats_text() -> str:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(FORMATS)), default="json", show_default=True, help="Which format.")
 @click.option("-o", "--output", metavar="OUT", type=FileToWrite(allow_dash=True), help="Where to; default: stdout.")
-def trace(file: Path, form: str, output: Path | None) -> int:
+@json_option
+def trace(file: Path, form: str, output: Path | None, as_json: bool) -> int:
     """Write a recording in a format that other tools read.
 
     \b
@@ -96,16 +97,21 @@ def trace(file: Path, form: str, output: Path | None) -> int:
     if output == Path("-"):
         output = None
     check_apart({"-o": output}, file)
+    if as_json and output is None:
+        raise UserError("--json prints an object on stdout, where the recording would go; name a file with -o OUT")
     if output is None and not FORMATS[form].text and sys.stdout.isatty():
         raise UserError(f"{form} is no text for a terminal; write it to a file with -o OUT")
     with Recording(file) as recording, opened(output) as out:
         for piece in FORMATS[form].export(recording):
             out.write(piece)
-        if not recording.damage:
-            return ExitStatus.FINE
-        # What is whole was written; whoever asked shall know that it is not all.
-        say(f"vmbus-emu: {recording.damage}")
-        return ExitStatus.FINDING
+    if as_json:
+        sizes = {"format": form, "path": str(output), "bytes": output.stat().st_size if output else 0}
+        print_json("trace", 1, {"recording": str(file), **sizes, "damage": recording.damage})
+    if not recording.damage:
+        return ExitStatus.FINE
+    # What is whole was written; whoever asked shall know that it is not all.
+    say(f"vmbus-emu: {recording.damage}")
+    return ExitStatus.FINDING
 
 
 @contextlib.contextmanager

@@ -80,6 +80,16 @@ def test_tree_is_the_machines_while_it_lives(machine: str, run_cli: RunCli) -> N
     assert all(index % 8 == 0 for one in tree for index in one["written"])
     assert all(count >= 0 for one in tree for count in one["interrupts"])
 
+    told = run_cli("sysfs", "--machine", machine, "--json", "--", "sh", "-c", "exit 5", timeout_s=DEADLINE_S)
+    assert told.returncode == 5
+    schema = {"name": "vmbus-emu.sysfs", "version": 1}
+    assert json.loads(told.stdout) == {
+        "schema": schema,
+        "machine": machine,
+        "command": ["sh", "-c", "exit 5"],
+        "status": 5,
+    }
+
     command = ("sysfs", "--machine", machine, "--", sys.executable, "-c", WAIT_FOR_THE_END)
     with subprocess.Popen(
         [sys.executable, "-m", "tools.cli", *command],

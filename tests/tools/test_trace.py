@@ -132,6 +132,18 @@ def test_command_writes_into_a_file(run_cli: RunCli, recording_path: Path, tmp_p
     assert (tmp_path / "out.jsonl").read_text() == shown
 
 
+def test_json_tells_of_the_file_that_was_written(run_cli: RunCli, recording_path: Path, tmp_path: Path) -> None:
+    """One object: format, path and size; on stdout the recording itself would be in its way."""
+    done = run_cli("trace", str(recording_path), "--to", "vcd", "-o", "out.vcd", "--json")
+
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["schema"]) == (0, {"name": "vmbus-emu.trace", "version": 1})
+    assert (told["format"], told["path"], told["damage"]) == ("vcd", "out.vcd", "")
+    assert told["bytes"] == (tmp_path / "out.vcd").stat().st_size > 0
+    refused = run_cli("trace", str(recording_path), "--json")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+
+
 def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path) -> None:
     """What is whole is written; stderr says in one line what is not, and the status is 1."""
     recording_path.write_bytes(recording_path.read_bytes()[:-100])
