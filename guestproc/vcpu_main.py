@@ -182,7 +182,7 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     try:
         connection.state_wait.wait_until(
             current.actor,
-            lambda: all(one.online.load() for one in tables.cpus.live()),
+            lambda: all(one.online.load() for one in tables.all_cpus()),
             PATIENT_TIMEOUT_NS if machine.config.get("by_hand") else CPUS_TIMEOUT_NS,
             "CPUs to come online",
         )

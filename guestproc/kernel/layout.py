@@ -480,7 +480,7 @@ class KernelTables:
         if not self.connections.in_use:
             self._take_fixed_records()
         self.connection: Final = self.connections.at(0)
-        self.all_cpus: Final = tuple(self.cpus.live())
+        self._all_cpus: tuple[Cpu, ...] = ()
         self.known_drivers: tuple[int, tuple[Driver, ...]] = (-1, ())
         """The registered drivers, and the `driver_changes` as of which they are."""
         self.pages: Final = PageAllocator(ram, self.zones.at(0), layout.tables["pages"].gpa)
@@ -526,6 +526,12 @@ class KernelTables:
         record = _boot_record(layout, Era(era))
         assert found[: len(record)] == record, "guest RAM is laid out by other code than this"
         return cls(ram, layout, Era(era))
+
+    def all_cpus(self) -> tuple[Cpu, ...]:
+        """The records of all processors: only who places channels asks, so they are made at the first time."""
+        if not self._all_cpus:
+            self._all_cpus = tuple(self.cpus.live())
+        return self._all_cpus
 
     def sc_list(self, primary: Channel) -> RecordList[Channel]:
         """A primary's sub-channels; channel_mutex."""

@@ -53,7 +53,7 @@ def hv_is_perf_channel(channel: Channel) -> bool:
 def online_cpus(tables: KernelTables) -> int:
     """Mask of the CPUs that are online."""
     mask = 0
-    for cpu in tables.all_cpus:
+    for cpu in tables.all_cpus():
         if cpu.online.load():
             mask |= 1 << cpu.index
     return mask
