@@ -55,9 +55,10 @@ class MachineClock:
     def now(self) -> int:
         """Machine time in nanoseconds."""
         # Nobody holds or writes, nearly always: one look, and no more than that for a question this frequent. The time
-        # first: a hold or a jump that is in it has changed the word by the time of the look.
-        now = time.monotonic_ns()
+        # before it: a hold or a jump that is in it has changed the word by the time of the look. What is known before
+        # the time: if another thread comes to know of a hold in between, this time is from before it.
         offset, change = self._known
+        now = time.monotonic_ns()
         if self._load() == change:
             return now - offset
         return self._careful_now()
@@ -68,12 +69,13 @@ class MachineClock:
         for _ in range(_MOST_LOOKS):
             change = self._load()
             held = change & _HOLDS
-            offset = self._load_offset()
-            value = self._load_held_at() if held else (time.monotonic_ns() - offset) % _U64
+            offset, now = self._load_offset(), time.monotonic_ns()
+            value = self._load_held_at() if held else (now - offset) % _U64
             # Looked at again: a hold that came and went between the loads above would make time step back.
             if not change & _BUSY and self._load() == change:
                 if not held and value < _U64 // 2:
-                    self._known = offset, change
+                    # The word's offset is that of a clock older than this computer modulo 2^64; this one is below 0.
+                    self._known = now - value, change
                 break
             os.sched_yield()
         return value

@@ -129,8 +129,10 @@ def test_advance_beyond_real_time_does_not_wrap(real: RealTime, words: AtomicVie
     """The offset may become negative: a machine may be years older than this computer's uptime."""
     clock = started(words)
     clock.advance(10**17)
+    first = clock.now()
+    real.ns += 5
 
-    assert clock.now() == 10**17
+    assert (first, clock.now()) == (10**17, 10**17 + 5)
 
 
 def test_hold_in_the_middle_of_a_reading_does_not_step_back(real: RealTime, words: AtomicView) -> None:
@@ -145,6 +147,25 @@ def test_hold_in_the_middle_of_a_reading_does_not_step_back(real: RealTime, word
 
     earlier = clock.now()
     real.before_answer = hold_and_release
+
+    assert clock.now() >= earlier
+
+
+def test_hold_that_another_thread_saw_in_the_middle_of_a_reading_does_not_step_back(
+    real: RealTime, words: AtomicView
+) -> None:
+    """So it is when a thread of its own process, or its signal handler, reads the clock meanwhile."""
+    clock, director = started(words), MachineClock(words, 0)
+    real.ns += 1_000
+
+    def hold_release_and_read() -> None:
+        director.hold()
+        real.ns += 500_000
+        director.release()
+        clock.now()
+
+    earlier = clock.now()
+    real.before_answer = hold_release_and_read
 
     assert clock.now() >= earlier
 
