@@ -174,14 +174,17 @@ class DeviceSpec:
         """Channels of all these devices together, sub-channels included."""
         return self.count * (1 + self.subchannels_with(vcpus))
 
-    def ring_bytes(self, vcpus: int, *, scattered: bool = False) -> int:
-        """Guest RAM that the rings of all these channels need, both ways.
+    def ring_block(self, *, scattered: bool = False) -> int:
+        """Bytes of guest RAM out of which the guest takes both rings of a channel.
 
-        The guest takes the rings of a channel out of one block, a power of two of pages; twice as large when
-        no two pages shall lie beside each other.
+        A power of two of pages; twice as large when no two pages shall lie beside each other.
         """
         pages = 2 * self.ring_pages * (2 if scattered else 1)
-        return self.channels(vcpus) * (1 << (pages - 1).bit_length()) * PAGE_SIZE
+        return (1 << (pages - 1).bit_length()) * PAGE_SIZE
+
+    def ring_bytes(self, vcpus: int, *, scattered: bool = False) -> int:
+        """Guest RAM that the rings of all these channels need, both ways."""
+        return self.channels(vcpus) * self.ring_block(scattered=scattered)
 
 
 @valueclass()

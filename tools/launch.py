@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.tracing import TRACE_BYTES
 from emu.vmexit import HostBell
-from guestproc.kernel.layout import compute
+from guestproc.kernel.layout import boot_pages, compute
 from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
@@ -505,10 +506,24 @@ def ring_ram(scenario: Scenario) -> tuple[int, int]:
     waits while the pages of its rings are made (40 us for two of 64 KiB). Others are made when they are needed.
     """
     machine = scenario.machine
-    gpa = compute(machine.ram_bytes, machine.vcpus).first_free_page * PAGE_SIZE
-    # Their blocks are aligned to their sizes; a block's worth more than they take lets the last one be among them.
-    largest = max((spec.ring_bytes(machine.vcpus) // max(1, spec.count) for spec in scenario.device_specs), default=0)
-    return gpa, min(scenario.ring_bytes + largest, machine.ram_bytes - gpa)
+    scattered = machine.ring_memory == "scattered"
+    blocks: Counter[int] = Counter()
+    for spec in scenario.device_specs:
+        blocks[spec.ring_block(scattered=scattered)] += spec.channels(machine.vcpus)
+    if not blocks:
+        return 0, 0
+    # Behind the pages that are taken at boot. A block is aligned to its size, and the allocator splits a larger one
+    # only where no smaller one is free: whatever the order, they reach no farther than those of rising sizes do.
+    boot = compute(machine.ram_bytes, machine.vcpus).first_free_page + boot_pages(machine.vcpus)
+    begin = _aligned(boot * PAGE_SIZE, min(blocks))
+    end = begin
+    for block, count in sorted(blocks.items()):
+        end = _aligned(end, block) + count * block
+    return begin, max(0, min(end, machine.ram_bytes) - begin)
+
+
+def _aligned(gpa: int, size: int) -> int:
+    return -(-gpa // size) * size
 
 
 @contextlib.contextmanager

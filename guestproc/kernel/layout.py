@@ -400,6 +400,11 @@ def compute(ram_bytes: int, ncpus: int) -> Layout:
     return Layout(ram_bytes, ncpus, tables, gpa // PAGE_SIZE)
 
 
+def boot_pages(ncpus: int) -> int:
+    """Pages that the kernel takes one by one before its first ring: hypercall, connection, SynIC of each CPU."""
+    return 4 + 3 * ncpus
+
+
 def _next_page(gpa: int) -> int:
     return -(-gpa // PAGE_SIZE) * PAGE_SIZE
 

@@ -688,6 +688,20 @@ def test_rings_of_a_scenario_have_memory_from_the_launch_on(memory: str) -> None
     assert gpa <= min(pages) * PAGE_SIZE and (max(pages) + 1) * PAGE_SIZE <= gpa + length
 
 
+@pytest.mark.parametrize("vcpus", [2, 8])
+def test_last_ring_of_devices_alike_has_memory_from_the_launch_on(vcpus: int) -> None:
+    """Also where the pages that the kernel takes at boot push the rings back."""
+    with launch(Scenario(MachineSpec(vcpus=vcpus), (DeviceSpec("echo", count=8),))) as running:
+        running.wait_ready()
+        gpa, length = running.machine.ram_reserved
+        tables = HostTables(running.machine.control)
+        wait_for(lambda: len(list(tables.gpadls())) == 8, "8 GPADLs in the mirror")
+        runs = [run for one in tables.gpadls() for run in one.runs]
+        running.shut_down_guest()
+
+    assert all(gpa <= first * PAGE_SIZE and (first + count) * PAGE_SIZE <= gpa + length for first, count in runs)
+
+
 def test_rings_that_shared_memory_has_no_room_for_are_one_line(tmp_path: Path) -> None:
     """Before anything runs, with what they need and the cure; nothing is left."""
     script = 'mount -t tmpfs -o size=16m small /dev/shm && "$@"; echo "$? $(ls /dev/shm)"'
