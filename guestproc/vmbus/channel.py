@@ -89,6 +89,7 @@ def _alloc_scattered(current: Current, channel: Channel, count: int, owner: int)
     allocator = current.tables.pages
     listing = allocator.alloc_pages_exact(current.actor, -(-8 * count // PAGE_SIZE), owner)
     try:
+        current.memory.reserve(listing.gpa, listing.size)
         runs = allocator.alloc_scattered(current.actor, count, owner, seed=channel.relid)
     except OutOfMemory:
         allocator.free(current.actor, listing)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from emu.errors import DeadlinePassed, OutOfMemory
+from emu.memory import GuestMemory
 from emu.wire.hypercalls import HvStatus
 from emu.wire.messages import (
     STATUS_UNSUCCESSFUL,
@@ -209,6 +210,21 @@ def test_open_without_memory(closed: World) -> None:
     rings.init = full  # type: ignore[method-assign]
     assert closed.call(opening(9)) == -errno.ENOMEM
     assert (pages_of_rings(closed), closed.host.gpadls) == (0, {})
+
+
+def test_scattered_ring_without_memory_for_its_page_list(closed: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-ENOMEM where the tmpfs cannot supply the page of the list, which is asked for before it is written."""
+    current, asked = closed.currents[0], list[int]()
+    monkeypatch.setitem(current.machine.config["machine"], "ring_memory", "scattered")
+
+    def full(gpa: int, length: int) -> None:
+        asked.append(length)
+        raise OutOfMemory(f"no pages behind {length} bytes of RAM")
+
+    monkeypatch.setattr(GuestMemory, "reserve", lambda _memory, gpa, length: full(gpa, length))
+    assert closed.call(opening(9)) == -errno.ENOMEM
+    assert asked == [PAGE]
+    assert (pages_of_rings(closed), closed.host.posted) == (0, [])
 
 
 def test_open_without_a_request_record(closed: World) -> None:
