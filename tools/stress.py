@@ -66,7 +66,6 @@ FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "stat
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
-RECORDED: Final = "stress.rec"
 MOST_RECORDED: Final = 256 << 20
 """Bytes of a recording that nobody asked for, which is checked and then gone: half a minute of it."""
 
@@ -243,7 +242,9 @@ def stress(
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     ended_early = f"ended early; the same again: --seed {chosen}"
     report: dict[str, Any] | None = None
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder:
+    # A file without a name: of this one nothing is left either, if somebody kills us.
+    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder, tempfile.TemporaryFile() as nameless:
+        recorded = Path(f"/proc/self/fd/{nameless.fileno()}")
         try:
             with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
                 raise_noted()
@@ -254,6 +255,7 @@ def stress(
                     ingredients,
                     limit,
                     Path(folder),
+                    recorded,
                     live=narrates() and not as_json,
                     record_path=record_path,
                     flight_s=flight_s,
@@ -276,7 +278,7 @@ def stress(
             return interruption.status or ExitStatus.FAILED
         if junit is not None:
             write_text(junit, junit_of(report), "--junit")
-        report["finding"] = _kept(case, report, record_path, Path(folder, RECORDED))
+        report["finding"] = _kept(case, report, record_path, recorded)
         if as_json:
             print_json("stress", 1, report)
         else:
@@ -330,6 +332,7 @@ def run_stress(
     mix: frozenset[str],
     limit: Limit | None,
     folder: Path,
+    own_recording: Path,
     *,
     live: bool,
     record_path: Path | None = None,
@@ -337,11 +340,11 @@ def run_stress(
 ) -> dict[str, Any]:
     """Boot, stress, settle, check; the report. OwnLimit when `limit` comes first.
 
-    What is written meanwhile goes into `folder`: the programs' reports, and the recording, if it is not to be kept.
+    What the programs report goes into `folder`, what is recorded, if it is not to be kept, into `own_recording`.
     """
     cores = sorted(os.sched_getaffinity(0))
     unchecked = _unchecked(scenario, record_path, flight_s)
-    path = record_path or (None if unchecked else folder / RECORDED)
+    path = record_path or (None if unchecked else own_recording)
     with (
         launch(scenario, seed=seed, record=record_path is not None or flight_s > 0, flight_s=flight_s) as running,
         crash_recorded(running, flight_s),
