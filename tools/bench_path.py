@@ -72,8 +72,8 @@ class PathFigures:
         self.rates.append(streamed.rate)
         self.interrupts.append(streamed.interrupts)
 
-    def anchors(self, best_peer: Against, c_ring: Against, reason: str | None) -> list[Anchor]:
-        """Against the best peer, against the C ring, and interrupts under load."""
+    def anchors(self, best_peer: Against, c_ring: Against, no_peer: str | None, no_ring: str | None) -> list[Anchor]:
+        """Against the best peer, against the C ring, and interrupts under load; why there is no peer, or ring."""
         peers, ring = (
             Anchor.of(
                 f"{_NAME}-{name}",
@@ -85,9 +85,9 @@ class PathFigures:
                 floor=floor,
                 reason=None if against.value else reason or "nothing to compare with",
             )
-            for name, against, goal, floor in (
-                ("peers", best_peer, PEER_GOAL, PEER_FLOOR),
-                ("ring", c_ring, C_GOAL, C_FLOOR),
+            for name, against, goal, floor, reason in (
+                ("peers", best_peer, PEER_GOAL, PEER_FLOOR, no_peer),
+                ("ring", c_ring, C_GOAL, C_FLOOR, no_ring),
             )
         )
         interrupts = Anchor.of(

@@ -129,7 +129,7 @@ PEER_FLOOR: Final = 1.3
 
 
 def measure(runs: int, *, short: bool = False, with_peers: bool = False) -> list[Anchor]:
-    """Measure `runs` times, everything in turn; the C rings and the peers too if `with_peers`."""
+    """Measure `runs` times, everything in turn: the C rings if they can be built, the peers too if `with_peers`."""
     from tools import bench_path
 
     keep_freed_memory()  # as the processes of a machine do; the peers' ends have it, too
@@ -138,20 +138,19 @@ def measure(runs: int, *, short: bool = False, with_peers: bool = False) -> list
         return [Anchor.of("ring", [], "packets/s", better="higher", reason="writer and reader need a core each")]
     figures, path = Figures(), bench_path.PathFigures()
     shorter = SHORTER if short else 1
-    reason: str | None = "peers were not asked for (--peers)"
-    c_rings: dict[int, tuple[Callable[[int], float], Callable[[int], float]]] = {}
-    if with_peers:
-        c_rings, reason = _c_rings(cpus)
+    # The kernel's source is downloaded for who asks for all that there is to compare with.
+    c_rings, reason = _c_rings(cpus, fetch=with_peers)
     for _ in range(runs):
         for size, packets in PACKETS.items():
             _measure_size(figures, size, packets // shorter, cpus, c_rings, with_peers)
         path.measure(cpus)
     c_ring = Against(hv_ring.NAME, _median(figures.c_ring, SMALL))
     anchors = [_anchor(figures, size, way, reason) for size in PACKETS for way in WAYS if size in way.asked]
-    anchors += [_limit(figures, size, reason) for size in PACKETS if with_peers]
+    anchors += [_limit(figures, size, reason) for size in PACKETS]
     if with_peers:
         anchors += _peer_anchors(figures)
-    return anchors + path.anchors(best_peer(figures, SMALL), c_ring, reason)
+    unasked = None if with_peers else "peers were not asked for (--peers)"
+    return anchors + path.anchors(best_peer(figures, SMALL), c_ring, unasked, reason)
 
 
 def _measure_size(
@@ -235,20 +234,21 @@ def _timed(way: Way, payload: bytes, packets: int, ring: RingMemory, cpus: Cpus)
 
 
 def _c_rings(
-    cpus: Cpus,
+    cpus: Cpus, *, fetch: bool
 ) -> tuple[dict[int, tuple[Callable[[int], float], Callable[[int], float]]], str | None]:
     """By size, what runs the kernel's C ring and what runs the limit; or why there are none."""
     try:
         # The kernel's sender breaks on payloads that are not a multiple of 8.
         return {
             size: (
-                hv_ring.runner((size + 7) & ~7, RING_BYTES, cpus),
+                hv_ring.runner((size + 7) & ~7, RING_BYTES, cpus, fetch=fetch),
                 hv_ring.limit_runner(size, RING_BYTES, BATCH, cpus),
             )
             for size in PACKETS
         }, None
     except MissingPrerequisite as error:
-        return {}, str(error)
+        cure = "" if fetch else ", or --peers, which downloads it"
+        return {}, f"{error}{cure}"
 
 
 def best_peer(figures: Figures, size: int) -> Against:

@@ -25,28 +25,28 @@ _LIMIT: Final = C_SOURCES / "ring_limit.c"
 _TIMEOUT_S: Final = 60
 
 
-def build() -> Path:
+def build(*, fetch: bool) -> Path:
     """Compile the ring and its driver, once for each version of either; MissingPrerequisite says what lacks."""
-    sources = kernel_tools()
+    sources = kernel_tools(fetch=fetch)
     return built(NAME, [_DRIVER, sources / "vmbus_bufring.c"], [sources / "vmbus_bufring.h"], sources)
 
 
-def kernel_tools() -> Path:
-    """The kernel's `tools/hv`: of an installed source package, else downloaded."""
+def kernel_tools(*, fetch: bool) -> Path:
+    """The kernel's `tools/hv`: of an installed source package, else downloaded, now if it may `fetch`."""
     try:
         return tools_hv()
     except MissingPrerequisite:
-        return downloaded_tools_hv()
+        return downloaded_tools_hv(fetch=fetch)
 
 
-def runner(payload_size: int, ring_bytes: int, cpus: tuple[int, int]) -> Callable[[int], float]:
+def runner(payload_size: int, ring_bytes: int, cpus: tuple[int, int], *, fetch: bool) -> Callable[[int], float]:
     """Return what sends so many packets one by one and gives packets a second.
 
     The sender runs on the first core, the receiver on the second; both spin. `payload_size` must be a
     multiple of 8, since its sender breaks on others. MissingPrerequisite as `build`.
     """
     assert payload_size % 8 == 0, payload_size
-    program = build()
+    program = build(fetch=fetch)
 
     def run(packets: int) -> float:
         arguments = [str(number) for number in (packets, payload_size, ring_bytes, *cpus)]

@@ -26,13 +26,15 @@ _NEEDED: Final = ("apt-get", "dpkg-deb", "tar", "xz")
 _CURE: Final = f"install {PACKAGE} and xz-utils by hand"
 
 
-def downloaded_tools_hv() -> Path:
-    """The directory with the kernel's `tools/hv`; the first time that is a download of about 150 MB.
+def downloaded_tools_hv(*, fetch: bool) -> Path:
+    """The directory with the kernel's `tools/hv`; the first time that is a download of about 150 MB, if it may `fetch`.
 
-    MissingPrerequisite when this is no Debian, or there is no network, or no such package.
+    MissingPrerequisite when it may not, or this is no Debian, or there is no network, or no such package.
     """
     place = cache_dir() / "tools-hv" / PACKAGE
     if not place.is_dir():
+        if not fetch:
+            raise MissingPrerequisite(f"no kernel source here: apt install {PACKAGE} xz-utils")
         missing = [name for name in _NEEDED if shutil.which(name) is None]
         if missing:
             raise MissingPrerequisite(f"no {missing[0]} here to fetch {PACKAGE} with: {_CURE}")
