@@ -35,7 +35,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     walls = [launch_to_open() for _ in range(runs)]
     many = 4 * FEW if short else MANY
     per_device: dict[int, list[float]] = {FEW: [], many: []}
-    for _ in range(1 if short else max(1, runs // 2)):
+    for _ in range(1 if short else (runs + 1) // 2):
         for count in (FEW, many):
             per_device[count].append(bring_up(count))
     several = [bring_up(CHANNELS) for _ in range(runs)]
