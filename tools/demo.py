@@ -110,7 +110,10 @@ class Story:
         rows = [row for row in control.rows() if row.state == ActorState.ALIVE]
         processes = [_process(name, rows) for name in self.machine.running.inner if name in ROLES]
         boot_s = self.machine.boot_s
-        version = version_text(Mirror(control).head().version)
+        mirror = Mirror(control)
+        # A host that gets no core tells of a connection later than the guest.
+        self.machine.running.wait_until(lambda: mirror.head().version != 0, TIMEOUT_S, "the host to tell its version")
+        version = version_text(mirror.head().version)
         self.told.update(version=version, boot_s=round(boot_s, 6), vcpus=VCPUS, processes=processes, devices=[])
         if (out := self.narrator) is None:
             return

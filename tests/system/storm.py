@@ -55,8 +55,10 @@ class Storm:
 
     def __post_init__(self) -> None:
         """The devices that the machine has already are in it, too."""
-        channels = Mirror(self.running.machine.control).channels()
-        self.instances.extend(str(channel.if_instance) for channel in channels)
+        mirror, expected = Mirror(self.running.machine.control), len(self.running.scenario.devices())
+        # The guest has opened them all; the host may tell of that a little later.
+        self.running.wait_until(lambda: len(list(mirror.channels())) >= expected, SETTLE_S, "the mirror")
+        self.instances.extend(str(channel.if_instance) for channel in mirror.channels())
 
     def blow(self, operations: int) -> None:
         """Order so many operations, half of each end, and look after the machine meanwhile."""
