@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -574,7 +574,7 @@ def test_killed_host_is_noticed_by_the_deadline(make_machine: MakeMachine) -> No
             os.sched_yield()
         served.store(1)
         while True:
-            time.sleep(3600)
+            signal.pause()  # until it is killed
 
     with Forked(host) as dying:
         client = client_of(machine, 0, poll_ns=0, deadline_ns=400_000_000)

@@ -554,6 +554,20 @@ def test_pages_of_the_next_gpadl_are_reserved_ahead(
     assert guest.bus.refusals.refused == {}
 
 
+def test_pages_that_have_memory_since_the_launch_are_not_reserved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a GPADL of them nor what is likely to come behind it costs a system call; one beyond them does."""
+    memory = WatchedMemory(RAM_PAGES)
+    monkeypatch.setattr(memory, "is_there", lambda gpa, length: gpa + length <= 120 * PAGE_SIZE)
+    guest = Guest(memory=memory)
+    guest.boot()
+    memory.reserved.clear()
+
+    assert guest.post(*gpadl_messages(1, RING, range(100, 108))) == [GpadlCreated(1, RING, 0)]
+    assert (memory.reserved, guest.bus.likely) == ([], (0, 0))
+    assert guest.post(*gpadl_messages(1, RING + 1, range(120, 128))) == [GpadlCreated(1, RING + 1, 0)]
+    assert memory.reserved == [(120, 8)] and guest.bus.likely[1]
+
+
 INTERRUPT_PAGE = 50 * PAGE_SIZE
 
 

@@ -128,14 +128,21 @@ def test_message_without_memory_takes_a_record_that_is_kept(booted: World) -> No
     assert sorted(booted.tables.relids.published()) == [9, 10]
 
 
-def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) -> None:
-    """The kept ones are in use, too: it stays in its slot until a worker is done, and needs no interrupt for that."""
-    queues = booted.tables.work_queues
+def hoard(world: World) -> list[WorkItem]:
+    """All records of work that there are, the kept ones too, each with a rescind of a relid that nobody has."""
     rescind = RescindChannelOffer(77).pack()
     message = Struct("<IBBHQ").pack(1, len(rescind), 0, 0, 0) + rescind
     hoarded = []
-    while (item := queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message, reserved=True)) is not None:
+    while (
+        item := world.tables.work_queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message, reserved=True)
+    ) is not None:
         hoarded.append(item)
+    return hoarded
+
+
+def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) -> None:
+    """The kept ones are in use, too: it stays in its slot until a worker is done, and needs no interrupt for that."""
+    queues, hoarded = booted.tables.work_queues, hoard(booted)
     booted.host.device(9)
     booted.host.device(10)
     booted.settle()
@@ -153,12 +160,7 @@ def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) 
 
 def test_every_processor_whose_message_found_no_record_is_interrupted(booted: World) -> None:
     """A host may post to any of them: who comes second to wait for a record does not take the first one's place."""
-    queues = booted.tables.work_queues
-    rescind = RescindChannelOffer(77).pack()
-    message = Struct("<IBBHQ").pack(1, len(rescind), 0, 0, 0) + rescind
-    hoarded = []
-    while (item := queues.allocate(Works.VMBUS_ONMESSAGE_WORK, (), message, reserved=True)) is not None:
-        hoarded.append(item)
+    queues, hoarded = booted.tables.work_queues, hoard(booted)
     for relid, cpu in ((9, 0), (10, 1)):
         offer = booted.host.device(relid, early=True)
         booted.host.channels[relid] = HostChannel(offer)
