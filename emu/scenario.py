@@ -182,6 +182,11 @@ class DeviceSpec:
         pages = 2 * self.ring_pages * (2 if scattered else 1)
         return (1 << (pages - 1).bit_length()) * PAGE_SIZE
 
+    def ring_list_block(self) -> int:
+        """Bytes of guest RAM for the list of both rings' pages, which only scattered ones have: 8 bytes a page."""
+        pages = -(-8 * 2 * self.ring_pages // PAGE_SIZE)
+        return (1 << (pages - 1).bit_length()) * PAGE_SIZE
+
     def ring_bytes(self, vcpus: int, *, scattered: bool = False) -> int:
         """Guest RAM that the rings of all these channels need, both ways."""
         return self.channels(vcpus) * self.ring_block(scattered=scattered)

@@ -503,17 +503,22 @@ def ring_ram(scenario: Scenario) -> tuple[int, int]:
     """GPA and length of the RAM out of which our guest takes the rings of a scenario's devices.
 
     It has memory from the launch on: a /dev/shm that is too small for them is said before anything runs, and no device
-    waits while the pages of its rings are made (40 us for two of 64 KiB). Others are made when they are needed.
+    waits while the pages of its rings are made (40 us for two of 64 KiB). Others are made when they are needed, also
+    those behind the last power of two of a RAM that is none.
     """
     machine = scenario.machine
     scattered = machine.ring_memory == "scattered"
     blocks: Counter[int] = Counter()
     for spec in scenario.device_specs:
-        blocks[spec.ring_block(scattered=scattered)] += spec.channels(machine.vcpus)
+        channels = spec.channels(machine.vcpus)
+        blocks[spec.ring_block(scattered=scattered)] += channels
+        if scattered:
+            blocks[spec.ring_list_block()] += channels
     if not blocks:
         return 0, 0
     # Behind the pages that are taken at boot. A block is aligned to its size, and the allocator splits a larger one
-    # only where no smaller one is free: whatever the order, they reach no farther than those of rising sizes do.
+    # only where no smaller one is free: whatever the order, they reach no farther than those of rising sizes do. The
+    # lists of scattered pages are blocks among them: two pages for one may be what splits a block of 2,048.
     boot = compute(machine.ram_bytes, machine.vcpus).first_free_page + boot_pages(machine.vcpus)
     begin = _aligned(boot * PAGE_SIZE, min(blocks))
     end = begin

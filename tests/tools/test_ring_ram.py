@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -20,11 +22,12 @@ SPECS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SPECS, st.sampled_from([1, 2, 8, 64]), st.sampled_from(["contiguous", "scattered"]))
 @example([(8, 16, 0)], 2, "contiguous")
 @example([(8, 16, 0)], 8, "contiguous")
 @example([(1, 2, 0), (1, 300, 0), (1, 2, 0), (1, 300, 0)], 2, "contiguous")
+@example([(2, 2, 2), (3, 16, 0), (1, 300, 0)], 64, "scattered")
 def test_rings_lie_in_what_is_reserved(specs: list[tuple[int, int, int]], vcpus: int, memory: str) -> None:
     """Whatever their sizes and their order, behind the pages that the kernel takes at boot."""
     devices = tuple(
@@ -36,7 +39,7 @@ def test_rings_lie_in_what_is_reserved(specs: list[tuple[int, int, int]], vcpus:
     assume(sum(spec.ring_bytes(vcpus, scattered=scattered) for spec in devices) <= machine.ring_room)
     gpa, length = ring_ram(Scenario(machine, devices))
 
-    pages = KernelTables.format(bytearray(machine.ram_bytes), vcpus, Era.CURRENT).pages
+    pages = KernelTables.format(mmap.mmap(-1, machine.ram_bytes), vcpus, Era.CURRENT).pages
     actor = Lone().actor
     for _ in range(boot_pages(vcpus)):
         pages.alloc_pages(actor, 0, PageOwner.KERNEL)
