@@ -47,6 +47,8 @@ LOOK_AT: Final = 80
 SHARED_YIELD: Final = 3
 """A yield that takes so many times the quickest one let somebody else run."""
 LONG_YIELD_NS: Final = 100_000
+TURNS: Final = 8
+"""Of who shares its core, between two looks at everything."""
 LOST_CORE_NS: Final = 1_000_000
 """A yield that took so long gave the core to somebody who computes: he has it for whole slices, a poller for none."""
 HOLD_OFF_NS: Final = 20_000_000
@@ -62,6 +64,7 @@ Not 1: what was measured has wake-ups in it, one's own and those of whoever is c
 in whichever of the two they happened to be.
 """
 
+_TURNS: Final = range(TURNS)
 _ALL: Final = (1 << 64) - 1
 
 
@@ -372,31 +375,51 @@ class Halt:
                 break
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
-        """Look for at most `window_ns`, giving the processor away every 20 to 160 looks; True when it paid."""
+        """Look for at most `window_ns`, giving the processor away every 20 to 160 looks; True when it paid.
+
+        Who shares its core with other pollers gives it away after each glance: they wait for their turn as we do.
+        """
         now, yield_core, glance = time.monotonic_ns, os.sched_yield, self._glance or look
         glance_too, looks, since = self._glance_too, self._looks, 0
         end = (before := now()) + window_ns
         if before < self._hold_off_until:
             return False
         while before < end:
-            if glance_too is None:
-                for _ in range(looks):
-                    if glance():
+            if looks == 1:
+                for _ in _TURNS:
+                    yield_core()
+                    # The clock first: who lost its core must know, also where an answer has come meanwhile.
+                    took = (after := now()) - before
+                    before = after
+                    if took > LONG_YIELD_NS:
+                        break
+                    if glance() or glance_too is not None and glance_too():
                         return self._paid()
+                else:
+                    if look():
+                        return self._paid()
+                    if took <= SHARED_YIELD * self._quickest_yield_ns:
+                        self._looks = looks = LOOKS_BEFORE_YIELD
+                    continue
             else:
-                for _ in range(looks):
-                    if glance() or glance_too():
+                if glance_too is None:
+                    for _ in range(looks):
+                        if glance():
+                            return self._paid()
+                else:
+                    for _ in range(looks):
+                        if glance() or glance_too():
+                            return self._paid()
+                since += looks + LOOKS_BEFORE_YIELD
+                if since >= LOOK_AT and glance is not look:
+                    since = 0
+                    if look():
                         return self._paid()
-            since += looks + LOOKS_BEFORE_YIELD
-            if since >= LOOK_AT and glance is not look:
-                since = 0
-                if look():
-                    return self._paid()
-            # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
-            yielded = now()
-            yield_core()
-            before = now()
-            took = before - yielded
+                # A poller that keeps its core starves the very process it waits for (205 us instead of 5).
+                yielded = now()
+                yield_core()
+                before = now()
+                took = before - yielded
             if took > LONG_YIELD_NS:
                 # The core is wanted: this poll ends, the window stays. If it is wanted for long, a blocked
                 # processor is woken sooner than one that yields gets its turn.
@@ -410,10 +433,8 @@ class Halt:
                 continue
             if took < self._quickest_yield_ns:
                 self._quickest_yield_ns = took
-            if took > SHARED_YIELD * self._quickest_yield_ns:
-                looks = 1  # somebody ran meanwhile: a poller, perhaps, which waits for our looks as we do for its
-            else:
-                looks = min(2 * looks, MOST_BEFORE_YIELD) if looks > 1 else LOOKS_BEFORE_YIELD
+            # Who ran meanwhile is a poller, perhaps, which waits for our looks as we do for its.
+            looks = 1 if took > SHARED_YIELD * self._quickest_yield_ns else min(2 * looks, MOST_BEFORE_YIELD)
             self._looks = looks
         self._counters.polls_vain += 1
         return False

@@ -26,6 +26,7 @@ from emu.interrupts import (
     IN_ISR,
     INTERRUPTS_OFF,
     POLL_START_NS,
+    TURNS,
     Halt,
     InterruptRequester,
     Lapic,
@@ -629,8 +630,12 @@ def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest
 
 
 def test_poller_yields_as_often_as_its_core_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More and more seldom while nobody else is there; at each look where others poll, who wait for its looks."""
-    took = iter([1_000, 1_000, 1_000, 1_000, 1_000, 10_000, 10_000, 1_000, 500_000])
+    """More and more seldom while nobody else is there; at each glance where others poll, who wait for its looks.
+
+    Whether they still do, the last of some turns tells; at everything it looks behind those.
+    """
+    alone, shared, lost = 1_000, 10_000, 500_000
+    took = iter([*[alone] * 5, shared, *[shared] * TURNS, *[shared] * (TURNS - 1), alone, lost])
     clock = [0]
     monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
     looks: list[int] = []
@@ -643,9 +648,10 @@ def test_poller_yields_as_often_as_its_core_is_wanted(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("emu.interrupts.os.sched_yield", yield_core)
     sleeper = Sleeper()
-    polling(sleeper, lambda: looks.append(1), 100).halt(10**6)
+    polling(sleeper, lambda: looks.append(1), 1_000).halt(10**6)
 
-    assert between == [1 + 20, 40, 80, 160, 160, 160, 1, 1, 20]
+    turns = [1] * (TURNS - 1)
+    assert between == [1 + 20, 40, 80, 160, 160, 160, 0, *turns, 1 + 1, *turns, 1 + 1 + 20]
 
 
 def test_poll_ends_with_a_glance_or_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
