@@ -47,16 +47,29 @@ def exchange(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
 
 
 def _round(sessions: list[EchoSession], batch: list[bytes]) -> None:
-    """One batch through each channel, and all of them back."""
+    """One batch through each channel, and all of them back.
+
+    What is back is taken while the others are sent to, as it comes: the packets of hundreds of channels, kept until
+    the end, would not stay in any cache.
+    """
+    answered = 0
     for session in sessions:
+        while sessions[answered].inbox and _is_back(sessions[answered]):
+            answered += 1
         sent = session.send(batch)
         while sent < len(batch):  # the ring was full
             session.take()
             sent += session.send(batch[sent:])
-    waiting = sessions
+    waiting = sessions[answered:]
     while waiting:
         for session in waiting:
             session.take()
         waiting = [session for session in waiting if session.received < session.sent]
         if waiting:
             waiting[0].wait()
+
+
+def _is_back(session: EchoSession) -> bool:
+    """Take what has come; whether that is all."""
+    session.take()
+    return session.received == session.sent
