@@ -66,6 +66,7 @@ class RingConsumer:
         "_take_alike",
         "begin_read",
         "bytes",
+        "emptied",
         "end_read",
         "fault",
         "intr_in_full",
@@ -84,6 +85,8 @@ class RingConsumer:
 
     If there are any, no signal will come for them: mask and drain once more. ProtocolViolation as `bytes_to_read`.
     """
+    emptied: Callable[[], bool]
+    """Whether a look finds nothing: no packet published, nothing wrong that the next `read_…` would raise."""
     read_lone: Callable[[], Packet | None]
     """Take the packet, if there is exactly one, of a kind seen before: a round trip's. None: see `read_many`."""
 
@@ -111,7 +114,7 @@ class RingConsumer:
         self._load_own()
         checked_index(self.words.load_write(), memory.data_size, "write_index")
         self.begin_read = partial(self.words.store_mask, 1)
-        self.end_read, self.read_lone = _short_ways(self, self.words)
+        self.end_read, self.emptied, self.read_lone = _short_ways(self, self.words)
         self._take_alike = _alike_reader(self)
 
     @property
@@ -465,10 +468,12 @@ class RingConsumer:
         )
 
 
-def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int], Callable[[], Packet | None]]:
-    """Make `end_read` and `read_lone`, functions over variables of their own, since that is quicker than a method.
+def _short_ways(
+    ring: RingConsumer, words: RingWords
+) -> tuple[Callable[[], int], Callable[[], bool], Callable[[], Packet | None]]:
+    """Make `end_read`, `emptied` and `read_lone`, functions over variables of their own, quicker than methods.
 
-    The second holds to the rules of `RingConsumer._take`: what is not exactly one whole packet, between indices that
+    The last holds to the rules of `RingConsumer._take`: what is not exactly one whole packet, between indices that
     can be, it leaves where it is, for those who can say what is wrong with it.
     """
     memory, sole = ring.memory, ring._sole
@@ -482,6 +487,9 @@ def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int]
     def end_read() -> int:
         store_mask(0)  # full barrier before write_index is loaded again
         return 0 if load_write() == ring._read else ring.bytes_to_read
+
+    def emptied() -> bool:
+        return load_write() == ring._read and not ring._bad_wish and ring.fault is None
 
     def read_lone() -> Packet | None:
         read = ring._read if sole else load_read()
@@ -511,7 +519,7 @@ def _short_ways(ring: RingConsumer, words: RingWords) -> tuple[Callable[[], int]
                 ring.fault = ring._never_enough()
         return packet_type, flags, trans_id, payload
 
-    return end_read, read_lone
+    return end_read, emptied, read_lone
 
 
 def _alike_reader(ring: RingConsumer) -> _TakeAlike:

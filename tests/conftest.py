@@ -20,8 +20,8 @@ SOURCES = Path(__file__).resolve().parent.parent
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
-# A loaded machine is slow now and then; that is no finding. Fewer examples in the suite, the same ones each time: whether
-# a change is green is not left to chance. Others with `--hypothesis-seed`, and more in the soak.
+# A loaded machine is slow now and then; that is no finding. Fewer examples in the suite, the same ones each time:
+# whether a change is green is not left to chance. Others with `--hypothesis-seed`, and more in the soak.
 settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 settings.register_profile("seeded", deadline=None, max_examples=50)
 settings.register_profile("soak", deadline=None, max_examples=2_000)

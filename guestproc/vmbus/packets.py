@@ -150,10 +150,10 @@ def vmbus_drain(current: Current, channel: Channel, limit: int | None = None) ->
     packet = inbound.read_lone()
     packets = [] if packet is None else [packet]
     try:
-        if packet is None or inbound.bytes_to_read:
+        if packet is None or not inbound.emptied():
             while more := inbound.read_many(None if limit is None else limit - len(packets)):
                 packets += more
-                if len(packets) == limit:
+                if len(packets) == limit or inbound.emptied():
                     break
         if inbound.fault is not None:
             stop_reading(current, channel, inbound.fault)

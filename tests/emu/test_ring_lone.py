@@ -1,4 +1,4 @@
-"""`read_lone`, the short way of a single packet: it does what `read_many` does, or nothing at all."""
+"""`read_lone`, the short way of a single packet, does what `read_many` does, or nothing at all; `emptied` is a look."""
 
 from __future__ import annotations
 
@@ -142,3 +142,22 @@ def test_write_beside_others_is_a_write(begin: int, released: int, lie: int, len
         results.append((signal, kept, bytes(buffer)))
 
     assert results[0] == results[1]
+
+
+def test_emptied_where_a_reading_would_find_nothing() -> None:
+    """Neither a packet, nor a fault, nor a wish that can never be met, which the next reading raises."""
+    buffer, consumer = reader_of([], sole=True)
+    producer = RingProducer(consumer.memory)
+    assert consumer.emptied()
+
+    producer.write(bytes(8))
+    assert not consumer.emptied()
+    consumer.read_many()
+    assert consumer.emptied()
+
+    producer.write(bytes(8))
+    producer.words.store_pending(len(buffer))
+    consumer.read_many()
+    assert not consumer.emptied()
+    with pytest.raises(ProtocolViolation, match="waits for"):
+        consumer.read_many()
