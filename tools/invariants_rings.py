@@ -48,6 +48,8 @@ class _RingRule(Rule):
         super().__init__(machine)
         self.rings: dict[Key, _Ring] = {}
         self._mapped: set[int] = set()
+        self._taken_back: set[int] = set()
+        """Relids that the guest was told are rescinded, and has not opened since."""
 
     def feeds(self) -> Mapping[str, Feed]:
         """Everything that is recorded of a ring, and the opening of its channel."""
@@ -65,8 +67,8 @@ class _RingRule(Rule):
         }
 
     def ring(self, relid: int, side: int) -> _Ring:
-        """A ring of a channel."""
-        return self.rings.setdefault((relid, side), _Ring())
+        """A ring of a channel; of one that was taken back, one that nobody looks at."""
+        return _Ring() if relid in self._taken_back else self.rings.setdefault((relid, side), _Ring())
 
     def _map(self, record: TraceRecord) -> None:
         self._mapped.add(record.values[0])
@@ -81,6 +83,7 @@ class _RingRule(Rule):
 
     def _opened(self, relid: int) -> None:
         """New pages with indices 0, behind which the old ones mean nothing."""
+        self._taken_back.discard(relid)
         for side in Side:
             self.rings[relid, side] = _Ring(write=0, read=0)
 
@@ -119,8 +122,10 @@ class _RingRule(Rule):
                 self.closed(record.values[0], side, ring, record)
 
     def _rescind(self, record: TraceRecord) -> None:
-        # What is left in the rings of a channel that was taken back is nobody's.
+        # What is left in the rings of a channel that was taken back is nobody's, also where a processor that comes to
+        # it now for the first time attaches to them between two packets.
         if not is_host(record):
+            self._taken_back.add(record.values[0])
             for side in Side:
                 self.rings.pop((record.values[0], side), None)
 

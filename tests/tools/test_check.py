@@ -364,6 +364,19 @@ def test_rescind_that_a_fault_repeats_is_no_mistake_of_the_hosts(records: list[T
     assert broken(edited.records) == set()
 
 
+def test_processor_that_attaches_to_rings_that_were_taken_back(records: list[TraceRecord]) -> None:
+    """INV-24: what lies in them then was published to nobody who is left; the channel is closed like any other."""
+    edited = Edited(records)
+    rescind = edited.where("rescind", actor="WORKER")
+    relid = edited.records[rescind].values[0]
+    assert rescind < edited.where("close", actor="WORKER", relid=relid, last=True)
+
+    attach = edited.where("ring_attach", actor="VCPU", side=1)
+    edited.insert(rescind + 1, attach, relid=relid, write_index=64, read_index=0)
+
+    assert broken(edited.records) == set()
+
+
 def _read_index(edited: Edited, relid: int, before: int) -> int:
     """Where the reader of the guest's inbound ring is at some record."""
     releases = [one for one in edited.records[:before] if one.event.name == "ring_release"]
