@@ -68,6 +68,8 @@ class DeadlinePassed(VmbusError):
         self.timeout_ns = timeout_ns
         self.recording: Path | None = None
         """The machine's last seconds before it, where somebody saved them."""
+        self.finding: Path | None = None
+        """The folder in which it was kept as a finding, if it was."""
 
 
 class OwnLimit(DeadlinePassed):

@@ -10,10 +10,12 @@ from typing import Any, Final
 
 import click
 
-from emu.errors import MissingPrerequisite, UserError
+from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
 from tools.anchors import Anchor
+from tools.crash import failure_report
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
+from tools.launch import MachineDied
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 
@@ -113,6 +115,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     anchors: list[Anchor] = []
     left = list(chosen)
     lacking: list[str] = []
+    failure: MachineDied | DeadlinePassed | None = None
     with noting_interruption() as interruption:
         raise_noted()
         for name in chosen:
@@ -124,14 +127,23 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
                 # The others can be measured all the same.
                 lacking.append(f"{name}: {error}")
                 anchors.append(Anchor.of(name, (), "-", better="higher", reason=str(error)))
+            except (MachineDied, DeadlinePassed) as error:
+                # What was measured before took long enough: it is told, and then this.
+                failure = error
+                break
             left.remove(name)
     if as_json:
         told = {"machine": machine_description(), "results": [one.as_json() for one in anchors]}
-        print_json("bench", 1, {**told, "interrupted": interruption.status is not None})
+        ended = failure_report(failure) if failure else {"interrupted": interruption.status is not None}
+        print_json("bench", 1, {**told, **ended})
     elif len(anchors) > len(lacking):
         print_table(
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
         )
+    if failure is not None:
+        if not as_json:
+            say(f"vmbus-emu: not measured: {', '.join(left)}")
+        raise failure
     if interruption.status is not None:
         if not as_json:
             say(f"vmbus-emu: interrupted; not measured: {', '.join(left)}")

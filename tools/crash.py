@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emu.control import ActorKind, ActorRow, ActorState, is_over, start_time_of
+from emu.errors import DeadlinePassed
 from emu.machine import Machine
 from tools.crash_records import KEPT, crash_dir
 from tools.flight import save_flight
@@ -30,6 +31,18 @@ def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[N
     except MachineDied as death:
         death.crash_record = write_crash_record(running, death, flight_s)
         raise
+
+
+def failure_report(error: MachineDied | DeadlinePassed) -> dict[str, Any]:
+    """What `--json` tells of a command that a death or a deadline has ended, by the names that `run` has for it."""
+    death, late = (error, None) if isinstance(error, MachineDied) else (None, error)
+    return {
+        "interrupted": False,
+        "timed_out": str(late) if late else None,
+        "deaths": [one.report() for one in death.deaths] if death else [],
+        "crash_record": str(death.crash_record) if death and death.crash_record else None,
+        "finding": str(error.finding) if error.finding else None,
+    }
 
 
 def write_crash_record(running: RunningMachine, death: MachineDied, flight_s: float = 0.0) -> Path | None:

@@ -154,7 +154,8 @@ def kept_if_it_hangs(case: Case, recording: Path | None = None) -> Iterator[None
     except OwnLimit:
         raise
     except DeadlinePassed as late:
-        case.keep([f"it did not end: {late}"], recording=late.recording or _there(recording), judge=True)
+        made = late.recording or _there(recording)
+        late.finding = case.keep([f"it did not end: {late}"], recording=made, judge=True)
         raise
 
 
@@ -167,7 +168,7 @@ def kept_if_it_fails(case: Case, recording: Path | None = None) -> Iterator[None
         with kept_if_it_hangs(case, recording):
             yield
     except MachineDied as death:
-        keep_death(case, death, recording)
+        death.finding = keep_death(case, death, recording)
         raise
 
 

@@ -19,12 +19,12 @@ from typing import Any, Final
 
 import click
 
-from emu.errors import UserError
+from emu.errors import DeadlinePassed, UserError
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from emu.task_board import Program, TaskState
 from guestproc.drivers.echo import EchoDriver
-from tools.crash import crash_recorded
+from tools.crash import crash_recorded, failure_report
 from tools.ctl import ask_host, wait_until_open, wait_until_released
 from tools.device_list import list_devices
 from tools.draining import recording
@@ -44,7 +44,7 @@ from tools.histograms import (
     terminal_plot,
 )
 from tools.latency_stages import Step, stages_of
-from tools.launch import RunningMachine, launch
+from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
@@ -136,13 +136,18 @@ def latency(
     folder = tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-")
     recorded_at = record_path or Path(click.get_current_context().with_resource(folder), "recording")
     began_s = time.time()
-    with noting_interruption() as interruption:
-        raise_noted()
-        with kept_if_it_fails(case):
-            plain = measure(scenario, rate or 0, size, duration_s)
-        with kept_if_it_fails(case, recorded_at):
-            seconds = duration_s if record_path is not None else _recorded_s(rate, duration_s)
-            recorded = measure(scenario, rate or 0, size, seconds, record=True, kept=recorded_at)
+    try:
+        with noting_interruption() as interruption:
+            raise_noted()
+            with kept_if_it_fails(case):
+                plain = measure(scenario, rate or 0, size, duration_s)
+            with kept_if_it_fails(case, recorded_at):
+                seconds = duration_s if record_path is not None else _recorded_s(rate, duration_s)
+                recorded = measure(scenario, rate or 0, size, seconds, record=True, kept=recorded_at)
+    except (DeadlinePassed, MachineDied) as error:
+        if as_json:
+            print_json("latency", 1, failure_report(error))
+        raise
     if interruption.status is not None:
         if as_json:
             print_json("latency", 1, {"interrupted": True})

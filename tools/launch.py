@@ -87,6 +87,7 @@ class MachineDied(VmbusError):
         self.deaths = deaths
         self.crash_record: Path | None = None
         self.flight: Path | None = None
+        self.finding: Path | None = None
 
     def __str__(self) -> str:
         record = f"\ncrash record: {self.crash_record}" if self.crash_record is not None else ""

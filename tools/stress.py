@@ -29,7 +29,7 @@ from emu.task_board import Program, TaskRow, TaskState
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
-from tools.crash import crash_recorded
+from tools.crash import crash_recorded, failure_report
 from tools.ctl import ask_host, offer_devices
 from tools.device_list import list_devices
 from tools.draining import recording
@@ -266,10 +266,7 @@ def stress(
         except BaseException as error:
             click.echo(ended_early, err=True)
             if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
-                timed_out = str(error) if isinstance(error, DeadlinePassed) else None
-                deaths = [one.report() for one in error.deaths] if isinstance(error, MachineDied) else []
-                told = {"seed": chosen, "interrupted": False, "timed_out": timed_out, "deaths": deaths}
-                print_json("stress", 1, told)
+                print_json("stress", 1, {"seed": chosen, **failure_report(error)})
             raise
         if interruption.status is not None or report is None:
             click.echo(ended_early, err=True)

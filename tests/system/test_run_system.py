@@ -243,7 +243,29 @@ def test_killed_process_ends_a_stress_which_says_how_to_repeat_it(tmp_path: Path
     assert Path(errors.partition("crash record: ")[2].strip()).is_file()
     told = report(output)
     assert (told["seed"], told["timed_out"], len(told["deaths"])) == (17, None, 1) and "vcpu1" in told["deaths"][0]
+    assert (Path(told["finding"]) / "crash.json").read_bytes() == Path(told["crash_record"]).read_bytes()
     assert_gone("t-kill-stress")
+
+
+@pytest.mark.parametrize(
+    "command", ["latency --duration 60", "bench idle"], ids=lambda command: str(command).split()[0]
+)
+def test_killed_process_ends_a_measurement_which_tells(tmp_path: Path, command: str) -> None:
+    """Exit code 4, the process, and one JSON object that has it under the name that `run` has for it; nothing left."""
+    with ended(start(tmp_path, *command.split(), "--json")) as process:
+        name = f"vm{process.pid}"
+        wait_until_open(name, process)
+        os.kill(inner_pids(name)["hypervisor"], signal.SIGKILL)
+        output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 4, errors
+    assert "hypervisor" in errors and "SIGKILL" in errors
+    told = report(output)
+    assert (told["interrupted"], told["timed_out"], len(told["deaths"])) == (False, None, 1)
+    assert "hypervisor" in told["deaths"][0]
+    if command.startswith("latency"):
+        assert Path(told["crash_record"]).is_file() and (Path(told["finding"]) / "finding.txt").is_file()
+    assert_gone(name)
 
 
 @pytest.mark.parametrize("command", ["stress --duration 60", "latency --duration 60", "matrix", "bench idle"])

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from emu.errors import MissingPrerequisite
+from emu.errors import DeadlinePassed, MissingPrerequisite, VmbusError
 from tests.conftest import RunCli
 from tools import bench as module
+from tools import cli
 from tools.anchors import Against, Anchor
 from tools.bench_boot import launch_to_open
 from tools.exit_status import ExitStatus
+from tools.launch import Death, MachineDied
 
 FIELDS = {"name", "value", "unit", "better", "runs", "spread", "against", "ratio", "goal", "floor", "met", "reason"}
 
@@ -110,6 +112,41 @@ def test_bench_that_cannot_run_here_does_not_take_the_others_with_it(
     told = {one["name"]: one for one in json.loads(done.output)["results"]}
     assert told["slow"]["value"] == 5.0
     assert (told["lame"]["ratio"], told["lame"]["met"], told["lame"]["reason"]) == (None, None, "there is one core")
+
+
+@pytest.mark.usefixtures("benches")
+@pytest.mark.parametrize(
+    ("error", "status", "timed_out", "deaths"),
+    [
+        (MachineDied([Death("vcpu0", 7, 9)]), 4, None, ["vcpu0 (pid 7) died: killed by SIGKILL, holding no lock"]),
+        (DeadlinePassed("vcpu0 to halt", 10**9), 124, "vcpu0 to halt: no answer within 1 s", []),
+    ],
+    ids=["death", "deadline"],
+)
+def test_what_was_measured_before_a_machine_failed_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: VmbusError,
+    status: int,
+    timed_out: str | None,
+    deaths: list[str],
+) -> None:
+    """To programs in the one object, to people as a table and what is left; the status is the failure's."""
+
+    def fail(*_: object) -> list[Anchor]:
+        raise error
+
+    monkeypatch.setitem(module.BENCHES, "frail", fail)
+
+    assert cli.main(["bench", "fast", "frail", "slow", "--json"]) == status
+    told = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in told["results"]] == ["fast"]
+    assert (told["interrupted"], told["timed_out"], told["deaths"]) == (False, timed_out, deaths)
+
+    assert cli.main(["bench", "fast", "frail", "slow"]) == status
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].startswith("fast")
+    assert shown.err == f"vmbus-emu: not measured: frail, slow\nvmbus-emu: {error}\n"
 
 
 def test_unknown_bench_is_one_line_with_those_there_are(run_cli: RunCli) -> None:
