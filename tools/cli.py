@@ -69,7 +69,7 @@ COMMANDS: Final[Mapping[str, Entry]] = {
 }
 
 
-TELL_INTERRUPTIONS: Final = frozenset({"run", "matrix", "latency", "stress", "bench"})
+TELL_INTERRUPTIONS: Final = frozenset({"run", "record", "matrix", "latency", "stress", "bench"})
 """Commands that have something to tell when they are interrupted, from their first moment (`noting_interruption`)."""
 
 

@@ -277,7 +277,8 @@ def status_of(game: Game) -> ExitStatus:
 
 @races.command()
 @click.option("-o", "--output", type=FileToWrite(), metavar="OUT", help="Where to; default: stdout.")
-def museum(output: Path | None) -> None:
+@json_option
+def museum(output: Path | None, as_json: bool) -> None:
     """Write the page of all exhibits (Markdown): each one told, run with its fix off and on, and drawn.
 
     \b
@@ -285,12 +286,19 @@ def museum(output: Path | None) -> None:
       vmbus-emu races museum -o races.md
     """
     from tools.museum import page
+    from tools.race_board import BOARDS
 
-    text = page(map(Schedule.load, exhibits().values()), say)
+    if as_json and output is None:
+        raise UserError("--json prints an object on stdout, where the page would go; name a file with -o OUT")
+    known = exhibits()
+    text = page(map(Schedule.load, known.values()), say)
     if output is None:
         sys.stdout.write(text)
-    else:
-        write_text(output, text, "-o")
+        return
+    write_text(output, text, "-o")
+    if as_json:
+        sizes = {"path": str(output), "bytes": len(text.encode())}
+        print_json("races-museum", 1, {**sizes, "exhibits": list(known), "boards": [one.name for one in BOARDS]})
 
 
 def worst_of(runs: list[RaceRun]) -> RaceRun:

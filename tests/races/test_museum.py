@@ -10,6 +10,7 @@ import pytest
 
 from emu.tracing import EVENTS
 from tests.conftest import SOURCES, RunCli
+from tools import cli, museum
 from tools.museum import OPENING, WIDTH, head_of, index_of, page
 from tools.race_board import BOARDS, Game, head_of_board
 from tools.race_rows import TELLINGS
@@ -139,3 +140,21 @@ def test_what_cannot_be_shown_is_one_line(run_cli: RunCli, arguments: list[str],
     assert done.returncode == 2
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_museum_tells_programs_what_it_wrote(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`museum --json`: the page, its bytes, and what is shown on it; without a file for the page nothing is run."""
+    monkeypatch.setattr(museum, "page", lambda schedules, _told: "".join(f"§ {one.title}\n" for one in schedules))
+    out = tmp_path / "races.md"
+
+    assert cli.main(["races", "museum", "--json", "-o", str(out)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == {"name": "vmbus-emu.races-museum", "version": 1}
+    assert (told["path"], told["bytes"]) == (str(out), out.stat().st_size)
+    assert (told["exhibits"], told["boards"]) == (list(exhibits()), [one.name for one in BOARDS])
+
+    assert cli.main(["races", "museum", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1) and "name a file with -o OUT" in shown.err

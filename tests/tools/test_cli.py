@@ -81,6 +81,17 @@ def test_every_help_has_an_example_and_fits_80_columns() -> None:
     assert [line for text in shown.values() for line in text.splitlines() if len(line) > 80] == []
 
 
+def test_every_command_can_print_an_object() -> None:
+    """Also those below a command; a group has nothing to tell, `vmbus-emu` itself has its version."""
+    lacking = [
+        ctx.command_path
+        for ctx in every_command(cli.vmbus_emu, None, "vmbus-emu")
+        if not isinstance(ctx.command, click.Group) and not any("--json" in one.opts for one in ctx.command.params)
+    ]
+
+    assert lacking == []
+
+
 def test_help_lists_every_command_without_importing_one(run_cli: RunCli) -> None:
     """`--help` comes from the table alone, and so does a call without any word."""
     done = run_cli("--help")

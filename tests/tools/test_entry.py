@@ -52,6 +52,7 @@ Behind `nohup` a hangup is ignored, by everything that the tests start, too; it 
     [
         (["run", "--duration", "5"], "run"),
         (["run", "--detach"], "interrupted"),
+        (["record", "-o", "early.rec"], "run"),
         (["matrix"], "matrix"),
         (["stress"], "stress"),
         (["latency"], "latency"),

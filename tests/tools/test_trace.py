@@ -123,6 +123,19 @@ def test_command_prints_json_lines(run_cli: RunCli, recording_path: Path) -> Non
         assert Counter(line["event"] for line in lines) == recording.counts()
 
 
+def test_record_prints_the_object_of_a_run(run_cli: RunCli, tmp_path: Path) -> None:
+    """`record --json`: where the recording is, and how many records are in it; they are."""
+    path = tmp_path / "boot.rec"
+    done = run_cli("record", "--json", "-o", path, "--device", "echo:1", "--duration", "0")
+
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["schema"]["name"], told["channels_open"]) == ("vmbus-emu.run", 1)
+    assert (told["recording"]["path"], told["recording"]["dropped"]) == (str(path), 0)
+    with Recording(path) as recording:
+        assert told["recording"]["records"] == sum(recording.counts().values())
+
+
 def test_command_writes_into_a_file(run_cli: RunCli, recording_path: Path, tmp_path: Path) -> None:
     """`-o OUT`: the same lines there, nothing on stdout."""
     shown = run_cli("trace", recording_path).stdout
