@@ -80,6 +80,17 @@ class OwnLimit(DeadlinePassed):
         self.args = (f"{what} did not end within the --time-limit of {limit_s:g} s",)
 
 
+class NotOpened(VmbusError):
+    """A channel that should be open is not, and it is known that it will not be: why, in one line; exit code 1."""
+
+    def __init__(self, relid: int, why: str) -> None:
+        super().__init__(f"relid {relid} will not be open: {why}")
+        self.relid = relid
+        self.why = why
+        self.finding: Path | None = None
+        """As of a `DeadlinePassed`."""
+
+
 class UserError(VmbusError):
     """Somebody typed something wrong: one line that names the thing and the cure; exit code 2."""
 

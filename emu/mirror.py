@@ -20,6 +20,7 @@ from emu.wire.guids import guid_to_wire
 _ROW: Final = Struct("<IIIIIIII16s16s")
 _HEAD: Final = Struct("<IIIIIIIII")
 """Behind the sequence word."""
+_U32: Final = 0xFFFF_FFFF
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a host that is just writing, before it takes it for dead."""
 
@@ -130,10 +131,17 @@ class Mirror:
             guid_to_wire(channel.if_instance),
         )
 
-    def clear_channel(self, relid: int) -> None:
-        """The host has no channel of this id any more."""
+    def clear_channel(self, relid: int, generation: int) -> None:
+        """The host has no channel of this id any more; its life was the `generation`-th, which may have had no row."""
         at = self._control.mirror_channel_offset(relid)
-        self._control.view.store_u32(at, 0)
+        # One word: who reads the old state reads the old generation.
+        self._control.view.store_u64(at, generation << 32)
+
+    def is_over(self, relid: int, generation: int) -> bool:
+        """Whether this life of a relid has ended: the guest has given it back, or holds it anew."""
+        word = self._control.view.load_u64(self._control.mirror_channel_offset(relid))
+        state, newest = word & _U32, word >> 32
+        return newest > generation or (newest == generation and not state)
 
     def channels(self) -> Iterator[MirrorChannel]:
         """Every channel that the host has offered and not forgotten, by relid."""

@@ -205,7 +205,7 @@ class ControlPlane:
         server = self._bus.server
         for relid, channel in server.take_changed().items():
             if channel is None:
-                self._mirror.clear_channel(relid)
+                self._mirror.clear_channel(relid, server.generation(relid))
             else:
                 self._mirror.write_channel(channel)
             self._tables.write_gpadls(relid, server.gpadls_of(relid))

@@ -18,7 +18,7 @@ from typing import Final
 
 import click
 
-from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from emu.errors import DeadlinePassed, MissingPrerequisite, NotOpened, UserError, VmbusError
 from emu.limits import limit_behind
 from tools import output
 from tools.early_signals import catch_signals, raise_noted
@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), ExitStatus.MISSING)
     except DeadlinePassed as error:
         return _complain(str(error), ExitStatus.TIME_LIMIT)
+    except NotOpened as error:
+        return _complain(str(error), ExitStatus.FINDING)
     except VmbusError as error:
         return _complain(str(error), ExitStatus.FAILED, one_line=False)
     except (KeyboardInterrupt, click.Abort):

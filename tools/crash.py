@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emu.control import ActorKind, ActorRow, ActorState, is_over, start_time_of
-from emu.errors import DeadlinePassed
+from emu.errors import DeadlinePassed, NotOpened
 from emu.machine import Machine
 from tools.crash_records import KEPT, crash_dir
 from tools.flight import save_flight
@@ -33,12 +33,13 @@ def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[N
         raise
 
 
-def failure_report(error: MachineDied | DeadlinePassed) -> dict[str, Any]:
-    """What `--json` tells of a command that a death or a deadline has ended, by the names that `run` has for it."""
-    death, late = (error, None) if isinstance(error, MachineDied) else (None, error)
+def failure_report(error: MachineDied | DeadlinePassed | NotOpened) -> dict[str, Any]:
+    """What `--json` tells of a command that one of these has ended, by the names that `run` has for it."""
+    death = error if isinstance(error, MachineDied) else None
     return {
         "interrupted": False,
-        "timed_out": str(late) if late else None,
+        "not_open": str(error) if isinstance(error, NotOpened) else None,
+        "timed_out": str(error) if isinstance(error, DeadlinePassed) else None,
         "deaths": [one.report() for one in death.deaths] if death else [],
         "crash_record": str(death.crash_record) if death and death.crash_record else None,
         "finding": str(error.finding) if error.finding else None,

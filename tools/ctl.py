@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from emu import plugin
-from emu.errors import DeadlinePassed, UserError
+from emu.errors import DeadlinePassed, NotOpened, UserError
 from emu.machine import Machine
 from emu.mirror import Mirror
 from emu.orders import OrderDesk, Recipient
@@ -19,9 +19,11 @@ from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
 from tools.ctl_cpus import CPU_COMMANDS
 from tools.ctl_guest import GUEST_COMMANDS
+from tools.exit_status import ExitStatus
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option, relid_of
 from tools.output import print_json, say
+from tools.unopened import Unopened
 
 WAIT_S: Final = 10.0
 OFFERED_AT_ONCE: Final = 64
@@ -87,15 +89,16 @@ def instance_option(value: str | None) -> str | None:
 @click.argument("device", metavar="CLASS[:COUNT]")
 @click.option("--backend", help="The back end behind it; default: its class's own, else echo.")
 @click.option("--instance", metavar="GUID", help="Its instance GUID; default: one that is not in use.")
-@click.option("--wait", is_flag=True, help="Wait until the guest has opened every channel.")
+@click.option("--wait", is_flag=True, help="Wait until the guest has opened every channel, or has failed to.")
 @machine_option
 @json_option
 def offer(
     device: str, backend: str | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool
-) -> None:
+) -> int:
     """Offer a device (hot add).
 
-    Prints its relid and instance.
+    Prints its relid and instance. With --wait exit status 1 says that a device was offered and will not be open: its
+    probe failed, no driver has taken it, or it is gone again; 124 that after 10 s neither is known.
 
     \b
     Example:
@@ -110,15 +113,26 @@ def offer(
             # Before the wait: who interrupts it has these devices all the same.
             for one in offered:
                 click.echo(f"{one['relid']} {one['instance']}")
-        if wait:
-            for one in offered:
-                wait_until_open(machine, one["relid"], one["generation"])
+        unopened = _wait_for_each(machine, offered) if wait else []
         if unseen := sum(not one["relid"] for one in offered):
             say(f"{unseen} of {len(offered)} without a relid, for the next REQUESTOFFERS: {why_no_relid(machine)}")
     finally:
         machine.close()
     if as_json:
-        print_json("ctl-offer", 1, {"machine": machine.name, "offered": offered})
+        print_json("ctl-offer", 1, {"machine": machine.name, "offered": offered, "not_open": unopened})
+    return ExitStatus.FINDING if unopened else ExitStatus.FINE
+
+
+def _wait_for_each(machine: Machine, offered: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Wait until what was offered is open; relid, instance and reason of each that will not be, also on stderr."""
+    unopened: list[dict[str, Any]] = []
+    for one in offered:
+        try:
+            wait_until_open(machine, one["relid"], one["generation"])
+        except NotOpened as lost:
+            say(f"vmbus-emu: {lost}")
+            unopened.append({"relid": one["relid"], "instance": one["instance"], "why": lost.why})
+    return unopened
 
 
 @ctl.command()
@@ -153,14 +167,21 @@ def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: s
 
 
 def wait_until_open(machine: Machine, relid: int, generation: int) -> None:
-    """Watch the host's mirror until this life of a relid is open; UserError when there is no guest to open it."""
+    """Watch the host's mirror until this life of a relid is open.
+
+    UserError when there is no guest to open it; NotOpened once it is known that none will (`Unopened`).
+    """
     if not relid:
         raise UserError(f"--wait: {why_no_relid(machine)}, so nobody will open it; leave --wait out")
-    mirror = Mirror(machine.control)
+    mirror, unopened = Mirror(machine.control), Unopened(machine, relid, generation)
 
     def opened() -> bool:
         channel = mirror.channel(relid)
-        return channel is not None and channel.generation >= generation and channel.state == ChannelState.OPEN
+        if channel is not None and channel.generation >= generation and channel.state == ChannelState.OPEN:
+            return True
+        if why := unopened.why():
+            raise NotOpened(relid, why)
+        return False
 
     _watch(opened, f"relid {relid} to be open")
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from emu.errors import DeadlinePassed, OwnLimit, UserError
+from emu.errors import DeadlinePassed, NotOpened, OwnLimit, UserError
 from emu.scenario import Scenario
 from tools.output import say
 from tools.paths import made, state_dir
@@ -148,7 +148,10 @@ def program() -> str:
 
 @contextmanager
 def kept_if_it_hangs(case: Case, recording: Path | None = None) -> Iterator[None]:
-    """A wait in the block that passes its deadline is a finding: kept, and raised on. `recording`: what it writes."""
+    """A wait in the block that passes its deadline, or ends in vain before, is a finding: kept, and raised on.
+
+    `recording` is what the block writes.
+    """
     try:
         yield
     except OwnLimit:
@@ -156,6 +159,9 @@ def kept_if_it_hangs(case: Case, recording: Path | None = None) -> Iterator[None
     except DeadlinePassed as late:
         made = late.recording or _there(recording)
         late.finding = case.keep([f"it did not end: {late}"], recording=made, judge=True)
+        raise
+    except NotOpened as lost:
+        lost.finding = case.keep([str(lost)], recording=_there(recording), judge=True)
         raise
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import click
 
-from emu.errors import DeadlinePassed, UserError
+from emu.errors import DeadlinePassed, NotOpened, UserError
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from emu.task_board import Program, TaskState
@@ -144,7 +144,7 @@ def latency(
             with kept_if_it_fails(case, recorded_at):
                 seconds = duration_s if record_path is not None else _recorded_s(rate, duration_s)
                 recorded = measure(scenario, rate or 0, size, seconds, record=True, kept=recorded_at)
-    except (DeadlinePassed, MachineDied) as error:
+    except (DeadlinePassed, MachineDied, NotOpened) as error:
         if as_json:
             print_json("latency", 1, failure_report(error))
         raise

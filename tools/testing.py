@@ -24,7 +24,7 @@ import psutil
 
 from emu import plugin
 from emu.control import ActorState, Control, Ready
-from emu.errors import UserError
+from emu.errors import NotOpened, UserError
 from emu.ipc.segments import object_name
 from emu.machine import Machine
 from emu.mirror import Mirror, MirrorChannel
@@ -42,6 +42,7 @@ from tools.plugins import check_plugins, scenario_of
 __all__ = [
     "LiveMachine",
     "MachineDied",
+    "NotOpened",
     "Offered",
     "Ready",
     "Scenario",
@@ -166,7 +167,10 @@ class LiveMachine:
     # -- troubling ----------------------------------------------------------------------------------
 
     def offer(self, device: str, *, backend: str | None = None, wait: bool = True) -> list[Offered]:
-        """Offer devices (hot add), `CLASS[:COUNT]`; with `wait`, until the guest has opened every channel."""
+        """Offer devices (hot add), `CLASS[:COUNT]`; with `wait`, until the guest has opened every channel.
+
+        NotOpened as soon as it is known that it will not.
+        """
         offered = offer_devices(self.machine, device, backend=backend)
         if wait:
             for one in offered:

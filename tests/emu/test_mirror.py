@@ -120,9 +120,20 @@ def test_channels_come_by_relid_until_forgotten(control: Control) -> None:
     for relid in (9, 2, 5):
         mirror.write_channel(channel(relid, 1))
     mirror.write_channel(channel(5, 3))
-    mirror.clear_channel(2)
+    mirror.clear_channel(2, 1)
 
     assert list(mirror.channels()) == [channel(5, 3), channel(9, 1)]
+
+
+def test_life_of_a_relid_is_over_when_it_was_given_back_or_began_anew(control: Control) -> None:
+    """Also one that nobody saw, as offer and release came between two writings; not one that has no row yet."""
+    mirror = Mirror(control)
+    assert not mirror.is_over(4, 1)
+    mirror.clear_channel(4, 1)
+    assert mirror.is_over(4, 1) and not mirror.is_over(4, 2) and mirror.channel(4) is None
+    mirror.write_channel(channel(4, 0))
+
+    assert mirror.is_over(4, 1) and not mirror.is_over(4, 2)
 
 
 def test_rows_fit_their_places(control: Control) -> None:

@@ -187,6 +187,61 @@ def test_offer_that_fails_is_released_and_may_come_again(where: str) -> None:
     said("rescind", "4", "--wait")
 
 
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        ("probe", "its probe failed with -EIO; the guest's log says more"),
+        ("alloc_channel", "the guest has given the relid back; "),
+        ("device_register", "the guest has given the relid back; "),
+    ],
+)
+def test_wait_for_a_device_that_fails_to_open_ends_and_says_why(step: str, why: str) -> None:
+    """Exit status 1, where 124 is its deadline; the other device is waited for, and open."""
+    said("fail", step)
+    done = ctl("offer", "echo:2", "--wait", "--json")
+    answer = report(done.stdout)
+    lost, kept = answer["offered"]
+    (unopened,) = answer["not_open"]
+
+    assert done.returncode == 1
+    assert (unopened["relid"], unopened["instance"]) == (lost["relid"], lost["instance"])
+    assert unopened["why"].startswith(why)
+    assert done.stderr == f"vmbus-emu: relid {lost['relid']} will not be open: {unopened['why']}\n"
+    wait_for(lambda: opened(kept["relid"]), "the guest to hear that the host has opened it")
+    for one in (lost, kept):
+        said("rescind", "--instance", one["instance"], "--wait")
+
+
+def test_wait_for_a_device_that_no_driver_takes_ends() -> None:
+    """Of sockets there is none."""
+    done = ctl("offer", "hv_sock", "--wait")
+    relid = done.stdout.split()[0]
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"vmbus-emu: relid {relid} will not be open: no driver has taken it; ")
+    said("rescind", relid, "--wait")
+
+
+@pytest.mark.parametrize("then", ["let go", "taken back"])
+def test_wait_goes_on_while_a_probe_hangs(home: Path, then: str) -> None:
+    """It may come to something still: it is let go and opens, or its device is taken back, which ends the wait."""
+    said("fail", "probe_hang")
+    with ended(start(home, "ctl", "offer", "echo", "--wait", "--machine", NAME)) as offer:
+        wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the probe to hang")
+        assert offer.poll() is None
+        if then == "taken back":
+            said("rescind", "4")
+            out, err = offer.communicate(timeout=30)
+            assert (offer.returncode, err) == (1, "vmbus-emu: relid 4 will not be open: the device was taken back\n")
+        said("fail", "probe_hang", "--times", "0")
+        if then == "let go":
+            out, err = offer.communicate(timeout=30)
+            assert (offer.returncode, err) == (0, "")
+            said("rescind", "4", "--wait")
+    assert out.startswith("4 ")
+    wait_for(lambda: len(devices()) == 3, "the device to go")
+
+
 def test_instance_names_one_device_and_no_other() -> None:
     """Also where there are devices that have no relid, as the guest could not take them."""
     said("fail", "alloc_channel", "--times", "2")

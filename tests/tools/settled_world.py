@@ -43,7 +43,7 @@ def publish(world: World) -> None:
         tables.write_vp(position, HostVp(*registers, tuple(synic.sint), waiting))
     for channel in host.channels.values():
         relid = channel.offer.child_relid
-        mirror.clear_channel(relid)
+        mirror.clear_channel(relid, 0)
         if not channel.released:
             mirror.write_channel(_row(channel))
             rows = [(handle, one) for handle, one in host.gpadls.items() if one.child_relid == relid]

@@ -18,6 +18,7 @@ from emu.errors import (
     ChannelRescinded,
     DeadlinePassed,
     MissingPrerequisite,
+    NotOpened,
     UserError,
 )
 from tools import cli
@@ -166,6 +167,7 @@ def test_wrong_words_are_one_line_and_status_2(
         (UserError("two\nlines"), ExitStatus.USAGE),
         (MissingPrerequisite("no /dev/shm"), ExitStatus.MISSING),
         (DeadlinePassed("offers", 5_000_000_000), ExitStatus.TIME_LIMIT),
+        (NotOpened(4, "no driver has taken it"), ExitStatus.FINDING),
         (ChannelRescinded("gone"), ExitStatus.FAILED),
         (KeyboardInterrupt(), ExitStatus.INTERRUPTED),
     ],

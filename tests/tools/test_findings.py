@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emu.errors import DeadlinePassed, OwnLimit, UserError
+from emu.errors import DeadlinePassed, NotOpened, OwnLimit, UserError
 from emu.faults import parse
 from emu.host_policy import ANSWERS, CELLS
 from emu.layout import PAGE_SIZE
@@ -25,6 +25,7 @@ from emu.switches import SWITCHES, Fix
 from emu.wire.versions import KNOWN_VERSIONS, FeatureFlags
 from tests.conftest import SOURCES, RunCli
 from tests.system.commands import start, wait_until_open
+from tools.crash import failure_report
 from tools.exit_status import ExitStatus
 from tools.findings import (
     KEPT,
@@ -226,6 +227,17 @@ def test_death_names_its_invariant_and_its_crash_record(state: Path) -> None:
     assert folder is not None
     text = (folder / "finding.txt").read_text()
     assert "INV-13: vcpu0 died" in text and f"crash record: {record}" in text
+
+
+def test_wait_that_ended_in_vain_is_kept(state: Path) -> None:
+    """With its reason, and no word of a hang; whoever asked is told the folder."""
+    with pytest.raises(NotOpened) as lost, kept_if_it_hangs(case()):
+        raise NotOpened(4, "its probe failed with -EIO")
+
+    (folder,) = findings_dir().iterdir()
+    text = (folder / "finding.txt").read_text()
+    assert "relid 4 will not be open: its probe failed with -EIO" in text and "did not end" not in text
+    assert failure_report(lost.value)["finding"] == str(folder)
 
 
 def test_only_a_hang_is_kept_not_what_a_user_does(state: Path) -> None:

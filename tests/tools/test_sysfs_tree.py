@@ -402,12 +402,12 @@ def test_foreign_guest_is_shown_as_the_host_knows_it() -> None:
         assert listing(tree.bus, "devices") == {name}
         assert listing(tree.bus, "drivers") == set()
 
-        mirror.clear_channel(3)
+        mirror.clear_channel(3, 1)
         publish(mirror)
         assert listing(tree.parent, f"{name}/channels") == {"2"}
         with pytest.raises(OSError, match="No such device"):
             held.show()
-        mirror.clear_channel(2)
+        mirror.clear_channel(2, 1)
         publish(mirror)
         assert tree.parent.names() == []
         assert tree.parent.find(name) is None
