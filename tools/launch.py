@@ -33,10 +33,13 @@ from emu.layout import MachineState
 from emu.limits import check_limits
 from emu.machine import ACTOR_WAKEUPS, Machine
 from emu.mirror import Mirror
+from emu.plugin import Plugins
 from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.tracing import TRACE_BYTES
 from emu.vmexit import HostBell
+from emu.wire.device_classes import BY_NAME
+from emu.wire.messages import ChannelFlags
 from guestproc.kernel.layout import boot_pages, compute
 from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
@@ -505,12 +508,15 @@ def ring_ram(scenario: Scenario) -> tuple[int, int]:
 
     It has memory from the launch on: a /dev/shm that is too small for them is said before anything runs, and no device
     waits while the pages of its rings are made (40 us for two of 64 KiB). Others are made when they are needed, also
-    those behind the last power of two of a RAM that is none.
+    those behind the last power of two of a RAM that is none. What a plugin's driver asks for is only known when it
+    does: it counts as what the scenario says.
     """
     machine = scenario.machine
     scattered = machine.ring_memory == "scattered"
     blocks: Counter[int] = Counter()
     for spec in scenario.device_specs:
+        if not has_driver(spec.class_name, scenario.plugins):
+            continue
         channels = spec.channels(machine.vcpus)
         blocks[spec.ring_block(scattered=scattered)] += channels
         if scattered:
@@ -526,6 +532,19 @@ def ring_ram(scenario: Scenario) -> tuple[int, int]:
     for block, count in sorted(blocks.items()):
         end = _aligned(end, block) + count * block
     return begin, max(0, min(end, machine.ram_bytes) - begin)
+
+
+def has_driver(class_name: str, plugins: Plugins) -> bool:
+    """Whether a driver of our guest matches devices of this class at boot.
+
+    Ours take every class that we know but sockets, which nobody takes, nor does a plugin's driver. A test compares
+    this with their tables: to import them costs 12 ms, which would be the launch's.
+    """
+    own = plugins.classes.get(class_name)
+    kind = BY_NAME[class_name] if own is None else own
+    if kind.chn_flags & ChannelFlags.TLNPI_PROVIDER_OFFER:
+        return False
+    return own is None or any(kind.guid.bytes_le in one.driver.id_table for one in plugins.drivers)
 
 
 def _aligned(gpa: int, size: int) -> int:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from emu import plugin
 from emu.memory import PAGE_SIZE
+from emu.plugin import NO_PLUGINS
 from emu.scenario import MAX_RING_PAGES, DeviceSpec, MachineSpec, Scenario
+from emu.wire.device_classes import CLASSES, DeviceClass
+from emu.wire.messages import ChannelFlags
+from guestproc.drivers.driver import takes_sockets
+from guestproc.drivers.table import BUILT_IN
 from guestproc.kernel.layout import Era, KernelTables, boot_pages
 from guestproc.kernel.pages import PageOwner
 from tests.guestproc.kernel.fakes import Lone
-from tools.launch import ring_ram
+from tools.launch import has_driver, ring_ram
 
 SPECS = st.lists(
     st.tuples(st.integers(1, 6), st.sampled_from([2, 3, 5, 16, 17, 64, 129, 300]), st.integers(0, 2)),
@@ -57,6 +64,49 @@ def test_rings_lie_in_what_is_reserved(specs: list[tuple[int, int, int]], vcpus:
 def test_machine_without_devices_reserves_nothing() -> None:
     """There is no ring to reserve memory for."""
     assert ring_ram(Scenario(MachineSpec(), ()))[1] == 0
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.name)
+def test_class_has_a_driver_if_the_table_of_drivers_has_one(kind: DeviceClass) -> None:
+    """Of all classes that we know; a driver of sockets takes nothing else, and nobody else takes those."""
+    socket = bool(kind.chn_flags & ChannelFlags.TLNPI_PROVIDER_OFFER)
+    taken = any(kind.guid.bytes_le in one.id_table and takes_sockets(one) == socket for one in BUILT_IN)
+
+    assert has_driver(kind.name, NO_PLUGINS) == taken
+
+
+PLUGIN = """
+from emu import plugin
+from emu.wire.messages import ChannelFlags
+
+LONELY = plugin.device_class("lonely", guid="9d1b1ee9-4a31-4a3e-8c43-6d1f0a0c5a01")
+TAKEN = plugin.device_class("taken", guid="9d1b1ee9-4a31-4a3e-8c43-6d1f0a0c5a02")
+SOCKET = plugin.device_class(
+    "socket", guid="9d1b1ee9-4a31-4a3e-8c43-6d1f0a0c5a03", flags=ChannelFlags.TLNPI_PROVIDER_OFFER
+)
+
+@plugin.driver
+class Takes:
+    name = "takes"
+    id_table = plugin.ids(TAKEN, SOCKET)
+
+    def probe(self, current, device):
+        return 0
+
+    def remove(self, current, device):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("class_name", "rings"), [("lonely", 0), ("taken", 3), ("socket", 0), ("hv_sock", 0)])
+def test_rings_that_no_driver_will_open_are_not_reserved(tmp_path: Path, class_name: str, rings: int) -> None:
+    """A plugin's class without a driver, and sockets; what is beside them is reserved as if it were alone."""
+    (tmp_path / "classes.py").write_text(PLUGIN)
+    plugins = plugin.load([tmp_path / "classes.py"])
+    alone = ring_ram(Scenario(MachineSpec(), (DeviceSpec(),), plugins=plugins))
+    both = ring_ram(Scenario(MachineSpec(), (DeviceSpec(), DeviceSpec(class_name, count=3)), plugins=plugins))
+
+    assert both == (alone[0], alone[1] + rings * 32 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("vcpus", [1, 8])
