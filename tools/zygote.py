@@ -11,6 +11,9 @@ and reports name and status to the launcher over a SEQPACKET socket, one msgpack
 
 from __future__ import annotations
 
+from tools import lean_fork  # noqa: F401  (before anybody else imports what it imports)
+
+# isort: split
 import ctypes
 import gc
 import os
@@ -190,6 +193,9 @@ def main() -> int:
     warm_up()
     gc.collect()
     fill_holes()
+    # What is looked up in a class takes the place of what was looked up before, and counts both names down and up: a
+    # child's would write to a page of each name that the imports had used.
+    sys._clear_type_cache()
     gc.freeze()
     return Zygote(link, launcher_pid).run()
 
