@@ -194,12 +194,7 @@ def why_no_relid(machine: Machine) -> str:
 def wait_until_released(machine: Machine, relid: int, generation: int) -> None:
     """Watch the host's mirror until the guest has given this life of a relid back."""
     mirror = Mirror(machine.control)
-
-    def released() -> bool:
-        channel = mirror.channel(relid)
-        return channel is None or channel.generation > generation
-
-    _watch(released, f"relid {relid} to be released")
+    _watch(lambda: mirror.is_over(relid, generation), f"relid {relid} to be released")
 
 
 def _watch(done: Callable[[], bool], what: str) -> None:
