@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgpack
 
 from emu import cpuid
-from emu.control import ActorKind, ActorState, Ready, start_time_of
+from emu.control import ActorKind, ActorState, Counters, Ready, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
@@ -132,6 +132,8 @@ class RunningMachine:
     extra: dict[str, Any] = field(default_factory=dict)
     """What its configuration says beside the scenario."""
     _stopping: bool = False
+    _counters: Counters | None = None
+    """The launcher's own: what it requested through `peers`."""
     _by_hand_looked_at: float = 0.0
     _zygote_gone: bool = False
     _sweeper: int = -1
@@ -373,8 +375,12 @@ class RunningMachine:
         """Let a CPU look at the harness's words now."""
         if self.peers is None:
             launcher = next(row for row in self.machine.control.rows() if row.kind == ActorKind.LAUNCHER)
-            self.peers = Peers(self.machine, self.machine.control.counters(launcher.slot))
+            self._counters = self.machine.control.counters(launcher.slot)
+            self.peers = Peers(self.machine, self._counters)
         self.peers.request(cpu, RESCHEDULE_VECTOR)
+        if self._counters is not None:
+            # At once: it does not block as a processor does, which publishes its counters then.
+            self._counters.flush()
 
     def stop(self) -> None:
         """Stop all processes, deadline and kill included; objects stay until `close`."""

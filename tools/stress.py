@@ -92,7 +92,9 @@ class Sums:
     """What all CPUs report, added up by channel."""
 
     packets: int = 0
+    """That came back."""
     nbytes: int = 0
+    """Of payload that was sent: with packets that went with their channels."""
     lost: int = 0
     corrupt: int = 0
     taken_away: int = 0
@@ -365,9 +367,10 @@ def run_stress(
         state = state_report(running.machine, running.pump, unjudged=ordered)
         in_time = running.shut_down_guest()
         leaked = running.leaked()
-        counters = running.machine.control.counter_totals()
         refused = running.machine.control.refusals()[0]
         running.stop()
+        # Behind the end of all processes: each has published its last ones then.
+        counters = running.machine.control.counter_totals()
         faults = running.faults.report()
         report: dict[str, Any] = {
             "seed": seed,
@@ -376,6 +379,7 @@ def run_stress(
             "channels": sums.channels,
             "packets": sums.packets,
             "bytes": sums.nbytes,
+            "requested": counters["requested"],
             "interrupts": counters["interrupts"],
             "wakeups": counters["kicks_semaphore"] + counters["kicks_signal"],
             "kicks": {name.removeprefix("kicks_"): counters[name] for name in counters if name.startswith("kicks_")},
@@ -516,8 +520,8 @@ def _show(report: Mapping[str, Any]) -> None:
         f"{report['vcpus']} vCPUs in {report['seconds']:g} s"
     )
     click.echo(
-        f"{report['interrupts']:,} interrupts, {report['wakeups']:,} wake-ups, {report['spurious']} spurious, "
-        f"{report['merged']:,} merged, {report['preemptions']:,} preemptions"
+        f"{report['requested']:,} interrupts requested, {report['merged']:,} merged, {report['interrupts']:,} taken, "
+        f"{report['spurious']} spurious; {report['wakeups']:,} wake-ups, {report['preemptions']:,} preemptions"
     )
     click.echo(
         f"rings: {report['empty_transitions']:,} times from empty, {report['full_transitions']:,} times full, "

@@ -96,7 +96,7 @@ def test_each_count_that_must_be_nothing_is_a_finding(name: str) -> None:
 def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     """Several senders a channel, devices that come and go, vCPUs that are moved: every byte comes back right.
 
-    And no invariant is broken in what was recorded of it.
+    And no invariant is broken in what was recorded of it, and each interrupt that was requested was taken or merged.
     """
     arguments = ("--duration", "1.5", "--seed", "11", "--vcpus", "3", "--channels", "6", "--json", "--junit", "out.xml")
     done = run_cli("stress", *arguments, "--record", "s.rec", timeout_s=100)
@@ -107,6 +107,8 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
     assert (told["lost"], told["corrupt"], told["leaked"], told["seed"]) == (0, 0, 0, 11)
     assert (told["violations"], told["recording"]["path"]) == ([], "s.rec")
     assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
+    assert told["requested"] == told["merged"] + told["interrupts"], "what was ordered at the launcher counts as well"
+    assert told["requested"] == told["merged"] + sum(told["kicks"].values())
     assert ElementTree.parse(tmp_path / "out.xml").getroot().get("failures") == "0"
 
 
