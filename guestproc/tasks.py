@@ -293,6 +293,9 @@ class _Pinger:
                 next_due = now()
             self.send(next_due)
             next_due += every_ns
+            if every_ns:
+                # Who is behind his time waits for nothing; but an answer that was left lying would seem late itself.
+                self.taken(self.session.take())
             while self.due and (not every_ns or now() < next_due):
                 self.take()
             left -= 1
@@ -325,6 +328,12 @@ class _Pinger:
         if not packets:
             self.session.wait()
             packets = self.session.take()
+        self.taken(packets)
+
+    def taken(self, packets: list[Packet]) -> None:
+        """Note when these answers were taken; they come in the order of what was sent."""
+        if not packets:
+            return
         done_ns = time.monotonic_ns()
         if self.trace:
             self.trace.record(E_TASK_TAKE, self.relid, len(packets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,3 +53,46 @@ def test_ping_goes_on_where_nobody_drains(monkeypatch: pytest.MonkeyPatch) -> No
     recording.pinger().let_drain()
 
     assert recording.halts == 2
+
+
+class Prompt:
+    """An echo that answers at once, and a program that needs `step_ns` from one look at the clock to the next."""
+
+    def __init__(self, step_ns: int) -> None:
+        self._waiting: deque[str] = deque()
+        self.vcpu = self
+        self.current = SimpleNamespace(trace=None)
+        self.channel = SimpleNamespace(relid=1)
+        self._now = 0
+        self._step_ns = step_ns
+        self.sent_ns: list[int] = []
+
+    def monotonic_ns(self) -> int:
+        self._now += self._step_ns
+        return self._now
+
+    def send(self, payloads: list[bytes], **_words: int) -> int:
+        self.sent_ns.append(self._now)
+        self._waiting.append("answer")
+        return len(payloads)
+
+    def take(self) -> list[str]:
+        came = list(self._waiting)
+        self._waiting.clear()
+        return came
+
+    def wait(self) -> None: ...
+
+    def safe_point(self) -> None: ...
+
+
+def test_answer_is_taken_as_soon_as_it_is_there_by_who_is_behind_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that cannot be held makes its sender late, which is told; answers that have come are no later by that."""
+    prompt = Prompt(step_ns=1_000)
+    monkeypatch.setattr("guestproc.tasks.time", prompt)
+    samples = array("Q")
+
+    _Pinger(cast(Any, prompt), b"", samples).run(wanted_ns=100_000, every_ns=100)
+
+    assert len(samples) == 2 * len(prompt.sent_ns) == 2_000
+    assert max(done - sent for done, sent in zip(samples[1::2], prompt.sent_ns, strict=True)) <= 2_000
