@@ -9,6 +9,7 @@ from emu.tracing import (
     E_IRQ_RAISE,
     E_ISR_ENTER,
     E_MESSAGE_POST,
+    E_REQUEST_START,
     E_RING_PUBLISH,
     E_RING_RELEASE,
     E_SLOT_READ,
@@ -18,10 +19,12 @@ from emu.tracing import (
     E_WORK_QUEUE,
     E_WORK_RUN,
 )
-from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, Stages, Step, stages_of
+from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, TO_GUEST, TO_HOST, Stages, Step, stages_of
 
 VECTOR = 0xF3
 RELID = 7
+BYTES = 88
+"""Of a packet in its ring, there and back."""
 
 
 def steps(*rows: tuple[int, int, tuple[int, ...]], position: int = 1) -> Iterable[Step]:
@@ -32,14 +35,14 @@ def steps(*rows: tuple[int, int, tuple[int, ...]], position: int = 1) -> Iterabl
 def round_trip(start: int, relid: int = RELID) -> list[tuple[int, int, tuple[int, ...]]]:
     """All steps of one packet, the n-th n ns behind the one before."""
     events = [
-        (E_RING_PUBLISH, (relid, 0, 0)),
-        (E_RING_RELEASE, (relid, 0, 0)),
-        (E_RING_PUBLISH, (relid, 1, 0)),
+        (E_RING_PUBLISH, (relid, 0, 0, BYTES)),
+        (E_RING_RELEASE, (relid, 0, 0, BYTES)),
+        (E_RING_PUBLISH, (relid, 1, 0, BYTES)),
         (E_FLAG_SET, (1, 2, relid, 0)),
         (E_IRQ_RAISE, (1, VECTOR)),
         (E_ISR_ENTER, (VECTOR,)),
         (E_TASKLET_RUN, (2, relid)),
-        (E_RING_RELEASE, (relid, 1, 0)),
+        (E_RING_RELEASE, (relid, 1, 0, BYTES)),
         (E_TASK_TAKE, (relid, 1)),
     ]
     return [(start + n * (n + 1) // 2, event, values) for n, (event, values) in enumerate(events)]
@@ -73,7 +76,55 @@ def test_two_packets_at_once_on_a_channel_are_not_followed() -> None:
     """Whose answer is whose cannot be seen in the records, so there is no sample rather than a guess."""
     first, *rest = round_trip(1000)
 
-    assert not any(data(stages_of(steps(first, (1000, E_RING_PUBLISH, (RELID, 0, 8)), *rest))))
+    assert not any(data(stages_of(steps(first, (1000, E_RING_PUBLISH, (RELID, 0, 8, BYTES)), *rest))))
+
+
+def test_each_of_several_packets_is_followed_where_the_records_tell_of_each() -> None:
+    """Three that a host holds up: each is that much shorter as it was sent later, and all wait for what came for one.
+
+    The first one's answer asks for the interrupt; the last answer, which comes behind the ISR, has none of its own.
+    """
+    rows = [
+        (1000, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)),
+        (1001, E_REQUEST_START, (RELID, 1)),
+        (1100, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)),
+        (1200, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)),
+        (2000, E_RING_RELEASE, (RELID, TO_HOST, 0, 3 * BYTES)),
+        (2010, E_RING_PUBLISH, (RELID, TO_GUEST, 0, 2 * BYTES)),
+        (2013, E_FLAG_SET, (1, 2, RELID, 0)),
+        (2017, E_IRQ_RAISE, (1, VECTOR)),
+        (2022, E_ISR_ENTER, (VECTOR,)),
+        (2025, E_RING_PUBLISH, (RELID, TO_GUEST, 0, BYTES)),
+        (2028, E_TASKLET_RUN, (2, RELID)),
+        (2035, E_RING_RELEASE, (RELID, TO_GUEST, 0, 3 * BYTES)),
+        (2043, E_TASK_TAKE, (RELID, 3)),
+    ]
+    stages = stages_of(steps(*rows), dues=[990, 1090, 1190])
+
+    assert data(stages)[:2] == [[1000, 900, 800], [10, 10, 25]]
+    assert data(stages)[2:] == [[3, 3], [4, 4], [5, 5], [6, 6], [7, 7], [8, 8]]
+    assert stages.due == [10, 10, 10]
+
+
+def test_stages_add_up_to_the_round_trip() -> None:
+    """From when each was due to when its sender has it, nothing between two stages."""
+    dues = [990, 4970]
+    stages = stages_of(steps(*round_trip(1000), *round_trip(5000)), dues)
+
+    ends = [start + sum(range(9)) for start in (1000, 5000)]
+    assert [sum(one) for one in zip(stages.due, *data(stages), strict=True)] == [
+        end - due for end, due in zip(ends, dues, strict=True)
+    ]
+
+
+def test_answer_whose_taking_is_not_on_record_has_no_stage_behind_it() -> None:
+    """The host's release comes late, or never: how long it served cannot be said, nor is it said of the next packet."""
+    first, release, *rest = round_trip(1000)
+    start = (1000, E_REQUEST_START, (RELID, 1))
+    late = (rest[0][0] + 1, *release[1:])
+    stages = stages_of(steps(start, first, rest[0], late, *rest[1:], *round_trip(5000)))
+
+    assert data(stages)[1:] == [[n] for n in range(2, 9)]
 
 
 def test_missing_step_ends_the_path_and_no_later_one() -> None:
