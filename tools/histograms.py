@@ -67,8 +67,12 @@ def hgrm_text(histogram: HdrHistogram) -> str:
     return "\n".join(lines) + "\n"
 
 
-def hlog_text(histograms: Mapping[str, HdrHistogram], began_s: float, seconds: float) -> str:
-    """An interval log of one interval, a tagged line for each histogram; values are nanoseconds, Max is in ms."""
+def hlog_text(histograms: Mapping[str, HdrHistogram], intervals: Mapping[str, tuple[float, float]]) -> str:
+    """An interval log, a tagged line for each histogram; values are nanoseconds, Max is in ms.
+
+    `intervals` are when each one's began (seconds since the epoch), and how many seconds it had.
+    """
+    began_s = min((intervals[tag][0] for tag in histograms), default=0.0)
     stamp = time.strftime("%a %b %d %H:%M:%S %Z %Y", time.gmtime(began_s))
     lines = [
         "#[Logged with vmbus-emu]",
@@ -78,9 +82,11 @@ def hlog_text(histograms: Mapping[str, HdrHistogram], began_s: float, seconds: f
         f"#[BaseTime: {began_s:.3f} (seconds since epoch)]",
         '"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"',
     ]
-    for tag, histogram in histograms.items():
+    # In the order of time, as readers of logs expect.
+    for tag in sorted(histograms, key=lambda tag: intervals[tag][0]):
+        histogram, (from_s, seconds) = histograms[tag], intervals[tag]
         encoded = histogram.encode().decode()
-        lines.append(f"Tag={tag},{0.0:.3f},{seconds:.3f},{histogram.get_max_value() / 1e6:.3f},{encoded}")
+        lines.append(f"Tag={tag},{from_s - began_s:.3f},{seconds:.3f},{histogram.get_max_value() / 1e6:.3f},{encoded}")
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ from tools.histograms import (
     svg_plot,
     terminal_plot,
 )
-from tools.latency_stages import Step, stages_of
+from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, DUE_STAGE, Stages, Step, stages_of
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
@@ -54,6 +54,8 @@ REPORT: Final = "vmbus-emu.latency"
 ROUND_TRIP: Final = "round_trip"
 RECORDED: Final = "round_trip_recorded"
 MOST_SIZE: Final = 8_192
+HELD: Final = 0.95
+"""A rate of which less than so much was done was not reached; a host that lost its core at the end is no more."""
 RECORDED_S: Final = 1.5
 MOST_RECORDED: Final = 50_000
 """Round trips whose stages are found out, unless somebody wants the recording; each has 27 records of 64 bytes."""
@@ -63,13 +65,37 @@ _PACKET_NAMES: Final = ("p50", "p90", "p99", "p999")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Samples of one machine: round trips in ns, how many never came back, and stages if it recorded."""
+    """Samples of one machine: its round trips, how many never came back, and stages if it recorded."""
 
-    round_trips: list[int]
+    trips: Trips
     lost: int
-    stages: dict[str, list[int]]
+    stages: Stages = field(default_factory=Stages)
     dropped: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """When each round trip was due and when its answer was taken, in their order (CLOCK_MONOTONIC ns).
+
+    They were measured from `began_s` on (seconds since the epoch) for `seconds`.
+    """
+
+    dues: array[int]
+    dones: array[int]
+    began_s: float
+    seconds: float
+
+    def lengths(self) -> list[int]:
+        """How long each took, in ns."""
+        return [done - due for due, done in zip(self.dues, self.dones, strict=True)]
+
+    def achieved(self, rate: int) -> float:
+        """Round trips a second that were done; not more than `rate` (0: as many as there were)."""
+        if not self.dues:
+            return 0.0
+        a_second = len(self.dues) * 1e9 / max(1, self.dones[-1] - self.dues[0])
+        return min(a_second, rate) if rate else a_second
 
 
 @click.command()
@@ -135,7 +161,6 @@ def latency(
     case = _case(scenario, rate, size, duration_s, compare, fail)
     folder = tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-")
     recorded_at = record_path or Path(click.get_current_context().with_resource(folder), "recording")
-    began_s = time.time()
     try:
         with noting_interruption() as interruption:
             raise_noted()
@@ -143,6 +168,7 @@ def latency(
                 plain = measure(scenario, rate or 0, size, duration_s)
             with kept_if_it_fails(case, recorded_at):
                 seconds = duration_s if record_path is not None else _recorded_s(rate, duration_s)
+                began_s = time.time()
                 recorded = measure(scenario, rate or 0, size, seconds, record=True, kept=recorded_at)
     except (DeadlinePassed, MachineDied, NotOpened) as error:
         if as_json:
@@ -154,18 +180,20 @@ def latency(
         else:
             say("vmbus-emu: interrupted before both measurements were done; --duration makes them shorter")
         return interruption.status
-    samples = {ROUND_TRIP: plain.round_trips, RECORDED: recorded.round_trips, **recorded.stages}
+    samples = {ROUND_TRIP: plain.trips.lengths(), RECORDED: recorded.trips.lengths(), **recorded.stages.all()}
     histograms = {name: histogram_of(values, name) for name, values in samples.items()}
     figures = {name: figures_of(histogram) for name, histogram in histograms.items()}
     if hgrm is not None:
         write_text(hgrm, hgrm_text(histograms[ROUND_TRIP]), "--hgrm")
     if hlog is not None:
-        write_text(hlog, hlog_text(histograms, began_s, duration_s), "--hlog")
+        write_text(hlog, hlog_text(histograms, _intervals(plain, recorded, began_s)), "--hlog")
     if plot is not None:
         write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {size} bytes, {_pace(rate)}"), "--plot")
     worse = regressions(before.stages, figures, limits)
     report = {
         "rate": rate,
+        "achieved": round(plain.trips.achieved(rate or 0), 1),
+        "achieved_recorded": round(recorded.trips.achieved(rate or 0), 1),
         "size": size,
         "vcpus": scenario.machine.vcpus,
         "poll": scenario.machine.poll.text(),
@@ -177,6 +205,8 @@ def latency(
         "regressions": worse,
     }
     report["finding"] = _kept(case, report, recorded_at)
+    for line in _cautions(report):
+        say(f"vmbus-emu: {line}")
     if compare is not None and (other := before.otherwise(report)):
         say(f"vmbus-emu: {compare} was measured otherwise: {other}")
     if as_json:
@@ -216,16 +246,20 @@ def measure(
         with recording(running, (kept or Path(folder, "recording")) if record else None) as recorded:
             running.wait_ready()
             samples = Path(folder, "samples")
+            began_s = time.time()
             lost = _ping(running, rate, size, duration_s, samples)
             if record:
                 hot_plug(running)
             running.shut_down_guest()
+            trips = _trips(samples, began_s, duration_s)
             if recorded is None:
-                return Measured(_round_trips(samples), lost, {}, faults=running.faults.report())
+                return Measured(trips, lost, faults=running.faults.report())
             running.stop()
         faults = running.faults.report()
         steps = _steps(recorded.path, running.machine.config["vp_indices"])
-        return Measured(_round_trips(samples), lost, stages_of(steps).all(), recorded.dropped, faults)
+        # With records missing nobody knows which packet is which round trip.
+        stages = stages_of(steps, () if recorded.dropped else trips.dues)
+        return Measured(trips, lost, stages, recorded.dropped, faults)
 
 
 def _case(
@@ -283,9 +317,20 @@ def hot_plug(running: RunningMachine, times: int = HOT_PLUGS) -> None:
         running.pump(0)
 
 
-def _round_trips(path: Path) -> list[int]:
+def _trips(path: Path, began_s: float, seconds: float) -> Trips:
     pairs = array("Q", path.read_bytes())
-    return [done - due for due, done in zip(pairs[::2], pairs[1::2], strict=True)]
+    return Trips(pairs[::2], pairs[1::2], began_s, seconds)
+
+
+def _intervals(plain: Measured, recorded: Measured, launched_s: float) -> dict[str, tuple[float, float]]:
+    """From when on (seconds since the epoch) and for how long each histogram was filled.
+
+    Messages are followed for the whole life of the machine that records, which was launched at `launched_s`.
+    """
+    first, second = ((one.trips.began_s, one.trips.seconds) for one in (plain, recorded))
+    life = launched_s, max(0.0, time.time() - launched_s)
+    named = dict.fromkeys((RECORDED, DUE_STAGE, *DATA_STAGES), second)
+    return {ROUND_TRIP: first, **named, **dict.fromkeys(CONTROL_STAGES, life)}
 
 
 def _steps(path: Path, vp_indices: list[int]) -> Iterator[Step]:
@@ -352,6 +397,18 @@ def _pace(rate: int | None) -> str:
     return "one after the other" if rate is None else f"{rate} a second"
 
 
+def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures do not say by themselves, and somebody would read them wrongly without."""
+    rate, plain, recorded = report["rate"], report["achieved"], report["achieved_recorded"]
+    if rate is not None and min(plain, recorded) < HELD * rate:
+        yield (
+            f"{rate} a second were not reached: {plain:,.0f}, and {recorded:,.0f} by the machine that records; the "
+            "rest waited, and the round trips are as long as the backlog: a lower --rate tells more"
+        )
+    if report["records_dropped"]:
+        yield f"{report['records_dropped']:,} records were dropped: the stages are those of what was left"
+
+
 def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     rows = [
         (
@@ -367,7 +424,10 @@ def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     click.echo(f"\nround trip, {how}:")
     for line in curve:
         click.echo(line)
-    click.echo(f"\nthe recorder adds {report['recorder_ns'] / US:.1f} us to a round trip; {report['lost']} lost")
+    click.echo(
+        f"\np50 in the machine that records: {report['recorder_ns'] / US:+.1f} us; "
+        f"{report['achieved']:,.0f} round trips a second; {report['lost']} lost"
+    )
     tell_faults(report["faults"])
     shared = [stage for stage in report["stages"] if stage in before.stages]
     if shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,7 +23,8 @@ from tools.histograms import (
     svg_plot,
     terminal_plot,
 )
-from tools.latency import _recorded_s
+from tools.latency import RECORDED, Trips, _cautions, _recorded_s
+from tools.latency_stages import DATA_STAGES, DUE_STAGE
 
 SAMPLES = [1_000 * n for n in range(1, 1_001)]
 
@@ -58,7 +60,8 @@ def test_hgrm_ends_with_the_scaled_mean_and_deviation() -> None:
 def test_hlog_holds_every_histogram() -> None:
     """A tagged line each, which decodes to the histogram that was written."""
     histograms = {"isr": histogram_of(SAMPLES, "isr"), "dpc": histogram_of([5, 6], "dpc")}
-    lines = [line for line in hlog_text(histograms, 1.0, 2.0).splitlines() if line.startswith("Tag=")]
+    text = hlog_text(histograms, dict.fromkeys(histograms, (1.0, 2.0)))
+    lines = [line for line in text.splitlines() if line.startswith("Tag=")]
 
     assert [line.split(",")[0] for line in lines] == ["Tag=isr", "Tag=dpc"]
     decoded = HdrHistogram.decode(lines[0].split(",")[-1].encode())
@@ -66,10 +69,13 @@ def test_hlog_holds_every_histogram() -> None:
 
 
 def test_hlog_is_read_by_the_library_itself(tmp_path: Path) -> None:
-    """HdrHistogram's own log reader finds every histogram, with its tag, its count and its percentiles."""
+    """HdrHistogram's own log reader finds every histogram, with its tag, interval, count and percentiles.
+
+    The two machines of a measurement run one after the other, and not for as long: a count by its interval is a rate.
+    """
     histograms = {"isr": histogram_of(SAMPLES, "isr"), "dpc": histogram_of([5_000, 6_000], "dpc")}
     path = tmp_path / "out.hlog"
-    path.write_text(hlog_text(histograms, 1.0, 2.0), encoding="utf-8")
+    path.write_text(hlog_text(histograms, {"isr": (1_000.0, 2.0), "dpc": (1_005.0, 0.5)}), encoding="utf-8")
 
     reader = HistogramLogReader(str(path), HdrHistogram(1, MOST_NS, 3))
     read = {}
@@ -78,6 +84,10 @@ def test_hlog_is_read_by_the_library_itself(tmp_path: Path) -> None:
     reader.close()
 
     assert {tag: one.get_total_count() for tag, one in read.items()} == {"isr": len(SAMPLES), "dpc": 2}
+    assert {tag: (one.get_start_time_stamp(), one.get_end_time_stamp()) for tag, one in read.items()} == {
+        "isr": (1_000_000, 1_002_000),
+        "dpc": (1_005_000, 1_005_500),
+    }
     assert read["isr"].get_value_at_percentile(50) == histograms["isr"].get_value_at_percentile(50)
 
 
@@ -136,6 +146,9 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     stages = told["stages"]
     assert {"round_trip", "send_to_host", "signal_to_request", "request_to_isr", "callback_to_task"} <= stages.keys()
     assert {"post_to_slot", "slot_to_isr", "isr_to_dpc", "dpc_to_queue", "queue_to_handler"} <= stages.keys()
+    if not told["records_dropped"]:
+        assert stages["due_to_send"]["count"] == stages["send_to_host"]["count"] == stages[RECORDED]["count"]
+        assert sum(stages[name]["p50_ns"] for name in (DUE_STAGE, *DATA_STAGES)) > 0.8 * stages[RECORDED]["p50_ns"]
     assert all(0 < one["p50_ns"] <= one["p99_ns"] <= one["max_ns"] for one in stages.values())
     assert (tmp_path / "out.hgrm").read_text().count("\n") > 10
 
@@ -148,6 +161,27 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     assert "worse: round_trip p50" in done.stdout
     assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
     assert "old.json was measured otherwise: one after the other\n" in done.stderr
+
+
+def test_rate_that_is_not_reached_is_told() -> None:
+    """Its round trips are as long as the backlog, whatever the channel does; one that is reached says nothing."""
+    held = {"rate": 1_000, "achieved": 1_000.0, "achieved_recorded": 990.0, "records_dropped": 0}
+
+    assert list(_cautions(held)) == list(_cautions({**held, "rate": None})) == []
+    (line,) = _cautions({**held, "achieved_recorded": 500.0})
+    assert line.startswith("1000 a second were not reached: 1,000, and 500 by the machine that records")
+    (line,) = _cautions({**held, "records_dropped": 37_530})
+    assert line.startswith("37,530 records were dropped")
+
+
+def test_what_was_achieved_is_counted_from_the_first_due_to_the_last_taken() -> None:
+    """A backlog at the end belongs to it; a rate is never passed, as answers come before the next one is due."""
+    trips = Trips(array("Q", range(0, 10_000_000, 1_000_000)), array("Q", range(5, 20_000_005, 2_000_000)), 0.0, 1.0)
+    quick = Trips(trips.dues, trips.dues, 0.0, 1.0)
+
+    assert trips.achieved(1_000) == pytest.approx(555.56, rel=0.001)
+    assert (quick.achieved(1_000), Trips(array("Q"), array("Q"), 0.0, 1.0).achieved(5)) == (1_000, 0.0)
+    assert trips.lengths()[-1] == 9_000_005
 
 
 @pytest.mark.parametrize("stages", ["5", "[1]", '{"isr": 5}', '{"isr": {"p50_ns": 1}}', '{"isr": {"p50_ns": null}}'])
