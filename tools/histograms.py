@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
 from hdrh.histogram import HdrHistogram
@@ -19,6 +19,8 @@ MOST_NS: Final = 60_000_000_000
 DIGITS: Final = 3
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
 US: Final = 1_000.0
+MOST_BY_CHANCE: Final = 10
+"""A percentile with fewer samples beyond it moves from run to run by more than any limit."""
 
 
 def histogram_of(samples: Iterable[int], tag: str = "") -> HdrHistogram:
@@ -167,8 +169,13 @@ class _Axes:
 # -- comparing ------------------------------------------------------------------------------------------------
 
 
-def regressions(old: Mapping[str, Any], new: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
-    """What got worse than its limit allows: `limits` is percentile name -> share (0.1: a tenth more)."""
+def regressions(
+    old: Mapping[str, Any], new: Mapping[str, Any], limits: Mapping[str, float], unjudged: Container[str] = ()
+) -> list[str]:
+    """What got worse than its limit allows: `limits` is percentile name -> share (0.1: a tenth more).
+
+    Nothing that is in `unjudged`, as `too_few` words it.
+    """
     found = []
     for stage, before in old.items():
         after = new.get(stage)
@@ -176,6 +183,20 @@ def regressions(old: Mapping[str, Any], new: Mapping[str, Any], limits: Mapping[
             continue
         for name, share in limits.items():
             then, now = before[f"{name}_ns"], after[f"{name}_ns"]
-            if now > then * (1 + share):
-                found.append(f"{stage} {name}: {then / US:.1f} us before, {now / US:.1f} us now (limit +{share:.0%})")
+            if now > then * (1 + share) and f"{stage} {name}" not in unjudged:
+                found.append(
+                    f"{stage} {name}: {then / US:.1f} us before, {now / US:.1f} us now (limit +{100 * share:g}%)"
+                )
     return found
+
+
+def too_few(old: Mapping[str, Any], new: Mapping[str, Any], limits: Iterable[str]) -> list[str]:
+    """Stages, and which of the percentiles in `limits`, that have too few samples beyond it: worse would be chance."""
+    return [
+        f"{stage} {name}"
+        for stage in old
+        if stage in new
+        for name in limits
+        # 1 - 0.999 is a little less than a thousandth.
+        if min(old[stage]["count"], new[stage]["count"]) * (1 - PERCENTILES[name] / 100) < MOST_BY_CHANCE - 1e-6
+    ]

@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +42,7 @@ from tools.histograms import (
     regressions,
     svg_plot,
     terminal_plot,
+    too_few,
 )
 from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, DUE_STAGE, Stages, Step, stages_of
 from tools.launch import MachineDied, RunningMachine, launch
@@ -155,7 +156,7 @@ def latency(
     written = {"--record": record_path, "--hgrm": hgrm, "--hlog": hlog, "--plot": plot}
     check_apart(written, scenario_path, compare)
     check_svg(plot, "--plot", "the curves are")
-    limits = dict(_limit(text) for text in fail)
+    limits = _limits(fail)
     before = _read_report(compare) if compare is not None else Older({}, {})
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     case = _case(scenario, rate, size, duration_s, compare, fail)
@@ -189,7 +190,9 @@ def latency(
         write_text(hlog, hlog_text(histograms, _intervals(plain, recorded, began_s)), "--hlog")
     if plot is not None:
         write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {size} bytes, {_pace(rate)}"), "--plot")
-    worse = regressions(before.stages, figures, limits)
+    # The round trip is judged in any case: it is what was asked for.
+    unjudged = too_few({stage: one for stage, one in before.stages.items() if stage != ROUND_TRIP}, figures, limits)
+    worse = regressions(before.stages, figures, limits, unjudged)
     report = {
         "rate": rate,
         "achieved": round(plain.trips.achieved(rate or 0), 1),
@@ -203,6 +206,7 @@ def latency(
         "lost": plain.lost + recorded.lost,
         "faults": both(plain.faults, recorded.faults),
         "regressions": worse,
+        "unjudged": unjudged,
     }
     report["finding"] = _kept(case, report, recorded_at)
     for line in _cautions(report):
@@ -342,6 +346,17 @@ def _steps(path: Path, vp_indices: list[int]) -> Iterator[Step]:
             yield Step(record.t_ns, record.event.number, record.values, position)
 
 
+def _limits(texts: Sequence[str]) -> dict[str, float]:
+    """Percentile name -> share that it may be worse by; UserError for one that is said twice."""
+    limits: dict[str, float] = {}
+    for text in texts:
+        name, share = _limit(text)
+        if name in limits:
+            raise UserError(f"--fail {text}: there is another limit for {name}; leave one of them out")
+        limits[name] = share
+    return limits
+
+
 def _limit(text: str) -> tuple[str, float]:
     """`p99:+10%` as ("p99", 0.1)."""
     name, _, share = text.partition(":")
@@ -357,7 +372,7 @@ def _limit(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Older:
-    """An older report: each stage's percentiles (ns, by the report's names), and what they were measured with."""
+    """An older report: count and percentiles (ns) of each stage by their names in it, and what it was measured with."""
 
     stages: dict[str, dict[str, float]]
     measured_with: dict[str, Any]
@@ -372,10 +387,13 @@ def _read_report(path: Path) -> Older:
     """An older report; UserError when it is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        name, stages = document["schema"]["name"], document["stages"]
+        name, stages = document["schema"]["name"], {}
         if name == REPORT:
-            figures = [f"{percentile}_ns" for percentile in _PACKET_NAMES]
-            stages = {stage: {figure: float(one[figure]) for figure in figures} for stage, one in stages.items()}
+            figures = ["count", *(f"{percentile}_ns" for percentile in _PACKET_NAMES)]
+            stages = {
+                stage: {figure: float(one[figure]) for figure in figures} for stage, one in document["stages"].items()
+            }
+            stages[ROUND_TRIP]  # without it nothing would be compared, and nothing worse
     except OSError as error:
         raise UserError(f"--compare {path}: {error.strerror}; give what `vmbus-emu latency --json` printed") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -407,6 +425,8 @@ def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
         )
     if report["records_dropped"]:
         yield f"{report['records_dropped']:,} records were dropped: the stages are those of what was left"
+    if report["unjudged"]:
+        yield f"too few samples for --fail, not judged: {', '.join(report['unjudged'])}; --duration makes them more"
 
 
 def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:

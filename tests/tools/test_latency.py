@@ -22,6 +22,7 @@ from tools.histograms import (
     regressions,
     svg_plot,
     terminal_plot,
+    too_few,
 )
 from tools.latency import RECORDED, Trips, _cautions, _recorded_s
 from tools.latency_stages import DATA_STAGES, DUE_STAGE
@@ -109,6 +110,33 @@ def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
     assert bool(regressions(old, new, {"p99": 0.1})) is worse
 
 
+def test_limit_is_told_as_it_was_typed() -> None:
+    """Half a per cent is neither none nor one."""
+    (line,) = regressions({"isr": {"p99_ns": 1_000}}, {"isr": {"p99_ns": 2_000}}, {"p99": 0.005})
+
+    assert line == "isr p99: 1.0 us before, 2.0 us now (limit +0.5%)"
+
+
+@pytest.mark.parametrize(("name", "sparse"), [("p50", {"a"}), ("p99", {"a", "b"}), ("p999", {"a", "b", "c"})])
+def test_percentile_with_nothing_beyond_it_is_chance(name: str, sparse: set[str]) -> None:
+    """Ten samples beyond it, in both runs, make it a figure: 20 for p50, 1,000 for p99, 10,000 for p99.9."""
+    few = {stage: {"count": count} for stage, count in (("a", 19), ("b", 999), ("c", 9_999), ("d", 10_000))}
+    many = {stage: {"count": 1_000_000} for stage in (*few, "gone")}
+
+    expected = [f"{stage} {name}" for stage in few if stage in sparse]
+    assert too_few(many, few, [name]) == too_few(few, many, [name]) == expected
+
+
+def test_what_is_chance_is_no_regression() -> None:
+    """Of one stage the median may be judged, and its 99th percentile not."""
+    old, new = ({"isr": {"count": 41, "p50_ns": ns, "p99_ns": ns}} for ns in (100, 900))
+    limits = {"p50": 0.1, "p99": 0.1}
+
+    (line,) = regressions(old, new, limits, too_few(old, new, limits))
+
+    assert line.startswith("isr p50")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -118,6 +146,7 @@ def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
         (("--compare", "nothing.json", "--fail", "p99:ten"), "p99:ten"),
         (("--compare", "nothing.json", "--fail", "p99:nan%"), "p99:nan%: not understood"),
         (("--compare", "nothing.json", "--fail", "p99:+inf%"), "p99:+inf%: not understood"),
+        (("--compare", "nothing.json", "--fail", "p99:+5%", "--fail", "p99:+9%"), "p99:+9%: there is another limit"),
         (("--compare", "nothing.json"), "nothing.json: No such file or directory"),
         (("--compare", str(Path(__file__))), "no report; give what `vmbus-emu latency --json` printed"),
         (("--hgrm", "nowhere/x.hgrm"), "--hgrm nowhere/x.hgrm: No such file or directory; choose"),
@@ -155,17 +184,19 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     for figures in stages.values():
         figures["p50_ns"] = 1
     (tmp_path / "old.json").write_text(json.dumps(told))
-    again = ("--duration", "0.1", "--rate", "200", "--compare", "old.json", "--fail", "p50:+10%")
+    again = ("--duration", "0.1", "--rate", "200", "--compare", "old.json", "--fail", "p50:+10%", "--fail", "p999:+0%")
     done = run_cli("latency", *again, timeout_s=60)
     assert done.returncode == 1, done.stderr
     assert "worse: round_trip p50" in done.stdout
+    assert re.search("too few samples for --fail, not judged: .*queue_to_handler p999", done.stderr)
+    assert "worse: queue_to_handler p999" not in done.stdout
     assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
     assert "old.json was measured otherwise: one after the other\n" in done.stderr
 
 
 def test_rate_that_is_not_reached_is_told() -> None:
     """Its round trips are as long as the backlog, whatever the channel does; one that is reached says nothing."""
-    held = {"rate": 1_000, "achieved": 1_000.0, "achieved_recorded": 990.0, "records_dropped": 0}
+    held = {"rate": 1_000, "achieved": 1_000.0, "achieved_recorded": 990.0, "records_dropped": 0, "unjudged": []}
 
     assert list(_cautions(held)) == list(_cautions({**held, "rate": None})) == []
     (line,) = _cautions({**held, "achieved_recorded": 500.0})
@@ -184,7 +215,9 @@ def test_what_was_achieved_is_counted_from_the_first_due_to_the_last_taken() -> 
     assert trips.lengths()[-1] == 9_000_005
 
 
-@pytest.mark.parametrize("stages", ["5", "[1]", '{"isr": 5}', '{"isr": {"p50_ns": 1}}', '{"isr": {"p50_ns": null}}'])
+@pytest.mark.parametrize(
+    "stages", ["5", "[1]", "{}", '{"isr": 5}', '{"isr": {"p50_ns": 1}}', '{"isr": {"p50_ns": null}}']
+)
 def test_a_report_that_was_spoilt_is_none(run_cli: RunCli, tmp_path: Path, stages: str) -> None:
     """Told in one line before anything is measured, not by an error behind it."""
     (tmp_path / "old.json").write_text(f'{{"schema": {{"name": "vmbus-emu.latency"}}, "stages": {stages}}}')
