@@ -188,18 +188,23 @@ def watch(
                 if flame is not None and spying is None and watches:
                     spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
                 time.sleep(EVERY_S)
+        for one in watches.values():
+            one.end()
         found = merged(time.monotonic() - began_s, watches.values())
     finally:
         if spying is not None:
             spying.send_signal(2)
             spying.wait()
         for one in watches.values():
-            one.machine.close()
+            one.end()
     return found, interruption
 
 
 def _look(target: _Running | _Command, began_s: float, watches: dict[tuple[str, int], MachineWatch]) -> None:
     """Sample every machine that is there; one that was not there before is watched from now on."""
+    for identity, watched in watches.items():
+        if identity_of(identity[0]) != identity:
+            watched.end()
     for name in target.machines():
         identity = identity_of(name)
         if identity not in watches and (machine := attach_machine(name)) is not None:

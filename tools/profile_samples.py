@@ -136,12 +136,15 @@ class MachineWatch:
         self.machine = machine
         self._began_s = began_s
         self._from_birth = from_birth
+        self._ended = False
         self._processes: dict[tuple[str, int], Watched] = {}
         self._last = machine.control.counter_totals()
         self._first = dict.fromkeys(self._last, 0) if from_birth else self._last
 
     def sample(self) -> None:
         """Look at every process that is there; those that have gone keep what they had."""
+        if self._ended:
+            return
         now_s = time.monotonic() - self._began_s
         for row in self.machine.control.rows():
             if row.state != ActorState.ALIVE or row.kind not in KINDS:
@@ -153,6 +156,13 @@ class MachineWatch:
                     self._processes[row.name, row.pid] = watched
                 watched.sample(now_s)
         self._last = self.machine.control.counter_totals()
+
+    def end(self) -> None:
+        """Let go of it once it has gone, which somebody may wait for; its counters say now what they said last."""
+        if not self._ended:
+            self._ended = True
+            self._last = self.machine.control.counter_totals()
+            self.machine.close()
 
     @property
     def counters(self) -> dict[str, int]:

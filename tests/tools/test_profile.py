@@ -140,6 +140,16 @@ def test_interrupted_profile_tells_what_there_was() -> None:
     assert found.processes == [] and found.seconds > 0
 
 
+def test_machine_that_has_gone_is_let_go(run_cli: RunCli) -> None:
+    """`demo` ends when nobody has its machine mapped any more; and all that the machine counted is in the profile."""
+    done = run_cli("profile", "--json", "--", "demo", "--fast", timeout_s=60)
+
+    assert done.returncode == 0, done.stderr
+    counters = json.loads(done.stdout)["counters"]
+    assert counters["requested"] == counters["merged"] + counters["interrupts"] > 0
+    assert counters["packets"] == 96
+
+
 def test_picture_that_cannot_be_written_is_told_before_the_command_runs(run_cli: RunCli) -> None:
     """Nobody waits for a measurement whose picture has no place."""
     done = run_cli("profile", "--plot", "nowhere/x.svg", "--", "run", "--duration", "0")
