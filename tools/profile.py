@@ -22,7 +22,7 @@ from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FLIGHT_VARIABLE, FileToWrite, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
 from tools.profile_picture import svg_of
-from tools.profile_samples import MachineWatch, Profile, attach_machine, identity_of, merged
+from tools.profile_samples import MachineWatch, Profile, Watched, attach_machine, identity_of, merged
 
 EVERY_S: Final = 0.1
 INTERRUPTED_END_S: Final = 2.0
@@ -180,11 +180,12 @@ def watch(
     """Sample until the time is over, there is nothing to watch any more, or somebody interrupts: all are ends."""
     began_s = time.monotonic()
     watches: dict[tuple[str, int], MachineWatch] = {}
+    launchers: dict[int, Watched] = {}
     spying: subprocess.Popen[bytes] | None = None
     try:
         with noting_interruption() as interruption:
             while not target.over() and (duration_s is None or time.monotonic() - began_s < duration_s):
-                _look(target, began_s, watches)
+                _look(target, began_s, watches, launchers)
                 if flame is not None and spying is None and watches:
                     spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
                 time.sleep(EVERY_S)
@@ -200,7 +201,12 @@ def watch(
     return found, interruption
 
 
-def _look(target: _Running | _Command, began_s: float, watches: dict[tuple[str, int], MachineWatch]) -> None:
+def _look(
+    target: _Running | _Command,
+    began_s: float,
+    watches: dict[tuple[str, int], MachineWatch],
+    launchers: dict[int, Watched],
+) -> None:
     """Sample every machine that is there; one that was not there before is watched from now on."""
     for identity, watched in watches.items():
         if identity_of(identity[0]) != identity:
@@ -208,7 +214,8 @@ def _look(target: _Running | _Command, began_s: float, watches: dict[tuple[str, 
     for name in target.machines():
         identity = identity_of(name)
         if identity not in watches and (machine := attach_machine(name)) is not None:
-            watches[identity] = MachineWatch(machine, began_s, from_birth=isinstance(target, _Command))
+            from_birth, number = isinstance(target, _Command), len(watches) + 1
+            watches[identity] = MachineWatch(machine, began_s, launchers, number, from_birth=from_birth)
         if identity in watches:
             watches[identity].sample()
 
@@ -249,7 +256,7 @@ def show(found: Profile) -> None:
         cores = " ".join(f"{core}:{100 * n // sum(one.cores.values())}%" for core, n in sorted(one.cores.items()))
         rows.append(
             (
-                one.name,
+                found.label(one),
                 f"{one.cpu_ns / 1e9:.3f}",
                 f"{one.user_s:.2f}",
                 f"{one.system_s:.2f}",

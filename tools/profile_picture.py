@@ -39,7 +39,9 @@ def svg_of(found: Profile) -> str:
 def _bands(found: Profile) -> list[tuple[str, list[float]]]:
     """Name and share of a core at each step, the most expensive process first (at the bottom)."""
     ordered = sorted(found.processes, key=lambda one: -one.cpu_ns)
-    bands = [(f"{one.name} {one.cpu_ns / 1e9:.2f} s", _resampled(one, found.seconds)) for one in ordered[:MOST_BANDS]]
+    bands = [
+        (f"{found.label(one)} {one.cpu_ns / 1e9:.2f} s", _resampled(one, found.seconds)) for one in ordered[:MOST_BANDS]
+    ]
     rest = [_resampled(one, found.seconds) for one in ordered[MOST_BANDS:]]
     if rest:
         bands.append((f"{len(rest)} others", [sum(values) for values in zip(*rest, strict=True)]))

@@ -63,6 +63,8 @@ class ProcessCost:
     threads: dict[int, ThreadCost] = field(default_factory=dict)
     timeline: list[tuple[float, float, float]] = field(default_factory=list)
     """From, to (seconds since the beginning), and the share of a core in between."""
+    machine: int = 1
+    """Which of the machines that were watched it is of, from 1; a launcher is of its first one."""
 
 
 class Watched:
@@ -130,10 +132,24 @@ class Watched:
 
 
 class MachineWatch:
-    """All processes of one machine, and its counters, from the first look (or its beginning) to the newest look."""
+    """All processes of one machine, and its counters, from the first look (or its beginning) to the newest look.
 
-    def __init__(self, machine: Machine, began_s: float, *, from_birth: bool = False) -> None:
+    `launchers` (by pid) are shared by the watches of one command: it launches one machine after the other, and what it
+    cost is told once.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        began_s: float,
+        launchers: dict[int, Watched],
+        number: int = 1,
+        *,
+        from_birth: bool = False,
+    ) -> None:
         self.machine = machine
+        self.number = number
+        self._launchers = launchers
         self._began_s = began_s
         self._from_birth = from_birth
         self._ended = False
@@ -150,10 +166,13 @@ class MachineWatch:
             if row.state != ActorState.ALIVE or row.kind not in KINDS:
                 continue
             with contextlib.suppress(psutil.Error, OSError):
-                watched = self._processes.get((row.name, row.pid))
+                watched = self._launchers.get(row.pid) or self._processes.get((row.name, row.pid))
                 if watched is None:
                     watched = Watched(row.name, KINDS[row.kind], row.pid, now_s, from_birth=self._from_birth)
+                    watched.cost.machine = self.number
                     self._processes[row.name, row.pid] = watched
+                    if row.kind == ActorKind.LAUNCHER:
+                        self._launchers[row.pid] = watched
                 watched.sample(now_s)
         self._last = self.machine.control.counter_totals()
 
@@ -187,6 +206,11 @@ class Profile:
     def machine_ns(self) -> int:
         """Processor time of host and guest together, without launcher and zygote."""
         return sum(one.cpu_ns for one in self.processes if one.kind not in ("launcher", "zygote"))
+
+    def label(self, one: ProcessCost) -> str:
+        """What a process is called among all of them: with the number of its machine, if there were several."""
+        several = any(other.machine != one.machine for other in self.processes) and one.kind != "launcher"
+        return f"{one.name} #{one.machine}" if several else one.name
 
     def per(self, counter: str) -> float | None:
         """Processor time of the machine for each of what a counter counts, in ns; None when there was none."""

@@ -140,6 +140,17 @@ def test_interrupted_profile_tells_what_there_was() -> None:
     assert found.processes == [] and found.seconds > 0
 
 
+def test_launcher_of_several_machines_is_one_process(run_cli: RunCli, tmp_path: Path) -> None:
+    """`latency` runs two machines: what launches them is told once, the others have their machine's number."""
+    done = run_cli("profile", "--json", "--", "latency", "--duration", "0.1", timeout_s=60)
+
+    assert done.returncode == 0, done.stderr
+    processes = json.loads(done.stdout)["processes"]
+    assert [one["machine"] for one in processes if one["kind"] == "launcher"] == [1]
+    assert sorted(one["machine"] for one in processes if one["name"] == "vcpu0") == [1, 2]
+    assert len({one["pid"] for one in processes}) == len(processes)
+
+
 def test_machine_that_has_gone_is_let_go(run_cli: RunCli) -> None:
     """`demo` ends when nobody has its machine mapped any more; and all that the machine counted is in the profile."""
     done = run_cli("profile", "--json", "--", "demo", "--fast", timeout_s=60)
