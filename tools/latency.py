@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 
@@ -160,8 +161,8 @@ def latency(
     before = _read_report(compare) if compare is not None else Older({}, {})
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     case = _case(scenario, rate, size, duration_s, compare, fail)
-    folder = tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-")
-    recorded_at = record_path or Path(click.get_current_context().with_resource(folder), "recording")
+    drained = tempfile.TemporaryFile()  # noqa: SIM115 - the command's context closes it
+    recorded_at = record_path or _nameless(click.get_current_context().with_resource(drained))
     try:
         with noting_interruption() as interruption:
             raise_noted()
@@ -243,13 +244,14 @@ def measure(
     `kept` is where the recording goes, if somebody wants it.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="vmbus-emu-latency-") as folder,
+        tempfile.TemporaryFile() as sampled,
+        tempfile.TemporaryFile() as drained,
         launch(scenario, record=record) as running,
         crash_recorded(running),
     ):
-        with recording(running, (kept or Path(folder, "recording")) if record else None) as recorded:
+        with recording(running, (kept or _nameless(drained)) if record else None) as recorded:
             running.wait_ready()
-            samples = Path(folder, "samples")
+            samples = _nameless(sampled)
             began_s = time.time()
             lost = _ping(running, rate, size, duration_s, samples)
             if record:
@@ -264,6 +266,11 @@ def measure(
         # With records missing nobody knows which packet is which round trip.
         stages = stages_of(steps, () if recorded.dropped else trips.dues)
         return Measured(trips, lost, stages, recorded.dropped, faults)
+
+
+def _nameless(file: IO[bytes]) -> Path:
+    """The name by which other processes of this user find it too; of one that is killed no file is left."""
+    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _case(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from array import array
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,6 +15,7 @@ from hdrh.histogram import HdrHistogram
 from hdrh.log import HistogramLogReader
 
 from tests.conftest import RunCli
+from tests.system.commands import ended, start, wait_until_open
 from tools.histograms import (
     MOST_NS,
     figures_of,
@@ -26,6 +29,8 @@ from tools.histograms import (
 )
 from tools.latency import RECORDED, Trips, _cautions, _recorded_s
 from tools.latency_stages import DATA_STAGES, DUE_STAGE
+from tools.profile_samples import identity_of
+from tools.testing import assert_gone, wait_for
 
 SAMPLES = [1_000 * n for n in range(1, 1_001)]
 
@@ -192,6 +197,23 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     assert "worse: queue_to_handler p999" not in done.stdout
     assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
     assert "old.json was measured otherwise: one after the other\n" in done.stderr
+
+
+def test_latency_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the round trips nor what was recorded of them: `kill -9` in the middle of the recording machine."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with ended(start(tmp_path, "latency", "--duration", "0.3", "--rate", "1")) as process:
+        name = f"vm{process.pid}"
+        wait_until_open(name, process)
+        first = identity_of(name)
+        wait_for(lambda: identity_of(name) not in (first, (name, 0)), "the machine that records")
+        wait_until_open(name, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert_gone(name)
+
+    assert list(temporary.iterdir()) == []
 
 
 def test_rate_that_is_not_reached_is_told() -> None:
