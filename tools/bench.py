@@ -113,6 +113,8 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     if unknown:
         raise UserError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)} and all")
     anchors: list[Anchor] = []
+    # Before anything is measured: its load is that of others.
+    described = machine_description()
     left = list(chosen)
     lacking: list[str] = []
     failure: MachineDied | DeadlinePassed | None = None
@@ -133,12 +135,17 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
                 break
             left.remove(name)
     if as_json:
-        told = {"machine": machine_description(), "results": [one.as_json() for one in anchors]}
+        asked = {"short": short, "peers": peers}
+        told = {"machine": described, **asked, "results": [one.as_json() for one in anchors]}
         ended = failure_report(failure) if failure else {"interrupted": interruption.status is not None}
         print_json("bench", 1, {**told, **ended})
     elif len(anchors) > len(lacking):
         print_table(
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
+        )
+    if short and anchors and not as_json:
+        say(
+            "vmbus-emu: these are of one short run each (--short): they show that the benches work, and measure nothing"
         )
     if failure is not None:
         if not as_json:

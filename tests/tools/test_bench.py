@@ -96,6 +96,26 @@ def test_missed_goal_is_a_finding_only_when_strict(arguments: list[str], status:
 
 
 @pytest.mark.usefixtures("benches")
+def test_short_run_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For eyes in a line, for programs in the object; the load of the computer is that before anything was measured."""
+    load = [0.25]
+    monkeypatch.setattr("os.getloadavg", lambda: (load[0], 0.0, 0.0))
+    fast = module.BENCHES["fast"]
+
+    def busy(runs: int, short: bool, peers: bool) -> list[Anchor]:
+        load[0] = 2.0
+        return fast(runs, short, peers)
+
+    monkeypatch.setitem(module.BENCHES, "fast", busy)
+
+    shown = CliRunner().invoke(module.bench, ["slow", "--short"], standalone_mode=False).output
+    told = json.loads(CliRunner().invoke(module.bench, ["fast", "--short", "--json"], standalone_mode=False).output)
+
+    assert "one short run each (--short)" in shown
+    assert (told["short"], told["peers"], told["machine"]["load_1m"]) == (True, False, 0.25)
+
+
+@pytest.mark.usefixtures("benches")
 @pytest.mark.parametrize(("arguments", "status"), [(["all"], 3), (["slow", "lame", "--strict"], 1)])
 def test_bench_that_cannot_run_here_does_not_take_the_others_with_it(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
