@@ -597,6 +597,8 @@ def launch(
     extra.update(no_guest=no_guest, by_hand=bool(without))
     link = start_zygote()
     with _unlinking_on_failure(name, link.process):
+        # Before there is anything of it: whoever kills us from here on leaves the rest to the zygote.
+        link.send("making", name)
         machine = Machine.create(
             name,
             config_of(scenario, **extra),

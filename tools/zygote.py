@@ -2,9 +2,11 @@
 
 It imports what they need, collects and freezes the heap (otherwise each child's first collection would
 un-share it: 6 x the memory), and forks on demand: 1 ms and 1 MB a child. It is their parent: it reaps them
-and reports name and status to the launcher over a SEQPACKET socket, one msgpack array a datagram.
+and reports name and status to the launcher over a SEQPACKET socket, one msgpack array a datagram. Until it has forked
+the sweeper it outlives a launcher that is killed, and unlinks what that has made of a machine.
 
-    launcher -> zygote   ["attach", machine] ["fork", name, kind, number] ["configured"] ["kill", name] ["bye"]
+    launcher -> zygote   ["making", machine] ["attach", machine] ["fork", name, kind, number] ["configured"]
+                         ["kill", name] ["bye"]
     zygote   -> launcher ["warm"] ["forked", name, pid] ["exited", name, pid, status]
     children -> launcher ["crashed", name, traceback] ["stage", name, stage] ["lacking", why]
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 from tools import lean_fork  # noqa: F401  (before anybody else imports what it imports)
 
 # isort: split
+import contextlib
 import ctypes
 import gc
 import os
@@ -29,6 +32,7 @@ import msgpack
 
 from emu.errors import MissingPrerequisite, UserError
 from emu.ipc.heap import keep_freed_memory
+from emu.ipc.segments import unlink_objects
 from emu.limits import not_started
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
@@ -65,10 +69,13 @@ class Zygote:
         self._poll = select.poll()
         self._poll.register(link, select.POLLIN)
         self._machine: Machine | None = None
+        self._making = ""
+        """A machine that is being made, and has no sweeper yet."""
 
     def run(self) -> int:
         """Serve until ["bye"] or until the launcher hangs up."""
-        self._send("warm")
+        with contextlib.suppress(OSError):  # it was killed while we were warming up: what it ordered is read
+            self._send("warm")
         while True:
             for descriptor, _event in self._poll.poll():
                 if descriptor == self._link.fileno():
@@ -82,14 +89,21 @@ class Zygote:
 
     def _obey(self) -> bool:
         """Carry out one order; False when it is time to go."""
-        data = self._link.recv(65_536)
+        data = self._receive()
         if not data:
+            if self._making:
+                # Its launcher was killed, and there is no sweeper yet.
+                unlink_objects(self._making)
             return False
         verb, *arguments = msgpack.unpackb(data)
-        if verb == "attach":
+        if verb == "making":
+            self._making = arguments[0]
+        elif verb == "attach":
             name: str = arguments[0]
             # Before anything is mapped: the sweeper shall hold a name and two pidfds, nothing else.
             self._fork("sweeper", lambda: sweeper.main(name, self._launcher_pid), detached=True)
+            self._making = ""
+            die_with_parent(self._launcher_pid)
             try:
                 self._machine = Machine.attach(name)
             except UserError:
@@ -109,6 +123,13 @@ class Zygote:
                 self._reap(descriptor, report=False)
             return False
         return True
+
+    def _receive(self) -> bytes:
+        """The next order; empty when there is none any more."""
+        try:
+            return self._link.recv(65_536)
+        except ConnectionResetError:  # told once, before what is still to be read
+            return self._link.recv(65_536)
 
     def _kill(self, name: str) -> None:
         for child, pid in self._children.values():
@@ -181,7 +202,6 @@ def main() -> int:
     """`python -m tools.zygote FD LAUNCHER_PID`: warm up, then serve."""
     link = socket.socket(fileno=int(sys.argv[1]))
     launcher_pid = int(sys.argv[2])
-    die_with_parent(launcher_pid)
     os.setpgid(0, 0)
     set_process_name("zygote")
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -754,3 +754,14 @@ def test_rings_that_shared_memory_has_no_room_for_are_one_line(tmp_path: Path) -
         " fewer or smaller rings\n"
     )
     assert done.stdout == "3 \n"
+
+
+@pytest.mark.parametrize("command", ["latency", "run"])
+def test_launcher_that_is_killed_while_it_makes_a_machine_leaves_nothing(tmp_path: Path, command: str) -> None:
+    """Its objects are there before there is a sweeper: the zygote, which is still warming up, unlinks them."""
+    with ended(start(tmp_path, command)) as process:
+        name = f"vm{process.pid}"
+        wait_for(lambda: bool(objects(name)), "the first object of the machine")
+        os.kill(process.pid, signal.SIGKILL)
+
+    assert_gone(name)
