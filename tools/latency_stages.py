@@ -223,11 +223,11 @@ class DataPath:
         if channel is None:
             return
         for _ in range(count):
+            due_ns = next(self._dues, None)  # also of one that was not followed
             stage = next((stage for stage in range(7, -1, -1) if channel.stages[stage]), None)
             if stage is None:
-                break
+                continue
             packet = channel.stages[stage].popleft()
-            due_ns = next(self._dues, None)
             if due_ns is not None:
                 self._due_samples.append(packet.published_ns - due_ns)
             if stage == 7:

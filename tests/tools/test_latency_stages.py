@@ -117,6 +117,17 @@ def test_stages_add_up_to_the_round_trip() -> None:
     ]
 
 
+def test_round_trip_that_is_not_followed_has_its_due_all_the_same() -> None:
+    """Behind a packet of the driver's own, which no task takes, the first is not followed, and no later one is late."""
+    own = round_trip(0)[:-1]
+    first = [(9, E_REQUEST_START, (RELID, 1)), *round_trip(1000)[1:]]
+    publish = round_trip(1000)[0]
+    stages = stages_of(steps(*own, publish, *first, *round_trip(5000)), dues=[990, 4970])
+
+    assert stages.due == [30]
+    assert data(stages)[7] == [8]
+
+
 def test_answer_whose_taking_is_not_on_record_has_no_stage_behind_it() -> None:
     """The host's release comes late, or never: how long it served cannot be said, nor is it said of the next packet."""
     first, release, *rest = round_trip(1000)
