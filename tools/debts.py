@@ -2,7 +2,8 @@
 
 A debt is read off the records alone: a message that stopped on its way, work that has not begun or not ended, an answer
 to a message or a packet that has not come, room in a ring, a look at bytes in one, a mutex. An answer for which nobody
-waits any more, since the time for it was over, stays owed; its sentence says that its asker gave up.
+waits any more, since the time for it was over, stays owed; its sentence says that its asker gave up. A guest that is
+gone is owed nothing, and owes nothing.
 """
 
 from __future__ import annotations
@@ -176,6 +177,10 @@ class _Requests:
                 self._rescinded.add(record.values[0])
             case "offer" if not is_host(record):
                 self._rescinded.discard(record.values[0])
+            case "reset":
+                self._waiting.clear()
+                self._asking.clear()
+                self._rescinded.clear()
 
     def _post(self, record: TraceRecord, request: _Request) -> None:
         if record.event.name == "post_begin":
@@ -242,6 +247,8 @@ def _debts_of_rescinds(records: Iterable[TraceRecord], now_ns: int) -> list[Debt
                 rescinded.pop(record.values[3], None)
             else:
                 rescinded.clear()
+        elif name == "reset":
+            rescinded.clear()
     return [
         Debt("the guest", "the host", f"RELID_RELEASED of relid {relid}", record.t_ns, now_ns, relid)
         for relid, record in rescinded.items()
@@ -258,6 +265,8 @@ def _debts_of_writers(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
         elif name == "close" or (name == "rescind" and not is_host(record)):
             for side in (0, 1):
                 wishes.pop((record.values[0], side), None)
+        elif name == "reset":
+            wishes.clear()
     return [
         Debt(
             "the reader",
@@ -365,6 +374,8 @@ def _debts_of_devices(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
         elif name == "close":
             for key in [key for key in waiting if key[0] == relid]:
                 owe(*key, waiting.pop(key), record.t_ns, given_up=True)
+        elif name == "reset":
+            waiting.clear()
     for key, packets in waiting.items():
         owe(*key, packets, now_ns, given_up=False)
     return debts
@@ -384,6 +395,9 @@ def _debts_of_holders(records: Iterable[TraceRecord], now_ns: int) -> list[Debt]
             waits[record.actor.slot] = record
         elif name == "wait_done":
             waits.pop(record.actor.slot, None)
+        elif name == "reset":
+            holders.clear()
+            waits.clear()
     return [
         Debt(holders[object_].actor.name, record.actor.name, str(record.shown["name"]), record.t_ns, now_ns)
         for record in waits.values()

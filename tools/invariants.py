@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from emu.control import ActorKind
+from emu.layout import ExitOperation
 from emu.recording import Recording, TraceRecord
 
 MOST_SHOWN: Final = 100
@@ -79,6 +80,9 @@ class Rule(ABC):
     def end(self) -> None:  # noqa: B027 - most rules have said everything before
         """The recording ended in order: say what should have happened by now."""
 
+    def guest_died(self) -> None:  # noqa: B027 - what a rule asks of the host alone goes on
+        """Another guest begins, the one before it without a farewell: what that was in the midst of is nobody's."""
+
     def rest(self) -> None:  # noqa: B027 - most rules have nothing to say of that
         """The machine was left as it is, and nothing more happens in it by itself: say who sleeps for ever."""
 
@@ -130,6 +134,9 @@ def judge(
     ending = _Ending()
     for record in records:
         ending.take(record)
+        if _begins_a_guest(record):
+            for rule in made:
+                rule.guest_died()
         for feed in feeds.get(record.event.name, ()):
             feed(record)
     orderly = ending.orderly or settled
@@ -150,20 +157,30 @@ def _verdict(kind: type[Rule], rule: Rule | None, missing: str, *, orderly: bool
     return Verdict(kind, rule.violations, rule.count)
 
 
+def _begins_a_guest(record: TraceRecord) -> bool:
+    """Whether a guest has attached to the host: the first thing that it does, and nothing of the one before is left."""
+    return record.event.name == "vmexit" and record.values[0] == ExitOperation.ATTACH
+
+
 class _Ending:
-    """Whether the hypervisor, and every processor that began, said that it ends."""
+    """Whether the hypervisor, and every processor that began, said that it ends.
+
+    A processor whose process was killed, and that another process is since, need not: that one says so.
+    """
 
     def __init__(self) -> None:
-        self._running: set[int] = set()
+        self._running: dict[int, int] = {}
+        """By processor: who is it."""
         self._host_ended = False
 
     def take(self, record: TraceRecord) -> None:
         """Look at one record."""
-        name = record.event.name
-        if name == "process_start" and record.actor.kind == ActorKind.VCPU.name:
-            self._running.add(record.actor.slot)
+        name, actor = record.event.name, record.actor
+        if name == "process_start" and actor.kind == ActorKind.VCPU.name:
+            self._running[actor.cpu] = actor.slot
         elif name == "process_stop":
-            self._running.discard(record.actor.slot)
+            if self._running.get(actor.cpu) == actor.slot:
+                del self._running[actor.cpu]
             self._host_ended |= is_host(record)
 
     @property

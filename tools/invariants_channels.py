@@ -81,6 +81,12 @@ class ReleasedOnce(Rule):
             "message_take": self._message_take,
         }
 
+    def guest_died(self) -> None:
+        """It gave back nothing; the host forgets what it held."""
+        self._released.clear()
+        self._lives.clear()
+        self._state.clear()
+
     def _release(self, record: TraceRecord) -> None:
         relid = record.values[0]
         # The guest says so when it has posted it; by then the host may have offered the relid again, and it was taken.
@@ -134,6 +140,12 @@ class RescindsHaveEffect(Rule):
             "release": self._gone,
             "vmbus_onoffer": self._offer_begins,
         }
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._asked.clear()
+        self._offers.clear()
+        self._unfound.clear()
 
     def _handler(self, record: TraceRecord) -> None:
         self._asked[record.values[0]] = record
@@ -197,6 +209,12 @@ class OffersBeforeRescinds(Rule):
             "work_done": self._work_done,
             "rescind": self._rescind,
         }
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._offers.clear()
+        self._before.clear()
+        self._running.clear()
 
     def _slot_read(self, record: TraceRecord) -> None:
         _sint, _type, msgtype, serial = record.values
@@ -287,6 +305,11 @@ class NobodyWaitsForTheRescinded(Rule):
             "offer": self._offer,
         }
 
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._waiting.clear()
+        self._rescinded.clear()
+
     def _req_alloc(self, record: TraceRecord) -> None:
         self._waiting[record.values[2]] = record
 
@@ -328,6 +351,11 @@ class PagesOfTheHost(Rule):
             "page_free": self._page_free,
             "slot_read": self._slot_read,
         }
+
+    def guest_died(self) -> None:
+        """Its successor lays memory out anew, and the host forgot its GPADLs."""
+        self._live.clear()
+        self._allocated.clear()
 
     def _gpadl_add(self, record: TraceRecord) -> None:
         if not is_host(record) and record.values[3]:
@@ -384,6 +412,14 @@ class RepliesMatch(Rule):
             "rescind": self._rescind,
             "offer": self._offer,
         }
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._out.clear()
+        self._completed.clear()
+        self._posted.clear()
+        self._rescinded.clear()
+        self._by_actor.clear()
 
     def _req_alloc(self, record: TraceRecord) -> None:
         request = record.values[2]
@@ -455,6 +491,10 @@ class TargetsAreOnline(Rule):
             "vmbus_open": self._vmbus_open,
             "vmbus_send_modifychannel": self._vmbus_send_modifychannel,
         }
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._online.clear()
 
     def _cpu_online(self, record: TraceRecord) -> None:
         self._online[record.values[1]] = record

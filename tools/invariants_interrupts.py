@@ -34,6 +34,13 @@ class FlagsAreTaken(Rule):
             "isr_exit": self._isr_exit,
         }
 
+    def guest_died(self) -> None:
+        """Its flags went with their pages."""
+        self._set.clear()
+        self._cleared.clear()
+        self._isr.clear()
+        self._last_isr.clear()
+
     def _flag_set(self, record: TraceRecord) -> None:
         position, _sint, flag, was_set = record.values
         if not was_set:
@@ -93,6 +100,10 @@ class MaskedIsServed(Rule):
             "refused": self._refused,
         }
 
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._masked.clear()
+
     def _mask(self, record: TraceRecord) -> None:
         if not is_host(record) and record.context == Context.ISR.name:
             self._masked[record.values[0]] = record
@@ -130,6 +141,10 @@ class TaskletsRun(Rule):
     def feeds(self) -> Mapping[str, Feed]:
         """Scheduled and done, by processor and function."""
         return {"tasklet_sched": self._tasklet_sched, "tasklet_done": self._tasklet_done}
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._scheduled.clear()
 
     def _tasklet_sched(self, record: TraceRecord) -> None:
         self._scheduled[record.actor.slot, record.values[0]] = record
@@ -183,6 +198,12 @@ class SignalsHaveACause(Rule):
             "signal": self._signal,
             "flag_set": self._flag_set,
         }
+
+    def guest_died(self) -> None:
+        """What its host had not read when it died is not read any more."""
+        self._causes.clear()
+        self._reads.clear()
+        self._undecided.clear()
 
     def _cause(self, record: TraceRecord, relid: int) -> _Cause:
         return self._causes.setdefault(relid, {}).setdefault((record.actor.slot, record.context), _Cause())

@@ -38,6 +38,11 @@ class SlotsInOrder(Rule):
         """Writes of the host, reads and frees of the guest."""
         return {"slot_write": self._slot_write, "slot_read": self._slot_read, "slot_free": self._slot_free}
 
+    def guest_died(self) -> None:
+        """Whatever lay in its slots went with them."""
+        self._written.clear()
+        self._read.clear()
+
     def _slot_write(self, record: TraceRecord) -> None:
         # The hypervisor's own (a timer's) have no serial: who frees them says which they were by their type alone.
         if record.values[4]:
@@ -154,6 +159,10 @@ class MessagesAreRead(Rule):
         """Deliveries and reads by serial."""
         return {"slot_write": self._slot_write, "slot_read": self._slot_read}
 
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._written.clear()
+
     def _slot_write(self, record: TraceRecord) -> None:
         if record.values[4]:  # a timer's message is taken by the interrupt itself
             self._written[record.values[4]] = record
@@ -183,6 +192,11 @@ class PostsAreSeen(Rule):
     def feeds(self) -> Mapping[str, Feed]:
         """Both sides' records of posts: the host's comes first."""
         return {"post": self._post, "post_begin": self._post_begin}
+
+    def guest_died(self) -> None:
+        """It may have been killed between its post and the record of that."""
+        self._seen.clear()
+        self._ours.clear()
 
     def _post(self, record: TraceRecord) -> None:
         if is_host(record):
@@ -218,6 +232,10 @@ class WorkIsDone(Rule):
     def feeds(self) -> Mapping[str, Feed]:
         """Queued and done, by queue, function and serial."""
         return {"work_queue": self._work_queue, "work_done": self._work_done}
+
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._queued.clear()
 
     def _work_queue(self, record: TraceRecord) -> None:
         self._queued[record.values] = record

@@ -66,6 +66,11 @@ class _RingRule(Rule):
             "rescind": self._rescind,
         }
 
+    def guest_died(self) -> None:
+        """Its rings are nobody's, whatever is in them."""
+        self.rings.clear()
+        self._mapped.clear()
+
     def ring(self, relid: int, side: int) -> _Ring:
         """A ring of a channel; of one that was taken back, one that nobody looks at."""
         return _Ring() if relid in self._taken_back else self.rings.setdefault((relid, side), _Ring())

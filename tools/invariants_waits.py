@@ -44,6 +44,12 @@ class NobodyWaitsInACircle(Rule):
             "work_done": self._work_done,
         }
 
+    def guest_died(self) -> None:
+        """Nothing of it is left."""
+        self._asleep.clear()
+        self._holders.clear()
+        self._working.clear()
+
     def _wait(self, record: TraceRecord) -> None:
         self._asleep[record.actor.slot] = record
         chain: list[TraceRecord] = []

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from emu.recording import TraceRecord
+from hostproc.protocol import states as host
+from hostproc.state_trace import REMOVED
 from tools.event_names import name_of, shown_text
 from tools.flows import Flow, Flows, Role, Step
 from tools.invariants import is_host
@@ -86,6 +88,7 @@ TELLING: Final[Mapping[str, tuple[str, str]]] = {
     "wake": ("wakes actor {actor}", "try_to_wake_up"),
     "target_change": ("interrupts VP {target_vp} for it from now on", "control plane"),
     "fault_hit": ("is made to go wrong here: fault {kind}", ""),
+    "reset": ("finds that the guest is gone, and drops {dropped} messages that waited for its slots", "SynIC"),
 }
 TELLING_OF_GUEST: Final[Mapping[str, tuple[str, str]]] = {
     "offer": ("has made a channel for relid {relid}", "alloc_channel"),
@@ -202,10 +205,7 @@ def _sleeps(records: Iterable[TraceRecord], steps: Iterable[Step]) -> list[Trace
 
 def story_of_relid(records: Sequence[TraceRecord], flows: Flows, relid: int) -> list[Told]:
     """Everything about a relid, by time; its traffic in sums. Of all devices that had it, if there were several."""
-    gpadls = {
-        record.arguments["gpadl"] for record in records if record.event.name == "vmbus_establish_gpadl_header"
-        and record.arguments["child_relid"] == relid
-    }  # fmt: skip
+    subject = _Subject(relid)
     steps = [step for flow in _flows_of(flows, relid) for step in flow.steps]
     roles: dict[tuple[int, int], str] = {(step.record.actor.slot, step.record.seq): step.role for step in steps}
     sleeps = {(record.actor.slot, record.seq) for record in _sleeps(records, steps)}
@@ -214,7 +214,7 @@ def story_of_relid(records: Sequence[TraceRecord], flows: Flows, relid: int) -> 
     for record in records:
         role = roles.get((record.actor.slot, record.seq), "")
         asleep = (record.actor.slot, record.seq) in sleeps
-        if not role and not asleep and not _about(record, relid, gpadls):
+        if not subject.told_by(record) and not role and not asleep:
             continue
         if record.event.name in TRAFFIC and not role:
             traffic.append(record)
@@ -232,13 +232,34 @@ def _flows_of(flows: Flows, relid: int) -> list[Flow]:
     return named + [flow for flow in flows if not flow.relid and (flow.cause in ids or flow.id in ids)]
 
 
-def _about(record: TraceRecord, relid: int, gpadls: set[int]) -> bool:
-    arguments = record.arguments
-    if arguments.get("relid", 0) == relid or arguments.get("child_relid", 0) == relid:
+class _Subject:
+    """Which records are about a relid; it is to see all of them, in the order of time."""
+
+    def __init__(self, relid: int) -> None:
+        self._relid = relid
+        self._owners: dict[int, int] = {}
+        """By GPADL: the relid for which it was last used; another guest begins to count anew."""
+        self._held = False
+        """Whether the guest has it."""
+
+    def told_by(self, record: TraceRecord) -> bool:
+        """Whether a record names it, or a GPADL of it; or the end of the guest that holds it."""
+        name, arguments = record.event.name, record.arguments
+        if name == "reset":
+            return self._held
+        if name in ("flag_set", "flag_clear"):
+            return arguments["flag"] == self._relid
+        relid = arguments.get("relid", 0) or arguments.get("child_relid", 0)
+        gpadl = arguments.get("gpadl", 0)
+        if not relid:
+            return self._owners.get(gpadl) == self._relid
+        if gpadl:
+            self._owners[gpadl] = relid
+        if relid != self._relid:
+            return False
+        if name == "host_state":
+            self._held = arguments["new"] not in (host.ChannelState.CLIENT_RELEASED, REMOVED)
         return True
-    if record.event.name in ("flag_set", "flag_clear"):
-        return arguments["flag"] == relid
-    return arguments.get("gpadl", 0) in gpadls
 
 
 def _sum_up(traffic: Sequence[TraceRecord]) -> list[Told]:

@@ -171,6 +171,21 @@ def test_holder_of_a_mutex_owes_it_to_who_sleeps(records: list[TraceRecord]) -> 
     assert f"{lock.actor.name} owes {sleeper.actor.name} {lock.shown['name']}" in owed(records)
 
 
+def test_guest_that_is_gone_is_owed_nothing(records: list[TraceRecord]) -> None:
+    """Wherever it was killed: a request under way, work queued, a mutex taken, a packet sent, no room in a ring."""
+    host = next(one for one in records if one.actor.kind == "HYPERVISOR")
+    near = next(one for one in records if one.event.name == "ring_publish")
+    lock = next(one for one in records if one.event.name == "lock")
+    sleeps = replace(lock, actor=near.actor, event=EVENTS["wait"], values=(int(WaitedFor.MUTEX), *lock.values[:3:2]))
+    wishes = replace(near, event=EVENTS["pending_size"], values=(near.values[0], near.values[1], 4096))
+    sends = replace(near, event=EVENTS["request_start"], values=(near.values[0], 1))
+    for end in range(1, len(records), 97):
+        begun = [*records[:end], lock, sleeps, wishes, sends]
+        gone = replace(host, t_ns=begun[-1].t_ns, seq=1 << 30, event=EVENTS["reset"], values=(0,))
+        assert len(owed(begun)) >= 3
+        assert owed([*begun, gone]) == []
+
+
 def without_the_answer(records: list[TraceRecord], msgtype: MessageType) -> list[TraceRecord]:
     """The records without the last message of this type of the host's: nobody posted it, nobody had it."""
     serial = records[index_of(records, "message_post", 0, 2, msgtype)].values[3]

@@ -11,9 +11,16 @@ from emu.recording import Recording
 from emu.scenario import DeviceSpec, Scenario
 from tests.conftest import RunCli
 from tools.ctl import ask_host, wait_until_open
+from tools.debts import debts_of
+from tools.draining import recording
+from tools.flows import flows_of
+from tools.guest_death import replace_guest
+from tools.invariant_table import RULES
+from tools.invariants import Machine, judge
 from tools.launch import RunningMachine, launch
 from tools.state_node import find, whole
 from tools.state_tree import StateTree
+from tools.story import story_of_relid
 
 
 def hits(running: RunningMachine) -> list[int]:
@@ -40,6 +47,34 @@ def test_run_tells_its_faults(run_cli: RunCli, tmp_path: Path) -> None:
     with Recording(tmp_path / "a.rec") as records:
         struck = [record for record in records.records() if record.event.name == "fault_hit"]
     assert len(struck) == delay["hits"] + dup["hits"]  # the launcher, who lets a guest die, records nothing
+
+
+def test_guest_that_died_is_accused_of_nothing(tmp_path: Path) -> None:
+    """It waited for an answer, another message lay in its slot: neither is owed, or held against its successor."""
+    scenario = Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])
+    with launch(scenario, faults=True, record=True) as running, recording(running, tmp_path / "died.rec"):
+        running.wait_ready()
+        echo = {"class": "echo", "backend": "echo", "count": 1, "instance": ""}
+        held = running.turn_on("reply.hold@kind=openchannel_result")
+        ask_host(running.machine, "offer", **echo)
+        running.wait_until(lambda: hits(running) == [1], 20, "the answer to be held")
+        running.turn_on("delay_irq=60s@sint=2,times=1")
+        ask_host(running.machine, "offer", **echo)
+        running.wait_until(lambda: hits(running) == [1, 1], 20, "the offer to lie in its slot")
+        replace_guest(running)
+        running.turn_off(held)
+        running.wait_ready()
+        running.shut_down_guest()
+        running.stop()
+
+    with Recording(tmp_path / "died.rec") as one:
+        records, vp_indices = list(one.records()), one.head["vp_indices"]
+    flows = flows_of(records, vp_indices)
+    verdicts = judge(RULES, records, Machine(vp_indices))
+    assert [(one.name, one.violations, one.undecided) for one in verdicts if one.count or one.undecided] == []
+    assert debts_of(records, flows) == []
+    deaths = [step.record for step in story_of_relid(records, flows, 2) if "the guest is gone" in step.text]
+    assert [record.event.name for record in deaths] == ["reset"]
 
 
 def test_channel_that_a_fault_kept_from_opening_is_a_finding(run_cli: RunCli) -> None:
