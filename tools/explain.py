@@ -6,9 +6,9 @@ the host's part) that it stands for. Behind it: who owes whom what, and since wh
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from string import digits
 from typing import Any
 
 import click
@@ -52,7 +52,7 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
         if message_id is not None:
             flow = flows.get(message_id) or flows.get(f"h{message_id}")
             if flow is None:
-                raise UserError(f"--message {message_id}: {file} has no such message; {_known(flows)}")
+                raise UserError(f"--message {message_id}: {file} has no such message; {ids_of(flows)}")
             told = story_of_flow(records, flow)
             # What its work waits for is its story's end as well.
             about = {flow.id} | {one.id for one in flows if one.cause == flow.id}
@@ -85,10 +85,16 @@ def explain(file: Path, relid: int | None, message_id: str | None, as_json: bool
     return ExitStatus.FINE
 
 
-def _known(flows: Iterable[Flow]) -> str:
-    """The ids that there are: each end numbers its own messages."""
-    counts = Counter(flow.id[0] for flow in flows)
-    ranges = [f"{end}1 to {end}{count}" for end, count in sorted(counts.items())]
+def ids_of(flows: Iterable[Flow]) -> str:
+    """The ids that there are: each end numbers its own messages, and a flight recorder's first is not number 1."""
+    numbers: dict[str, list[int]] = {}
+    for flow in flows:
+        stem = flow.id.rstrip(digits)
+        numbers.setdefault(stem, []).append(int(flow.id[len(stem) :]))
+    ranges = [
+        f"{stem}{min(found)}" + (f" to {stem}{max(found)}" if len(found) > 1 else "")
+        for stem, found in sorted(numbers.items())
+    ]
     return f"there are {' and '.join(ranges)}" if ranges else "it holds none"
 
 

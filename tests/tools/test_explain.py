@@ -17,6 +17,7 @@ from emu.wire.messages import MessageType
 from tests.conftest import RunCli
 from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
+from tools.explain import ids_of
 from tools.flight import save_flight
 from tools.flows import flows_of
 from tools.launch import launch
@@ -114,6 +115,18 @@ def test_wrong_question_is_one_line(
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitStatus.USAGE, "", 1)
     assert words in done.stderr
+
+
+def test_ids_that_there_are_begin_where_the_recording_does(records: list[TraceRecord]) -> None:
+    """A flight recorder's first message has a higher number than 1; of one alone there is no range."""
+    posted = [one for one in records if one.event.name == "message_post"]
+    taken = [one for one in records if one.event.name == "message_take"]
+    h, g = posted[-1].arguments["serial"], taken[-1].arguments["serial"]
+
+    assert ids_of(flows_of(records)) == f"there are g1 to g{g} and h1 to h{h}"
+    assert ids_of(flows_of(taken[-4:])) == f"there are g{g - 3} to g{g}"
+    assert ids_of(flows_of([posted[-1], *taken[-4:]])) == f"there are g{g - 3} to g{g} and h{h}"
+    assert ids_of([]) == "it holds none"
 
 
 # -- debts ----------------------------------------------------------------------------------------------
