@@ -26,6 +26,7 @@ from tools.check import run_of, told_of, verdicts_of
 from tools.debts import debts_of
 from tools.event_names import name_of
 from tools.flows import PATH, Flow, Flows, flows_in
+from tools.histograms import nearest_rank
 from tools.invariants import Verdict, missing_of
 from tools.latency_stages import Step, stages_of
 
@@ -280,8 +281,7 @@ def stage_of(name: str, samples: Iterable[int]) -> dict[str, Any]:
 
 def at_percent(ordered: Sequence[int], percent: float) -> int:
     """The value that so many percent of the samples do not exceed (the nearest rank)."""
-    rank = -(-len(ordered) * percent // 100)
-    return ordered[max(0, min(len(ordered) - 1, int(rank) - 1))]
+    return ordered[nearest_rank(len(ordered), percent) - 1]
 
 
 class Halts:

@@ -22,6 +22,7 @@ from tools.histograms import (
     hgrm_text,
     histogram_of,
     hlog_text,
+    nearest_rank,
     regressions,
     svg_plot,
     terminal_plot,
@@ -30,6 +31,7 @@ from tools.histograms import (
 from tools.latency import RECORDED, Trips, _cautions, _recorded_s
 from tools.latency_stages import DATA_STAGES, DUE_STAGE
 from tools.profile_samples import identity_of
+from tools.report_data import stage_of
 from tools.testing import assert_gone, wait_for
 
 SAMPLES = [1_000 * n for n in range(1, 1_001)]
@@ -42,6 +44,22 @@ def test_figures_keep_the_tail() -> None:
     assert figures["count"] == 1_000
     for name, expected in (("p50", 500_000), ("p90", 900_000), ("p99", 990_000), ("p999", 999_000), ("max", 1_000_000)):
         assert figures[f"{name}_ns"] == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 87, 99, 100, 101, 1_000])
+def test_percentiles_are_those_of_a_report(count: int) -> None:
+    """The first sample that so many do not exceed, to three digits: of 87 the 99th percentile is the largest."""
+    samples = SAMPLES[:count]
+    figures, stage = figures_of(histogram_of(samples)), stage_of("round_trip", samples)
+
+    assert figures["count"] == stage["count"] == len(samples)
+    for figure, percentile in (("p50", "p50"), ("p90", "p90"), ("p99", "p99"), ("p999", "p99.9"), ("max", "max")):
+        assert figures[f"{figure}_ns"] == pytest.approx(stage[percentile], rel=0.001)
+
+
+def test_rank_is_of_the_decimal_number() -> None:
+    """99.9 % of 41,000 are 40,959 samples, although 99.9 as a float is a little more."""
+    assert (nearest_rank(41_000, 99.9), nearest_rank(1, 0), nearest_rank(3, 100)) == (40_959, 1, 3)
 
 
 def test_values_beyond_the_ends_count_as_the_ends() -> None:

@@ -83,7 +83,7 @@ SQL = f"""
         from stage where stage is not null
     )
     select stage, total, {
-    ", ".join(f"max(case when rank <= total * {share} + 0.5 then ns end)" for share in SHARES.values())
+    ", ".join(f"min(case when rank >= total * {share} - 1e-6 then ns end)" for share in SHARES.values())
 } from ranked group by stage"""
 """Of each stage the count and the percentiles."""
 
