@@ -153,6 +153,9 @@ COUNTERS: Final = (
 )
 """Names of the counters an actor may keep, in the order of their words; unused ones stay 0."""
 
+COUNTED_BY_BOTH: Final = frozenset(("exits", "doorbells"))
+"""Who makes one counts it, and so does the hypervisor that takes it, whoever the guest is: a total is the latter's."""
+
 _COUNTER_INDEX: Final = {name: index for index, name in enumerate(COUNTERS)}
 
 
@@ -534,11 +537,12 @@ class Control:
         return dict(zip(COUNTERS, values, strict=True))
 
     def counter_totals(self) -> dict[str, int]:
-        """Sums over all actors that ever were in this machine."""
+        """Sums over all actors that ever were in this machine; what both ends count, once."""
         totals = dict.fromkeys(COUNTERS, 0)
         for row in self.rows():
             for name, value in self.counter_values(row.slot).items():
-                totals[name] += value
+                if row.kind is ActorKind.HYPERVISOR or name not in COUNTED_BY_BOTH:
+                    totals[name] += value
         return totals
 
     # -- serials ----------------------------------------------------------------------------------

@@ -303,6 +303,18 @@ def test_totals_include_the_dead(control: Control) -> None:
     assert totals["interrupts"] == 0
 
 
+def test_totals_count_once_what_both_ends_count(control: Control) -> None:
+    """The guest's thread counts its exit, and the hypervisor, that takes it: that is one exit."""
+    for kind in (ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.WORKER):
+        counters = control.counters(control.enlist(kind, "one").slot)
+        counters.exits, counters.doorbells, counters.blocks = 9, 4, 1
+        counters.flush()
+
+    totals = control.counter_totals()
+
+    assert (totals["exits"], totals["doorbells"], totals["blocks"]) == (9, 4, 3)
+
+
 # -- progress ------------------------------------------------------------------------------------
 
 
