@@ -75,9 +75,11 @@ class RecordedHalt(Halt):
         self._woke = recorder.bind_first(E_HALT_END)
 
     def _poll(self, look: Callable[[], object], window_ns: int) -> bool:
-        before = time.monotonic_ns()
+        vain, before = self._counters.polls_vain, time.monotonic_ns()
         paid = Halt._poll(self, look, window_ns)
-        self._polled(paid, time.monotonic_ns() - before)
+        # Who has lost its core holds off for a while: it has not polled then, and no counter says so either.
+        if paid or self._counters.polls_vain != vain:
+            self._polled(paid, time.monotonic_ns() - before)
         return paid
 
     def _sleep(self, timeout_s: float) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from emu import interrupts
 from emu.control import COUNTERS, Counters
+from emu.interrupt_trace import RecordedHalt
 from emu.interrupts import (
     AWAKE,
     COMPUTING,
@@ -46,6 +47,7 @@ from emu.layout import (
     vps_bytes,
 )
 from emu.machine import KICK_SIGNAL
+from emu.tracing import E_POLL, OneByOne, Recorder
 from tests.interleaving import Actor, Check, SteppedWakeup, Stuck, Turns, explore, stepped_view
 from tests.processes import Crowd
 
@@ -604,6 +606,34 @@ def test_poller_goes_on_behind_who_works_on_what_is_due(
     Halt(sleeper.view, 0, wakeup, lambda: seen.append(1), policy, sleeper.counters).halt(10**6)
 
     assert len(seen) == looks
+
+
+class Told(OneByOne):
+    """A recorder that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.polls: list[int] = []
+
+        self.record = self._keep
+
+    def _keep(self, event: int, *words: int) -> None:
+        if event == E_POLL:
+            self.polls.append(words[0])
+
+
+def test_recording_has_as_many_polls_as_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds off, having lost its core, has not polled: the counters do not say so, and no record does."""
+    clock = [0]
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + 3_000_000))
+    sleeper, told = Sleeper(), Told()
+    wakeup, recorder = cast(Wakeup, sleeper.semaphore), cast(Recorder, told)
+    halt = RecordedHalt(recorder, sleeper.view, 0, wakeup, lambda: False, PollPolicy(200), sleeper.counters).halt
+    for _ in range(5):
+        halt(10**6)
+
+    assert 0 < sleeper.counters.polls_vain < 5
+    assert told.polls == [0] * sleeper.counters.polls_vain
 
 
 def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
