@@ -20,17 +20,21 @@ SIDES: Final = ("to host", "to guest")
 
 @dataclass(slots=True)
 class Ring:
-    """One ring: bytes of its data area (0: unknown), both indices, bytes published less bytes released."""
+    """One ring: bytes of its data area (0: unknown), both indices, bytes published less bytes released.
+
+    `gone`: the host has let go of its pages. What was left in them is nobody's, and who still writes has not heard.
+    """
 
     size: int = 0
     write_index: int = 0
     read_index: int = 0
     behind: int = 0
+    gone: bool = False
 
     @property
     def fill(self) -> int:
         """Bytes that wait to be read."""
-        return max(0, self.behind)
+        return 0 if self.gone else max(0, self.behind)
 
     def _step(self, old: int, new: int) -> int:
         """How far an index went; over the end only where the end is known."""
@@ -58,6 +62,8 @@ class Rings:
         event, arguments = record.event.name, record.arguments
         if event == "map":
             return self._mapped(arguments["relid"], arguments["pages"])
+        if event == "unmap":
+            return self._unmapped(arguments["relid"])
         if event not in ("ring_attach", "ring_publish", "ring_release"):
             return []
         key = arguments["relid"], arguments["side"]
@@ -77,6 +83,13 @@ class Rings:
             # A ring's first page is its control page.
             self.rings[relid, side] = Ring(max(0, pages // 2 - 1) * PAGE_SIZE)
         return [(relid, TO_HOST), (relid, TO_GUEST)]
+
+    def _unmapped(self, relid: int) -> list[tuple[int, int]]:
+        """The channel is closed, was taken back, or its guest is gone."""
+        keys = [key for key in ((relid, TO_HOST), (relid, TO_GUEST)) if key in self.rings]
+        for key in keys:
+            self.rings[key].gone = True
+        return keys
 
     def _attached(self, key: tuple[int, int], arguments: dict[str, int]) -> None:
         """A process says how large a ring is; where its indices are, only the first one that we see needs to."""

@@ -95,6 +95,23 @@ def test_ring_is_as_large_as_its_users_say() -> None:
     assert rings.rings[7, 0].fill == 120
 
 
+def test_nothing_waits_in_rings_that_the_host_has_let_go_of() -> None:
+    """A channel was taken back with something unread in it; the next opening has rings of its own."""
+    rings, fills = Rings(), []
+    for record in (
+        at(1, "unmap", 7, 0),
+        at(2, "map", 7, 1, 8),
+        at(3, "ring_publish", 7, 0, 4000, 4000),
+        at(4, "unmap", 7, 0),
+        at(5, "ring_publish", 7, 0, 4080, 80),
+        at(6, "map", 7, 2, 8),
+        at(7, "ring_publish", 7, 0, 16, 16),
+    ):
+        fills.append({side: rings.rings[relid, side].fill for relid, side in rings.feed(record)})
+
+    assert fills == [{}, {0: 0, 1: 0}, {0: 4000}, {0: 0, 1: 0}, {0: 0}, {0: 0, 1: 0}, {0: 16}]
+
+
 def test_recording_that_begins_late_begins_with_what_is_there() -> None:
     """Nobody saw the channel opened: the first who attaches says what waits."""
     rings = Rings()
