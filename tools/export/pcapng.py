@@ -8,23 +8,25 @@
 Directions are the guest's. The link type is Exported PDU (252), whose tag names the dissector (`vmbus` or
 `vmbus_ring`, tools/lua/vmbus.lua), so nothing has to be set. Messages are one interface, each channel is another.
 Where bytes were not recorded a message has its header, a ring frame nothing, and the length on the wire says how much
-there was. Comments say who, where and how.
+there was. Comments say who, where and how, and of a message the relid, which is known without its bytes, too.
 
 Blocks: draft-ietf-opsawg-pcapng; tags: Wireshark's wsutil/exported_pdu_tlvs.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from struct import pack
 from typing import Final
 
+from emu.control import slot_of
 from emu.recording import Recording, TraceRecord
 from emu.wire.hypercalls import HvStatus
 from emu.wire.messages import HEADER, MESSAGES, MessageType
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE
 from tools.export.captures import Capture, captures
 from tools.export.rings import SIDES, TO_HOST
+from tools.invariants import is_host
 
 LINKTYPE_WIRESHARK_UPPER_PDU: Final = 252
 SNAP_BYTES: Final = 0
@@ -47,14 +49,16 @@ def pcapng(recording: Recording) -> Iterator[bytes]:
     offset_ns = int(recording.head.get("began_unix_ns", 0)) - int(recording.head.get("began_ns", 0))
     yield section_block(recording.machine, recording.dropped)
     interfaces: dict[str, int] = {}
+    relids = relids_of(recording.records())
     for capture in captures(recording.records(), _WANTED):
-        frame = frame_of(capture)
+        record = capture.record
+        frame = frame_of(capture, relids.get((record.event.name, record.arguments.get("serial", 0)), 0))
         if frame is None:
             continue
         if frame.interface not in interfaces:
             interfaces[frame.interface] = len(interfaces)
             yield interface_block(frame.interface)
-        yield frame.block(interfaces[frame.interface], capture.record.t_ns + offset_ns)
+        yield frame.block(interfaces[frame.interface], record.t_ns + offset_ns)
 
 
 class Frame:
@@ -80,28 +84,50 @@ class Frame:
         return _block(_PACKET, head + _padded(captured) + _options(options))
 
 
-def frame_of(capture: Capture) -> Frame | None:
-    """The frame of a record; None for a guest's own word of a post, which the host's says, too."""
+def relids_of(records: Iterable[TraceRecord]) -> dict[tuple[str, int], int]:
+    """By the event that is a message's frame, and its serial: the channel that it is about, 0 for none.
+
+    The host says so when it posts a message, and when it takes one of the guest's; a guest of ours, as it posts.
+    """
+    posting: dict[int, int] = {}  # by actor
+    found: dict[tuple[str, int], int] = {}
+    for record in records:
+        name = record.event.name
+        if name not in ("message_post", "message_take", "post_begin", "post"):
+            continue
+        arguments = record.arguments
+        relid, serial = arguments.get("relid", 0), arguments.get("serial", 0)
+        if name == "post_begin":
+            posting[record.actor.slot] = relid
+        elif name == "post" and is_host(record):
+            relid = posting.pop(slot_of(arguments.get("claimer", 0)), 0)
+        if serial:  # a post that was refused has none
+            found["slot_write" if name == "message_post" else "post", serial] = relid
+    return found
+
+
+def frame_of(capture: Capture, relid: int = 0) -> Frame | None:
+    """The frame of a record, with what a message is about; None for a guest's own word of a post: the host has one."""
     record, arguments = capture.record, capture.record.arguments
     if record.event.name == "ring_publish":
         return _ring_frame(capture, arguments)
     if record.event.name == "slot_write":
-        return _slot_frame(capture, arguments)
+        return _slot_frame(capture, arguments, relid)
     if record.context != "HOST":
         return None
-    return _post_frame(capture, arguments)
+    return _post_frame(capture, arguments, relid)
 
 
-def _post_frame(capture: Capture, arguments: dict[str, int]) -> Frame:
+def _post_frame(capture: Capture, arguments: dict[str, int], relid: int) -> Frame:
     """A message that the guest posts, and what the hypercall said."""
     msgtype, status = arguments["msgtype"], arguments["status"]
     data = HEADER.pack(msgtype, 0)[: arguments["size"]] if capture.data is None else capture.data
-    comments = [*_who(capture.record, arguments), f"connection_id {arguments['connection_id']:#x}"]
+    comments = [*_who(capture.record, arguments, relid), f"connection_id {arguments['connection_id']:#x}"]
     comments.append(f"status {_status(status)}")
     return Frame(_SYNIC, _OUTBOUND, "vmbus", data, arguments["size"], [", ".join(comments)])
 
 
-def _slot_frame(capture: Capture, arguments: dict[str, int]) -> Frame:
+def _slot_frame(capture: Capture, arguments: dict[str, int], relid: int) -> Frame:
     """A message that was written into a slot; one that is no channel message is data to Wireshark."""
     message_type, msgtype = arguments["message_type"], arguments["msgtype"]
     channel = message_type == HVMSG_CHANNEL_MESSAGE
@@ -109,7 +135,7 @@ def _slot_frame(capture: Capture, arguments: dict[str, int]) -> Frame:
     length = len(data)
     if capture.data is None and channel and msgtype in MESSAGES:
         length = MESSAGES[MessageType(msgtype)].least_size
-    comments = [*_who(capture.record, arguments), f"sint {arguments['sint']}", f"queued {arguments['queued']}"]
+    comments = [*_who(capture.record, arguments, relid), f"sint {arguments['sint']}", f"queued {arguments['queued']}"]
     if not channel:
         comments.append(f"SynIC message type {message_type:#x}")
     return Frame(_SYNIC, _INBOUND, "vmbus" if channel else "data", data, length, [", ".join(comments)])
@@ -125,8 +151,8 @@ def _ring_frame(capture: Capture, arguments: dict[str, int]) -> Frame:
     return Frame(f"channel {relid}", direction, "vmbus_ring", data, arguments.get("bytes", 0), [", ".join(comments)])
 
 
-def _who(record: TraceRecord, arguments: dict[str, int]) -> Iterator[str]:
-    """Who recorded it, on which processor or for which, and the message's serial."""
+def _who(record: TraceRecord, arguments: dict[str, int], relid: int = 0) -> Iterator[str]:
+    """Who recorded it, on which processor or for which; the message's serial, and the channel that it is about."""
     yield f"{record.actor.name} seq {record.seq}"
     if record.vp is not None:
         yield f"vp {record.vp}"
@@ -134,6 +160,8 @@ def _who(record: TraceRecord, arguments: dict[str, int]) -> Iterator[str]:
         yield f"position {arguments['position']}"
     if arguments.get("serial"):
         yield f"serial {arguments['serial']}"
+    if relid:
+        yield f"relid {relid}"
 
 
 def _status(status: int) -> str:

@@ -6,11 +6,14 @@ Perfetto's does, too; it is slow to start, so all that it is asked stands in one
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 from emu.recording import Recording
 from tests.tools.export.readers import dissected, expected, report, seen_in, waves, written
+from tools.export.pcapng import relids_of
+from tools.flows import flows_in
 
 
 def counts(recording: Path) -> Counter[str]:
@@ -72,3 +75,29 @@ def test_wireshark_lists_every_message_and_publish(recording: Path, tshark: str,
             if record.event.name in kinds and (record.event.name != "post" or record.context == "HOST")
         ]
     assert seen == expected_frames
+
+
+def test_wireshark_says_of_each_message_what_explain_does(real_recording: Path, tshark: str, tmp_path: Path) -> None:
+    """Its comment has serial and relid, though its bytes were not recorded: the same message about the same channel."""
+    seen = {}
+    for layers in dissected(tshark, written("pcapng", real_recording, tmp_path / "out"), "-Y", "vmbus"):
+        comment = layers["pkt_comment"]["frame.comment"]
+        words = dict(re.findall(r"(serial|relid) (\d+)", comment))
+        end = "g" if "connection_id" in comment else "h"
+        seen[f"{end}{words['serial']}"] = int(words.get("relid", 0))
+    with Recording(real_recording) as opened:
+        told = {flow.id: flow.relid for flow in flows_in(opened)}
+
+    assert seen == told
+    assert any(seen.values())
+
+
+def test_relids_are_told_by_the_host_where_the_guest_records_nothing(real_recording: Path) -> None:
+    """Of a foreign guest's messages, too; and of a message that nobody took the guest alone says it."""
+    with Recording(real_recording) as opened:
+        records = list(opened.records())
+    whole = relids_of(records)
+
+    assert relids_of(one for one in records if one.actor.kind == "HYPERVISOR") == whole
+    assert relids_of(one for one in records if one.event.name != "message_take") == whole
+    assert any(whole.values())
