@@ -22,6 +22,11 @@ _LEGAL: Final = frozenset(
 """What is refused and was asked for in good faith."""
 
 
+def is_in_good_faith(rule: str) -> bool:
+    """Whether what broke this rule of its receiver's is nobody's fault: so is what crosses a rescind on its way."""
+    return rule in _LEGAL or "revoked" in rule
+
+
 class SlotsInOrder(Rule):
     """What was written into a slot is read before the next, and emptied by whoever read exactly that message."""
 
@@ -293,6 +298,5 @@ class NothingIllegal(Rule):
 
     def _refused(self, record: TraceRecord) -> None:
         rule = str(record.shown["rule"])
-        # What crosses a rescind on its way is nobody's fault.
-        if rule not in _LEGAL and "revoked" not in rule:
+        if not is_in_good_faith(rule):
             self.violate(f"{'the host' if is_host(record) else 'the guest'} refused something: {rule}", record)

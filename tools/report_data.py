@@ -27,7 +27,8 @@ from tools.debts import debts_of
 from tools.event_names import name_of
 from tools.flows import PATH, Flow, Flows, flows_in
 from tools.histograms import nearest_rank
-from tools.invariants import Verdict, missing_of
+from tools.invariants import Verdict, is_host, missing_of
+from tools.invariants_messages import is_in_good_faith
 from tools.latency_stages import Step, stages_of
 
 BUCKETS: Final = 240
@@ -103,7 +104,8 @@ class _Seen:
         self.count = 0
         self.actors: dict[int, RecordedActor] = {}
         self.by_event: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
+        self.refused: Counter[tuple[str, str]] = Counter()
+        """By who refused, and the rule: what a recording has of that and is somebody's fault (as in INV-30)."""
         self.marks: list[tuple[int, str]] = []
         self._channels: dict[int, _Channel] = {}
 
@@ -163,8 +165,9 @@ class _Seen:
     def _gone(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
         self.channel(shown["relid"]).gone = True
 
-    def _refused(self, shown: Mapping[str, Any], _record: TraceRecord) -> None:
-        self.refused[str(shown["rule"])] += 1
+    def _refused(self, shown: Mapping[str, Any], record: TraceRecord) -> None:
+        if not is_in_good_faith(rule := str(shown["rule"])):
+            self.refused["the host" if is_host(record) else "the guest", rule] += 1
 
     def _marked(self, shown: Mapping[str, Any], record: TraceRecord) -> None:
         self.marks.append((record.t_ns, str(shown["text"])))
@@ -360,7 +363,8 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Seque
     if recording.dropped:
         found.append(_finding("dropped", f"{recording.dropped:,} records were overwritten before they were written"))
     found += [_finding("mark", text) for _at, text in seen.marks]
-    found += [_finding("refused", f"the host refused: {rule}, {count} times") for rule, count in seen.refused.items()]
+    for (who, rule), count in seen.refused.items():
+        found.append(_finding("refused", f"{who} refused: {rule}, {count} time{'' if count == 1 else 's'}"))
     open_ends = [flow for flow in flows if not flow.ended]
     if open_ends and not missing_of(recording):
         names = Counter(flow.name for flow in open_ends)

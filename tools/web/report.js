@@ -59,7 +59,7 @@
       for (const id of finding.flows) if (flows.has(id)) line.append(flowButton(id), " ");
       list.append(line);
     }
-    if (!data.findings.length) list.append(element("li", { class: "finding fine" }, element("b", {}, "none"), " nothing was refused, lost or left open"));
+    if (!data.findings.length) list.append(element("li", { class: "finding fine" }, element("b", {}, "none"), " no rule was broken, nothing was lost or left open"));
   }
 
   function showInvariants() {

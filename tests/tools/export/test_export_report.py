@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from emu.control import ActorKind
 from emu.errors import UserError
 from emu.recording import Recording
-from emu.tracing import EVENTS, Context
+from emu.tracing import EVENTS, Context, refused_words
 from tests.system.commands import call, report
 from tests.tools.browser import Page
 from tests.tools.recordings import recorders
@@ -131,6 +131,23 @@ def test_broken_invariant_is_a_finding_with_its_messages(tmp_path: Path) -> None
     assert finding["text"].startswith("message 1 was overwritten before it was read")
     assert finding["flows"] == ["h1", "h2"]
     assert found["invariants"]["broken"] == 1
+
+
+def test_refusals_are_findings_where_check_says_so(tmp_path: Path) -> None:
+    """By whoever refused; a version that only the other end did not know, say, was asked for in good faith."""
+    host_actor = (ActorKind.HYPERVISOR, "hypervisor", 0, Context.HOST)
+    with recorders(tmp_path / "refused.rec", host_actor, (ActorKind.VCPU, "vcpu0", 0, Context.TASKLET)) as (host, vcpu):
+        for rule in ("contact-version", "openchannel-revoked", "gpadl-unknown", "gpadl-unknown"):
+            host.record(EVENTS["refused"].number, *refused_words(rule))
+        vcpu.record(EVENTS["refused"].number, *refused_words("ring-index"))
+    with Recording(tmp_path / "refused.rec") as recording:
+        found = report_of(recording)["findings"]
+
+    assert sorted(one["text"] for one in found if one["kind"] == "refused") == [
+        "the guest refused: ring-index, 1 time",
+        "the host refused: gpadl-unknown, 2 times",
+    ]
+    assert sum(one["kind"] == "INV-30" for one in found) == 3
 
 
 def test_page_finds_what_check_finds(tmp_path: Path) -> None:
