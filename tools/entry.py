@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 
 from tools.early_signals import note_signals
@@ -18,6 +19,7 @@ INTERRUPTED = 130
 def main() -> int:
     """Run the command line of this process; its exit status."""
     note_signals()
+    hear_of_children()
     asked = sys.argv[1:]
     try:
         replace_closed_streams()
@@ -34,6 +36,14 @@ def main() -> int:
     # last, though it was caught. The next one takes that back.
     exec("")
     return status
+
+
+def hear_of_children() -> None:
+    """Take SIGCHLD back from whoever ignores it for all that he starts (`trap '' CHLD`, some supervisors).
+
+    Otherwise the system reaps our children itself: nobody learns how they ended, and who waits for the signal waits on.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def replace_closed_streams() -> None:

@@ -73,14 +73,20 @@ class Zygote:
         """A machine that is being made, and has no sweeper yet."""
 
     def run(self) -> int:
-        """Serve until ["bye"] or until the launcher hangs up."""
-        with contextlib.suppress(OSError):  # it was killed while we were warming up: what it ordered is read
+        """Serve until ["bye"], or until the launcher hangs up: then there is nobody whom a traceback would tell."""
+        with contextlib.suppress(ConnectionError):  # it was killed while we were warming up: what it ordered is read
             self._send("warm")
+        with contextlib.suppress(ConnectionError):
+            self._serve()
+        return 0
+
+    def _serve(self) -> None:
+        """As `run`; ConnectionError where the launcher was killed, and is told of something."""
         while True:
             for descriptor, _event in self._poll.poll():
                 if descriptor == self._link.fileno():
                     if not self._obey():
-                        return 0
+                        return
                 else:
                     self._reap(descriptor)
 
@@ -200,12 +206,13 @@ class Zygote:
 
 def main() -> int:
     """`python -m tools.zygote FD LAUNCHER_PID`: warm up, then serve."""
-    link = socket.socket(fileno=int(sys.argv[1]))
     launcher_pid = int(sys.argv[2])
     os.setpgid(0, 0)
     set_process_name("zygote")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What whoever started us ignores is inherited, and children of such a process leave no status behind.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Ignored until a vCPU installs its handler: its default action would kill whoever it reaches early.
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
@@ -217,7 +224,8 @@ def main() -> int:
     # child's would write to a page of each name that the imports had used.
     sys._clear_type_cache()
     gc.freeze()
-    return Zygote(link, launcher_pid).run()
+    with socket.socket(fileno=int(sys.argv[1])) as link:
+        return Zygote(link, launcher_pid).run()
 
 
 if __name__ == "__main__":

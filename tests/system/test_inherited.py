@@ -1,0 +1,79 @@
+"""What a command inherits from whoever starts it: signals he ignores, his directory, the variables of his Python."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.system.commands import (
+    COMMAND,
+    ROOT,
+    assert_gone,
+    ended,
+    environment,
+    inner_pids,
+    report,
+    wait_until_open,
+)
+
+IGNORE = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+DEAF = [sys.executable, "-c", IGNORE]
+"""Runs what follows with SIGCHLD ignored, as some supervisors do: such a process's children leave no status."""
+
+
+def start(home: Path, *command: str) -> subprocess.Popen[str]:
+    """As `commands.start`, of any command."""
+    return subprocess.Popen(
+        command,
+        cwd=home,
+        env=environment(home),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_death_is_told_also_where_sigchld_was_ignored(tmp_path: Path) -> None:
+    """Who died of which signal, exit status 4: the zygote hears how its children end whatever its ancestors ignore."""
+    with ended(start(tmp_path, *DEAF, *COMMAND, "run", "--name", "t-deaf", "--json")) as process:
+        wait_until_open("t-deaf", process)
+        os.kill(inner_pids("t-deaf")["vcpu1"], signal.SIGKILL)
+        output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 4, errors
+    assert "vcpu1" in errors and "SIGKILL" in errors and "Traceback" not in errors
+    assert any("vcpu1" in death for death in report(output)["deaths"])
+    assert_gone("t-deaf")
+
+
+def test_whoever_ignores_sigchld_does_not_wait_for_ever() -> None:
+    """A command that waits for its child by that signal (`sysfs`) has it back before it starts one."""
+    script = "import signal; from tools import entry; entry.main(); print(signal.getsignal(signal.SIGCHLD).name)"
+    words = [*DEAF, sys.executable, "-c", script, "--version"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert done.stdout.splitlines()[-1:] == ["SIG_DFL"], done.stderr
+
+
+def test_a_zygote_whose_launcher_was_killed_says_nothing() -> None:
+    """Not even where something that it had sent was never read, which its end of the socket is told as an error."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        words = [sys.executable, "-W", "error", "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())]
+        zygote = subprocess.Popen(words, cwd=ROOT, pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE, text=True)
+        theirs.close()
+        warm = select.poll()
+        warm.register(ours, select.POLLIN)
+        assert warm.poll(60_000)
+
+        ours.close()
+        _, errors = zygote.communicate(timeout=20)
+
+    assert (zygote.returncode, errors) == (0, "")
