@@ -29,6 +29,7 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import GuestDeaths
 from tools.launch import (
     BOOT_TIMEOUT_S,
+    SHUTDOWN_TIMEOUT_S,
     TOLD_TIMEOUT_S,
     MachineDied,
     RunningMachine,
@@ -151,7 +152,13 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             ):
                 with noting_interruption() as interruption:
                     live(running, options, outcome, ready_pipe)
-                settle(running, outcome, no_guest=options.no_guest)
+                try:
+                    settle(running, outcome, no_guest=options.no_guest)
+                except DeadlinePassed as late:
+                    # Whoever interrupted it is told so, too; but that is what he ended it for.
+                    if interruption.status is None:
+                        raise
+                    outcome.timed_out = str(late)
             if outcome.finding():
                 outcome.flight = save_flight(running.machine, options.flight_s, "finding: see what the run said")
         except DeadlinePassed:
@@ -159,7 +166,8 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             for line in running.log:
                 say(line)
             outcome.counters, outcome.faults = running.machine.control.counter_totals(), running.faults.report()
-            look(running, outcome)
+            if not running.machine.control.shutdown_requested:  # what was there before is told; half of it is gone
+                look(running, outcome)
             raise
         except MachineDied as died:
             death = died
@@ -341,7 +349,7 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
 
 
 def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None:
-    """Let the guest unload, then read the last figures."""
+    """Let the guest unload, then read the last figures; DeadlinePassed when it never did."""
     running.let_go()
     if not no_guest and running.machine.control.ready >= Ready.CHANNELS_OPEN:
         # Here, as it is wanted at the end: what is imported at the top holds up the boot.
@@ -350,13 +358,16 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
         outcome.state = state_report(running.machine, running.pump, unjudged=not_judged(running))
     if no_guest:
         outcome.leaked = Mirror(running.machine.control).head().gpadls
-    elif running.shut_down_guest():
+    elif running.shut_down_guest(SHUTDOWN_TIMEOUT_S):
         outcome.leaked = running.leaked()
     running.stop()
     outcome.counters = running.machine.control.counter_totals()
     outcome.refused, outcome.refusals = running.machine.control.refusals()
     outcome.ignored = running.machine.control.ignored()
     outcome.faults = running.faults.report()
+    control = running.machine.control
+    if control.shutdown_requested and not control.shutdown_done and not running.deaths:
+        raise DeadlinePassed("the guest to unload", int(SHUTDOWN_TIMEOUT_S * 1e9))
 
 
 def not_judged(running: RunningMachine) -> str:

@@ -217,6 +217,8 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
         for line in outcome.log:
             say(line)
         tell_recording(outcome.recording)
+    if outcome.timed_out:
+        say(f"vmbus-emu: {outcome.timed_out}")
     for death in outcome.deaths:
         say(f"vmbus-emu: {death}")
     if outcome.crash_record:

@@ -89,6 +89,21 @@ def test_boot_that_does_not_end_shows_the_guests_log(
     assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
 
 
+def test_guest_that_never_unloads_is_a_time_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host that never answers UNLOAD: exit 124 and an object, with what was waited for and what there was."""
+    monkeypatch.setattr(run_machine, "SHUTDOWN_TIMEOUT_S", 0.3)
+    silent = ("--fault", "reply.drop@kind=unload_response")
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0", "--json", *silent]) == ExitStatus.TIME_LIMIT
+
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert told["timed_out"] == "the guest to unload: no answer within 0.3 s" and told["timed_out"] in shown.err
+    assert (told["channels_open"], told["leaked"], told["faults"][0]["hits"]) == (1, None, 1)
+
+
 def test_device_that_no_driver_takes_needs_no_log(capsys: pytest.CaptureFixture[str]) -> None:
     """It stays closed rightly: nothing is wrong, and nothing is said."""
     assert cli.main(["run", "--device", "hv_sock:1", "--device", "echo:1", "--duration", "0", "--json"]) == 0
