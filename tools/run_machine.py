@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -95,11 +96,13 @@ class Options:
 def check_stream_file(path: Path) -> None:
     """A readable regular file, or one line that says what is wrong with it."""
     try:
-        with path.open("rb"):
+        # Before it is opened: a pipe that nobody writes would be waited for.
+        regular = stat.S_ISREG(path.stat().st_mode)
+        with path.open("rb") if regular or path.is_dir() else contextlib.nullcontext():
             pass
     except OSError as error:
         raise UserError(f"--stream {path}: {error.strerror}; give a file that can be read") from None
-    if not path.is_file():
+    if not regular:
         raise UserError(f"--stream {path}: not a regular file; its contents are read twice, to send and to compare")
     if len(os.fsencode(path.resolve())) > 256:
         raise UserError(f"--stream {path}: its full path is longer than 256 bytes; use a shorter one")

@@ -106,6 +106,15 @@ def test_empty_stream_comes_back_equal(tmp_path: Path) -> None:
     assert report(done.stdout)["stream"]["sha256_ok"] is True
 
 
+def test_a_pipe_is_no_stream_and_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody may ever write into it: it is refused before it is opened."""
+    os.mkfifo(tmp_path / "pipe")
+    done = call(tmp_path, "run", "--stream", "pipe", timeout_s=20)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("vmbus-emu: --stream pipe: not a regular file;") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
