@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from typing import Final
 
@@ -15,6 +13,7 @@ from emu.scenario import Scenario, parse_device
 from tools.anchors import Against, Anchor
 from tools.exit_status import ExitStatus
 from tools.launch import launch
+from tools.own_python import own_environment, own_python
 from tools.paths import cache_dir
 
 WALL_GOAL_S: Final = 0.5
@@ -89,21 +88,9 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
 def launch_to_open() -> float:
     """Seconds from the start of the `vmbus-emu run` process until its last channel was open."""
     started = time.monotonic_ns()
-    command = [
-        sys.executable,
-        "-m",
-        "tools.entry",
-        "run",
-        "--vcpus",
-        "4",
-        "--device",
-        "echo:8",
-        "--duration",
-        "0",
-        "--json",
-    ]
+    command = own_python("tools.entry", "run", "--vcpus", "4", "--device", "echo:8", "--duration", "0", "--json")
     # As installed by pip: with bytecode.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {name: value for name, value in own_environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_dir() / "bytecode"))
     done = subprocess.run(command, check=False, capture_output=True, timeout=120, env=environment)
     if done.returncode == ExitStatus.MISSING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from tools.machines import chosen_machine, find_machines, typed
 from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FLIGHT_VARIABLE, FileToWrite, Seconds, json_option, machine_option
 from tools.output import print_json, print_table, say
+from tools.own_python import own_environment, own_python
 from tools.profile_picture import svg_of
 from tools.profile_samples import MachineWatch, Profile, Watched, attach_machine, identity_of, merged
 
@@ -131,10 +131,8 @@ class _Command:
     def __init__(self, command: tuple[str, ...]) -> None:
         # What it prints is talk here: stdout is for the profile.
         # What is to be measured does not record, unless the command says so.
-        environment = {FLIGHT_VARIABLE: "0", **os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.entry", *command], stdout=sys.stderr, env=environment
-        )
+        environment = {FLIGHT_VARIABLE: "0", **own_environment()}
+        self.process = subprocess.Popen(own_python("tools.entry", *command), stdout=sys.stderr, env=environment)
 
     def machines(self) -> list[str]:
         """Names of its machines at the moment."""

@@ -11,13 +11,12 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from emu.errors import MissingPrerequisite
 from emu.limits import not_started, too_tight
+from tools.own_python import own_environment, own_python
 from tools.paths import cache_dir
 
 
@@ -69,7 +68,7 @@ def _with_bytecode() -> dict[str, str]:
 
     Compiling what a zygote imports takes longer than booting a machine does.
     """
-    environment = dict(os.environ)
+    environment = own_environment()
     if environment.pop("PYTHONDONTWRITEBYTECODE", "") and "PYTHONPYCACHEPREFIX" not in environment:
         environment["PYTHONPYCACHEPREFIX"] = str(cache_dir() / "bytecode")
     return environment
@@ -77,16 +76,14 @@ def _with_bytecode() -> dict[str, str]:
 
 def _start() -> Link:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     with theirs:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tools.zygote", str(theirs.fileno()), str(os.getpid())],
+                own_python("tools.zygote", str(theirs.fileno()), str(os.getpid())),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**_with_bytecode(), "PYTHONPATH": path},
+                env=_with_bytecode(),
                 # From its first moment: Ctrl-C while it imports is for the launcher alone.
                 process_group=0,
             )

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.system.commands import (
     COMMAND,
     ROOT,
@@ -77,3 +79,22 @@ def test_a_zygote_whose_launcher_was_killed_says_nothing() -> None:
         _, errors = zygote.communicate(timeout=20)
 
     assert (zygote.returncode, errors) == (0, "")
+
+
+NOT_OURS = ("emu", "guestproc", "hostproc", "msgpack", "random", "signal", "struct", "tools")
+"""Names of modules of ours, of others' and of Python's that a user may have in his directory."""
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "--duration", "0"), ("profile", "--", "run", "--duration", "0")], ids=["run", "profile"]
+)
+def test_modules_in_the_users_directory_are_not_ours(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """A directory is no place to import from: the script does not, nor does any Python that it starts."""
+    for name in NOT_OURS:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n", encoding="utf-8")
+    script = [sys.executable, "-P", *COMMAND[1:]]  # as installed: `python -m` would look there
+
+    with ended(start(tmp_path, *script, *words)) as process:
+        output, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, "was imported" in errors + output) == (0, False), errors
