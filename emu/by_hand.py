@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from emu.assertions import keep_assertions
 from emu.control import ActorState, is_over
 from emu.errors import MissingPrerequisite, UserError
 from emu.machine import KICK_SIGNAL, Machine
@@ -17,6 +18,7 @@ def attach_and_run(machine_name: str, name: str, body: Callable[[Machine, Callab
 
     What it reports goes to stderr; so does what is the matter with the machine (status 2) or this computer (3), a line.
     """
+    keep_assertions()
     signal.signal(KICK_SIGNAL, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)
     try:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 
+from emu.assertions import keep_assertions
 from tools.early_signals import note_signals
 
 INTERRUPTED = 130
@@ -18,6 +19,7 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Run the command line of this process; its exit status."""
+    keep_assertions()
     note_signals()
     hear_of_children()
     asked = sys.argv[1:]

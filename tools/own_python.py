@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from emu.assertions import OPTIMIZE
+
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -19,7 +21,7 @@ def own_python(module: str, *arguments: str) -> list[str]:
 
 
 def own_environment() -> dict[str, str]:
-    """The environment in which our modules are found, and end where they end (`PYTHONINSPECT`)."""
+    """The environment in which our modules are found, assert, and end where they end (`PYTHONINSPECT`)."""
     path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH", ""))))
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONINSPECT"}
-    return {**inherited, "PYTHONPATH": path}
+    dropped = (OPTIMIZE, "PYTHONINSPECT")
+    return {**{name: value for name, value in os.environ.items() if name not in dropped}, "PYTHONPATH": path}

@@ -98,3 +98,29 @@ def test_modules_in_the_users_directory_are_not_ours(tmp_path: Path, words: tupl
         output, errors = process.communicate(timeout=60)
 
     assert (process.returncode, "was imported" in errors + output) == (0, False), errors
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_assertions_stay_whatever_the_environment_says(
+    tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exhibit that only an assertion shows is broken as ever; without them its processor spins."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", level)
+    words = ("races", "run", "nomem-spins", "--fix", "off")
+
+    with ended(start(tmp_path, *COMMAND, *words)) as process:
+        output, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 1, errors
+    assert "violated INV-29, as expected" in output
+
+
+def test_the_command_line_itself_asserts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs in its own process (`explore`) does so with assertions, and with the arguments it was given."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    script = "import sys; from tools import entry; entry.main(); print(sys.flags.optimize, sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stdout.splitlines()[-1:] == ["0 ['--version', '--json']"], done.stderr
