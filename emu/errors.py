@@ -95,5 +95,9 @@ class UserError(VmbusError):
     """Somebody typed something wrong: one line that names the thing and the cure; exit code 2."""
 
 
+class NameTaken(UserError):
+    """A shared object of that name exists: it belongs to whoever made it."""
+
+
 class MissingPrerequisite(VmbusError):
     """This computer lacks something: one line that says what and how to get it; exit code 3."""

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import msgpack
 
 from emu import cpuid
 from emu.control import ActorKind, ActorState, Counters, Ready, start_time_of
-from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
+from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
 from emu.faults import parse as parse_fault
@@ -557,15 +557,8 @@ def _aligned(gpa: int, size: int) -> int:
     return -(-gpa // size) * size
 
 
-@contextlib.contextmanager
-def _unlinking_on_failure(name: str, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        unlink_objects(name)
-        process.kill()
-        process.wait()
-        raise
+def _in_use(name: str) -> UserError:
+    return UserError(f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`")
 
 
 def launch(
@@ -588,35 +581,44 @@ def launch(
     launched_at = time.monotonic()
     name = name or scenario.machine.name or unused_name()
     if name in machines():
-        raise UserError(f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`")
+        raise _in_use(name)
     names = process_names(scenario.machine.vcpus, no_guest=no_guest)
     unknown = without - names.keys()
     if unknown:
         raise UserError(f"--without: no process is called {min(unknown)}; there are {', '.join(names)}")
     check_limits(scenario.machine.ram_bytes, TRACE_BYTES, scenario.machine.vcpus)
     extra.update(no_guest=no_guest, by_hand=bool(without))
+    config = config_of(scenario, **extra)
     link = start_zygote()
-    with _unlinking_on_failure(name, link.process):
+    running: RunningMachine | None = None
+    try:
         # Before there is anything of it: whoever kills us from here on leaves the rest to the zygote.
         link.send("making", name)
         machine = Machine.create(
             name,
-            config_of(scenario, **extra),
+            config,
             ram_bytes=scenario.machine.ram_bytes,
             vp_indices=scenario.machine.vp_indices(),
             cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
+        running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without, extra=extra)
         if record:
             machine.control.set_recording(with_bytes=record_bytes)
         _plan_faults(machine, scenario)
         machine.control.enlist(ActorKind.LAUNCHER, "launcher")
         machine.control.enlist(ActorKind.ZYGOTE, "zygote", pid=link.process.pid)
-        running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without, extra=extra)
-        try:
-            _start_processes(running, no_guest=no_guest)
-        except BaseException:
+        _start_processes(running, no_guest=no_guest)
+    except NameTaken as taken:
+        # By somebody who launched at the same moment: what has this name is his, and nothing of it is unlinked.
+        link.discard()
+        raise _in_use(name) if name in machines() else taken from None
+    except BaseException:
+        if running is not None:
             running.close()
-            raise
+        else:
+            unlink_objects(name)
+            link.discard()
+        raise
     return running
 
 

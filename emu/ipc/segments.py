@@ -15,7 +15,7 @@ from typing import Final
 
 import posix_ipc
 
-from emu.errors import MissingPrerequisite, UserError
+from emu.errors import MissingPrerequisite, NameTaken, UserError
 from emu.ipc.atomics import AtomicView
 from emu.limits import limit_behind
 
@@ -54,7 +54,7 @@ class Segment:
             # posix_ipc says the same of a name that exists and of a directory that does not.
             if SHM.is_dir():
                 cure = "`vmbus-emu clean` removes what a dead machine left"
-                raise UserError(f"shared memory {name} exists already; {cure}") from None
+                raise NameTaken(f"shared memory {name} exists already; {cure}") from None
             raise MissingPrerequisite(f"no {SHM} for shared memory {name}; mount a tmpfs there") from None
         except (OSError, posix_ipc.Error) as error:
             cure = limit_behind(error) or f"is {SHM} mounted and writable?"

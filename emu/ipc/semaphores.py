@@ -11,7 +11,7 @@ from pathlib import Path
 
 import posix_ipc
 
-from emu.errors import MissingPrerequisite, UserError
+from emu.errors import MissingPrerequisite, NameTaken, UserError
 from emu.limits import limit_behind
 
 WATCHDOG_S = 1.0
@@ -39,7 +39,7 @@ class Wakeup:
                 # The library's one word for "exists already" and "is nowhere to be made".
                 raise MissingPrerequisite(f"no /dev/shm for semaphore {name}; mount a tmpfs there") from None
             cure = "`vmbus-emu clean` removes what a dead machine left"
-            raise UserError(f"semaphore {name} exists already; {cure}") from None
+            raise NameTaken(f"semaphore {name} exists already; {cure}") from None
         except (OSError, posix_ipc.Error) as error:
             cure = limit_behind(error) or "is /dev/shm writable and not full?"
             raise MissingPrerequisite(f"cannot create semaphore {name}: {error}; {cure}") from None
@@ -53,7 +53,7 @@ class Wakeup:
             cure = "no such machine is running; `vmbus-emu ps` lists them"
             raise UserError(f"no semaphore {name}: {cure}") from None
         except posix_ipc.PermissionsError:
-            raise UserError(f"semaphore {name} is another user's") from None
+            raise NameTaken(f"semaphore {name} is another user's") from None
 
     def post(self) -> None:
         """Post one token; a semaphore that somebody filled up (2^31 - 1 tokens) stays as it is."""

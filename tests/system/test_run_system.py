@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from emu.control import is_over
+from emu.errors import UserError
 from emu.host_tables import HostTables
 from emu.memory import PAGE_SIZE
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
@@ -32,6 +33,7 @@ from tests.system.commands import (
     wait_for,
     wait_until_open,
 )
+from tools import launch as launcher
 from tools.launch import MachineDied, launch
 from tools.zygote_start import Link
 
@@ -396,6 +398,20 @@ def test_two_machines_run_beside_each_other(tmp_path: Path) -> None:
     assert other.returncode == 0 and report(other.stdout)["channels_open"] == 8
     assert report(output)["leaked"] == 0
     assert_gone("t-one")
+
+
+def test_who_loses_the_race_for_a_name_leaves_the_winners_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers of one name, and both found it free: the second is refused in one line, the first one boots."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-race") as winner:
+        before = objects("t-race")
+        answers = [[], ["t-race"]]
+        monkeypatch.setattr(launcher, "machines", lambda: answers.pop(0))
+        with pytest.raises(UserError, match=r"^machine name t-race is in use; choose another --name"):
+            launch(Scenario.default(), name="t-race")
+
+        winner.wait_ready()
+        assert objects("t-race") == before
+    assert_gone("t-race")
 
 
 def test_who_interrupts_a_detached_boot_does_not_get_the_machine(tmp_path: Path) -> None:
