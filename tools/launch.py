@@ -558,6 +558,13 @@ def _aligned(gpa: int, size: int) -> int:
 
 
 def _in_use(name: str) -> UserError:
+    # Here, as it is seldom wanted: what is imported at the top holds up the boot.
+    from tools.machines import Life, find_machine, machine_names
+
+    if name not in machine_names():
+        return UserError(f"machine name {name} is in use by another user; choose another --name")
+    if find_machine(name).life is Life.DEAD:
+        return UserError(f"machine name {name} is taken by what a dead machine left; `vmbus-emu clean` removes that")
     return UserError(f"machine name {name} is in use; choose another --name, or `vmbus-emu stop --machine {name}`")
 
 

@@ -120,13 +120,16 @@ def chosen_machine(name: str | None, *, by: str = "--machine") -> str:
 
     UserError otherwise, which says where the name came from.
     """
-    living = [machine.name for machine in find_machines() if machine.life is not Life.DEAD]
+    found = list(find_machines())
+    living = [machine.name for machine in found if machine.life is not Life.DEAD]
     if name is not None:
         if name in living:
             return name
         known = f"running: {', '.join(living)}" if living else "none is running"
         said = f"${MACHINE_VARIABLE}" if isinstance(name, FromVariable) else by
-        raise UserError(f"{said}: no machine {name}; {known}{_epitaph(name)}")
+        dead = name in {machine.name for machine in found}
+        left = "; it is dead, and `vmbus-emu clean` removes what it left" if dead else ""
+        raise UserError(f"{said}: no machine {name}; {known}{left}{_epitaph(name)}")
     if not living:
         raise UserError(f"no machine is running; start one with `vmbus-emu run --detach`{_epitaph(None)}")
     if len(living) > 1:

@@ -372,11 +372,21 @@ def test_clean_removes_what_launcher_and_sweeper_left(tmp_path: Path) -> None:
         dead.communicate(timeout=30)
         wait_for(lambda: not _maps_anything("t-dead"), "its processes to die with it")
         left = objects("t-dead")
+        again = call(tmp_path, "run", "--name", "t-dead", "--duration", "0")
+        stopped = call(tmp_path, "stop", "t-dead")
         done = call(tmp_path, "clean")
 
         assert done.returncode == 0, done.stderr
         assert left and objects("t-dead") == []
         assert objects("t-alive") and alive.poll() is None
+    # Whoever wants that name reads what helps: nothing is there to be stopped.
+    assert again.returncode == stopped.returncode == 2
+    assert again.stderr == (
+        "vmbus-emu: machine name t-dead is taken by what a dead machine left; `vmbus-emu clean` removes that\n"
+    )
+    # Other tests have machines there at the same time.
+    assert "no machine t-dead; running: " in stopped.stderr
+    assert "; it is dead, and `vmbus-emu clean` removes what it left" in stopped.stderr
 
 
 def _maps_anything(name: str) -> bool:
@@ -398,6 +408,17 @@ def test_two_machines_run_beside_each_other(tmp_path: Path) -> None:
     assert other.returncode == 0 and report(other.stdout)["channels_open"] == 8
     assert report(output)["leaked"] == 0
     assert_gone("t-one")
+
+
+def test_another_users_machine_cannot_be_stopped_and_nobody_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is in use, and all that helps is another one."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-theirs") as theirs:
+        theirs.wait_ready()
+        monkeypatch.setattr("tools.machines.machine_names", list)  # none of this user's
+        with pytest.raises(
+            UserError, match=r"^machine name t-theirs is in use by another user; choose another --name$"
+        ):
+            launch(Scenario.default(), name="t-theirs")
 
 
 def test_who_loses_the_race_for_a_name_leaves_the_winners_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
