@@ -1,8 +1,9 @@
 """Which machines there are: found by their names in shared memory, told alive from dead by their launcher.
 
 A machine lives as long as the process that stands as launcher in its process table (pid and start time, so
-that a reused pid fools nobody). A machine that is still being made, or never was finished, has none: it
-lives while any process has one of its objects open.
+that a reused pid fools nobody), or as a process holds its `control`: a launcher in another PID namespace that
+shares /dev/shm with us, as containers may, is no pid here. A machine that is still being made, or never was
+finished, has no such row: it lives while any process has one of its objects open.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import psutil
 
 from emu.control import ActorKind, ActorRow, Control, Ready, start_time_of
 from emu.errors import UserError
-from emu.ipc.segments import object_name
+from emu.ipc.segments import is_held, object_name
 from emu.layout import MachineState
 from emu.machine import Machine
 from emu.mirror import Mirror, MirrorHead
@@ -67,8 +68,8 @@ class FoundMachine:
 
     @property
     def up_s(self) -> float | None:
-        """Seconds since its launcher started."""
-        if self.launcher is None or self.life is Life.DEAD:
+        """Seconds since its launcher started; None for one that is no process here."""
+        if self.launcher is None or not runs(self.launcher):
             return None
         with contextlib.suppress(psutil.Error):
             return time.time() - psutil.Process(self.launcher.pid).create_time()
@@ -89,9 +90,10 @@ def machine_names() -> list[str]:
 def find_machine(name: str) -> FoundMachine:
     """Look at one machine without touching it."""
     launcher = _launcher(name)
+    held = is_held(object_name(name, "control"))
     if launcher is None:
-        return FoundMachine(name, Life.MAKING if in_use(name) else Life.DEAD)
-    if not runs(launcher):
+        return FoundMachine(name, Life.MAKING if held or in_use(name) else Life.DEAD)
+    if not held and not runs(launcher):
         return FoundMachine(name, Life.DEAD, launcher)
     try:
         machine = Machine.attach(name)

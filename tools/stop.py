@@ -13,7 +13,7 @@ import click
 
 from emu.control import ActorRow
 from emu.errors import DeadlinePassed, UserError
-from emu.ipc.segments import objects_of
+from emu.ipc.segments import is_held, object_name, objects_of
 from tools.machines import Life, chosen_machine, find_machine, find_machines, runs, typed
 from tools.options import Seconds, json_option, machine_option
 from tools.output import print_json, say
@@ -71,6 +71,8 @@ def stop_machine(name: str, limit_s: float) -> None:
     launcher = find_machine(name).launcher
     if launcher is None:
         raise UserError(f"machine {name} is still being made; try again")
+    if not runs(launcher) and is_held(object_name(name, "control")):
+        raise UserError(f"machine {name} was launched in another PID namespace, a container's perhaps; stop it there")
     end = time.monotonic() + limit_s
     with contextlib.suppress(ProcessLookupError):
         _terminate(launcher, end, what=f"machine {name} to stop", limit_s=limit_s)

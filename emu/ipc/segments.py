@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -109,6 +110,10 @@ class Segment:
         """Make sure these bytes have memory behind them; OSError(ENOSPC) instead of a later SIGBUS."""
         os.posix_fallocate(self.fd, offset, nbytes)
 
+    def hold(self) -> None:
+        """Show, until this process ends, that who made it lives: to `is_held`, which no PID namespace stops."""
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
     def close(self) -> None:
         """Unmap and close; views that were handed out must be released before, but for those of `apart`."""
         self._apart = None
@@ -130,6 +135,18 @@ def refused_memory(name: str, nbytes: int, error: OSError) -> MissingPrerequisit
 def _not_mapped(name: str, error: OSError) -> MissingPrerequisite:
     cure = limit_behind(error) or "is this computer out of memory?"
     return MissingPrerequisite(f"cannot map shared memory {name}: {error.strerror or error}; {cure}")
+
+
+def is_held(name: str) -> bool:
+    """Whether somebody who lives holds the segment (`Segment.hold`): perhaps as a process that is no pid here."""
+    try:
+        with (SHM / name[1:]).open("rb") as segment:
+            fcntl.flock(segment, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone, or somebody else's
+        return False
+    return False
 
 
 def unlink_segment(name: str) -> bool:

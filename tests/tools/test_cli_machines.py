@@ -14,7 +14,7 @@ import pytest
 
 from emu.errors import DeadlinePassed, UserError
 from emu.ipc.segments import objects_of, unlink_objects
-from tools import machines
+from tools import cli, machines
 from tools.exit_status import ExitStatus
 from tools.machines import Life, chosen_machine, find_machine, machine_names
 from tools.stop import stop_machine
@@ -39,6 +39,8 @@ def leave(signum, frame):
 
 name = sys.argv[1]
 machine = Machine.create(name, {}, ram_bytes=1 << 25, vp_indices=[0, 1], cpuid=[])
+if "elsewhere" in sys.argv:
+    machine.control.segment.hold()
 if "half-made" not in sys.argv:
     machine.control.enlist(ActorKind.LAUNCHER, "launcher")
     machine.set_state(MachineState.RUNNING)
@@ -133,6 +135,29 @@ def test_reused_pid_is_no_launcher(launcher: Callable[..., FakeLauncher], monkey
     running = launcher()
     monkeypatch.setattr(machines, "start_time_of", lambda _pid: 1)
 
+    assert find_machine(running.name).life is Life.DEAD
+
+
+@pytest.mark.parametrize("how", [("elsewhere",), ("elsewhere", "half-made")], ids=" ".join)
+def test_machine_of_another_pid_namespace_lives(
+    how: tuple[str, ...],
+    launcher: Callable[..., FakeLauncher],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A launcher in a container with our /dev/shm is no process here. It holds its machine, and `clean` keeps off."""
+    running = launcher(*how)
+    monkeypatch.setattr(machines, "start_time_of", lambda _pid: 0)
+    monkeypatch.setattr(machines, "in_use", lambda _name: False)
+
+    found = find_machine(running.name)
+    assert cli.main(["clean", "--dry-run", "--json"]) == 0
+    with pytest.raises(UserError, match="another PID namespace|still being made"):
+        stop_machine(running.name, 1.0)
+    running.kill()
+
+    assert (found.life, found.up_s) == (Life.MAKING if "half-made" in how else Life.RUNNING, None)
+    assert running.name not in json.loads(capsys.readouterr().out)["removed"]
     assert find_machine(running.name).life is Life.DEAD
 
 
