@@ -12,7 +12,7 @@ from typing import Final
 
 from emu import plugin
 from emu.control import Ready
-from emu.errors import DeadlinePassed, MachineStopping, OutOfMemory, VmbusError
+from emu.errors import DeadlinePassed, MachineStopping, MissingPrerequisite, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
 from emu.memory import GuestMemory, reserve_ram
@@ -169,10 +169,8 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
             machine.ram.reserve(gpa, nbytes)
         reserve = partial(reserve_ram, machine.ram.fd)
         tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices, reserve)
-    except OutOfMemory as error:
-        raise BootFailed(str(error)) from None
-    except OSError as error:
-        raise BootFailed(f"no memory behind the guest's tables: {error.strerror}; is /dev/shm full?") from None
+    except (OutOfMemory, OSError) as error:
+        raise MissingPrerequisite(f"/dev/shm has no room for the guest's tables: {error}; free some of it") from None
     current = _current(vcpu, tables, report)
     _note_numa(machine, tables)
     _expect(vmbus_bus_init(current, machine.vp_count), "vmbus_bus_init")

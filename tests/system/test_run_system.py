@@ -679,6 +679,15 @@ def test_full_or_readonly_shared_memory_is_one_line(tmp_path: Path, mount: str) 
     assert done.stderr.count("\n") == 1 and "/dev/shm" in done.stderr
 
 
+@pytest.mark.parametrize("size", range(2900, 3500, 100))
+def test_boot_that_shared_memory_has_no_room_for_is_one_line(tmp_path: Path, size: int) -> None:
+    """Where the objects fit and the guest's tables do not no processor has died: it runs, or one line says why not."""
+    done = run_behind(f"mount -t tmpfs -o size={size}k tmpfs /dev/shm", tmp_path)
+
+    assert done.returncode in (0, 3), (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == (done.returncode == 3) and ("/dev/shm" in done.stderr) == (done.returncode == 3)
+
+
 def test_shared_memory_that_fills_up_is_a_guest_without_memory(tmp_path: Path) -> None:
     """No process dies of it: of the devices that come then some have no channel; with room again the next one has."""
     script = """
