@@ -469,11 +469,12 @@ def _shown(kind: bytes) -> str:
 def _mapped(path: Path) -> mmap.mmap | bytes:
     """The file's bytes, mapped; RecordingError when it cannot be opened."""
     try:
+        # Before it is opened: a pipe that nobody writes would be waited for.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RecordingError(
+                f"{path} is not a regular file; give one that `vmbus-emu run --record FILE` has written"
+            )
         with path.open("rb") as file:
-            if not path.is_file():
-                raise RecordingError(
-                    f"{path} is not a regular file; give one that `vmbus-emu run --record FILE` has written"
-                )
             if path.stat().st_size == 0:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -238,6 +238,15 @@ def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
         Recording(tmp_path)
 
 
+@pytest.mark.timeout(20)
+def test_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    """Nobody may ever write into it; `check`, `trace` and the others do not wait for that."""
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(RecordingError, match="pipe is not a regular file"):
+        Recording(tmp_path / "pipe")
+
+
 def test_path_that_cannot_be_written_is_refused(machine: Machine, tmp_path: Path) -> None:
     """The user's to mend, before anything is recorded."""
     with pytest.raises(UserError, match="cannot record into .*: No such file or directory; choose a file"):
