@@ -1,4 +1,4 @@
-"""What the system lets one process have (`ulimit`): asked before a machine is made, and named when it was too little.
+"""What the system lets one process have (`ulimit`, /proc): asked before a machine is made, named if it is too little.
 
 A limit that bites shows as "Cannot allocate memory", "File too large" or "Too many open files" wherever it happens to,
 mostly where something else than the limit seems to be full.
@@ -10,10 +10,13 @@ import errno
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from emu.errors import MissingPrerequisite
 
+PROC: Final = Path("/proc/self/stat")
+"""There where /proc is mounted: a pid alone says nothing, a process is told by its start time as well."""
 ROOM_BYTES: Final = 1 << 30
 """Address space of a process beside guest RAM: interpreter, other segments, stacks and heaps of a worker's threads."""
 FILES: Final = 40
@@ -55,9 +58,9 @@ def soft_limit(number: int) -> int | None:
 
 
 def too_tight() -> bool:
-    """Whether no process of any machine fits into what one may map."""
+    """Whether no process of any machine can start: not into what one may map, or for want of /proc."""
     soft = soft_limit(resource.RLIMIT_AS)
-    return soft is not None and soft < ROOM_BYTES
+    return (soft is not None and soft < ROOM_BYTES) or not PROC.exists()
 
 
 def check_memory_limits(ram_bytes: int, largest_segment: int = 0) -> None:
@@ -73,6 +76,8 @@ def check_memory_limits(ram_bytes: int, largest_segment: int = 0) -> None:
 
 def check_limits(ram_bytes: int, largest_segment: int, vcpus: int) -> None:
     """MissingPrerequisite when a machine of this size does not fit into what one of its processes may have."""
+    if not PROC.exists():
+        raise MissingPrerequisite("no /proc, by which processes are told apart; `mount -t proc proc /proc`")
     check_memory_limits(ram_bytes, largest_segment)
     _check(resource.RLIMIT_NOFILE, FILES + FILES_A_VCPU * vcpus, f"{vcpus} vCPUs", "or more")
 

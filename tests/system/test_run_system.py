@@ -688,6 +688,14 @@ def test_boot_that_shared_memory_has_no_room_for_is_one_line(tmp_path: Path, siz
     assert done.stderr.count("\n") == (done.returncode == 3) and ("/dev/shm" in done.stderr) == (done.returncode == 3)
 
 
+def test_a_computer_without_proc_is_one_line(tmp_path: Path) -> None:
+    """A bare chroot, say: status 3 and how to mend it, before anything is made; no traceback of the zygote's."""
+    done = run_behind("mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /proc", tmp_path)
+
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "vmbus-emu: no /proc, by which processes are told apart; `mount -t proc proc /proc`\n"
+
+
 def test_shared_memory_that_fills_up_is_a_guest_without_memory(tmp_path: Path) -> None:
     """No process dies of it: of the devices that come then some have no channel; with room again the next one has."""
     script = """
