@@ -76,8 +76,9 @@ class Table:
         self.source = source
         self.name = name
         if not isinstance(entries, dict):
-            problem = Nonsense(f"{shown(entries)} is {type_name(entries)}, not a table", f"write it as [{name}]")
-            raise complaint(source, name, problem)
+            array, numbered, _ = name.partition("#")
+            cure = f"write it as [[{array}]]" if numbered else f"write it as [{name}]"
+            raise complaint(source, name, Nonsense(f"{shown(entries)} is {type_name(entries)}, not a table", cure))
         self._left: dict[str, object] = dict(entries)
         self._known: list[str] = []
 

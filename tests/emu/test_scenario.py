@@ -236,6 +236,7 @@ REFUSED = [
     (f'[machine]\nname = "{"n" * 33}"', f'machine.name: "{"n" * 33}" is not a machine name; '),
     ("machine = 3", "machine: 3 is a whole number, not a table; write it as [machine]"),
     # [[device]]
+    ("device = [1]", "device#1: 1 is a whole number, not a table; write it as [[device]]"),
     ("[[device]]\ncount = 2", "device#1.class: missing; known: "),
     (
         '[[device]]\nclass = "echo"\n[[device]]\nclass = "eco"',
