@@ -18,7 +18,7 @@ from emu.values import valueclass
 from emu.wire.guids import guid_to_wire
 
 _ROW: Final = Struct("<IIIIIIII16s16s")
-_HEAD: Final = Struct("<IIIIIIIII")
+_HEAD: Final = Struct("<IIIIIIIIIIII")
 """Behind the sequence word."""
 _U32: Final = 0xFFFF_FFFF
 _MOST_LOOKS: Final = 20_000
@@ -27,7 +27,11 @@ _MOST_LOOKS: Final = 20_000
 
 @valueclass()
 class MirrorHead:
-    """The partition in numbers: `version` is 0 while nobody is connected; queue lengths are messages."""
+    """The partition in numbers: `version` is 0 while nobody is connected; queue lengths are messages.
+
+    `seen_…` are of the newest connection, also when it is over: its version, and the most offers and open channels that
+    it had at a time. A guest may come and go between two looks.
+    """
 
     sequence: int
     version: int
@@ -39,6 +43,9 @@ class MirrorHead:
     incoming: int
     attached_pid: int
     disconnects: int
+    seen_version: int
+    seen_offers: int
+    seen_open: int
 
 
 @valueclass()
@@ -77,8 +84,9 @@ class Mirror:
         incoming: int,
         attached_pid: int,
         disconnects: int,
+        seen: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """Publish the partition's numbers."""
+        """Publish the partition's numbers; `seen` are version, offers and open channels of `MirrorHead.seen_…`."""
         at = self._control.mirror_offset
         view = self._control.view
         view.store_u64(at, self._sequence + 1)
@@ -96,6 +104,7 @@ class Mirror:
             incoming,
             attached_pid,
             disconnects,
+            *seen,
         )
         self._sequence += 2
         view.store_u64(at, self._sequence)

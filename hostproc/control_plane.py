@@ -129,6 +129,9 @@ class ControlPlane:
         self._shown_partition: tuple[int | tuple[int, ...], ...] = ()
         self._waited = False
         self._head: tuple[int, ...] = ()
+        self._connects = 0
+        self._seen = (0, 0, 0)
+        """Version, and the most offers and open channels at a time, of the newest connection (`MirrorHead`)."""
         self.attached_pid = 0
         self.delivered = 0
         self._task = loop.task("control", self._run())
@@ -188,6 +191,16 @@ class ControlPlane:
             self._bus.deliver(message.payload, message.connection_id)
         else:
             self._deliver_recorded(self._partition.trace, message)
+        self._see()
+
+    def _see(self) -> None:
+        """Note how far the connection has come, before a guest that is quick has taken it back."""
+        if self._connects != self._bus.connects:
+            self._connects = self._bus.connects
+            self._seen = (0, 0, 0)
+        version, offers, opened, _gpadls = self._bus.server.head()
+        if version:
+            self._seen = (version, max(offers, self._seen[1]), max(opened, self._seen[2]))
 
     def _deliver_recorded(self, trace: Recorder, message: PostedMessage) -> None:
         """Say what is taken, and who caused what is posted until it is done."""
@@ -209,6 +222,7 @@ class ControlPlane:
             else:
                 self._mirror.write_channel(channel)
             self._tables.write_gpadls(relid, server.gpadls_of(relid))
+        self._see()
         waiting = self._partition.queues.total_waiting
         self._publish_partition(waits=waiting > 0)
         head = (
@@ -218,6 +232,7 @@ class ControlPlane:
             sum(len(port.queue) for port in self._ports),
             self.attached_pid,
             self._bus.disconnects,
+            *self._seen,
         )
         if head != self._head:
             self._head = head
@@ -231,6 +246,7 @@ class ControlPlane:
                 incoming=head[6],
                 attached_pid=head[7],
                 disconnects=head[8],
+                seen=head[9:],
             )
         self._publish_refusals()
 

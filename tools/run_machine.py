@@ -332,6 +332,7 @@ def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: O
         if head.version:
             look(running, outcome)
         running.pump(0.02)
+    look(running, outcome)  # it may have come and gone since the last one
 
 
 def host_has_told(running: RunningMachine) -> bool:
@@ -347,6 +348,9 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
     if head.version:
         outcome.version = version_text(head.version)
         outcome.offers = head.offers
+    if outcome.foreign and head.seen_version:
+        outcome.version = version_text(head.seen_version)
+        outcome.offers, outcome.seen_open = head.seen_offers, head.seen_open
     if devices := list_devices(running.machine):
         outcome.devices = devices
 

@@ -33,6 +33,8 @@ class Outcome:
     version: str | None = None
     devices: list[ListedDevice] = field(default_factory=list)
     offers: int = 0
+    seen_open: int = 0
+    """The most channels that a foreign guest had open at a time."""
     boot_s: float | None = None
     opened_at_ns: int | None = None
     """CLOCK_MONOTONIC when the last channel was open: for whoever started this process and timed it."""
@@ -61,10 +63,11 @@ class Outcome:
 
     @property
     def channels_open(self) -> int:
-        """Channels that are open in both directions."""
-        # The guest's OPENED_STATE, or the host's OPEN; the kernel's OPEN_STATE is an offer that nobody has opened.
-        wanted = "open" if self.foreign else "opened"
-        return sum(channel.state == wanted for device in self.devices for channel in device.channels)
+        """Channels that are open in both directions; the most at a time of somebody else's guest, which closes them."""
+        if self.foreign:
+            return self.seen_open
+        # The guest's OPENED_STATE; the kernel's OPEN_STATE is an offer that nobody has opened.
+        return sum(channel.state == "opened" for device in self.devices for channel in device.channels)
 
     def surely_offered(self) -> int:
         """Channels that the host has offered by the time the guest is up, also those that the guest let go of again.

@@ -36,6 +36,7 @@ def write(mirror: Mirror, number: int) -> None:
         incoming=number + 6,
         attached_pid=number + 7,
         disconnects=number + 8,
+        seen=(number + 9, number + 10, number + 11),
     )
 
 
@@ -52,6 +53,9 @@ def figures(mirror: Mirror) -> list[int]:
         head.incoming,
         head.attached_pid,
         head.disconnects,
+        head.seen_version,
+        head.seen_offers,
+        head.seen_open,
     ]
 
 
@@ -67,13 +71,13 @@ def test_head_is_read_back(control: Control) -> None:
     first = Mirror(control).head().sequence
     write(mirror, 200)
 
-    assert figures(Mirror(control)) == list(range(200, 209))
+    assert figures(Mirror(control)) == list(range(200, 212))
     assert (first, Mirror(control).head().sequence) == (2, 4)
 
 
 def test_unwritten_mirror_says_that_nobody_is_connected(control: Control) -> None:
     """Before the host wrote anything all is zero, and there are no channels."""
-    assert figures(Mirror(control)) == [0] * 9
+    assert figures(Mirror(control)) == [0] * 12
     assert list(Mirror(control).channels()) == []
 
 
@@ -92,7 +96,7 @@ def test_reader_gets_whole_heads_while_the_host_writes(control: Control) -> None
         reader = Mirror(control)
         for _ in range(3_000):
             seen = figures(reader)
-            assert seen == list(range(seen[0], seen[0] + 9)) or seen == [0] * 9
+            assert seen == list(range(seen[0], seen[0] + 12)) or seen == [0] * 12
         done.store(1)
 
 
@@ -102,7 +106,7 @@ def test_reader_survives_a_host_that_died_while_it_wrote(control: Control) -> No
     write(mirror, 5)
     control.view.fetch_add_u64(control.mirror_offset, 1)
 
-    assert figures(mirror) == list(range(5, 14))
+    assert figures(mirror) == list(range(5, 17))
 
 
 @pytest.mark.parametrize("relid", [1, 1000, MIRROR_CHANNELS - 1])

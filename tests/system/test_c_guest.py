@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from emu.control import Ready
 from emu.errors import RingFull
 from emu.layout import EXIT_SLOT, EXIT_SLOTS, VP_EXIT_SLOT, X_STATE, ExitState, vp_page_offset
 from emu.mirror import Mirror
 from emu.ring import Packet, RingConsumer, RingMemory, RingProducer
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
-from tools.launch import launch
+from tools import cli, run_machine
+from tools.launch import RunningMachine, launch
+from tools.run_machine import Options
+from tools.run_outcome import Outcome
 
 SOURCES = Path(__file__).resolve().parent.parent.parent
 C_GUEST = SOURCES / "tests" / "c_guest"
@@ -198,6 +202,25 @@ def test_foreign_guest_lives_its_whole_life(guest: Path, vp_order: str, options:
     if "--poll-us" in options:
         assert report["sleeping_exits"] > report["exits"] // 2
     assert (head.version, head.open, head.gpadls) == (0, 0, 0)
+
+
+def test_run_tells_of_a_guest_that_came_and_went_between_two_looks(
+    guest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its version, offers and channels are the host's to remember: it lives for less than `run` takes to look again."""
+    waits = run_machine.wait_for_foreign_guest
+
+    def looks_late(running: RunningMachine, options: Options, outcome: Outcome) -> None:
+        running.wait_until(lambda: running.machine.control.ready >= Ready.HOST_RUNS, DEADLINE_S, "the host")
+        run_guest(guest, running.name, "--packets", "10")
+        waits(running, options, outcome)
+
+    monkeypatch.setattr(run_machine, "wait_for_foreign_guest", looks_late)
+
+    assert cli.main(["run", "--no-guest", "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["version"], told["offers"], told["channels_open"], told["leaked"]) == ("5.3", 8, 1, 0)
 
 
 def test_many_offers_reach_a_foreign_guest(guest: Path) -> None:
