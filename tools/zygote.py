@@ -32,7 +32,7 @@ import msgpack
 
 from emu.errors import MissingPrerequisite, UserError
 from emu.ipc.heap import keep_freed_memory
-from emu.ipc.segments import unlink_objects
+from emu.ipc.segments import is_held, object_name, unlink_objects
 from emu.limits import not_started
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
@@ -97,8 +97,8 @@ class Zygote:
         """Carry out one order; False when it is time to go."""
         data = self._receive()
         if not data:
-            if self._making:
-                # Its launcher was killed, and there is no sweeper yet.
+            if self._making and not is_held(object_name(self._making, "control")):
+                # Its launcher was killed, and there is no sweeper yet. Held is that of who was quicker with the name.
                 unlink_objects(self._making)
             return False
         verb, *arguments = msgpack.unpackb(data)

@@ -8,10 +8,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from emu.control import is_over
@@ -35,6 +37,7 @@ from tests.system.commands import (
 )
 from tools import launch as launcher
 from tools.launch import MachineDied, launch
+from tools.zygote import Zygote
 from tools.zygote_start import Link
 
 
@@ -828,3 +831,18 @@ def test_launcher_that_is_killed_while_it_makes_a_machine_leaves_nothing(tmp_pat
         os.kill(process.pid, signal.SIGKILL)
 
     assert_gone(name)
+
+
+def test_zygote_of_a_killed_launcher_leaves_the_machine_of_a_quicker_one_alone() -> None:
+    """Who was killed as it lost the race for a name takes nothing with it."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-quicker") as quicker:
+        quicker.wait_ready()
+        before = objects("t-quicker")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            ours.send(msgpack.packb(["making", "t-quicker"]))
+            ours.close()
+            Zygote(theirs, os.getpid()).run()
+        quicker.shut_down_guest()
+
+        assert objects("t-quicker") == before
