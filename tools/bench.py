@@ -12,6 +12,7 @@ import click
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
 from tools.anchors import Anchor
+from tools.bench_machine import machines_like
 from tools.crash import failure_report
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
@@ -92,7 +93,7 @@ BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
 
 
 @click.command()
-@click.argument("names", metavar=f"[{'|'.join(BENCHES)}|all]…", nargs=-1, required=True)
+@click.argument("names", metavar=f"[{'|'.join(BENCHES)}|all]… [SCENARIO.toml]", nargs=-1, required=True)
 @click.option("--peers", is_flag=True, help="Also measure other transports, where a bench has them.")
 @click.option("--strict", is_flag=True, help="Exit with 1 when a goal is missed.")
 @click.option("--short", is_flag=True, help="One short run of each: for its correctness, not for its figures.")
@@ -103,11 +104,21 @@ BENCHES: Final[Mapping[str, Callable[[int, bool, bool], list[Anchor]]]] = {
 def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: int, as_json: bool) -> int:
     """Measure, print medians, ratios and goals.
 
+    With a scenario the machines have its era, versions, memory, polling, faults and switches; processors and devices
+    are those of each bench, whose goals are of the default.
+
     \b
     Example:
       vmbus-emu bench boot idle
+      vmbus-emu bench echo scale scenarios/win7.toml
       vmbus-emu bench all --json --strict
     """
+    paths = [name for name in names if name.endswith(".toml")]
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]}: one scenario at a time; measure with {paths[0]} first")
+    names = tuple(name for name in names if name not in paths)
+    if not names:
+        raise UserError(f"{paths[0]}: what is to be measured with it? Name a bench: {', '.join(BENCHES)} or all")
     chosen = list(BENCHES) if "all" in names else list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
@@ -118,7 +129,8 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     left = list(chosen)
     lacking: list[str] = []
     failure: MachineDied | DeadlinePassed | None = None
-    with noting_interruption() as interruption:
+    path = Path(paths[0]) if paths else None
+    with machines_like(path), noting_interruption() as interruption:
         raise_noted()
         for name in chosen:
             if not as_json and narrates():
@@ -135,7 +147,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
                 break
             left.remove(name)
     if as_json:
-        asked = {"short": short, "peers": peers}
+        asked = {"short": short, "peers": peers, "scenario": None if path is None else str(path)}
         told = {"machine": described, **asked, "results": [one.as_json() for one in anchors]}
         ended = failure_report(failure) if failure else {"interrupted": interruption.status is not None}
         print_json("bench", 1, {**told, **ended})

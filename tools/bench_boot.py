@@ -9,8 +9,9 @@ from typing import Final
 
 from emu.control import Ready
 from emu.errors import MissingPrerequisite
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from tools.anchors import Against, Anchor
+from tools.bench_machine import asked_scenario, bench_scenario
 from tools.exit_status import ExitStatus
 from tools.launch import launch
 from tools.own_python import own_environment, own_python
@@ -87,8 +88,10 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
 
 def launch_to_open() -> float:
     """Seconds from the start of the `vmbus-emu run` process until its last channel was open."""
+    path = asked_scenario()
     started = time.monotonic_ns()
-    command = own_python("tools.entry", "run", "--vcpus", "4", "--device", "echo:8", "--duration", "0", "--json")
+    flags = ("--vcpus", "4", "--device", "echo:8", "--duration", "0", "--json")
+    command = own_python("tools.entry", "run", *([] if path is None else [str(path)]), *flags)
     # As installed by pip: with bytecode.
     environment = {name: value for name, value in own_environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_dir() / "bytecode"))
@@ -101,7 +104,7 @@ def launch_to_open() -> float:
 
 def bring_up(devices: int) -> float:
     """Microseconds a device from the first offer asked for until all channels were open."""
-    scenario = Scenario.default().with_overrides(vcpus=2, devices=[parse_device(f"echo:{devices}")])
+    scenario = bench_scenario(vcpus=2, devices=[parse_device(f"echo:{devices}")])
     with launch(scenario) as running:
         running.wait_ready()
         control = running.machine.control
@@ -112,7 +115,7 @@ def bring_up(devices: int) -> float:
 
 def launch_to_running(vcpus: int) -> float:
     """Seconds from the launch until the host ran and the guest, with all its vCPUs online, had connected to it."""
-    scenario = Scenario.default().with_overrides(vcpus=vcpus, devices=[parse_device("echo:8")])
+    scenario = bench_scenario(vcpus=vcpus, devices=[parse_device("echo:8")])
     began = time.monotonic_ns()
     with launch(scenario) as running:
         running.wait_ready()

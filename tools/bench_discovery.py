@@ -16,12 +16,13 @@ from emu.control import Ready
 from emu.errors import DeadlinePassed
 from emu.mirror import Mirror
 from emu.orders import OrderDesk, Recipient
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from emu.vmexit import HostBell
 from guestproc.kernel.layout import Channel, ChannelState, KernelTables
 from guestproc.protocol import uevents
 from guestproc.protocol.uevents import Action
 from tools.anchors import Against, Anchor
+from tools.bench_machine import bench_scenario
 from tools.launch import RunningMachine, launch
 
 HOT_GOAL_MS: Final = 2.0
@@ -60,7 +61,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
 def hot(rounds: int, runs: int) -> tuple[list[float], list[float]]:
     """Milliseconds of `runs` medians of `rounds` adds, and of as many removes, on one machine at rest."""
     added, released = [], []
-    with launch(Scenario.default()) as running:
+    with launch(bench_scenario()) as running:
         running.wait_ready()
         hot_plug = HotPlug(running, KernelTables.attach(running.machine.ram.apart))
         for _ in range(runs):
@@ -122,7 +123,7 @@ class HotPlug:
 
 def bring_up_s(era: str, devices: int) -> float:
     """Seconds from the first offer asked for until all channels were open, in an era, with 8 vCPUs."""
-    scenario = Scenario.default().with_overrides(vcpus=MANY_VCPUS, devices=[parse_device(f"echo:{devices}")])
+    scenario = bench_scenario(vcpus=MANY_VCPUS, devices=[parse_device(f"echo:{devices}")])
     scenario = replace(scenario, machine=replace(scenario.machine, era=era))
     with launch(scenario) as running:
         running.wait_ready()

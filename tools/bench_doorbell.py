@@ -25,10 +25,10 @@ from emu.scenario import DeviceSpec
 from emu.task_board import Program, TaskState
 from guestproc.listen import Listening
 from tools.anchors import Against, Anchor
+from tools.bench_machine import bench_scenario
 from tools.device_list import list_devices
 from tools.launch import RunningMachine, launch
 from tools.pinned import pin, two_cores
-from tools.plugins import scenario_of
 from tools.sem_pair import NAME, SemPair, sem_pair
 
 CALLER: Final = Path(__file__).parent / "bench_caller.py"
@@ -115,9 +115,8 @@ def _p99(values: list[float]) -> float:
 @contextmanager
 def called_machine(vcpus: int, cores: tuple[int, int], poll: str = "adaptive") -> Iterator[RunningMachine]:
     """A machine with a channel for each vCPU behind the calling back end; hypervisor and vCPUs on these cores."""
-    scenario = scenario_of(None, [CALLER]).with_overrides(
-        vcpus=vcpus, poll=poll, devices=[DeviceSpec("echo", "caller", count=vcpus)]
-    )
+    devices = [DeviceSpec("echo", "caller", count=vcpus)]
+    scenario = bench_scenario(vcpus=vcpus, poll=poll, devices=devices, plugins=[CALLER])
     with launch(scenario) as running:
         running.wait_ready()
         pin(running, *cores)

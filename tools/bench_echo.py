@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Final
 
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from emu.task_board import Program
 from tools import peers
 from tools.anchors import Against, Anchor
+from tools.bench_machine import bench_scenario
 from tools.device_list import list_devices
 from tools.launch import RunningMachine, launch
 from tools.pinned import pin, two_cores
@@ -110,7 +111,7 @@ def p99_of(values: list[float]) -> float:
 @contextmanager
 def echo_machine(poll: str, cores: tuple[int, int]) -> Iterator[RunningMachine]:
     """A machine of one vCPU and one echo device; hypervisor and vCPU on these cores."""
-    scenario = Scenario.default().with_overrides(vcpus=1, poll=poll, devices=[parse_device("echo:1")])
+    scenario = bench_scenario(vcpus=1, poll=poll, devices=[parse_device("echo:1")])
     with launch(scenario) as running:
         running.wait_ready()
         pin(running, *cores)

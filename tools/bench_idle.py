@@ -8,8 +8,9 @@ from typing import Final
 
 import psutil
 
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from tools.anchors import Anchor
+from tools.bench_machine import bench_scenario
 from tools.launch import RunningMachine, launch
 
 VCPUS: Final = 8
@@ -24,7 +25,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     """CPU of all processes of an idle machine with 8 vCPUs, and the private memory of a vCPU process."""
     percents: list[float] = []
     private: list[float] = []
-    scenario = Scenario.default().with_overrides(vcpus=VCPUS, devices=[parse_device("echo:8")])
+    scenario = bench_scenario(vcpus=VCPUS, devices=[parse_device("echo:8")])
     with launch(scenario) as running:
         running.wait_ready()
         running.watch(SETTLE_S)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from emu.scenario import Scenario, parse_device
+from emu.scenario import parse_device
 from tools.anchors import Anchor
 from tools.bench_idle import run_ns
+from tools.bench_machine import bench_scenario
 from tools.launch import RunningMachine, launch
 
 VCPUS: Final = 16
@@ -29,7 +30,7 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
     window_s = 0.2 if short else WINDOW_S
     idle: list[float] = []
     rung: list[float] = []
-    scenario = Scenario.default().with_overrides(vcpus=VCPUS, devices=[parse_device(f"echo:{CHANNELS}")])
+    scenario = bench_scenario(vcpus=VCPUS, devices=[parse_device(f"echo:{CHANNELS}")])
     with launch(scenario) as running:
         running.wait_ready()
         running.watch(window_s if short else SETTLE_S)

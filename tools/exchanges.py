@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import VmbusError
-from emu.scenario import DeviceSpec, Scenario
+from emu.scenario import DeviceSpec
 from emu.task_board import Program, TaskState
+from tools.bench_machine import bench_scenario
 from tools.draining import recording
 from tools.launch import RunningMachine, launch
 
@@ -32,14 +33,14 @@ class Exchanged:
 
 @contextmanager
 def exchanging_machine(
-    vcpus: int, channels: int, *, poll: str = "adaptive", record: bool = False, races: bool = False
+    vcpus: int, channels: int, *, poll: str | None = None, record: bool = False, races: bool = False
 ) -> Iterator[RunningMachine]:
     """A machine with so many echo channels in all; one that records is drained while it is watched.
 
     `races`: one that may run schedules, and so has sync points.
     """
     devices = [DeviceSpec("echo", count=channels, ring_pages=RING_PAGES)]
-    scenario = Scenario.default().with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+    scenario = bench_scenario(vcpus=vcpus, poll=poll, devices=devices)
     with ExitStack() as stack:
         running = stack.enter_context(launch(scenario, record=record, races=races))
         if record:

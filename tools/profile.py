@@ -60,7 +60,7 @@ SHOWN_COUNTERS: Final = (
 @click.option("--flame", type=FileToWrite(), help="Write a flame graph of all processes (SVG; needs py-spy).")
 @machine_option
 @json_option
-@click.argument("command", metavar="[-- COMMAND…]", nargs=-1)
+@click.argument("command", metavar="[SCENARIO.toml] [-- COMMAND…]", nargs=-1)
 def profile(
     duration_s: float | None,
     plot: Path | None,
@@ -72,13 +72,16 @@ def profile(
     """Watch what a machine's processes cost, and per packet and interrupt.
 
     Without COMMAND a running machine is watched; with one of our commands, the machines that it runs, from their
-    first instruction on.
+    first instruction on. A SCENARIO.toml alone is run.
 
     \b
     Example:
       vmbus-emu profile -- run --duration 3
+      vmbus-emu profile scenarios/devices.toml
       vmbus-emu profile --machine vm4711 --duration 10 --plot cost.svg
     """
+    if command and command[0].endswith(".toml"):
+        command = ("run", *command)
     check_apart({"--plot": plot, "--flame": flame})
     spy = _py_spy() if flame is not None else ""
     if command and typed(machine_name) is not None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, VmbusError
+from emu.scenario import MachineSpec
 from tests.conftest import RunCli
 from tools import bench as module
 from tools import cli
 from tools.anchors import Against, Anchor
 from tools.bench_boot import launch_to_open
+from tools.bench_machine import bench_scenario
 from tools.exit_status import ExitStatus
 from tools.launch import Death, MachineDied
 
@@ -175,6 +179,56 @@ def test_unknown_bench_is_one_line_with_those_there_are(run_cli: RunCli) -> None
 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "wheels" in done.stderr and "ring" in done.stderr
+
+
+SCENARIO = """
+[machine]
+name = "fixed"
+era = "seed"
+host_version = "4.0"
+"""
+
+
+def test_machines_of_a_bench_are_like_a_scenario_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but processors and devices, which are the bench's, and a name; the next bench has the default again."""
+    seen: list[MachineSpec] = []
+
+    def measure(runs: int, short: bool, peers: bool) -> list[Anchor]:
+        seen.append(bench_scenario(vcpus=3).machine)
+        return [Anchor.of("one", [1.0], "x", better="higher")]
+
+    monkeypatch.setattr(module, "BENCHES", {"one": measure})
+    path = tmp_path / "old.toml"
+    path.write_text(SCENARIO)
+    invoke = partial(CliRunner().invoke, module.bench, standalone_mode=False)
+
+    told = json.loads(invoke(["one", str(path), "--json"]).output)
+    assert json.loads(invoke(["one", "--json"]).output)["scenario"] is None
+
+    assert told["scenario"] == str(path)
+    assert [(one.era, one.vcpus, one.name) for one in seen] == [("seed", 3, None), ("current", 3, None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "why"),
+    [
+        (("idle", "s.toml", "other.toml"), SCENARIO, "one scenario at a time"),
+        (("s.toml",), SCENARIO, "Name a bench"),
+        (("idle", "s.toml"), '[[fault]]\nname = "guest.die"\nvalue = "200ms"\n', "bench: guest.die"),
+        (("idle", "s.toml"), "[machine]\nvcpus = 0\n", "not between 1 and 64"),
+    ],
+)
+def test_scenario_that_no_bench_runs_on_is_one_line(
+    run_cli: RunCli, tmp_path: Path, arguments: tuple[str, ...], text: str, why: str
+) -> None:
+    """Exit status 2, nothing measured."""
+    (tmp_path / "s.toml").write_text(text)
+    done = run_cli("bench", *(str(tmp_path / one) if one == "s.toml" else one for one in arguments))
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and why in done.stderr
 
 
 @pytest.mark.parametrize("name", list(module.BENCHES))

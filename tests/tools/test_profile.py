@@ -140,6 +140,17 @@ def test_interrupted_profile_tells_what_there_was() -> None:
     assert found.processes == [] and found.seconds > 0
 
 
+def test_scenario_alone_is_run(run_cli: RunCli, tmp_path: Path) -> None:
+    """As by `-- run`: its machine is what is watched."""
+    path = tmp_path / "two.toml"
+    path.write_text("[machine]\nvcpus = 2\n")
+    done = run_cli("profile", str(path), "--duration", "0.5", "--json", timeout_s=60)
+
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["command"]) == (0, ["run", str(path)])
+    assert {"vcpu0", "vcpu1"} <= {one["name"] for one in told["processes"]}
+
+
 def test_launcher_of_several_machines_is_one_process(run_cli: RunCli, tmp_path: Path) -> None:
     """`latency` runs two machines: what launches them is told once, the others have their machine's number."""
     done = run_cli("profile", "--json", "--", "latency", "--duration", "0.1", timeout_s=60)
