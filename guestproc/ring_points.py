@@ -155,7 +155,7 @@ class PointedConsumer(RingConsumer):
         self._current = current
         self._relid = channel.relid
         self._epoch = RingEpoch(current, channel)
-        self.read_lone = _none_alone
+        self.read_lone, self.emptied = _none_alone, _never
         self._mask, self.begin_read = self.begin_read, self._begin_read
         self._unmask, self.end_read = self.end_read, self._end_read
 
@@ -195,6 +195,11 @@ class PointedConsumer(RingConsumer):
 
 def _none_alone() -> None:
     """`read_lone` where every reading is to have its points: `read_many`."""
+
+
+def _never() -> bool:
+    """`emptied` there: the look that finds nothing has its points, too."""
+    return False
 
 
 class EagerProducer(RingProducer):
