@@ -264,6 +264,7 @@ def head_of(machine: Machine) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "machine": machine.name,
+        "seed": machine.config.get("seed"),
         "vp_indices": [machine.vp_index(position) for position in range(machine.vp_count)],
         "began_ns": time.monotonic_ns(),
         "began_unix_ns": time.time_ns(),
@@ -298,6 +299,8 @@ class Recording:
                 "`vmbus-emu run --record FILE` makes another"
             )
         self.machine: str = str(self.head.get("machine", ""))
+        self.seed: int | None = self.head.get("seed")
+        """What is random in it follows from this; None where a recording does not say."""
         self.events = _events(self.head)
         self._decoders: dict[int, Decoder] = {number: decoder_of(spec) for number, spec in self.events.items()}
         self._contexts = _contexts(self.head)

@@ -47,7 +47,7 @@ _SYNIC: Final = "synic"
 def pcapng(recording: Recording) -> Iterator[bytes]:
     """A section, and each frame behind the interface that it belongs to."""
     offset_ns = int(recording.head.get("began_unix_ns", 0)) - int(recording.head.get("began_ns", 0))
-    yield section_block(recording.machine, recording.dropped)
+    yield section_block(recording.machine, recording.dropped, recording.seed)
     interfaces: dict[str, int] = {}
     relids = relids_of(recording.records())
     for capture in captures(recording.records(), _WANTED):
@@ -174,9 +174,11 @@ def _status(status: int) -> str:
 # -- blocks ---------------------------------------------------------------------------------------------
 
 
-def section_block(machine: str, dropped: int) -> bytes:
-    """The Section Header Block: who wrote it, of which machine, and how many records are missing."""
+def section_block(machine: str, dropped: int, seed: int | None = None) -> bytes:
+    """The Section Header Block: who wrote it, of which machine, its seed, and how many records are missing."""
     comment = f"machine {machine or 'unknown'}"
+    if seed is not None:
+        comment += f", seed {seed}"
     if dropped:
         comment += f"; {dropped} records were overwritten before they were drained"
     options = [(_OPT_COMMENT, comment.encode()), (_SHB_USERAPPL, b"vmbus-emu")]
