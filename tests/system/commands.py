@@ -48,8 +48,13 @@ def environment(home: Path) -> dict[str, str]:
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a command in a session of its own; its output is piped."""
+    return start_any(home, *COMMAND, *arguments)
+
+
+def start_any(home: Path, *command: str) -> subprocess.Popen[str]:
+    """As `start`, of any program."""
     return subprocess.Popen(
-        [*COMMAND, *arguments],
+        command,
         cwd=home,
         env=environment(home),
         stdin=subprocess.DEVNULL,

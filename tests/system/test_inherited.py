@@ -17,9 +17,10 @@ from tests.system.commands import (
     ROOT,
     assert_gone,
     ended,
-    environment,
     inner_pids,
     report,
+    start,
+    start_any,
     wait_until_open,
 )
 
@@ -28,23 +29,9 @@ DEAF = [sys.executable, "-c", IGNORE]
 """Runs what follows with SIGCHLD ignored, as some supervisors do: such a process's children leave no status."""
 
 
-def start(home: Path, *command: str) -> subprocess.Popen[str]:
-    """As `commands.start`, of any command."""
-    return subprocess.Popen(
-        command,
-        cwd=home,
-        env=environment(home),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_a_death_is_told_also_where_sigchld_was_ignored(tmp_path: Path) -> None:
     """Who died of which signal, exit status 4: the zygote hears how its children end whatever its ancestors ignore."""
-    with ended(start(tmp_path, *DEAF, *COMMAND, "run", "--name", "t-deaf", "--json")) as process:
+    with ended(start_any(tmp_path, *DEAF, *COMMAND, "run", "--name", "t-deaf", "--json")) as process:
         wait_until_open("t-deaf", process)
         os.kill(inner_pids("t-deaf")["vcpu1"], signal.SIGKILL)
         output, errors = process.communicate(timeout=20)
@@ -94,7 +81,7 @@ def test_modules_in_the_users_directory_are_not_ours(tmp_path: Path, words: tupl
         (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n", encoding="utf-8")
     script = [sys.executable, "-P", *COMMAND[1:]]  # as installed: `python -m` would look there
 
-    with ended(start(tmp_path, *script, *words)) as process:
+    with ended(start_any(tmp_path, *script, *words)) as process:
         output, errors = process.communicate(timeout=60)
 
     assert (process.returncode, "was imported" in errors + output) == (0, False), errors
@@ -108,7 +95,7 @@ def test_assertions_stay_whatever_the_environment_says(
     monkeypatch.setenv("PYTHONOPTIMIZE", level)
     words = ("races", "run", "nomem-spins", "--fix", "off")
 
-    with ended(start(tmp_path, *COMMAND, *words)) as process:
+    with ended(start(tmp_path, *words)) as process:
         output, errors = process.communicate(timeout=60)
 
     assert process.returncode == 1, errors
