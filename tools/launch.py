@@ -600,7 +600,8 @@ def launch(
     running: RunningMachine | None = None
     try:
         # Before there is anything of it: whoever kills us from here on leaves the rest to the zygote.
-        link.send("making", name)
+        with contextlib.suppress(OSError):  # that has died already, which `_start_processes` will say
+            link.send("making", name)
         machine = Machine.create(
             name,
             config,

@@ -36,6 +36,7 @@ from tests.system.commands import (
     wait_until_open,
 )
 from tools import launch as launcher
+from tools import zygote_start
 from tools.launch import MachineDied, launch
 from tools.zygote import Zygote
 from tools.zygote_start import Link
@@ -199,6 +200,18 @@ def test_killed_zygote_leaves_no_sweeper_behind() -> None:
 
     assert is_over(sweeper)
     assert_gone("t-orphan")
+
+
+def test_zygote_that_died_before_the_launch_is_a_death() -> None:
+    """Started early, it may be gone when it is told of the machine: `run` ended with 141 and said nothing."""
+    link = zygote_start.start_zygote()
+    link.process.kill()
+    link.process.wait()
+    zygote_start._started.append(link)
+    with pytest.raises(MachineDied, match=r"zygote \(pid \d+\) died: killed by SIGKILL"):
+        launch(Scenario.default().with_overrides(vcpus=1), name="t-too-early")
+
+    assert_gone("t-too-early")
 
 
 @pytest.mark.parametrize("moment", ["before", "while it kills"])
