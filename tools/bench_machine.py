@@ -48,6 +48,12 @@ def bench_scenario(
     poll: str | None = None,
     plugins: Iterable[Path] = (),
 ) -> Scenario:
-    """The scenario of a machine to measure; UserError where the file's cannot have so many processors."""
-    scenario = scenario_of(asked_scenario(), plugins).with_overrides(vcpus=vcpus, poll=poll, devices=devices)
+    """The scenario of a machine to measure, with the default's processors and devices where none are said.
+
+    UserError where the file's cannot have so many processors.
+    """
+    scenario, default = scenario_of(asked_scenario(), plugins), Scenario.default()
+    scenario = scenario.with_overrides(
+        vcpus=vcpus or default.machine.vcpus, poll=poll, devices=devices or default.device_specs
+    )
     return replace(scenario, machine=replace(scenario.machine, name=None))

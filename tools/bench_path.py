@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import VmbusError
+from emu.scenario import parse_device
 from tools.anchors import Against, Anchor
+from tools.bench_machine import bench_scenario
 from tools.bench_path_plugin import BEGIN, CALLBACKS, END, SIZE, TAKEN, WRONG
 from tools.draining import recording
 from tools.pinned import pin
@@ -42,8 +44,9 @@ def stream(cpus: Cpus | None, record_into: Path | None = None) -> Streamed:
     """
     from tools.testing import running
 
+    scenario = bench_scenario(vcpus=1, devices=[parse_device("echo")], plugins=[PLUGIN])
     with (
-        running(plugins=[PLUGIN], devices=["echo"], vcpus=1, record=record_into is not None) as machine,
+        running(scenario, record=record_into is not None) as machine,
         recording(machine.running, record_into) as recorded,
     ):
         if cpus is not None:

@@ -7,19 +7,20 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from click.testing import CliRunner
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, VmbusError
-from emu.scenario import MachineSpec
+from emu.scenario import MachineSpec, Scenario
 from tests.conftest import RunCli
 from tools import bench as module
 from tools import cli
 from tools.anchors import Against, Anchor
 from tools.bench_boot import launch_to_open
-from tools.bench_machine import bench_scenario
+from tools.bench_machine import bench_scenario, machines_like
+from tools.bench_path import stream
 from tools.exit_status import ExitStatus
 from tools.launch import Death, MachineDied
 
@@ -209,6 +210,37 @@ def test_machines_of_a_bench_are_like_a_scenario_that_it_is_given(
 
     assert told["scenario"] == str(path)
     assert [(one.era, one.vcpus, one.name) for one in seen] == [("seed", 3, None), ("current", 3, None)]
+
+
+def test_a_bench_that_says_no_processors_and_devices_has_the_defaults(tmp_path: Path) -> None:
+    """Not the scenario's: a device that is added to one of many processors costs more."""
+    path = tmp_path / "large.toml"
+    path.write_text('[machine]\nvcpus = 7\nera = "seed"\n[[device]]\nclass = "echo"\ncount = 40\n')
+
+    with machines_like(path):
+        scenario = bench_scenario()
+
+    default = Scenario.default()
+    assert (scenario.machine.era, scenario.machine.vcpus) == ("seed", default.machine.vcpus)
+    assert scenario.device_specs == default.device_specs
+
+
+def test_the_machine_of_the_channel_path_is_like_the_scenario(tmp_path: Path) -> None:
+    """Also the one that `bench ring` and the recorder's cost are measured in; with the bench's own device."""
+    path = tmp_path / "scattered.toml"
+    path.write_text('[machine]\nring_memory = "scattered"\nvcpus = 2\n')
+    seen: list[Scenario] = []
+
+    def note(scenario: Scenario, **_options: object) -> NoReturn:
+        seen.append(scenario)
+        raise VmbusError("seen")
+
+    with machines_like(path), pytest.MonkeyPatch.context() as patch, pytest.raises(VmbusError, match="seen"):
+        patch.setattr("tools.testing.launch", note)
+        stream(None)
+
+    assert [(one.machine.ring_memory, one.machine.vcpus) for one in seen] == [("scattered", 1)]
+    assert "path-bench" in seen[0].plugins.classes
 
 
 @pytest.mark.parametrize(
