@@ -128,6 +128,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     described = machine_description()
     left = list(chosen)
     lacking: list[str] = []
+    status = ExitStatus.FINE
     failure: MachineDied | DeadlinePassed | None = None
     path = Path(paths[0]) if paths else None
     with machines_like(path), noting_interruption() as interruption:
@@ -137,8 +138,9 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
                 say(f"measuring {name} …")
             try:
                 anchors += BENCHES[name](SHORT_RUNS if short else runs, short, peers)
-            except MissingPrerequisite as error:
-                # The others can be measured all the same.
+            except (MissingPrerequisite, UserError) as error:
+                # The others can be measured all the same: a scenario may have memory enough for those.
+                status = ExitStatus.USAGE if isinstance(error, UserError) else status or ExitStatus.MISSING
                 lacking.append(f"{name}: {error}")
                 anchors.append(Anchor.of(name, (), "-", better="higher", reason=str(error)))
             except (MachineDied, DeadlinePassed) as error:
@@ -172,7 +174,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
             say(f"vmbus-emu: {line}")
     if strict and any(one.met is False for one in anchors):
         return ExitStatus.FINDING
-    return ExitStatus.MISSING if lacking else ExitStatus.FINE
+    return status
 
 
 def row(anchor: Anchor) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from emu.errors import DeadlinePassed, MissingPrerequisite, VmbusError
-from emu.scenario import MachineSpec, Scenario
+from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from tests.conftest import RunCli
 from tools import bench as module
 from tools import cli
@@ -22,7 +22,7 @@ from tools.bench_boot import launch_to_open
 from tools.bench_machine import bench_scenario, machines_like
 from tools.bench_path import stream
 from tools.exit_status import ExitStatus
-from tools.launch import Death, MachineDied
+from tools.launch import Death, MachineDied, launch
 
 FIELDS = {"name", "value", "unit", "better", "runs", "spread", "against", "ratio", "goal", "floor", "met", "reason"}
 
@@ -210,6 +210,29 @@ def test_machines_of_a_bench_are_like_a_scenario_that_it_is_given(
 
     assert told["scenario"] == str(path)
     assert [(one.era, one.vcpus, one.name) for one in seen] == [("seed", 3, None), ("current", 3, None)]
+
+
+def test_a_scenario_that_is_too_small_for_one_bench_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured before is told, what comes behind is measured; then one line, and status 2."""
+
+    def measure(runs: int, short: bool, peers: bool) -> list[Anchor]:
+        return [Anchor.of("fits", [1.0], "x", better="higher")]
+
+    def too_many(runs: int, short: bool, peers: bool) -> list[Anchor]:
+        with launch(bench_scenario(devices=[DeviceSpec("echo", count=2_000)])):
+            raise AssertionError("there is no room for their rings")
+
+    monkeypatch.setattr(module, "BENCHES", {"one": measure, "many": too_many, "another": measure})
+    path = tmp_path / "small.toml"
+    path.write_text('[machine]\nram = "64MiB"\n')
+
+    status = cli.main(["bench", "all", str(path)])
+
+    shown = capsys.readouterr()
+    assert (status, shown.out.count("fits"), shown.err.count("many: ")) == (ExitStatus.USAGE, 2, 1)
+    assert "raise machine.ram" in shown.err
 
 
 def test_a_bench_that_says_no_processors_and_devices_has_the_defaults(tmp_path: Path) -> None:
