@@ -153,8 +153,9 @@ class Zygote:
         self._fork(name, bodies[kind])
 
     def _report(self, *message: Any) -> None:
-        """What a child tells the launcher by itself."""
-        self._link.send(msgpack.packb(message))
+        """What a child tells the launcher by itself; of one that was killed nobody hears, and its child ends soon."""
+        with contextlib.suppress(ConnectionError):
+            self._send(*message)
 
     def _fork(self, name: str, body: Callable[[], int], *, detached: bool = False) -> None:
         zygote_pid = os.getpid()

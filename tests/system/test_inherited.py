@@ -23,6 +23,7 @@ from tests.system.commands import (
     start_any,
     wait_until_open,
 )
+from tools.zygote import Zygote
 
 IGNORE = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 DEAF = [sys.executable, "-c", IGNORE]
@@ -66,6 +67,25 @@ def test_a_zygote_whose_launcher_was_killed_says_nothing() -> None:
         _, errors = zygote.communicate(timeout=20)
 
     assert (zygote.returncode, errors) == (0, "")
+
+
+def test_a_process_whose_launcher_was_killed_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """It may report how far it has come just before the kernel ends it: no traceback on the launcher's terminal."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        ours.close()
+        zygote = Zygote(theirs, os.getpid())
+
+        def body() -> int:
+            zygote._report("stage", "hypervisor", 1)
+            return 0
+
+        child = os.fork()
+        if child == 0:
+            zygote._child("hypervisor", body, os.getppid(), detached=True)
+        _pid, status = os.waitpid(child, 0)
+
+    assert (os.waitstatus_to_exitcode(status), capfd.readouterr().err) == (0, "")
 
 
 NOT_OURS = ("emu", "guestproc", "hostproc", "msgpack", "random", "signal", "struct", "tools")
