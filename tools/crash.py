@@ -34,11 +34,14 @@ def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[N
 
 
 def failure_report(error: MachineDied | DeadlinePassed | NotOpened) -> dict[str, Any]:
-    """What `--json` tells of a command that one of these has ended, by the names that `run` has for it."""
+    """What `--json` tells of a command that one of these has ended, by the names that `run` has for it.
+
+    `run` counts channels that are `not_open`; why one is not is `unopened` here.
+    """
     death = error if isinstance(error, MachineDied) else None
     return {
         "interrupted": False,
-        "not_open": str(error) if isinstance(error, NotOpened) else None,
+        "unopened": str(error) if isinstance(error, NotOpened) else None,
         "timed_out": str(error) if isinstance(error, DeadlinePassed) else None,
         "deaths": [one.report() for one in death.deaths] if death else [],
         "crash_record": str(death.crash_record) if death and death.crash_record else None,

@@ -39,6 +39,7 @@ from tools.findings import (
     scenario_text,
 )
 from tools.launch import Death, MachineDied
+from tools.run_outcome import Outcome
 
 FAULTS = (
     "delay_irq=200us@relid=7",
@@ -238,6 +239,16 @@ def test_wait_that_ended_in_vain_is_kept(state: Path) -> None:
     text = (folder / "finding.txt").read_text()
     assert "relid 4 will not be open: its probe failed with -EIO" in text and "did not end" not in text
     assert failure_report(lost.value)["finding"] == str(folder)
+
+
+def test_what_a_failure_tells_by_a_name_of_runs_is_of_runs_kind() -> None:
+    """`not_open` is a number there: a reason under that name would be one that no reader of both expects."""
+    why = NotOpened(4, "its probe failed with -EIO")
+    told, run = failure_report(why), Outcome("one", Scenario.default(), seed=1).report()
+
+    shared = {name for name in told.keys() & run.keys() if told[name] is not None and run[name] is not None}
+    assert {name: type(told[name]) for name in shared} == {name: type(run[name]) for name in shared}
+    assert told["unopened"] == str(why)
 
 
 def test_only_a_hang_is_kept_not_what_a_user_does(state: Path) -> None:
