@@ -97,9 +97,8 @@ class Zygote:
         """Carry out one order; False when it is time to go."""
         data = self._receive()
         if not data:
-            if self._making and not is_held(object_name(self._making, "control")):
-                # Its launcher was killed, and there is no sweeper yet. Held is that of who was quicker with the name.
-                unlink_objects(self._making)
+            if self._making:
+                self._sweep(self._making)
             return False
         verb, *arguments = msgpack.unpackb(data)
         if verb == "making":
@@ -129,6 +128,18 @@ class Zygote:
                 self._reap(descriptor, report=False)
             return False
         return True
+
+    def _sweep(self, name: str) -> None:
+        """Our launcher was killed, and there is no sweeper yet: unlink what it has made of a machine."""
+        # What it held is held until it is gone, which its socket, by which we know, may be before.
+        with contextlib.suppress(OSError):
+            launcher = select.poll()
+            launcher.register(pidfd := os.pidfd_open(self._launcher_pid), select.POLLIN)
+            launcher.poll(sweeper.GRACE_S * 1e3)
+            os.close(pidfd)
+        # Held is now the machine of who was quicker with the name.
+        if not is_held(object_name(name, "control")):
+            unlink_objects(name)
 
     def _receive(self) -> bytes:
         """The next order; empty when there is none any more."""
@@ -223,7 +234,8 @@ def main() -> int:
     fill_holes()
     # What is looked up in a class takes the place of what was looked up before, and counts both names down and up: a
     # child's would write to a page of each name that the imports had used.
-    sys._clear_type_cache()
+    if sys.version_info < (3, 12):  # from then on names are not counted
+        sys._clear_type_cache()
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as link:
         return Zygote(link, launcher_pid).run()

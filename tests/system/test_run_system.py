@@ -846,8 +846,9 @@ def test_launcher_that_is_killed_while_it_makes_a_machine_leaves_nothing(tmp_pat
     assert_gone(name)
 
 
-def test_zygote_of_a_killed_launcher_leaves_the_machine_of_a_quicker_one_alone() -> None:
+def test_zygote_of_a_killed_launcher_leaves_the_machine_of_a_quicker_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was killed as it lost the race for a name takes nothing with it."""
+    monkeypatch.setattr("tools.sweeper.GRACE_S", 0.0)
     with launch(Scenario.default().with_overrides(vcpus=1), name="t-quicker") as quicker:
         quicker.wait_ready()
         before = objects("t-quicker")

@@ -144,10 +144,10 @@ def test_scenario_alone_is_run(run_cli: RunCli, tmp_path: Path) -> None:
     """As by `-- run`: its machine is what is watched."""
     path = tmp_path / "two.toml"
     path.write_text("[machine]\nvcpus = 2\n")
-    done = run_cli("profile", str(path), "--duration", "0.5", "--json", timeout_s=60)
+    done = run_cli("profile", "--json", str(path), "--", "--duration", "0.3", timeout_s=60)
 
     told = json.loads(done.stdout)
-    assert (done.returncode, told["command"]) == (0, ["run", str(path)])
+    assert (done.returncode, told["command"]) == (0, ["run", str(path), "--duration", "0.3"])
     assert {"vcpu0", "vcpu1"} <= {one["name"] for one in told["processes"]}
 
 
