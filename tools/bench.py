@@ -157,10 +157,13 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
         print_table(
             ("anchor", "median", "unit", "spread", "against", "ratio", "goal", "met"), [row(one) for one in anchors]
         )
-    if short and anchors and not as_json:
+    if short and len(anchors) > len(lacking) and not as_json:
         say(
             "vmbus-emu: these are of one short run each (--short): they show that the benches work, and measure nothing"
         )
+    if not as_json:
+        for line in lacking:
+            say(f"vmbus-emu: {line}")
     if failure is not None:
         if not as_json:
             say(f"vmbus-emu: not measured: {', '.join(left)}")
@@ -169,9 +172,6 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
         if not as_json:
             say(f"vmbus-emu: interrupted; not measured: {', '.join(left)}")
         return interruption.status
-    if not as_json:
-        for line in lacking:
-            say(f"vmbus-emu: {line}")
     if strict and any(one.met is False for one in anchors):
         return ExitStatus.FINDING
     return status

@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from emu.control import Ready
-from emu.errors import MissingPrerequisite
+from emu.errors import MissingPrerequisite, UserError
 from emu.scenario import parse_device
 from tools.anchors import Against, Anchor
 from tools.bench_machine import asked_scenario, bench_scenario
@@ -96,8 +96,11 @@ def launch_to_open() -> float:
     environment = {name: value for name, value in own_environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_dir() / "bytecode"))
     done = subprocess.run(command, check=False, capture_output=True, timeout=120, env=environment)
+    why = done.stderr.decode().strip().removeprefix("vmbus-emu: ")
     if done.returncode == ExitStatus.MISSING:
-        raise MissingPrerequisite(done.stderr.decode().strip().removeprefix("vmbus-emu: "))
+        raise MissingPrerequisite(why)
+    if done.returncode == ExitStatus.USAGE:  # the scenario's machine cannot have four processors, for example
+        raise UserError(why)
     done.check_returncode()
     return (int(json.loads(done.stdout)["opened_at_ns"]) - started) / 1e9
 

@@ -50,10 +50,11 @@ def bench_scenario(
 ) -> Scenario:
     """The scenario of a machine to measure, with the default's processors and devices where none are said.
 
-    UserError where the file's cannot have so many processors.
+    They are on as many nodes as the file says, or on one each where they are fewer than that. UserError where its
+    machine cannot have so many processors.
     """
     scenario, default = scenario_of(asked_scenario(), plugins), Scenario.default()
-    scenario = scenario.with_overrides(
-        vcpus=vcpus or default.machine.vcpus, poll=poll, devices=devices or default.device_specs
-    )
-    return replace(scenario, machine=replace(scenario.machine, name=None))
+    count = vcpus or default.machine.vcpus
+    nodes = min(scenario.machine.numa, count)
+    scenario = replace(scenario, machine=replace(scenario.machine, name=None, numa=nodes))
+    return scenario.with_overrides(vcpus=count, poll=poll, devices=devices or default.device_specs)

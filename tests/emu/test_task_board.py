@@ -23,11 +23,11 @@ def board(machine_name: str) -> Iterator[TaskBoard]:
 
 def test_order_is_read_back(board: TaskBoard) -> None:
     """Program, CPU, channel, amount and path of an order stand in its row."""
-    index = board.order(Program.STREAM, 3, relid=7, wanted=1 << 40, path="/tmp/a file")
+    index = board.order(Program.STREAM, 3, relid=7, wanted=1 << 40, path="somewhere/a file")
 
     (row,) = board.rows()
     assert (row.index, row.state, row.program) == (index, TaskState.ORDERED, Program.STREAM)
-    assert (row.cpu, row.relid, row.wanted, row.path) == (3, 7, 1 << 40, "/tmp/a file")
+    assert (row.cpu, row.relid, row.wanted, row.path) == (3, 7, 1 << 40, "somewhere/a file")
     assert (row.packets, row.nbytes, row.errors, row.digest) == (0, 0, 0, bytes(32))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from click.testing import CliRunner
 
-from emu.errors import DeadlinePassed, MissingPrerequisite, VmbusError
+from emu.errors import DeadlinePassed, MissingPrerequisite, UserError, VmbusError
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from tests.conftest import RunCli
 from tools import bench as module
@@ -266,6 +266,15 @@ def test_the_machine_of_the_channel_path_is_like_the_scenario(tmp_path: Path) ->
     assert "path-bench" in seen[0].plugins.classes
 
 
+def test_fewer_processors_than_the_scenario_has_nodes_are_on_one_each(tmp_path: Path) -> None:
+    """A bench that has one processor has one node; one that has more has the file's."""
+    path = tmp_path / "nodes.toml"
+    path.write_text("[machine]\nvcpus = 8\nnuma = 4\n")
+
+    with machines_like(path):
+        assert [bench_scenario(vcpus=count).machine.numa for count in (1, 3, 16)] == [1, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "why"),
     [
@@ -332,11 +341,19 @@ def test_figures_hold_their_floors(name: str) -> None:
     assert not below, "\n".join(below)
 
 
-def test_boot_that_lacks_something_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run that is timed is a process of its own: what it says is lacking is what the bench lacks."""
-    said = b"vmbus-emu: /dev/shm is full, it has no room for 8 MiB (/vmbus-emu.vm1.ram); free some of it\n"
-    ended = subprocess.CompletedProcess[bytes]([], ExitStatus.MISSING, b"", said)
+@pytest.mark.parametrize(
+    ("status", "error", "why"),
+    [
+        (ExitStatus.MISSING, MissingPrerequisite, "/dev/shm is full; free some of it"),
+        (ExitStatus.USAGE, UserError, "machine.numa: 8 nodes are more than the 4 vCPUs; lower it"),
+    ],
+)
+def test_boot_that_cannot_be_says_why(
+    monkeypatch: pytest.MonkeyPatch, status: ExitStatus, error: type[VmbusError], why: str
+) -> None:
+    """The run that is timed is a process of its own: what it says is lacking, or wrong, the bench says."""
+    ended = subprocess.CompletedProcess[bytes]([], status, b"", f"vmbus-emu: {why}\n".encode())
     monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: ended)
 
-    with pytest.raises(MissingPrerequisite, match=r"^/dev/shm is full"):
+    with pytest.raises(error, match=f"^{why}$"):
         launch_to_open()

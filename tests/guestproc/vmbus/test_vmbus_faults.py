@@ -140,19 +140,24 @@ def hoard(world: World) -> list[WorkItem]:
     return hoarded
 
 
+def give_back(world: World, hoarded: list[WorkItem]) -> None:
+    """All of them, the last one through a worker, which is how somebody hears of it."""
+    queues, last = world.tables.work_queues, hoarded.pop()
+    for item in hoarded:
+        queues.discard(item)
+    world.call(lambda current: queues.queue_work(current.actor, QueueNumber.RESCIND, last))
+    world.settle()
+
+
 def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) -> None:
     """The kept ones are in use, too: it stays in its slot until a worker is done, and needs no interrupt for that."""
-    queues, hoarded = booted.tables.work_queues, hoard(booted)
+    hoarded = hoard(booted)
     booted.host.device(9)
     booted.host.device(10)
     booted.settle()
     assert not booted.tables.relids.published()
 
-    last = hoarded.pop()
-    for item in hoarded:
-        queues.discard(item)
-    booted.call(lambda current: queues.queue_work(current.actor, QueueNumber.RESCIND, last))
-    booted.settle()
+    give_back(booted, hoarded)
 
     assert sorted(booted.tables.relids.published()) == [9, 10]
     assert booted.shut_down() == {}
@@ -160,7 +165,7 @@ def test_message_without_any_record_is_taken_when_one_comes_back(booted: World) 
 
 def test_every_processor_whose_message_found_no_record_is_interrupted(booted: World) -> None:
     """A host may post to any of them: who comes second to wait for a record does not take the first one's place."""
-    queues, hoarded = booted.tables.work_queues, hoard(booted)
+    hoarded = hoard(booted)
     for relid, cpu in ((9, 0), (10, 1)):
         offer = booted.host.device(relid, early=True)
         booted.host.channels[relid] = HostChannel(offer)
@@ -168,11 +173,7 @@ def test_every_processor_whose_message_found_no_record_is_interrupted(booted: Wo
     booted.settle()
     assert not booted.tables.relids.published()
 
-    last = hoarded.pop()
-    for item in hoarded:
-        queues.discard(item)
-    booted.call(lambda current: queues.queue_work(current.actor, QueueNumber.RESCIND, last))
-    booted.settle()
+    give_back(booted, hoarded)
 
     assert sorted(booted.tables.relids.published()) == [9, 10]
     assert booted.shut_down() == {}
