@@ -560,7 +560,7 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
         payloads: list[Any] = []
         start = at
         while left >= _SHORTEST_RUN and longest_run >= _SHORTEST_RUN:
-            count = ROUND_COUNTS[left if left < longest_run else longest_run]
+            count = ROUND_COUNTS[left] if left < longest_run else longest_run
             run = unpack_run(at, count)
             if run is None:
                 left = 0

@@ -11,10 +11,11 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import countOf
+from operator import countOf, itemgetter
 from struct import Struct
 from struct import error as struct_error
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -304,9 +305,9 @@ class _MirroredRing(RingMemory):
         return pack_run
 
     def alike_packer(self, length: int, padding: int, word: bytes) -> PackAlike:
-        pack_measured = super().alike_packer(length, padding, word)
         if length > _LONGEST_PASCAL:
-            return pack_measured
+            return self._long_packer(length, padding, word)
+        pack_measured = super().alike_packer(length, padding, word)
         mapping, words64, trailers = self._mapping, self._words64, self._trailers
         size = DESCRIPTOR_SIZE + length + padding + TRAILER_SIZE
         step, before = size >> 3, DESCRIPTOR_SIZE - 1
@@ -344,6 +345,27 @@ class _MirroredRing(RingMemory):
             else:
                 words64[first + 1 : last : step] = memoryview(_ids(count)(*trans_ids)).cast("Q")
             trailers[first + to_trailer : last : step] = starts[first:last:step]
+            return True
+
+        return pack_alike
+
+    def _long_packer(self, length: int, padding: int, word: bytes) -> PackAlike:
+        """`alike_packer` for long payloads: to make an integer of each length takes as long as to copy 500 bytes.
+
+        None is shorter if each has a last byte (a small integer, which is not made); then none is longer if together
+        they are as long as they should be.
+        """
+        pack_run = self.run_packer(length, padding, word)
+        last_bytes, look_at_all = itemgetter(length - 1), deque[int](maxlen=0).extend
+
+        def pack_alike(
+            payloads: Sequence[Payload], trans_ids: Sequence[int] | None, _count: int, offset: int, _end: int
+        ) -> bool:
+            try:
+                look_at_all(map(last_bytes, payloads))
+                pack_run(offset, payloads, trans_ids)
+            except IndexError:  # a short payload's, or a mapping's whose slice has another length
+                return False
             return True
 
         return pack_alike

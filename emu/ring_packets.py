@@ -142,7 +142,7 @@ class Plans:
         return self._memory.unpacker(start, length)
 
     def _longest_run(self, size: int) -> int:
-        return min(LONGEST_RUN, RUN_BYTES // size)
+        return min(LONGEST_RUN, -(-RUN_BYTES // size))
 
 
 class PlansWithHeader(Plans):

@@ -81,8 +81,12 @@ def send_one_by_one(producer: RingProducer, payload: bytes, packets: int) -> Non
 def send_in_batches(producer: RingProducer, payload: bytes, packets: int, batch: int = BATCH) -> None:
     """One call for each 32 packets."""
     payloads = [payload] * batch
+    write_many = producer.write_many
+    while packets >= batch:
+        written, _ = write_many(payloads)
+        packets -= written
     while packets > 0:
-        written, _ = producer.write_many(payloads[:packets])
+        written, _ = write_many(payloads[:packets])
         packets -= written
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from emu.errors import ProtocolViolation, RingFull
 from emu.ring import Packet, RingConsumer, RingProducer
-from emu.ring_memory import Payload
+from emu.ring_memory import Payload, UnpackRun
+from emu.ring_packets import LONGEST_RUN, RUN_BYTES
 from emu.wire.packets import COMPLETION_REQUESTED, DESCRIPTOR, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
 from tests.emu.ring_pages import KINDS, RingPages, ring_pages
 
@@ -118,7 +119,7 @@ def test_batch_that_begins_like_the_one_before_may_be_another(
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("length", [0, 1, 5, 64, 253, 254, 255, 256, 300])
+@pytest.mark.parametrize("length", [0, 1, 5, 64, 253, 254, 255, 256, 300, 700])
 @pytest.mark.parametrize("count", [1, 6, 64, 65])
 @pytest.mark.parametrize("kind", ["contiguous", "bytearray"])
 def test_batch_is_stored_if_all_its_payloads_have_the_length(kind: str, count: int, length: int) -> None:
@@ -139,6 +140,41 @@ def test_batch_is_stored_if_all_its_payloads_have_the_length(kind: str, count: i
             for other in {max(0, length - 1), length + 1, length + 600} - {length}:
                 odd = [*payloads[:at], bytes(other), *payloads[at + 1 :]]
                 assert not pack_alike(odd, None, count, 16, 16 + count * size)
+        if count > 1 and length:
+            odd = [bytes(length - 1), *payloads[1:-1], bytes(length + 1)]
+            assert not pack_alike(odd, None, count, 16, 16 + count * size)
+            assert not pack_alike(odd[::-1], None, count, 16, 16 + count * size)
+
+
+@pytest.mark.parametrize("length", [64, 1500, 4096])
+def test_reading_as_many_bytes_as_a_run_may_have_is_one_run(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left over by a round number would be taken packet by packet, each at the price of a small run."""
+    counts: list[int] = []
+    with ring_pages("contiguous", data_pages=256) as pages:
+        producer = RingProducer(pages.memory)
+        reader = pages.attach()
+        make = reader.run_unpacker
+
+        def counted(start: int, length: int, word: int) -> UnpackRun:
+            unpack_run = make(start, length, word)
+
+            def unpack(offset: int, count: int) -> tuple[list[int], Sequence[bytes]] | None:
+                counts.append(count)
+                return unpack_run(offset, count)
+
+            return unpack
+
+        monkeypatch.setattr(reader, "run_unpacker", counted)
+        consumer = RingConsumer(reader)
+        size = ring_bytes(length)
+        most = min(LONGEST_RUN, -(-RUN_BYTES // size))
+        payloads = [bytes(length)] * most
+        for _ in range(3):
+            assert producer.write_many(payloads)[0] == most
+            assert len(consumer.read_many(most_bytes=most * size)) == most
+
+    assert counts[-1] == most
+    assert counts.count(most) == 2
 
 
 @settings(max_examples=60, deadline=None)
