@@ -242,7 +242,7 @@ def stress(
     limit = None if limit_s is None else Limit(limit_s, time.monotonic() + limit_s)
     check_versions(scenario)
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
-    ended_early = f"ended early; the same again: --seed {chosen}"
+    ended_early = f"ended early; the same again: {again}"
     report: dict[str, Any] | None = None
     # A file without a name: of this one nothing is left either, if somebody kills us.
     with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder, tempfile.TemporaryFile() as nameless:
@@ -268,12 +268,12 @@ def stress(
         except BaseException as error:
             click.echo(ended_early, err=True)
             if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
-                print_json("stress", 1, {"seed": chosen, **failure_report(error)})
+                print_json("stress", 1, {"seed": chosen, "again": again, **failure_report(error)})
             raise
         if interruption.status is not None or report is None:
             click.echo(ended_early, err=True)
             if as_json:
-                print_json("stress", 1, {"seed": chosen, "interrupted": True})
+                print_json("stress", 1, {"seed": chosen, "again": again, "interrupted": True})
             return interruption.status or ExitStatus.FAILED
         if junit is not None:
             write_text(junit, junit_of(report), "--junit")

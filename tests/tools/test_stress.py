@@ -173,13 +173,17 @@ def test_what_cannot_be_meant_is_one_line(run_cli: RunCli, arguments: tuple[str,
     assert done.stderr.count("\n") == 1 and word in done.stderr
 
 
-def test_time_limit_ends_it_and_tells_the_seed(run_cli: RunCli) -> None:
-    """Exit status 124; the same again is one option away, in JSON as well."""
-    done = run_cli("stress", "--duration", "30", "--time-limit", "1", "--json")
+def test_time_limit_ends_it_and_tells_how_to_do_it_again(run_cli: RunCli) -> None:
+    """Exit status 124; the line that does the same again has its seed and its faults, in JSON as well."""
+    stalled = ("--fault", "vsp.stall=1ms@class=echo,times=1")
+    done = run_cli("stress", "--duration", "30", "--time-limit", "1", "--json", *stalled)
 
     told = json.loads(done.stdout)
-    flight, seed, limit = done.stderr.splitlines()
-    assert (done.returncode, seed) == (124, f"ended early; the same again: --seed {told['seed']}")
+    flight, again, limit = done.stderr.splitlines()
+    assert (done.returncode, again) == (124, f"ended early; the same again: {told['again']}")
+    words = told["again"].split()
+    assert words[words.index("--seed") + 1] == str(told["seed"])
+    assert words[-2:] == list(stalled)
     assert (told["interrupted"], told["timed_out"]) == (False, limit.removeprefix("vmbus-emu: "))
     assert told["timed_out"] == "30 s of stress did not end within the --time-limit of 1 s"
     with Recording(Path(flight.removeprefix("vmbus-emu: flight recording: "))) as saved:
