@@ -195,7 +195,10 @@ def _stat(pid: int) -> list[bytes]:
 
 @valueclass()
 class ActorRow:
-    """One row of the process table, copied out."""
+    """One row of the process table, copied out.
+
+    `cpu`: of a vCPU its number, of a worker that of its semaphore (`actor.N`); otherwise 0.
+    """
 
     slot: int
     state: ActorState

@@ -17,6 +17,7 @@ from struct import Struct
 from typing import Any, Final
 
 from emu import plugin
+from emu.control import ActorKind, ActorRow
 from emu.fault_plan import FaultPlan
 from emu.host_tables import HostGpadl, HostTables, HostTimer
 from emu.ipc.atomics import ACQUIRE
@@ -378,7 +379,7 @@ class StateTree:
                 "kind": row.kind.name.lower(),
                 "state": row.state.name,
                 "actor": hex(row.number),
-                "cpu": row.cpu,
+                **_place(row),
                 "counters": {name: count for name, count in self._control.counter_values(row.slot).items() if count},
             }
             for row in self._control.rows()
@@ -466,6 +467,13 @@ def _host_channel(channel: MirrorChannel) -> dict[str, Node]:
         "connection_id": hex(channel.connection_id),
         "flags": hex(channel.flags),
     }
+
+
+def _place(row: ActorRow) -> Mapping[str, Node]:
+    """Of a vCPU which CPU it is; of a worker, which is no processor, on which semaphore it sleeps."""
+    if row.kind == ActorKind.VCPU:
+        return {"cpu": row.cpu}
+    return {"semaphore": f"actor.{row.cpu}"} if row.kind == ActorKind.WORKER else {}
 
 
 def _gpadl(one: HostGpadl) -> Mapping[str, Node]:

@@ -149,6 +149,17 @@ def test_queue_names_the_work_that_waits(machine: Machine, guest: Guest) -> None
     assert work["3"]["serial"] == 44 and not work["3"]["function"].startswith("?")
 
 
+def test_only_a_processor_has_a_cpu(machine: Machine) -> None:
+    """A worker has the number of its semaphore in that place of the table, the hypervisor nothing."""
+    machine.control.enlist(ActorKind.HYPERVISOR, "hypervisor")
+    machine.control.enlist(ActorKind.VCPU, "vcpu1", cpu=1)
+    machine.control.enlist(ActorKind.WORKER, "kworker/pri_chan", cpu=3)
+
+    assert (at(machine, "processes/vcpu1/cpu"), at(machine, "processes/kworker/pri_chan/semaphore")) == (1, "actor.3")
+    told = at(machine, "processes")
+    assert [name for name, row in told.items() if "cpu" in row] == ["vcpu1"]
+
+
 def test_state_of_a_damaged_machine_is_still_a_record(machine: Machine, guest: Guest) -> None:
     """Whatever a dying guest left: the rest is there, and all of it goes into a file."""
     machine.control.enlist(ActorKind.VCPU, "vcpu0")
