@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from tools.exit_status import ExitStatus
 
 SOURCES: Final = Path(__file__).resolve().parents[2]
 README: Final = SOURCES / "README.md"
+DESIGN: Final = SOURCES / "docs" / "design.md"
 PAGES: Final = [README, *sorted((SOURCES / "docs").glob("*.md"))]
 
 FOLDERS: Final = ("emu", "hostproc", "guestproc", "tools", "tests", "docs", "include", "scenarios")
@@ -81,6 +83,28 @@ def test_one_command_runs_the_tests() -> None:
 
     assert len(commands) == 1, commands
     assert all(TEST_COMMAND.search(text(page)) for page in (README, SOURCES / ".ci" / "run"))
+
+
+@pytest.mark.parametrize("package", ["emu", "hostproc", "guestproc", "tools"])
+def test_design_has_every_module(package: str) -> None:
+    """Its table of a package names each module of it, and none that is not there; a folder goes on within a row."""
+    table = text(DESIGN).split(f"\n**`{package}/`**")[1].split("\n**")[0]
+    patterns: list[str] = []
+    for row in table.splitlines():
+        folder = ""
+        for name in re.findall(r"`([\w/*.]+)`", row.split("|")[1]) if row.startswith("| `") else []:
+            head, slash, module = name.rpartition("/")
+            patterns.append(name if slash else folder + name)
+            folder = head + slash if slash and module else folder
+
+    there = SOURCES / package
+    modules = [str(path.relative_to(there)) for path in there.rglob("*.py") if not path.name.startswith("__")]
+    assert [one for one in modules if not any(_names(pattern, one) for pattern in patterns)] == []
+    assert [pattern for pattern in patterns if not any(there.glob(pattern.rstrip("/")))] == []
+
+
+def _names(pattern: str, module: str) -> bool:
+    return module.startswith(pattern) if pattern.endswith("/") else fnmatch(module, pattern)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
