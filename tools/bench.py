@@ -110,7 +110,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     \b
     Example:
       vmbus-emu bench boot idle
-      vmbus-emu bench echo scale scenarios/win7.toml
+      vmbus-emu bench echo scale scenarios/reversed.toml
       vmbus-emu bench all --json --strict
     """
     paths = [name for name in names if name.endswith(".toml")]

@@ -56,6 +56,15 @@ def test_named_paths_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_scenarios_of_examples_exist() -> None:
+    """Every scenario of ours that a document or a command's help names is there."""
+    sources = [*PAGES, *(SOURCES / "tools").glob("*.py")]
+    named = {name for source in sources for name in re.findall(r"\bscenarios/[\w-]+\.toml", text(source))}
+
+    assert named
+    assert [name for name in sorted(named) if not (SOURCES / name).exists()] == []
+
+
 def test_readme_has_every_command() -> None:
     """The table of commands names them all, and no other."""
     table = text(README).split("| command |")[1].split("\n\n")[0]
