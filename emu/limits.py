@@ -52,7 +52,7 @@ OF_ERRNO: Final[Mapping[int, tuple[int, ...]]] = {
 
 
 def soft_limit(number: int) -> int | None:
-    """What one process may have; None for as much as it likes."""
+    """The soft limit `number` (`resource.RLIMIT_…`) of this process, in bytes or things; None: there is none."""
     soft, _hard = resource.getrlimit(number)
     return None if soft == resource.RLIM_INFINITY else soft
 

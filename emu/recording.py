@@ -56,7 +56,7 @@ class RecordingError(UserError):
 
 @valueclass()
 class RecordedActor:
-    """One process or thread that recorded: `kind` is an ActorKind's name, `cpu` a guest CPU number."""
+    """One process or thread that recorded: `kind` is an ActorKind's name, `cpu` as `emu.control.ActorRow` has it."""
 
     slot: int
     name: str

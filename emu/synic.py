@@ -122,7 +122,7 @@ class Synic:
         self.sint[:] = [SINT_RESET] * HV_SYNIC_SINT_COUNT
 
     def read_msr(self, msr: int) -> int:
-        """Value of a SynIC register; EOM reads 0."""
+        """Value of a SynIC register; EOM reads 0. Any other number is the caller's mistake (AssertionError)."""
         if HV_X64_MSR_SINT0 <= msr <= HV_X64_MSR_SINT15:
             return self.sint[msr - HV_X64_MSR_SINT0]
         if msr == HV_X64_MSR_SCONTROL:

@@ -85,7 +85,7 @@ def pack_start(count: int, seed: int) -> bytes:
 
 
 def parse_start(payload: bytes) -> tuple[int, int]:
-    """How many frames are asked for, and the seed of their sizes and data."""
+    """How many frames are asked for, and the seed of their sizes and data; ProtocolViolation (`netlike-packet`)."""
     if len(payload) < _START.size:
         raise _violation(f"START_FRAMES of {len(payload)} bytes", len(payload))
     _kind, count, seed = _START.unpack_from(payload)
@@ -100,7 +100,7 @@ def pack_reply(kind: int, status: NetlikeStatus) -> bytes:
 
 
 def parse_reply(payload: bytes) -> tuple[int, int]:
-    """Type and status of a completion."""
+    """Type and status of a completion; ProtocolViolation (`netlike-packet`) when it is none."""
     if len(payload) < _REPLY.size:
         raise _violation(f"a completion of {len(payload)} bytes", len(payload))
     kind, status = _REPLY.unpack_from(payload)
@@ -119,7 +119,7 @@ def pack_counters(counters: Counters) -> bytes:
 
 
 def parse_counters(payload: bytes) -> Counters:
-    """The counters in a completion of GET_COUNTERS."""
+    """The counters in a completion of GET_COUNTERS; ProtocolViolation (`netlike-packet`) when it has none."""
     if len(payload) < _COUNTERS.size or parse_reply(payload) != (GET_COUNTERS, NetlikeStatus.SUCCESS):
         raise _violation(f"no counters in {len(payload)} bytes", len(payload))
     _kind, _status, *values = _COUNTERS.unpack_from(payload)

@@ -182,7 +182,7 @@ def check_descriptor(packet_type: int, offset8: int, len8: int, flags: int, avai
 
 
 def parse_packet(data: bytes) -> Packet:
-    """Take apart the bytes of one packet and its trailer (which is not looked at)."""
+    """Take apart the bytes of one packet and its trailer (which is not looked at). Raises as `check_descriptor`."""
     if len(data) < DESCRIPTOR_SIZE + TRAILER_SIZE:
         raise ProtocolViolation(
             f"{len(data)} bytes are no packet", rule="packet-length", field="len8", value=len(data) // 8

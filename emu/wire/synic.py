@@ -271,6 +271,6 @@ class HvMessage:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Read a private copy of a slot; a `payload_size` beyond 240 gives 240 bytes."""
+        """Read a private copy of a slot (256 bytes); a `payload_size` beyond 240 gives 240 bytes."""
         message_type, payload_size, message_flags, sender, payload = cls.LAYOUT.unpack(data)
         return cls(message_type, payload[:payload_size], message_flags, sender)
