@@ -1,4 +1,4 @@
-"""Sync points: named places where a schedule can hold an actor, across processes (reference races.md 13.1, 13.3).
+"""Sync points: named places where a schedule can hold an actor, across processes (docs/schedules.md lists them).
 
 A director arms a *ticket* for a point, with filters. The first actor that comes there and fits takes it, says so, and
 waits until it is told to go on. Machine time stands still meanwhile. A point that is not armed costs a look at one
