@@ -7,16 +7,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
+import click
 import pytest
 
-from tools.cli import COMMANDS
+from tools.cli import COMMANDS, vmbus_emu
 from tools.exit_status import ExitStatus
+from tools.run import run
 
 SOURCES: Final = Path(__file__).resolve().parents[2]
 README: Final = SOURCES / "README.md"
 DESIGN: Final = SOURCES / "docs" / "design.md"
 PAGES: Final = [README, *sorted((SOURCES / "docs").glob("*.md"))]
 
+RUN_OPTIONS: Final = {name for one in run.params for name in one.opts}
 FOLDERS: Final = ("emu", "hostproc", "guestproc", "tools", "tests", "docs", "include", "scenarios")
 NAMED: Final = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)(?:::[^`]*)?`")
 LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
@@ -72,6 +75,38 @@ def test_readme_has_every_command() -> None:
     cells = [re.split(r"(?<!\\)\|", row)[1] for row in table.splitlines()[2:]]
     named = {usage.split()[0] for cell in cells for usage in re.findall(r"`([^`]*)`", cell)}
     assert named == set(COMMANDS)
+
+
+def told_commands() -> list[str]:
+    """Each call of ours in the documents (`$ vmbus-emu …` in a block, or in backquotes) and in the helps' examples."""
+    calls = [call for page in PAGES for call in re.findall(r"^(?:\$ )?(vmbus-emu .*)$", text(page), re.MULTILINE)]
+    calls += [call for page in PAGES for call in re.findall(r"`(vmbus-emu [^`]*)`", text(page))]
+    for name in COMMANDS:
+        commands = [vmbus_emu.get_command(click.Context(vmbus_emu), name)]
+        while commands:
+            command = commands.pop()
+            assert command is not None
+            calls += re.findall(r"^ *(vmbus-emu .*)$", (command.help or "").replace("\\\n", ""), re.MULTILINE)
+            commands += command.commands.values() if isinstance(command, click.Group) else []
+    return calls
+
+
+def test_told_commands_and_their_options_exist() -> None:
+    """Whoever copies a line gets what it says: every option is one of that command; `record` takes those of `run`."""
+    unknown = []
+    for call in told_commands():
+        words = re.split(r" -- |  #| [|;>&]|; ", call)[0].replace("…", "").split()[1:]
+        command: click.Command | None = vmbus_emu
+        options: set[str] = set()
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            options |= {"--help"} if words[0] != "record" else {"--help", *RUN_OPTIONS}
+            command = command.get_command(click.Context(command), words.pop(0))
+        options |= {name for one in command.params for name in (*one.opts, *one.secondary_opts)} if command else set()
+        if command is None or any(word.startswith("--") and word.split("=")[0] not in options for word in words):
+            unknown.append(call)
+
+    assert len(told_commands()) > 100
+    assert unknown == []
 
 
 def test_readme_has_every_exit_code() -> None:
