@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -140,6 +140,7 @@ _BEYOND: Final = frozenset({errno.ENOMEM, errno.EMFILE})
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; nothing passes but a SystemExit that is no signal's."""
     asked = list(sys.argv[1:] if arguments is None else arguments)
+    output.told = False
     try:
         status = 0 if _completes() else _carry_out(asked)
         sys.stdout.flush()
@@ -151,10 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingPrerequisite as error:
         return _complain(str(error), ExitStatus.MISSING)
     except DeadlinePassed as error:
+        _tell_failure(asked, error)
         return _complain(str(error), ExitStatus.TIME_LIMIT)
     except NotOpened as error:
+        _tell_failure(asked, error)
         return _complain(str(error), ExitStatus.FINDING)
     except VmbusError as error:
+        _tell_failure(asked, error)
         return _complain(str(error), ExitStatus.FAILED, one_line=False)
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(asked, ExitStatus.INTERRUPTED)
@@ -173,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _beyond_a_limit(error):
             said = getattr(error, "strerror", None) or str(error) or "out of memory"
             return _complain(f"{said}; {limit_behind(error)}", ExitStatus.MISSING)
+        _tell_failure(asked, error)
         return _complain(f"internal error\n{traceback.format_exc()}", ExitStatus.FAILED, one_line=False)
 
 
@@ -193,11 +198,34 @@ def _carry_out(arguments: list[str]) -> int:
 
 
 def _interrupted(asked: list[str], status: int) -> int:
-    """A command was ended that had nothing to tell: a program that asked for an object gets one all the same."""
-    options = asked[: asked.index("--")] if "--" in asked else asked
-    if "--json" in options and not output.told:
-        output.print_json("interrupted", 1, {"interrupted": True})
+    """A command was ended that had nothing to tell."""
+    _give_object(asked, "interrupted", lambda: {"interrupted": True})
     return status
+
+
+def _tell_failure(asked: list[str], error: Exception) -> None:
+    """A command failed that has told nothing of it itself: what was waited for, who died, or what went wrong."""
+
+    def body() -> dict[str, Any]:
+        from tools.crash import failure_report
+        from tools.launch import MachineDied
+
+        if isinstance(error, (MachineDied, DeadlinePassed, NotOpened)):
+            return failure_report(error)
+        return {"interrupted": False, "error": str(error) or type(error).__name__}
+
+    _give_object(asked, "failed", body)
+
+
+def _give_object(asked: list[str], name: str, body: Callable[[], dict[str, Any]]) -> None:
+    """A program that asked for an object gets one, also if the command came to none."""
+    options = asked[: asked.index("--")] if "--" in asked else asked
+    if "--json" not in options or output.told:
+        return
+    try:
+        output.print_json(name, 1, body())
+    except OSError:  # nobody reads it, or there is no room: what ended the command is told all the same
+        _close_stdout()
 
 
 def _stdout_fails() -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import click
@@ -19,7 +21,7 @@ from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
 from tools.ctl_cpus import CPU_COMMANDS
 from tools.ctl_guest import GUEST_COMMANDS
-from tools.exit_status import ExitStatus
+from tools.exit_status import ExitStatus, noting_interruption
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option, relid_of
 from tools.output import print_json, say
@@ -59,22 +61,30 @@ def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
 def offer_devices(
     machine: Machine, device: str, *, backend: str | None = None, instance: str | None = None
 ) -> list[dict[str, Any]]:
-    """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class.
+    """Offer what `CLASS[:COUNT]` says; each device's relid, generation, instance and class. Raises as `offering`."""
+    return [one for some in offering(machine, device, backend=backend, instance=instance) for one in some]
 
-    UserError, which also says how many were offered before: an answer has room for a few, so many are several orders.
+
+def offering(
+    machine: Machine, device: str, *, backend: str | None, instance: str | None
+) -> Iterator[list[dict[str, Any]]]:
+    """As `offer_devices`, order by order: an answer has room for a few, so many are several orders.
+
+    UserError, which also says how many were offered before.
     """
     spec = parse_device(device, plugin.known_from(machine.config), flag="CLASS[:COUNT]")
     if instance and spec.count != 1:
         raise UserError("--instance names one device; leave it or the count out")
     arguments = {"class": spec.class_name, "backend": backend or spec.backend, "instance": instance}
-    offered: list[dict[str, Any]] = []
-    while len(offered) < spec.count:
-        count = min(OFFERED_AT_ONCE, spec.count - len(offered))
+    offered = 0
+    while offered < spec.count:
+        count = min(OFFERED_AT_ONCE, spec.count - offered)
         try:
-            offered += ask_host(machine, "offer", count=count, **arguments)["offered"]
+            some = ask_host(machine, "offer", count=count, **arguments)["offered"]
         except UserError as error:
-            raise UserError(f"{error}; {len(offered)} were offered before" if offered else str(error)) from None
-    return offered
+            raise UserError(f"{error}; {offered} were offered before" if offered else str(error)) from None
+        offered += len(some)
+        yield some
 
 
 def instance_option(value: str | None) -> str | None:
@@ -83,6 +93,30 @@ def instance_option(value: str | None) -> str | None:
         return None if value is None else str(guid(value))
     except Nonsense as nonsense:
         raise UserError(f"--instance: {nonsense.what}; {nonsense.cure}") from None
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a wait ended that was not waited to its end: by its deadline, or by a signal with this exit status."""
+
+    late: DeadlinePassed | None = None
+    status: int | None = None
+
+    def report(self) -> dict[str, Any]:
+        """What `--json` tells of it."""
+        return {"timed_out": None if self.late is None else str(self.late), "interrupted": self.status is not None}
+
+
+@contextmanager
+def noting_ending() -> Iterator[Ending]:
+    """Let neither deadline nor signal end the command, which has done something by then and tells it first."""
+    ending = Ending()
+    with noting_interruption() as interruption:
+        try:
+            yield ending
+        except DeadlinePassed as late:
+            ending.late = late
+    ending.status = interruption.status
 
 
 @ctl.command()
@@ -107,32 +141,38 @@ def offer(
     """
     chosen_instance = instance_option(instance)
     machine = Machine.attach(chosen_machine(machine_name))
+    offered: list[dict[str, Any]] = []
+    unopened: list[dict[str, Any]] = []
     try:
-        offered = offer_devices(machine, device, backend=backend, instance=chosen_instance)
-        if not as_json:
-            # Before the wait: who interrupts it has these devices all the same.
-            for one in offered:
-                click.echo(f"{one['relid']} {one['instance']}")
-        unopened = _wait_for_each(machine, offered) if wait else []
+        with noting_ending() as ending:
+            for some in offering(machine, device, backend=backend, instance=chosen_instance):
+                offered += some
+                if not as_json:
+                    # Before the wait: who interrupts it has these devices all the same.
+                    for one in some:
+                        click.echo(f"{one['relid']} {one['instance']}")
+            if wait:
+                unopened.extend(_waiting_for_each(machine, offered))
         if unseen := sum(not one["relid"] for one in offered):
             say(f"{unseen} of {len(offered)} without a relid, for the next REQUESTOFFERS: {why_no_relid(machine)}")
     finally:
         machine.close()
     if as_json:
-        print_json("ctl-offer", 1, {"machine": machine.name, "offered": offered, "not_open": unopened})
-    return ExitStatus.FINDING if unopened else ExitStatus.FINE
+        told = {"machine": machine.name, "offered": offered, "not_open": unopened}
+        print_json("ctl-offer", 1, {**told, **ending.report()})
+    if ending.late is not None:
+        raise ending.late
+    return ending.status or (ExitStatus.FINDING if unopened else ExitStatus.FINE)
 
 
-def _wait_for_each(machine: Machine, offered: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _waiting_for_each(machine: Machine, offered: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Wait until what was offered is open; relid, instance and reason of each that will not be, also on stderr."""
-    unopened: list[dict[str, Any]] = []
     for one in offered:
         try:
             wait_until_open(machine, one["relid"], one["generation"])
         except NotOpened as lost:
             say(f"vmbus-emu: {lost}")
-            unopened.append({"relid": one["relid"], "instance": one["instance"], "why": lost.why})
-    return unopened
+            yield {"relid": one["relid"], "instance": one["instance"], "why": lost.why}
 
 
 @ctl.command()
@@ -141,7 +181,7 @@ def _wait_for_each(machine: Machine, offered: list[dict[str, Any]]) -> list[dict
 @click.option("--wait", is_flag=True, help="Wait until the guest has released the relid.")
 @machine_option
 @json_option
-def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> None:
+def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: str | None, as_json: bool) -> int:
     """Take a device back (hot remove).
 
     At any moment, also amid its opening.
@@ -156,14 +196,18 @@ def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: s
     machine = Machine.attach(chosen_machine(machine_name))
     try:
         answer = ask_host(machine, "rescind", relid=relid or 0, instance=chosen_instance or "")
-        if wait and answer["relid"]:
-            wait_until_released(machine, answer["relid"], answer["generation"])
+        if not as_json:
+            click.echo(f"{answer['relid']} {answer['instance']}")
+        with noting_ending() as ending:
+            if wait and answer["relid"]:
+                wait_until_released(machine, answer["relid"], answer["generation"])
     finally:
         machine.close()
     if as_json:
-        print_json("ctl-rescind", 1, {"machine": machine.name, **answer})
-    else:
-        click.echo(f"{answer['relid']} {answer['instance']}")
+        print_json("ctl-rescind", 1, {"machine": machine.name, **answer, **ending.report()})
+    if ending.late is not None:
+        raise ending.late
+    return ending.status or ExitStatus.FINE
 
 
 def wait_until_open(machine: Machine, relid: int, generation: int) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import pytest
@@ -240,6 +240,34 @@ def test_wait_goes_on_while_a_probe_hangs(home: Path, then: str) -> None:
             said("rescind", "4", "--wait")
     assert out.startswith("4 ")
     wait_for(lambda: len(devices()) == 3, "the device to go")
+
+
+def interrupt(*_arguments: object) -> NoReturn:
+    """What Ctrl-C is to whoever waits."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "status"), [("limit", 124), ("Ctrl-C", 130)])
+def test_wait_that_comes_to_no_end_tells_what_was_done(monkeypatch: pytest.MonkeyPatch, end: str, status: int) -> None:
+    """One object: what was offered, or taken back, and what was waited for in vain, or that it was interrupted."""
+    if end == "limit":
+        monkeypatch.setattr("tools.ctl.WAIT_S", 0.05)
+    else:
+        monkeypatch.setattr("tools.ctl._watch", interrupt)
+    said("fail", "probe_hang", "--relid", "4")
+    offer = ctl("offer", "echo", "--wait", "--json")
+    wait_for(lambda: told("fail", "probe", "--times", "0")["faults"] == [], "the probe to hang")
+    rescind = ctl("rescind", "4", "--wait", "--json")
+    said("fail", "probe_hang", "--times", "0")
+    wait_for(lambda: len(devices()) == 3, "the device to go")
+
+    (one,) = report(offer.stdout)["offered"]
+    assert (one["relid"], report(rescind.stdout)["relid"]) == (4, 4)
+    for done, what in ((offer, "be open"), (rescind, "be released")):
+        late = f"relid 4 to {what}: no answer within 0.05 s" if end == "limit" else None
+        answer = report(done.stdout)
+        assert (done.returncode, answer["timed_out"], answer["interrupted"]) == (status, late, end == "Ctrl-C")
+        assert done.stderr == (f"vmbus-emu: {late}\n" if late else "")
 
 
 def test_instance_names_one_device_and_no_other() -> None:

@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 import pytest
 
+from emu.errors import DeadlinePassed, MachineStopping, NotOpened
 from tools import bench, cli, explore_search, latency, output, run_machine
 from tools.anchors import Anchor
 from tools.exit_status import ExitStatus
+from tools.launch import Death, MachineDied
 
 
 def interrupt(*_arguments: Any, **_options: Any) -> NoReturn:
@@ -81,11 +83,65 @@ def test_a_command_that_ends_with_nothing_to_tell_gives_programs_one_object(
 ) -> None:
     """`races run` before its first run, `profile` of a command that was ended at its start: it says so itself."""
     monkeypatch.setattr(cli, "_carry_out", lambda _asked: status)
-    monkeypatch.setattr(output, "told", False)
 
     assert cli.main(["races", "run", "A1", "--json"]) == status
 
     assert json.loads(capsys.readouterr().out)["interrupted"] is True
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (
+            DeadlinePassed("an answer to `move`", 10**10),
+            124,
+            {"timed_out": "an answer to `move`: no answer within 10 s"},
+        ),
+        (NotOpened(3, "it is gone"), 1, {"unopened": "relid 3 will not be open: it is gone"}),
+        (
+            MachineDied([Death("vcpu1", 77, 9)]),
+            4,
+            {"deaths": ["vcpu1 (pid 77) died: killed by SIGKILL, holding no lock"]},
+        ),
+        (MachineStopping("the machine stopped"), 4, {"error": "the machine stopped"}),
+        (KeyError("nobody"), 4, {"error": "'nobody'"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_command_that_fails_with_nothing_told_gives_programs_one_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int, told: Any
+) -> None:
+    """What was waited for in vain, who died, or what else went wrong; a person who asked for no object gets none."""
+
+    def fail(_asked: list[str]) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(cli, "_carry_out", fail)
+
+    assert cli.main(["ctl", "move", "3", "1", "--json"]) == status
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["schema"]["name"], answer["interrupted"]) == ("vmbus-emu.failed", False)
+    assert answer | told == answer
+    assert (cli.main(["ctl", "move", "3", "1"]), capsys.readouterr().out) == (status, "")
+
+
+def test_an_object_that_nobody_reads_does_not_hide_what_ended_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reader of the pipe has left, too: the status is still that of the time limit, and no traceback follows."""
+
+    def fail(_asked: list[str]) -> NoReturn:
+        raise DeadlinePassed("the guest to unload", 10**9)
+
+    def nobody_reads(*_arguments: object) -> NoReturn:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_carry_out", fail)
+    monkeypatch.setattr(output, "print_json", nobody_reads)
+    monkeypatch.setattr(cli, "_close_stdout", lambda: None)
+
+    assert cli.main(["stop", "--json"]) == ExitStatus.TIME_LIMIT
+    assert capsys.readouterr().err == "vmbus-emu: the guest to unload: no answer within 1 s\n"
 
 
 def test_explore_that_is_interrupted_while_its_cores_are_made_tells(
