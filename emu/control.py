@@ -8,6 +8,7 @@ offset below; sizes are in bytes.
 from __future__ import annotations
 
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
@@ -160,6 +161,9 @@ _COUNTER_INDEX: Final = {name: index for index, name in enumerate(COUNTERS)}
 
 
 _STAT_BYTES: Final = 4096
+_FLAGS, _PENDING = 6, 28
+"""Where it has the kernel's flags of the first thread, and its pending signals, counted from the state."""
+_PF_EXITING: Final = 4
 
 
 def start_time_of(pid: int) -> int:
@@ -171,6 +175,15 @@ def start_time_of(pid: int) -> int:
 def is_over(pid: int) -> bool:
     """Whether nothing is left of a process, or only what its parent has not asked for yet."""
     return _stat(pid)[:1] in ([], [b"Z"], [b"X"])
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process will run no more of its own code: it is over, on its way out, or SIGKILL waits for it."""
+    fields = _stat(pid)
+    if len(fields) <= _PENDING:
+        return True
+    leaves, killed = int(fields[_FLAGS]) & _PF_EXITING, int(fields[_PENDING]) & 1 << signal.SIGKILL - 1
+    return fields[0] in (b"Z", b"X") or bool(leaves or killed)
 
 
 def is_asleep(pid: int) -> bool:

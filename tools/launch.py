@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgpack
 
 from emu import cpuid
-from emu.control import ActorKind, ActorState, Counters, Ready, start_time_of
+from emu.control import ActorKind, ActorState, Counters, Ready, is_ending, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
@@ -51,6 +51,8 @@ STOP_TIMEOUT_S: Final = 5.0
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 TOLD_TIMEOUT_S: Final = 1.0
 """Much longer than the host takes to write its mirror, which is a few milliseconds."""
+TOGETHER_S: Final = 0.005
+"""Who dies so soon behind another one is named with it: somebody killed both, or they met the same thing."""
 LOG_LINES: Final = 500
 BY_HAND_LOOK_S: Final = 0.5
 
@@ -83,10 +85,10 @@ class Death:
 
 
 class MachineDied(VmbusError):
-    """A process of the machine died unasked; `deaths` says which, the first one first."""
+    """Processes of the machine died unasked; `deaths` says which, the first one first."""
 
     def __init__(self, deaths: list[Death]) -> None:
-        super().__init__(deaths[0].report())
+        super().__init__("\n".join(death.report() for death in deaths))
         self.deaths = deaths
         self.crash_record: Path | None = None
         self.flight: Path | None = None
@@ -184,9 +186,22 @@ class RunningMachine:
 
         Raises MachineDied when a process ended unasked, MissingPrerequisite when one could not be started.
         """
-        heard = False
         if self.on_pump is not None:
             self.on_pump()
+        heard = self._listen(timeout_s)
+        if self.by_hand and not self._stopping:
+            self._look_after_by_hand()
+        # First, as whoever lacks something ends as well.
+        if self._lacking is not None and not self._stopping:
+            raise self._lacking
+        if self.deaths and not self._stopping:
+            self._hear_who_else_died()
+            raise MachineDied(self.deaths)
+        return heard
+
+    def _listen(self, timeout_s: float) -> bool:
+        """Take what there is to hear, waiting for the first word; whether there was any."""
+        heard = False
         while self._readable(0.0 if heard else timeout_s):
             heard = True
             try:
@@ -197,14 +212,17 @@ class RunningMachine:
                 self._lost_zygote()
                 break
             self._hear(*msgpack.unpackb(data))
-        if self.by_hand and not self._stopping:
-            self._look_after_by_hand()
-        # First, as whoever lacks something ends as well.
-        if self._lacking is not None and not self._stopping:
-            raise self._lacking
-        if self.deaths and not self._stopping:
-            raise MachineDied(self.deaths)
         return heard
+
+    def _hear_who_else_died(self) -> None:
+        """Behind a death: wait for the word of everybody whose end has begun by now, or does in a moment."""
+        together = time.monotonic() + TOGETHER_S
+        end = together + TOLD_TIMEOUT_S
+        while not self._zygote_gone and (now := time.monotonic()) < end:
+            ending = [name for name in self._alive() if self.inner[name].traceback or is_ending(self.inner[name].pid)]
+            if not ending and now >= together:
+                return
+            self._listen(TOGETHER_S)
 
     def _readable(self, timeout_s: float) -> bool:
         poll = select.poll()

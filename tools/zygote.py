@@ -66,8 +66,9 @@ class Zygote:
         self._link = link
         self._launcher_pid = launcher_pid
         self._children: dict[int, tuple[str, int]] = {}
-        self._poll = select.poll()
-        self._poll.register(link, select.POLLIN)
+        # Not `poll`: of several children that have ended it tells in the order in which they did.
+        self._poll = select.epoll()
+        self._poll.register(link, select.EPOLLIN)
         self._machine: Machine | None = None
         self._making = ""
         """A machine that is being made, and has no sweeper yet."""
@@ -179,13 +180,14 @@ class Zygote:
             self._child(name, body, zygote_pid, detached=detached)
         descriptor = os.pidfd_open(pid)
         self._children[descriptor] = (name, pid)
-        self._poll.register(descriptor, select.POLLIN)
+        self._poll.register(descriptor, select.EPOLLIN)
         self._send("forked", name, pid)
 
     def _child(self, name: str, body: Callable[[], int], zygote_pid: int, *, detached: bool) -> None:
         """Never returns: a child must not run the zygote's loop, nor Python's shutdown."""
         status = 4
         try:
+            self._poll.close()
             for descriptor in self._children:
                 os.close(descriptor)
             os.setpgid(0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from functools import partial
 from itertools import pairwise
@@ -27,6 +28,7 @@ from emu.control import (
     Ready,
     actor_number,
     is_asleep,
+    is_ending,
     slot_of,
     start_time_of,
 )
@@ -178,6 +180,17 @@ def test_process_that_waits_is_asleep_and_one_that_runs_is_not() -> None:
     os.close(writer)
 
     assert not is_asleep(os.getpid()) and not is_asleep(waiting.pid)
+
+
+def test_end_of_a_process_begins_with_the_signal_that_kills_it() -> None:
+    """At once, however long it takes to go: nobody who looks then takes it for one that lives on."""
+    child = Forked(lambda: time.sleep(60))
+    assert not is_ending(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    begun = is_ending(child.pid)
+    child.wait()
+
+    assert begun and is_ending(child.pid)
 
 
 def test_start_time_of_nobody_is_zero() -> None:

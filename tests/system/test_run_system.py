@@ -37,7 +37,7 @@ from tests.system.commands import (
 )
 from tools import launch as launcher
 from tools import zygote_start
-from tools.launch import MachineDied, launch
+from tools.launch import MachineDied, RunningMachine, launch
 from tools.zygote import Zygote
 from tools.zygote_start import Link
 
@@ -187,6 +187,50 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert victim in errors and "SIGKILL" in errors
     assert any(victim in death for death in report(output)["deaths"])
     assert_gone(name)
+
+
+@pytest.mark.parametrize("victims", [("vcpu0", "hypervisor"), ("workqueue", "vcpu1", "vcpu0")], ids="-".join)
+def test_who_was_killed_at_once_is_named_at_once(tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """All of them, the first one first: the zygote, which sleeps meanwhile, finds them dead together."""
+    name = f"t-kill-{len(victims)}"
+    with ended(start(tmp_path, "run", "--name", name, "--json")) as process:
+        wait_until_open(name, process)
+        pids = inner_pids(name)
+        os.kill(pids["zygote"], signal.SIGSTOP)
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+            wait_for(lambda pid=pids[victim]: is_over(pid), f"{victim} to die")  # type: ignore[misc]
+        os.kill(pids["zygote"], signal.SIGCONT)
+        output, errors = process.communicate(timeout=20)
+
+    told = report(output)
+    expected = [f"{victim} (pid {pids[victim]}) died: killed by SIGKILL" for victim in victims]
+    assert process.returncode == 4, errors
+    assert [death.partition(",")[0] for death in told["deaths"]] == expected
+    assert [line for line in expected if f"vmbus-emu: {line}" not in errors] == []
+    kept = report(Path(told["crash_record"]).read_text())["deaths"]
+    assert [(death["name"], death["how"]) for death in kept] == [(victim, "killed by SIGKILL") for victim in victims]
+    assert_gone(name)
+
+
+def test_who_dies_a_moment_later_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when the first death was heard already: its end has begun, and is waited for."""
+    with launch(Scenario.default().with_overrides(vcpus=2), name="t-kill-late") as running:
+        running.wait_ready()
+        exited = RunningMachine._exited
+
+        def kill_another(running: RunningMachine, name: str, pid: int, status: int) -> None:
+            exited(running, name, pid, status)
+            if name == "vcpu1":
+                running.kill("hypervisor")
+
+        monkeypatch.setattr(RunningMachine, "_exited", kill_another)
+        running.kill("vcpu1")
+        with pytest.raises(MachineDied) as died:
+            running.watch(10.0)
+
+    assert [death.name for death in died.value.deaths] == ["vcpu1", "hypervisor"]
+    assert "vcpu1 (pid " in str(died.value) and "\nhypervisor (pid " in str(died.value)
 
 
 def test_killed_zygote_leaves_no_sweeper_behind() -> None:
