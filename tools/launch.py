@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgpack
 
 from emu import cpuid
-from emu.control import ActorKind, ActorState, Counters, Ready, is_ending, start_time_of
+from emu.control import ActorKind, ActorState, Counters, Ready, is_ending, is_over, start_time_of
 from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
@@ -44,6 +44,7 @@ from guestproc.kernel.layout import boot_pages, compute
 from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
+from tools.output import say
 from tools.zygote_start import Link, start_zygote
 
 BOOT_TIMEOUT_S: Final = 60.0
@@ -51,6 +52,8 @@ STOP_TIMEOUT_S: Final = 5.0
 SHUTDOWN_TIMEOUT_S: Final = 60.0
 TOLD_TIMEOUT_S: Final = 1.0
 """Much longer than the host takes to write its mirror, which is a few milliseconds."""
+DEAF_S: Final = 2.0
+"""A zygote that has nothing to do but to tell who ended takes milliseconds."""
 TOGETHER_S: Final = 0.005
 """Who dies so soon behind another one is named with it: somebody killed both, or they met the same thing."""
 LOG_LINES: Final = 500
@@ -407,14 +410,45 @@ class RunningMachine:
             self.machine.set_state(MachineState.STOPPING)
         # State first, tokens second: whoever wakes sees the state.
         self.machine.wake_everybody()
-        end = time.monotonic() + STOP_TIMEOUT_S
-        while self._alive() and not self._zygote_gone and time.monotonic() < end:
-            self.pump(0.2)
-        for name in self._alive():
+        if not (late := self._wait_for_ends()):
+            return
+        if not self._zygote_gone:  # otherwise they are being killed already, as its children
+            say(f"vmbus-emu: killed what did not end within {STOP_TIMEOUT_S:g} s: {', '.join(late)}")
+        for name in late:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.inner[name].pid, signal.SIGKILL)
-        while self._alive() and not self._zygote_gone and time.monotonic() < end + STOP_TIMEOUT_S:
-            self.pump(0.2)
+        self._wait_for_ends()
+
+    def _wait_for_ends(self) -> list[str]:
+        """Wait until the inner processes have ended, with a deadline; the names of those that have not.
+
+        Who has ended without a word of the zygote's is not waited for long: then it is the zygote that does not answer.
+        """
+        end = time.monotonic() + STOP_TIMEOUT_S
+        silent_since: float | None = None
+        while True:
+            late = [name for name in self._alive() if not is_over(self.inner[name].pid)]
+            now = time.monotonic()
+            if not self._alive() or self._zygote_gone or (late and now >= end):
+                return late
+            if late:
+                silent_since = None
+            elif silent_since is None:
+                silent_since = now
+            elif now >= silent_since + DEAF_S:
+                self._kill_zygote(DEAF_S)
+                continue
+            if self.pump(0.2):
+                silent_since = None
+
+    def _kill_zygote(self, timeout_s: float) -> None:
+        """It did not answer for so long; what it did not tell is that its children have ended."""
+        self.link.process.kill()
+        self._lost_zygote()
+        say(f"vmbus-emu: killed the zygote (pid {self.link.process.pid}), which did not answer within {timeout_s:g} s")
+        for name in self._alive():
+            self.inner[name].exited = True
+            self._mark_dead(self.inner[name].pid, 0)
 
     def power_cycle(self, scenario: Scenario | None = None) -> None:
         """Kill what runs in the machine, forget everything it held, and boot it again (see `wait_ready`).
@@ -466,8 +500,7 @@ class RunningMachine:
             try:
                 self.link.process.wait(timeout=STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                self.link.process.kill()
-                self.link.process.wait()
+                self._kill_zygote(STOP_TIMEOUT_S)
             self.link.socket.close()
             self._end_sweeper()
             self.machine.close()

@@ -189,6 +189,36 @@ def test_killed_process_is_reported_and_ends_the_machine(tmp_path: Path, victim:
     assert_gone(name)
 
 
+def test_zygote_that_sleeps_holds_up_no_end(tmp_path: Path) -> None:
+    """SIGSTOP: who ended is seen without it. It is named and killed, and the run tells as ever; nothing is left."""
+    with ended(start(tmp_path, "run", "--name", "t-deaf-zygote", "--json")) as process:
+        wait_until_open("t-deaf-zygote", process)
+        zygote = inner_pids("t-deaf-zygote")["zygote"]
+        os.kill(zygote, signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+
+    assert process.returncode == 130, errors
+    assert errors == f"vmbus-emu: killed the zygote (pid {zygote}), which did not answer within 2 s\n"
+    told = report(output)
+    assert (told["leaked"], told["deaths"], told["state_violations"]) == (0, [], [])
+    assert_gone("t-deaf-zygote")
+
+
+def test_who_does_not_end_is_named_and_killed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A processor that sleeps (SIGSTOP) when the machine is stopped."""
+    monkeypatch.setattr(launcher, "STOP_TIMEOUT_S", 1.0)
+    with launch(Scenario.default().with_overrides(vcpus=2), name="t-late") as running:
+        running.wait_ready()
+        running.kill("vcpu1", signal.SIGSTOP)
+
+    told = capsys.readouterr().err
+    assert told.startswith("vmbus-emu: killed what did not end within 1 s: ") and "vcpu1" in told
+    assert_gone("t-late")
+
+
 @pytest.mark.parametrize("victims", [("vcpu0", "hypervisor"), ("workqueue", "vcpu1", "vcpu0")], ids="-".join)
 def test_who_was_killed_at_once_is_named_at_once(tmp_path: Path, victims: tuple[str, ...]) -> None:
     """All of them, the first one first: the zygote, which sleeps meanwhile, finds them dead together."""
