@@ -86,6 +86,12 @@ def profile(
     spy = _py_spy() if flame is not None else ""
     if command and typed(machine_name) is not None:
         raise UserError("--machine and a COMMAND exclude each other; leave one of them out")
+    if command[:1] in (("run",), ("record",)) and "--detach" in command:
+        # Its launcher is no child of ours, and its machine outlives the command.
+        raise UserError(
+            f"`{' '.join(command)}` would leave its machine behind; leave --detach out, "
+            "or run it alone and watch the machine with `vmbus-emu profile --machine NAME`"
+        )
     check_svg(plot, "--plot", "the picture is")
     check_svg(flame, "--flame", "the graph is")
     with _target(command, machine_name) as target:

@@ -13,7 +13,7 @@ import pytest
 
 from emu.control import is_over
 from tests.conftest import RunCli
-from tools import profile_samples
+from tools import cli, profile_samples
 from tools.exit_status import ExitStatus
 from tools.options import FLIGHT_VARIABLE
 from tools.profile import _Command, _Running, watch
@@ -117,6 +117,25 @@ def test_nothing_to_watch_is_one_line_and_status_2(run_cli: RunCli, arguments: t
 
     assert (done.returncode, done.stdout) == (2, "")
     assert word in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [("run",), ("one.toml",), ("record", "-o", "x.rec")], ids="-".join)
+def test_machine_that_would_outlive_its_command_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    """Exit 2 and one line, before anything starts: the profile said that no machine ran, and one went on."""
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_more: started.append(words))
+
+    assert cli.main(["profile", "--duration", "1", "--", *command, "--detach"]) == ExitStatus.USAGE
+
+    shown = capsys.readouterr()
+    said = " ".join(("run", *command) if command[0].endswith(".toml") else command)
+    assert (started, shown.out) == ([], "")
+    assert shown.err == (
+        f"vmbus-emu: `{said} --detach` would leave its machine behind; leave --detach out, "
+        "or run it alone and watch the machine with `vmbus-emu profile --machine NAME`\n"
+    )
 
 
 def test_command_that_says_what_is_wrong_is_not_talked_over(run_cli: RunCli) -> None:
