@@ -143,7 +143,7 @@ def latency(
     """Measure round trips and the stages in which their time goes.
 
     The stages are those of a second machine, which records: for 1.5 seconds at most, or 50,000 round trips at a rate,
-    unless --record keeps what it did.
+    unless --record keeps what it did. Where that one ends early the round trips of the first are told.
 
     \b
     Example:
@@ -163,6 +163,10 @@ def latency(
     case = _case(scenario, rate, size, duration_s, compare, fail)
     drained = tempfile.TemporaryFile()  # noqa: SIM115 - the command's context closes it
     recorded_at = record_path or _nameless(click.get_current_context().with_resource(drained))
+    plain: Measured | None = None
+    recorded: Measured | None = None
+    failure: DeadlinePassed | MachineDied | NotOpened | None = None
+    began_s = 0.0
     try:
         with noting_interruption() as interruption:
             raise_noted()
@@ -173,16 +177,19 @@ def latency(
                 began_s = time.time()
                 recorded = measure(scenario, rate or 0, size, seconds, record=True, kept=recorded_at)
     except (DeadlinePassed, MachineDied, NotOpened) as error:
+        failure = error
+    ended = {"interrupted": interruption.status is not None} if failure is None else failure_report(failure)
+    if plain is None:
         if as_json:
-            print_json("latency", 1, failure_report(error))
-        raise
-    if interruption.status is not None:
-        if as_json:
-            print_json("latency", 1, {"interrupted": True})
-        else:
-            say("vmbus-emu: interrupted before both measurements were done; --duration makes them shorter")
-        return interruption.status
-    samples = {ROUND_TRIP: plain.trips.lengths(), RECORDED: recorded.trips.lengths(), **recorded.stages.all()}
+            print_json("latency", 1, ended)
+        elif failure is None:
+            say("vmbus-emu: interrupted before the first measurement was done; --duration makes it shorter")
+        if failure is not None:
+            raise failure
+        return interruption.status or ExitStatus.FAILED
+    samples = {ROUND_TRIP: plain.trips.lengths()}
+    if recorded is not None:
+        samples |= {RECORDED: recorded.trips.lengths(), **recorded.stages.all()}
     histograms = {name: histogram_of(values, name) for name, values in samples.items()}
     figures = {name: figures_of(histogram) for name, histogram in histograms.items()}
     if hgrm is not None:
@@ -194,22 +201,26 @@ def latency(
     # The round trip is judged in any case: it is what was asked for.
     unjudged = too_few({stage: one for stage, one in before.stages.items() if stage != ROUND_TRIP}, figures, limits)
     worse = regressions(before.stages, figures, limits, unjudged)
+    machines = [plain] if recorded is None else [plain, recorded]
     report = {
         "rate": rate,
         "achieved": round(plain.trips.achieved(rate or 0), 1),
-        "achieved_recorded": round(recorded.trips.achieved(rate or 0), 1),
+        "achieved_recorded": None if recorded is None else round(recorded.trips.achieved(rate or 0), 1),
         "size": size,
         "vcpus": scenario.machine.vcpus,
         "poll": scenario.machine.poll.text(),
         "stages": figures,
-        "recorder_ns": figures[RECORDED]["p50_ns"] - figures[ROUND_TRIP]["p50_ns"],
-        "records_dropped": recorded.dropped,
-        "lost": plain.lost + recorded.lost,
-        "faults": both(plain.faults, recorded.faults),
+        "recorder_ns": None if recorded is None else figures[RECORDED]["p50_ns"] - figures[ROUND_TRIP]["p50_ns"],
+        "records_dropped": sum(one.dropped for one in machines),
+        "lost": sum(one.lost for one in machines),
+        "faults": summed([one.faults for one in machines]),
         "regressions": worse,
         "unjudged": unjudged,
+        "finding": None,
+        **ended,
     }
-    report["finding"] = _kept(case, report, recorded_at)
+    if failure is None and interruption.status is None:
+        report["finding"] = _kept(case, report, recorded_at)
     for line in _cautions(report):
         say(f"vmbus-emu: {line}")
     if compare is not None and (other := before.otherwise(report)):
@@ -218,7 +229,11 @@ def latency(
         print_json("latency", 1, report)
     else:
         _show(report, terminal_plot(histograms[ROUND_TRIP]), before)
-    return ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE
+        if recorded is None:
+            say("vmbus-emu: the machine that records did not come to its end: there are no stages")
+    if failure is not None:
+        raise failure
+    return interruption.status or (ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE)
 
 
 def _scenario(path: Path | None, vcpus: int | None, poll: str | None, faults: tuple[str, ...] = ()) -> Scenario:
@@ -294,11 +309,11 @@ def _kept(case: Case, report: dict[str, Any], recording: Path) -> str | None:
     return None if folder is None else str(folder)
 
 
-def both(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The faults of two machines of one scenario, as those of one."""
+def summed(faults: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The faults of machines of one scenario, as those of one."""
     return [
-        {**one, "seen": one["seen"] + other["seen"], "hits": one["hits"] + other["hits"]}
-        for one, other in zip(first, second, strict=True)
+        {**same[0], "seen": sum(one["seen"] for one in same), "hits": sum(one["hits"] for one in same)}
+        for same in zip(*faults, strict=True)
     ]
 
 
@@ -333,15 +348,17 @@ def _trips(path: Path, began_s: float, seconds: float) -> Trips:
     return Trips(pairs[::2], pairs[1::2], began_s, seconds)
 
 
-def _intervals(plain: Measured, recorded: Measured, launched_s: float) -> dict[str, tuple[float, float]]:
+def _intervals(plain: Measured, recorded: Measured | None, launched_s: float) -> dict[str, tuple[float, float]]:
     """From when on (seconds since the epoch) and for how long each histogram was filled.
 
     Messages are followed for the whole life of the machine that records, which was launched at `launched_s`.
     """
-    first, second = ((one.trips.began_s, one.trips.seconds) for one in (plain, recorded))
-    life = launched_s, max(0.0, time.time() - launched_s)
-    named = dict.fromkeys((RECORDED, DUE_STAGE, *DATA_STAGES), second)
-    return {ROUND_TRIP: first, **named, **dict.fromkeys(CONTROL_STAGES, life)}
+    intervals = {ROUND_TRIP: (plain.trips.began_s, plain.trips.seconds)}
+    if recorded is not None:
+        second = recorded.trips.began_s, recorded.trips.seconds
+        life = launched_s, max(0.0, time.time() - launched_s)
+        intervals |= dict.fromkeys((RECORDED, DUE_STAGE, *DATA_STAGES), second) | dict.fromkeys(CONTROL_STAGES, life)
+    return intervals
 
 
 def _steps(path: Path, vp_indices: list[int]) -> Iterator[Step]:
@@ -425,10 +442,11 @@ def _pace(rate: int | None) -> str:
 def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
     """What the figures do not say by themselves, and somebody would read them wrongly without."""
     rate, plain, recorded = report["rate"], report["achieved"], report["achieved_recorded"]
-    if rate is not None and min(plain, recorded) < HELD * rate:
+    if rate is not None and min(plain, plain if recorded is None else recorded) < HELD * rate:
+        and_recorded = "" if recorded is None else f", and {recorded:,.0f} by the machine that records"
         yield (
-            f"{rate} a second were not reached: {plain:,.0f}, and {recorded:,.0f} by the machine that records; the "
-            "rest waited, and the round trips are as long as the backlog: a lower --rate tells more"
+            f"{rate} a second were not reached: {plain:,.0f}{and_recorded}; the rest waited, "
+            "and the round trips are as long as the backlog: a lower --rate tells more"
         )
     if report["records_dropped"]:
         yield f"{report['records_dropped']:,} records were dropped: the stages are those of what was left"
@@ -451,10 +469,9 @@ def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     click.echo(f"\nround trip, {how}:")
     for line in curve:
         click.echo(line)
-    click.echo(
-        f"\np50 in the machine that records: {report['recorder_ns'] / US:+.1f} us; "
-        f"{report['achieved']:,.0f} round trips a second; {report['lost']} lost"
-    )
+    added = report["recorder_ns"]
+    recorded = "" if added is None else f"p50 in the machine that records: {added / US:+.1f} us; "
+    click.echo(f"\n{recorded}{report['achieved']:,.0f} round trips a second; {report['lost']} lost")
     tell_faults(report["faults"])
     shared = [stage for stage in report["stages"] if stage in before.stages]
     if shared:

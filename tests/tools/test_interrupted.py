@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from emu.errors import DeadlinePassed, MachineStopping, NotOpened
 from tools import bench, cli, explore_search, latency, output, run_machine
 from tools.anchors import Anchor
 from tools.exit_status import ExitStatus
+from tools.latency import Measured, Trips
 from tools.launch import Death, MachineDied
 
 
@@ -35,7 +38,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["latency"], "interrupted before both measurements were done; --duration makes them shorter"),
+        (["latency"], "interrupted before the first measurement was done; --duration makes it shorter"),
         (["bench", "idle", "ring"], "interrupted; not measured: idle, ring"),
     ],
 )
@@ -62,6 +65,52 @@ def test_programs_get_one_object(capsys: pytest.CaptureFixture[str], command: st
     assert cli.main([command, *(["idle"] if command == "bench" else []), "--json"]) == ExitStatus.INTERRUPTED
     shown = capsys.readouterr()
     assert (json.loads(shown.out)["interrupted"], shown.err) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, {"interrupted": True}),
+        (SystemExit(143), 143, {"interrupted": True}),
+        (MachineDied([Death("vcpu1", 77, 9)]), 4, {"interrupted": False, "timed_out": None}),
+        (DeadlinePassed("the guest tasks to end", 10**9), 124, {"deaths": []}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_round_trips_of_the_first_machine_are_told_whatever_ends_the_second(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    told: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """The figures, the files that were asked for, and what ended it; of the stages nothing."""
+
+    def measure(*_arguments: Any, record: bool = False, **_options: Any) -> Measured:
+        if record:
+            raise error
+        return Measured(Trips(array("Q", range(0, 3000, 1000)), array("Q", range(500, 3500, 1000)), 0.0, 1.0), lost=0)
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(latency, "measure", measure)
+    files = [tmp_path / name for name in ("a.hgrm", "a.hlog", "a.svg")]
+    words = ["--rate", "1000", "--hgrm", str(files[0]), "--hlog", str(files[1]), "--plot", str(files[2])]
+
+    assert cli.main(["latency", *words, *(["--json"] if as_json else [])]) == status
+
+    shown = capsys.readouterr()
+    assert [path for path in files if path.stat().st_size < 100] == []
+    if as_json:
+        report = json.loads(shown.out)
+        assert (list(report["stages"]), report["stages"]["round_trip"]["count"]) == (["round_trip"], 3)
+        assert (report["achieved"], report["achieved_recorded"], report["recorder_ns"]) == (1000.0, None, None)
+        assert report | told == report
+    else:
+        assert re.search("^round_trip  +3 +0.5 ", shown.out, re.MULTILINE) and "\n1,000 round trips a s" in shown.out
+        assert "vmbus-emu: the machine that records did not come to its end: there are no stages\n" in shown.err
 
 
 @pytest.mark.parametrize("step", ["launch", "settle"])
