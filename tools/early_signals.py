@@ -1,16 +1,15 @@
 """Signals from before a command is there to answer them: noted first, raised when it can say what there was by then.
 
 From its first line the script takes a tenth of a second until a command runs. Whoever ends it meanwhile gets the same
-exit status, and the same JSON, as a moment later. Nothing but `signal` is imported here.
+exit status, and the same JSON, as a moment later. Nothing but `signal` is imported here, not even `typing`: meanwhile
+nothing is noted.
 """
 
 from __future__ import annotations
 
 import signal
-from types import FrameType
-from typing import Final
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Those that end a command; one that is ignored (nohup, a shell's `&`) stays so."""
 
 _noted: list[int] = []
@@ -38,15 +37,15 @@ def raise_noted() -> None:
         signal.raise_signal(_noted.pop())
 
 
-def _note(signum: int, frame: FrameType | None) -> None:
+def _note(signum: int, frame: object) -> None:
     if not _noted:
         _noted.append(signum)
     elif signum == signal.SIGINT:
-        signal.default_int_handler(signum, frame)
+        raise KeyboardInterrupt
     else:
         _leave(signum, frame)
 
 
-def _leave(signum: int, _frame: FrameType | None) -> None:
+def _leave(signum: int, _frame: object) -> None:
     signal.signal(signum, signal.SIG_IGN)
     raise SystemExit(128 + signum)

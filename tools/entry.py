@@ -1,29 +1,35 @@
 """The `vmbus-emu` script: gives the zygote a head start where one will be needed, then runs the command line.
 
-Nothing else is imported before that: click and what it brings take as long as the zygote takes to warm up.
+Nothing else is imported before that: click and what it brings take as long as the zygote takes to warm up. And nothing
+that takes time before signals are noted, as nobody would catch what they raise.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import signal
 import sys
 
-from emu.assertions import keep_assertions
-from tools.early_signals import note_signals
-
 INTERRUPTED = 130
-"""`ExitStatus.INTERRUPTED`, for a second Ctrl-C before that could be imported."""
+"""`ExitStatus.INTERRUPTED`, for Ctrl-C before that could be imported."""
+
+try:
+    import io
+    import os
+    import signal
+
+    from tools.early_signals import note_signals
+except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
 
 
 def main() -> int:
     """Run the command line of this process; its exit status."""
-    keep_assertions()
-    note_signals()
-    hear_of_children()
-    asked = sys.argv[1:]
     try:
+        note_signals()
+        from emu.assertions import keep_assertions
+
+        keep_assertions()
+        hear_of_children()
+        asked = sys.argv[1:]
         replace_closed_streams()
         write_every_character()
         if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):

@@ -78,6 +78,29 @@ def test_a_signal_before_the_command_is_there_is_told_like_a_later_one(
     assert "Traceback" not in done.stderr and list(tmp_path.rglob("*.log")) == []
 
 
+WHILE_IMPORTED = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+module = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("tools.entry", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["tools.early_signals", "emu.assertions", "tools.cli", "click"])
+def test_an_interrupt_while_the_script_imports_is_no_traceback(module: str) -> None:
+    """Ctrl-C at its first import already, which is what notes the later ones: exit 130, and nothing is printed."""
+    words = [sys.executable, "-c", WHILE_IMPORTED, module, "ps"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout, done.stderr) == (ExitStatus.INTERRUPTED, "", "")
+
+
 def test_the_second_signal_does_not_wait_for_the_command() -> None:
     """Who has no patience is obeyed at once: nothing is imported, nothing told."""
     words = [sys.executable, "-c", EARLY, "2,2", "run", "--json"]
