@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from emu.recording import TraceRecord
@@ -209,8 +209,11 @@ class SignalsHaveACause(Rule):
         return self._causes.setdefault(relid, {}).setdefault((record.actor.slot, record.context), _Cause())
 
     def _map(self, record: TraceRecord) -> None:
-        self._reads[record.values[0]] = 0
-        self._causes.pop(record.values[0], None)
+        relid = record.values[0]
+        self._reads[relid] = 0
+        self._causes.pop(relid, None)
+        # The next release is one of the new rings: it says nothing of where the reader of the old ones stood.
+        self._accuse_all(self._undecided.pop(relid, []))
 
     def _ring_attach(self, record: TraceRecord) -> None:
         relid, side, size, _write, _read = record.values
@@ -239,9 +242,8 @@ class SignalsHaveACause(Rule):
         self._reads[relid] = index
         for cause in self._causes[relid].values():
             cause.good = cause.good or index in cause.begins
-        for signal, begins in self._undecided.pop(relid, []):
-            if index not in begins:
-                self._accuse(signal)
+        waiting = self._undecided.pop(relid, [])
+        self._accuse_all([(signal, begins) for signal, begins in waiting if index not in begins])
 
     def _signal(self, record: TraceRecord) -> None:
         self._look(record, record.values[0])
@@ -258,12 +260,12 @@ class SignalsHaveACause(Rule):
         elif not cause.good:
             self._undecided.setdefault(relid, []).append((record, cause.begins))
 
-    def _accuse(self, signal: TraceRecord) -> None:
-        text = f"{signal.actor.name} signals relid {signal.values[0]}, whose ring was not empty before it wrote"
-        self.violate(text, signal)
+    def _accuse_all(self, signals: Iterable[tuple[TraceRecord, set[int]]]) -> None:
+        for signal, _begins in signals:
+            text = f"{signal.actor.name} signals relid {signal.values[0]}, whose ring was not empty before it wrote"
+            self.violate(text, signal)
 
     def end(self) -> None:
         """Nothing more was read: the reader was where it is."""
         for waiting in self._undecided.values():
-            for signal, _begins in waiting:
-                self._accuse(signal)
+            self._accuse_all(waiting)

@@ -351,6 +351,23 @@ def test_signal_for_a_ring_that_was_not_empty(records: list[TraceRecord]) -> Non
     assert 21 in broken(edited.records)
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signal_is_not_excused_by_what_is_read_of_the_next_rings(records: list[TraceRecord], signals: int) -> None:
+    """INV-21: a channel that is opened again has new rings, whose indices begin at 0 as those of the old ones did."""
+    edited = Edited(records)
+    published = edited.where("ring_publish", actor="VCPU", relid=1)
+    relid, side, write_index, nbytes = edited.records[published].values
+    signal = edited.where("signal", actor="VCPU", relid=1)
+    release = edited.where("ring_release", actor=HOST, relid=relid, side=side)
+    edited.change(release, read_index=write_index)
+    edited.insert(release, edited.where("map", relid=1))
+    if signals == 2:
+        edited.insert(signal + 1, signal)
+        edited.insert(signal + 1, published, write_index=write_index + nbytes)
+
+    assert (21 in broken(edited.records)) == (signals == 2)
+
+
 def test_rescind_that_a_fault_repeats_is_no_mistake_of_the_hosts(records: list[TraceRecord]) -> None:
     """One more of the same relid breaks INV-05, unless the plan of faults said so."""
     edited = Edited(records)
