@@ -103,7 +103,7 @@ class Machine:
         vp_indices: list[int],
         cpuid: list[tuple[int, int, int, int, int]],
     ) -> Machine:
-        """Make all objects of a new machine; what a failure half made is removed again.
+        """Make all objects of a new machine, and hold it; what a failure half made is removed again.
 
         `vp_indices[position]` is the VP index of each page, `cpuid` rows are (leaf, eax, ebx, ecx, edx). RAM stays
         sparse, but for `config["ram_reserved"]` (GPA, length), if there is such.
@@ -123,6 +123,7 @@ class Machine:
             # `control` first: it is what makes the name taken.
             control = Control.create(object_name(name, "control"), config)
             made.append(control.segment)
+            control.segment.hold()
             segments = {}
             for part, (size, (first, reserved)) in sizes.items():
                 segments[part] = Segment.create(object_name(name, part), size, first=first, reserved=reserved)

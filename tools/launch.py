@@ -661,7 +661,6 @@ def launch(
             cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
         running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without, extra=extra)
-        machine.control.segment.hold()
         if record:
             machine.control.set_recording(with_bytes=record_bytes)
         _plan_faults(machine, scenario)

@@ -12,7 +12,7 @@ import select
 import signal
 from pathlib import Path
 
-from emu.ipc.segments import SHM, object_name, unlink_objects
+from emu.ipc.segments import SHM, is_held, object_name, unlink_objects, unlink_unheld
 
 GRACE_S = 2.0
 """How long the inner processes have to die after their launcher, before they are killed by number."""
@@ -23,6 +23,8 @@ RECORD_S = 10.0
 def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
     """Wait for the launcher's end, then for the zygote's, then unlink everything of `machine`."""
     made = _inode(machine)
+    # Of a launcher that is gone already that may be the machine of who was quicker with the name.
+    is_ours = not _wait(launcher_pidfd, 0) or not is_held(object_name(machine, "control"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     _wait(launcher_pidfd, None)
@@ -32,10 +34,10 @@ def run(machine: str, launcher_pidfd: int, zygote_pidfd: int) -> int:
             signal.pidfd_send_signal(zygote_pidfd, signal.SIGKILL)
         _wait(zygote_pidfd, GRACE_S)
     # Somebody may have cleaned up already, and somebody else taken the name for a machine of his own.
-    if made and _inode(machine) == made:
+    if is_ours and made and _inode(machine) == made:
         _write_crash_record(machine)
     # Also while that was written.
-    if _inode(machine) in (made, 0):
+    if is_ours and _inode(machine) in (made, 0):
         unlink_objects(machine)
     return 0
 
@@ -75,7 +77,7 @@ def main(machine: str, launcher_pid: int) -> int:
     try:
         launcher = os.pidfd_open(launcher_pid)
     except ProcessLookupError:
-        unlink_objects(machine)
+        unlink_unheld(machine)
         return 0
     zygote = _zygote(launcher_pid)
     if zygote < 0:

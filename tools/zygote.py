@@ -32,7 +32,7 @@ import msgpack
 
 from emu.errors import MissingPrerequisite, UserError
 from emu.ipc.heap import keep_freed_memory
-from emu.ipc.segments import is_held, object_name, unlink_objects
+from emu.ipc.segments import unlink_unheld
 from emu.limits import not_started
 from emu.machine import KICK_SIGNAL, Machine
 from guestproc import vcpu_main, workqueue_main
@@ -138,9 +138,7 @@ class Zygote:
             launcher.register(pidfd := os.pidfd_open(self._launcher_pid), select.POLLIN)
             launcher.poll(sweeper.GRACE_S * 1e3)
             os.close(pidfd)
-        # Held is now the machine of who was quicker with the name.
-        if not is_held(object_name(name, "control")):
-            unlink_objects(name)
+        unlink_unheld(name)
 
     def _receive(self) -> bytes:
         """The next order; empty when there is none any more."""

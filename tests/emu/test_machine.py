@@ -15,7 +15,7 @@ import pytest
 
 from emu.control import ActorKind, Control
 from emu.errors import MissingPrerequisite, UserError
-from emu.ipc.segments import Segment, object_name, objects_of, unlink_objects, unlink_semaphore
+from emu.ipc.segments import Segment, is_held, object_name, objects_of, unlink_objects, unlink_semaphore
 from emu.ipc.semaphores import Wakeup
 from emu.layout import (
     ABI_MAJOR,
@@ -177,6 +177,22 @@ def test_failed_making_leaves_nothing(
     assert objects_of(machine_name) == []
     # What an earlier test left to the collector may go meanwhile.
     assert open_files() <= before
+
+
+def test_machine_is_held_from_its_first_object_on(machine_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sweeps behind a dead one of that name leaves it alone also while it is made."""
+    make, held = Segment.create, []
+
+    def create(name: str, *sizes: int, **options: int) -> Segment:
+        held.append(is_held(object_name(machine_name, "control")))
+        return make(name, *sizes, **options)
+
+    monkeypatch.setattr(Segment, "create", create)
+    machine = Machine.create(machine_name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
+    machine.close()
+
+    assert held == [False, True, True, True, True]
+    assert not is_held(object_name(machine_name, "control"))
 
 
 CREATE = """

@@ -14,6 +14,7 @@ import pytest
 
 from emu.ipc.segments import Segment, object_name, objects_of, unlink_objects, unlink_segment
 from emu.ipc.semaphores import Wakeup
+from tests.processes import Forked
 from tools import sweeper
 
 TIMEOUT_MS = 30_000
@@ -198,6 +199,28 @@ def test_launcher_that_is_gone_already_is_swept_at_once(name: str) -> None:
 
     assert sweeper.main(name, child) == 0
     assert objects_of(name) == []
+
+
+@pytest.mark.parametrize("gone", ["reaped", "a zombie"])
+def test_successor_of_a_launcher_that_is_gone_already_is_left_alone(name: str, gone: str) -> None:
+    """Who has taken the name in those milliseconds holds it; the inode that the sweeper sees first is his."""
+    launcher = os.fork()
+    if launcher == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, launcher, os.WEXITED | (os.WNOWAIT if gone == "a zombie" else 0))
+    successor = Segment.attach(object_name(name, "control"))
+    successor.hold()
+
+    def sweep() -> None:
+        assert sweeper.main(name, launcher) == 0
+
+    with Forked(sweep):
+        pass
+
+    assert len(objects_of(name)) == 2
+    successor.close()
+    if gone == "a zombie":
+        os.waitpid(launcher, 0)
 
 
 def test_zygote_that_died_first_costs_nobody_else_his_life(name: str) -> None:
