@@ -134,7 +134,7 @@ def judge(
     ending = _Ending()
     for record in records:
         ending.take(record)
-        if _begins_a_guest(record):
+        if begins_a_guest(record):
             for rule in made:
                 rule.guest_died()
         for feed in feeds.get(record.event.name, ()):
@@ -157,7 +157,7 @@ def _verdict(kind: type[Rule], rule: Rule | None, missing: str, *, orderly: bool
     return Verdict(kind, rule.violations, rule.count)
 
 
-def _begins_a_guest(record: TraceRecord) -> bool:
+def begins_a_guest(record: TraceRecord) -> bool:
     """Whether a guest has attached to the host: the first thing that it does, and nothing of the one before is left."""
     return record.event.name == "vmexit" and record.values[0] == ExitOperation.ATTACH
 

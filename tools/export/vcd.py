@@ -6,7 +6,9 @@
     events          one event a name, fired once a record
 
 Time is ns since the first record. A signal is x until a record says what it is. `pending` is the slot's own bit: it
-stays as it was when the guest empties the slot, and the next message overwrites it.
+stays as it was when the guest empties the slot, and the next message overwrites it. What a guest left in its slots, its
+flags and its interrupts is x from the first record on that shows that it died: a processor starts that has not stopped,
+or another guest attaches.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from dataclasses import dataclass
 from string import digits
 from typing import Final
 
+from emu.control import ActorKind
 from emu.recording import Recording, TraceRecord
 from tools.export.rings import Rings
+from tools.invariants import begins_a_guest
 
 RING_SCOPES: Final = ("to_host", "to_guest")
 """Names of the two rings of a channel, by the `side` of a record."""
@@ -42,7 +46,8 @@ class Signal:
         return [(stem, int(name[len(stem) :] or 0)) for stem, name in names], self.name
 
 
-Change = tuple[Signal, int]
+Change = tuple[Signal, int | None]
+"""A new value; None is x."""
 
 
 def vcd(recording: Recording) -> Iterator[bytes]:
@@ -63,27 +68,50 @@ class Changes:
     def __init__(self, vp_indices: Sequence[int]) -> None:
         self._vp_indices = vp_indices
         self._rings = Rings()
+        self._guests: dict[Signal, None] = {}
+        """What a guest that dies leaves as it is: slots, flags, interrupts."""
+        self._running: set[int] = set()
+        """Processors that have started, and not stopped."""
 
     def feed(self, record: TraceRecord) -> list[Change]:
         """The new values that one record tells, its own event first."""
-        changes = [(Signal(("events",), record.event.name, 0), 1)]
+        event: Change = (Signal(("events",), record.event.name, 0), 1)
+        guests = self._of_guest(record)
+        self._guests |= dict.fromkeys(signal for signal, _value in guests)
+        if self._shows_a_death(record):
+            left, self._guests = self._guests, {}
+            return [event, *((signal, None) for signal in left)]
+        return [event, *guests, *self._ring(record, record.arguments)]
+
+    def _of_guest(self, record: TraceRecord) -> list[Change]:
+        """What becomes of a slot, an interrupt or a flag."""
         arguments = record.arguments
         slot = _SLOT.get(record.event.name)
         if slot:
             scope = (self._vp(record), f"sint{arguments.get('sint', 0)}")
-            changes += [
+            return [
                 (Signal(scope, name, bits), arguments.get(value, 0) if isinstance(value, str) else value)
                 for name, bits, value in slot
             ]
-        elif record.event.name in ("isr_enter", "isr_exit"):
+        if record.event.name in ("isr_enter", "isr_exit"):
             vector = arguments["vector"] if record.event.name == "isr_enter" else 0
-            changes.append((Signal((self._vp(record),), "isr", 8), vector))
-        elif record.event.name in ("flag_set", "flag_clear"):
+            return [(Signal((self._vp(record),), "isr", 8), vector)]
+        if record.event.name in ("flag_set", "flag_clear"):
             flag = Signal((f"channel{arguments['flag']}",), "flag", 1)
-            changes.append((flag, int(record.event.name == "flag_set")))
-        else:
-            changes += self._ring(record, arguments)
-        return changes
+            return [(flag, int(record.event.name == "flag_set"))]
+        return []
+
+    def _shows_a_death(self, record: TraceRecord) -> bool:
+        """Whether there was a guest before this record that is no more, and had no time for anything."""
+        cpu = record.actor.cpu
+        if record.event.name == "process_stop" and record.actor.kind == ActorKind.VCPU.name:
+            self._running.discard(cpu)
+        if record.event.name == "process_start" and record.actor.kind == ActorKind.VCPU.name:
+            if cpu in self._running:
+                self._running = {cpu}
+                return True
+            self._running.add(cpu)
+        return begins_a_guest(record)
 
     def _ring(self, record: TraceRecord, arguments: dict[str, int]) -> Iterator[Change]:
         """Indices and fill of the rings that a record moves, the mask or the wish that it stores."""
@@ -156,7 +184,7 @@ def _moves(at: Scope, to: Scope) -> list[str]:
 
 def _body(records: Iterable[TraceRecord], changes: Changes, codes: dict[Signal, str], first_ns: int) -> Iterator[bytes]:
     """The changes, below the time of each record that is later than the one before it."""
-    values: dict[Signal, int] = {}
+    values: dict[Signal, int | None] = {}
     now = -1
     for record in records:
         lines = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from emu.control import ActorKind
+from emu.layout import ExitOperation
 from emu.recording import RecordedActor, TraceRecord
 from emu.tracing import (
     E_FLAG_CLEAR,
@@ -20,6 +21,7 @@ from emu.tracing import (
     E_SLOT_FREE,
     E_SLOT_WRITE,
     E_UNMASK,
+    E_VMEXIT,
     EVENTS,
     Context,
 )
@@ -53,6 +55,40 @@ def test_slot_interrupt_and_flag(vcd_reader: None, tmp_path: Path) -> None:
     assert values(signals["vp1.sint2.queued"].changes) == [None, 3, 2]
     assert values(signals["vp1.isr"].changes) == [None, 0xF3, 0]
     assert values(signals["channel7.flag"].changes) == [None, 1, 0]
+
+
+def test_what_a_guest_that_died_left_is_nobodys(vcd_reader: None, tmp_path: Path) -> None:
+    """A message, a flag, an interrupt in service: x when its processor starts anew, and not until the next message."""
+    actors = [(ActorKind.HYPERVISOR, "hypervisor", 0, Context.HOST), *((ActorKind.VCPU, "vcpu0", 0, Context.ISR),) * 2]
+    with recorders(tmp_path / "rec", *actors) as (host, first, second):
+        first.start(70, ActorKind.VCPU, 0, "vcpu0")
+        host.record(E_SLOT_WRITE, 0, 2, 1, 6, 40, 3)
+        host.record(E_PENDING_SET, 0, 2, 1)
+        host.record(E_FLAG_SET, 0, 2, 7, 0)
+        first.record(E_ISR_ENTER, 0xF3)
+        second.start(70, ActorKind.VCPU, 0, "vcpu0")
+        host.record(E_SLOT_WRITE, 0, 2, 1, 10, 41, 2)
+        second.record(E_VMEXIT, *EVENTS["vmexit"].pack(ExitOperation.ATTACH, 71, 0, 1, 0, 0))
+        second.record(E_ISR_ENTER, 0xF3)
+        second.stop(70, "vcpu0")
+    signals = waves(written("vcd", tmp_path / "rec", tmp_path / "out"))
+
+    assert values(signals["vp0.sint2.message"].changes) == [None, 6, None, 10, None]
+    assert values(signals["vp0.sint2.pending"].changes) == [None, 0, 1, None, 0, None]
+    assert values(signals["channel7.flag"].changes) == [None, 1, None]
+    assert values(signals["vp0.isr"].changes) == [None, 0xF3, None, 0xF3]
+
+
+def test_processor_that_stopped_and_starts_again_is_no_death(vcd_reader: None, tmp_path: Path) -> None:
+    """What it left is there still."""
+    with recorders(tmp_path / "rec", (ActorKind.VCPU, "vcpu0", 0, Context.ISR)) as (vcpu,):
+        for _ in range(2):
+            vcpu.start(70, ActorKind.VCPU, 0, "vcpu0")
+            vcpu.record(E_FLAG_CLEAR, 2, 7)
+            vcpu.stop(70, "vcpu0")
+    signals = waves(written("vcd", tmp_path / "rec", tmp_path / "out"))
+
+    assert values(signals["channel7.flag"].changes) == [None, 0]
 
 
 def test_rings(vcd_reader: None, tmp_path: Path) -> None:
