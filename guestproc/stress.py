@@ -102,6 +102,8 @@ class Lane:
     sequence: int = 0
     received: Counter[int] = field(default_factory=Counter)
     """By sender: how many came back, which is also the number that the next one must have."""
+    nbytes: int = 0
+    """Of payload that came back, of these packets."""
     corrupt: int = 0
     gone: bool = False
 
@@ -115,7 +117,7 @@ class Lane:
             "received": {str(sender): count for sender, count in self.received.items()},
             "corrupt": self.corrupt,
             "gone": self.gone,
-            "bytes": self.session.nbytes,
+            "bytes": self.nbytes,
         }
 
 
@@ -287,6 +289,7 @@ class Stresser:
             if len(self.complaints) < MOST_COMPLAINTS:
                 self.complaints.append(f"relid {lane.relid}, packet {sequence} of cpu{sender}: {wrong}")
         lane.received[sender] = sequence + 1
+        lane.nbytes += len(expected)
 
     def settle(self) -> None:
         """Go on taking until nobody sends any more, and all that was sent has come back."""
@@ -347,7 +350,7 @@ def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
         stresser.release(lane, gone=False)
     for lane in stresser.finished:
         tally.packets += sum(lane.received.values())
-        tally.nbytes += lane.session.nbytes
+        tally.nbytes += lane.nbytes
         tally.errors += lane.corrupt
     report = {
         "cpu": row.cpu,

@@ -63,6 +63,8 @@ MIX_HELP: Final = (
 )
 FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "state_violations", "violations")
 """What must be nothing; `violations` only where it was checked, `state_violations` where the machine settled."""
+VERSION: Final = 2
+"""Of the object that `--json` prints. In the first one `bytes` were sent, though `packets` came back."""
 TURN_S: Final = 0.02
 MOST_HOT: Final = 4
 TASK_GRACE_S: Final = 60.0
@@ -94,7 +96,7 @@ class Sums:
     packets: int = 0
     """That came back."""
     nbytes: int = 0
-    """Of payload that was sent: with packets that went with their channels."""
+    """Of their payload."""
     lost: int = 0
     corrupt: int = 0
     taken_away: int = 0
@@ -226,6 +228,8 @@ def stress(
 ) -> int:
     """Send everything that may be sent, from every CPU, while devices come and go; check every byte.
 
+    Packets and bytes are told as they came back, each checked; packets that went with their channels are told apart.
+
     \b
     Example:
       vmbus-emu stress --duration 10
@@ -268,18 +272,18 @@ def stress(
         except BaseException as error:
             click.echo(ended_early, err=True)
             if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
-                print_json("stress", 1, {"seed": chosen, "again": again, **failure_report(error)})
+                print_json("stress", VERSION, {"seed": chosen, "again": again, **failure_report(error)})
             raise
         if interruption.status is not None or report is None:
             click.echo(ended_early, err=True)
             if as_json:
-                print_json("stress", 1, {"seed": chosen, "again": again, "interrupted": True})
+                print_json("stress", VERSION, {"seed": chosen, "again": again, "interrupted": True})
             return interruption.status or ExitStatus.FAILED
         if junit is not None:
             write_text(junit, junit_of(report), "--junit")
         report["finding"] = _kept(case, report, record_path, recorded)
         if as_json:
-            print_json("stress", 1, report)
+            print_json("stress", VERSION, report)
         else:
             _show(report)
         return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
@@ -516,8 +520,8 @@ def junit_of(report: Mapping[str, Any]) -> str:
 
 def _show(report: Mapping[str, Any]) -> None:
     click.echo(
-        f"{report['packets']:,} packets, {report['bytes'] / 1e6:,.1f} MB through {report['channels']} channels of "
-        f"{report['vcpus']} vCPUs in {report['seconds']:g} s"
+        f"{report['packets']:,} packets, {report['bytes'] / 1e6:,.1f} MB there and back through {report['channels']} "
+        f"channels of {report['vcpus']} vCPUs in {report['seconds']:g} s"
     )
     click.echo(
         f"{report['requested']:,} interrupts requested, {report['merged']:,} merged, {report['interrupts']:,} taken, "

@@ -77,6 +77,18 @@ def test_packets_of_two_senders_in_their_orders_are_right() -> None:
     assert [checker.take(sender, n) for n in range(5) for sender in (0, 1)] == [0] * 10
 
 
+def test_bytes_are_those_of_the_packets_that_came_back() -> None:
+    """As they were sent, without what fills them up on the wire; what never came back counts in neither figure."""
+    checker = Checker()
+    for number in range(50):
+        checker.take(1, number)
+    checker.lane.sequence = 70
+
+    told = checker.lane.report()
+    assert (told["sent"], told["received"]) == (70, {"1": 50})
+    assert told["bytes"] == sum(len(PAYLOADS.of(1, number, LIMIT)) for number in range(50))
+
+
 @pytest.mark.parametrize("numbers", [(0, 2), (1,), (0, 0), (0, 1, 1)], ids=["lost", "first-lost", "doubled", "again"])
 def test_lost_and_doubled_packets_are_seen(numbers: tuple[int, ...]) -> None:
     """The number of a packet must be the next one."""

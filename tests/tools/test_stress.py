@@ -31,7 +31,7 @@ def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False
         "received": counts,
         "corrupt": corrupt,
         "gone": gone,
-        "bytes": 8 * sent,
+        "bytes": 8 * sum(received.values()),
     }
 
 
@@ -78,6 +78,7 @@ def test_channel_that_was_taken_away_takes_its_packets_with_it() -> None:
     sums = add_up([report(0, lane(5, 10, {0: 8}, gone=True)), report(1, lane(5, 4, {}))])
 
     assert (sums.lost, sums.taken_away) == (0, 6)
+    assert (sums.packets, sums.nbytes) == (8, 64)
 
 
 @pytest.mark.parametrize("name", ["lost", "corrupt", "failed_tasks", "leaked"])
@@ -103,7 +104,7 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
 
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert told["schema"] == {"name": "vmbus-emu.stress", "version": 1}
+    assert told["schema"] == {"name": "vmbus-emu.stress", "version": 2}
     assert (told["lost"], told["corrupt"], told["leaked"], told["seed"]) == (0, 0, 0, 11)
     assert (told["violations"], told["recording"]["path"]) == ([], "s.rec")
     assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
