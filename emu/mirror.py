@@ -30,7 +30,8 @@ class MirrorHead:
     """The partition in numbers: `version` is 0 while nobody is connected; queue lengths are messages.
 
     `seen_…` are of the newest connection, also when it is over: its version, and the most offers and open channels that
-    it had at a time. A guest may come and go between two looks.
+    it had at a time. A guest may come and go between two looks. `disconnects` counts guests that left (UNLOAD, DETACH,
+    death); one whose connection an INITIATE_CONTACT replaced is still there.
     """
 
     sequence: int

@@ -372,8 +372,8 @@ class Bus:
             case Connected():
                 self.connects += 1
                 self._interrupt_page = self._shared_page(effect.interrupt_page)
-            case Disconnected():
-                self.disconnects += 1
+            case Disconnected(replaced):
+                self.disconnects += not replaced
                 self._interrupt_page = None
             case MonitorPages():
                 pass  # no offer of ours asks for monitored notification

@@ -53,7 +53,12 @@ class MonitorPages:
 
 @valueclass()
 class Disconnected:
-    """Nobody is connected any more, and nothing of the guest's is in use."""
+    """Nobody is connected any more, and nothing of the guest's is in use.
+
+    `replaced`: by an INITIATE_CONTACT, which is judged next. A guest that sends one (a crash kernel) has not left.
+    """
+
+    replaced: bool = False
 
 
 @valueclass()

@@ -403,9 +403,9 @@ class Server:
     def _end_disconnecting(self) -> None:
         """Nothing of the guest's is in use any more: say so to whoever waits for it."""
         self._session.disconnected()
-        self._session.emit(Disconnected())
-        self._departure.end()
         contact, self._next_contact = self._next_contact, None
+        self._session.emit(Disconnected(replaced=contact is not None))
+        self._departure.end()
         if contact is not None:
             self._connect(contact)
 

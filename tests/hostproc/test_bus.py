@@ -366,6 +366,19 @@ def test_unload_closes_everything() -> None:
     assert len(guest.boot()) == 3
 
 
+def test_a_guest_that_connects_anew_has_not_left() -> None:
+    """A crash kernel's contact ends the connection that was there; it is no end of a guest, for which `run` waits."""
+    guest = Guest(Echo())
+    guest.boot()
+    guest.open(1)
+
+    assert len(guest.boot()) == 2
+    assert (guest.bus.connects, guest.bus.disconnects) == (2, 0)
+
+    guest.post(Unload())
+    assert guest.bus.disconnects == 1
+
+
 def test_a_guest_that_died_is_forgotten() -> None:
     """What was to be sent to it is dropped, its channels are closed."""
     guest = Guest()

@@ -40,7 +40,15 @@ from emu.wire.versions import (
     FeatureFlags,
     version_text,
 )
-from hostproc.protocol.effects import BindEvent, Connected, MonitorPages, OpenDoorbell, Refused, SendMessage
+from hostproc.protocol.effects import (
+    BindEvent,
+    Connected,
+    Disconnected,
+    MonitorPages,
+    OpenDoorbell,
+    Refused,
+    SendMessage,
+)
 from hostproc.protocol.session import Link
 from hostproc.protocol.versions import IMPLEMENTED_FEATURES, VERSIONS, Limits, message_connections
 from tests.hostproc.protocol.fake_partition import RAM_BYTES, World, open_channel
@@ -222,6 +230,7 @@ def test_a_second_contact_disconnects_first() -> None:
     while world.waiting:
         world.answer(type(world.waiting[0]))
 
+    assert world.happened(Disconnected) == [Disconnected(replaced=True)]
     assert world.sent() == [VersionResponse(1, 0, 1)]
     assert world.server.summary().version == VERSION_WIN10_V5_2
     assert len(world.request_offers()) == 1
