@@ -151,7 +151,8 @@ class Troubles:
     moves: int = 0
     adds: int = 0
     removes: int = 0
-    hot: list[int] = field(default_factory=list)
+    hot: list[str] = field(default_factory=list)
+    """Instances that were added: a relid is another device's once a guest that failed has given it back."""
 
     def turn(self) -> None:
         """One or the other, by chance."""
@@ -171,15 +172,17 @@ class Troubles:
     def add(self) -> None:
         """Offer one more echo device."""
         offered = offer_devices(self.running.machine, "echo:1")
-        self.hot += [int(one["relid"]) for one in offered]
+        self.hot += [one["instance"] for one in offered]
         self.adds += 1
 
     def remove(self) -> None:
         """Take one of them back, under its traffic."""
         if self.hot:
-            relid = self.hot.pop(self.rng.randrange(len(self.hot)))
-            ask_host(self.running.machine, "rescind", relid=relid, instance="")
-            self.removes += 1
+            instance = self.hot.pop(self.rng.randrange(len(self.hot)))
+            # Who is at the machine with `ctl` may have taken it back already.
+            with suppress(UserError):
+                ask_host(self.running.machine, "rescind", relid=0, instance=instance)
+                self.removes += 1
 
 
 def _mix(text: str) -> frozenset[str]:

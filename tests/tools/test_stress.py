@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -12,11 +14,13 @@ import pytest
 
 from emu.errors import DeadlinePassed, OwnLimit
 from emu.recording import Recording
+from emu.scenario import DeviceSpec, Scenario
 from tests.conftest import RunCli
 from tools import cli, stress
+from tools.ctl import ask_host
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
-from tools.launch import RunningMachine
+from tools.launch import RunningMachine, launch
 from tools.stress import INGREDIENTS, add_up, findings_of, junit_of
 
 
@@ -213,3 +217,35 @@ def test_a_limit_that_passes_while_the_programs_end_is_the_users(
         stress._ended(cast(RunningMachine, Endless()), [0], 5.0, limit)
 
     assert (type(passed.value), str(passed.value)) == (error, said)
+
+
+def test_device_that_the_guest_gave_back_is_taken_away_all_the_same() -> None:
+    """Its offer failed, so its relid is free, or another device's: `stress` knows what it added by its instance."""
+    scenario = Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])
+    with launch(scenario, faults=True) as running:
+        running.wait_ready()
+        troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0])
+        running.turn_on("alloc.fail=device_create@times=1")
+        troubles.add()
+        lives = partial(ask_host, running.machine, "lives")
+        running.wait_until(lambda: lives()["released"] == 1, 20, "the guest to give its relid back")
+        troubles.add()
+
+        troubles.remove()
+        troubles.remove()
+        assert (troubles.adds, troubles.removes, troubles.hot) == (2, 2, [])
+        running.wait_until(lambda: lives()["held"] == 1, 20, "the other one to be given back")
+        assert running.shut_down_guest()
+
+
+def test_device_that_somebody_else_took_back_is_no_error_of_stress() -> None:
+    """A user may be at the machine with `ctl rescind` meanwhile."""
+    with launch(Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])) as running:
+        running.wait_ready()
+        troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0])
+        troubles.add()
+        ask_host(running.machine, "rescind", relid=0, instance=troubles.hot[0])
+
+        troubles.remove()
+        assert (troubles.adds, troubles.removes, troubles.hot) == (1, 0, [])
+        assert running.shut_down_guest()
