@@ -10,8 +10,10 @@ from typing import Final
 import click
 import pytest
 
+from emu.scenario import Scenario
 from tools.cli import COMMANDS, vmbus_emu
 from tools.exit_status import ExitStatus
+from tools.launch import cpu_positions
 from tools.run import run
 
 SOURCES: Final = Path(__file__).resolve().parents[2]
@@ -155,3 +157,14 @@ def _names(pattern: str, module: str) -> bool:
 def test_nothing_is_left_to_fill_in(page: Path) -> None:
     """No line is a word that stands for something to come."""
     assert re.findall(r"^[A-Z]+-(?:OUTPUT|TABLE)$|\bTODO\b|\bFIXME\b", text(page), re.MULTILINE) == []
+
+
+def test_reversed_scenario_says_which_processor_is_which() -> None:
+    """CPU number, VP index and position of the VP's page, as the launcher makes them."""
+    path = SOURCES / "scenarios" / "reversed.toml"
+    scenario = Scenario.load(path)
+    positions, indices = cpu_positions(scenario), scenario.machine.vp_indices()
+
+    told = [tuple(map(int, words)) for words in re.findall(r"CPU (\d) is VP (\d) and has page (\d)", text(path))]
+    assert len(told) == 2
+    assert told == [(cpu, indices[positions[cpu]], positions[cpu]) for cpu, _vp, _page in told]
