@@ -314,7 +314,9 @@ def _why_not_offline(current: Current, cpu: int) -> str:
         return f"CPU {cpu} takes the host's messages; choose another"
     relids = _cpu(current, cpu)["relids"]
     if relids:
-        return f"the interrupts of relid {relids[0]} go to CPU {cpu}; `vmbus-emu ctl move {relids[0]} 0` first"
+        movable = current.connection.vmbus_proto_version >= VERSION_WIN10_V4_1
+        cure = f"ctl move {relids[0]} 0` first" if movable else f"ctl rescind {relids[0]}`: below VMBus 4.1 none moves"
+        return f"the interrupts of relid {relids[0]} go to CPU {cpu}; `vmbus-emu {cure}"
     return f"CPU {cpu} runs a program, or an interrupt of it has not been taken; try again"
 
 

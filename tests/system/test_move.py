@@ -12,7 +12,9 @@ import pytest
 from emu.orders import OrderRefused
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.task_board import Program, TaskBoard, TaskState
+from emu.wire.versions import VERSION_WIN10
 from tests.system.commands import assert_gone
+from tools.ctl import ask_host
 from tools.ctl_guest import ask_guest
 from tools.launch import RunningMachine, launch
 
@@ -88,3 +90,18 @@ def test_machine_ends_while_a_processor_is_offline(running: RunningMachine) -> N
     move(running, 1, 0)
 
     assert switch(running, 2, online=False)["online"] is False
+
+
+def test_cure_for_a_held_processor_works_in_its_version() -> None:
+    """Below 4.1 no channel moves, so the device has to go; once it has gone, the processor may."""
+    name = f"{NAME}-old"
+    scenario = Scenario(MachineSpec(name=name, vcpus=2, host_version=VERSION_WIN10), (DeviceSpec(count=2),))
+    with launch(scenario) as running:
+        running.wait_ready()
+        with pytest.raises(OrderRefused, match="EBUSY.*relid 2 go to CPU 1; `vmbus-emu ctl rescind 2`"):
+            switch(running, 1, online=False)
+        ask_host(running.machine, "rescind", relid=2, instance="")
+        running.wait_until(lambda: ask_host(running.machine, "lives")["held"] == 1, 20, "its end")
+
+        assert switch(running, 1, online=False)["online"] is False
+    assert_gone(name)
