@@ -143,7 +143,8 @@ def _negotiate(current: Current) -> int:
             current.connection.vmbus_proto_version = version
             current.log(f"Vmbus version:{version_text(version)}")
             return 0
-        if result == -errno.ETIMEDOUT:
+        # The kernel has memory for all its requests before the first one: without any it does not try an older version.
+        if result in (-errno.ETIMEDOUT, -errno.ENOMEM):
             return result
     return -errno.EDOM
 

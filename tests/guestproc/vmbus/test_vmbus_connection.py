@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from emu.errors import DeadlinePassed
+from emu.fault_plan import FaultPlan
 from emu.wire.hypercalls import HvStatus
 from emu.wire.messages import (
     InitiateContact,
@@ -26,6 +27,7 @@ from emu.wire.versions import (
     VERSION_WIN10_V5_3,
 )
 from guestproc.kernel.layout import ConnectionState
+from guestproc.protocol import faults
 from guestproc.protocol.era import CURRENT
 from guestproc.vmbus.bus import vmbus_start
 from guestproc.vmbus.connection import vmbus_connect, vmbus_disconnect, vmbus_initiate_unload, vmbus_post_msg
@@ -168,6 +170,17 @@ def test_connect_without_memory_gives_back_what_it_had(world: World) -> None:
 
     assert world.call(hoard) == -errno.ENOMEM
     assert world.shut_down() == {}
+
+
+def test_connect_without_a_record_for_its_request_fails(world: World) -> None:
+    """-ENOMEM, and no older version is asked for: the host would take it, and nobody would know why."""
+    faults.plan(FaultPlan(world.machine.control), "request", 1)
+    world.boot_bus()
+
+    assert world.call(vmbus_connect) == -errno.ENOMEM
+    assert world.host.posted == []
+    assert world.tables.connection.conn_state.load() == ConnectionState.DISCONNECTED
+    assert world.log == ["Unable to connect to host"]
 
 
 # -- posting --------------------------------------------------------------------------------------------
