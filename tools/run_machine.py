@@ -168,6 +168,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             # Why a guest does not come any further is in its log, if anywhere.
             for line in running.log:
                 say(line)
+            outcome.log = running.log
             outcome.counters, outcome.faults = running.machine.control.counter_totals(), running.faults.report()
             if not running.machine.control.shutdown_requested:  # what was there before is told; half of it is gone
                 look(running, outcome)
@@ -181,8 +182,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
             outcome.crash_record = None if record is None else str(record)
             outcome.flight = death.flight
             look(running, outcome)
-    if scenario.plugins or outcome.lost() or outcome.leaked:
-        outcome.log = running.log
+    outcome.log = running.log
     if death is not None:
         outcome.kept = keep_death(case, death, options.record_path)
     elif interruption.status is None and outcome.finding():

@@ -50,8 +50,7 @@ class Outcome:
     state: dict[str, Any] = field(default_factory=lambda: {"state_violations": [], "unjudged": "it ended before"})
     """What the machine left undone when it had settled (`tools.invariants_settled`)."""
     log: list[str] = field(default_factory=list)
-    """The log of a machine with plugins, of one whose devices are not all open or that leaked: the guest's lines, and
-    the tracebacks of back ends."""
+    """The machine's log: the newest of the guest's lines, and the tracebacks of back ends. See `log_explains`."""
     timed_out: str | None = None
     """What was waited for in vain, if that ended it."""
     deaths: list[str] = field(default_factory=list)
@@ -103,6 +102,12 @@ class Outcome:
         taken = {(class_id, takes_sockets(driver)) for driver in drivers for class_id in driver.id_table}
         idle = [one for one in self.devices if (guid_to_wire(one.class_id), one.class_name == "hv_sock") not in taken]
         return self.unopened - sum(channel.state != "opened" for one in idle for channel in one.channels)
+
+    @property
+    def log_explains(self) -> bool:
+        """Whether people are shown the log: where it may say why something is not as it should be, and of plugins."""
+        struck = any(fault["hits"] for fault in self.faults)
+        return bool(self.scenario.plugins or struck or self.deaths or self.leaked or self.lost())
 
     def kicks(self) -> dict[str, int]:
         """How often a processor had to be reached, and how."""
@@ -217,7 +222,7 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
         print_json("run", 1, outcome.report())
     else:
         _tell_people(outcome)
-        for line in outcome.log:
+        for line in outcome.log if outcome.log_explains else ():
             say(line)
         tell_recording(outcome.recording)
     if outcome.timed_out:
@@ -232,6 +237,8 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
 
 
 def _tell_people(outcome: Outcome) -> None:
+    if outcome.foreign and outcome.version:
+        click.echo(f"VMBus {outcome.version}, {outcome.channels_open} of {outcome.offers} channels open at a time")
     if outcome.tasks:
         echoes = [task for task in outcome.tasks if task.program != Program.NET_CHECK]
         frames = [task for task in outcome.tasks if task.program == Program.NET_CHECK]

@@ -87,6 +87,7 @@ def test_boot_that_does_not_end_shows_the_guests_log(
     assert "vcpu0: Vmbus version:5.3" in shown.err.splitlines()
     assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in shown.err and told["timed_out"] in shown.err
     assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
+    assert told["log"] == ["vcpu0: Vmbus version:5.3"]
 
 
 def test_guest_that_never_unloads_is_a_time_limit(
@@ -102,6 +103,30 @@ def test_guest_that_never_unloads_is_a_time_limit(
     told = json.loads(shown.out)
     assert told["timed_out"] == "the guest to unload: no answer within 0.3 s" and told["timed_out"] in shown.err
     assert (told["channels_open"], told["leaked"], told["faults"][0]["hits"]) == (1, None, 1)
+
+
+def test_log_of_a_run_is_in_its_object_and_shown_where_a_fault_struck(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the guest refused and went on is in its log alone: a fault is ordered to see just that."""
+    refused = "kworker/work: vmbus_process_offer: offer of relid 1, which is in use [offer-relid-taken]"
+    run = ("run", "--device", "echo:1", "--duration", "0")
+
+    assert cli.main([*run, "--json"]) == 0
+    plain = capsys.readouterr()
+    assert cli.main([*run, "--fault", "host.dup_relid"]) == 0
+    assert refused in capsys.readouterr().err.splitlines()
+
+    assert (json.loads(plain.out)["log"], plain.err) == (["vcpu0: Vmbus version:5.3"], "")
+
+
+def test_log_of_a_guest_that_ended_itself_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last words are that the log says why."""
+    run = ("run", "--device", "echo:1", "--duration", "0", "--flight", "0")
+
+    assert cli.main([*run, "--fault", "alloc.fail=request@nth=1"]) == ExitStatus.FAILED
+
+    shown = capsys.readouterr().err.splitlines()
+    assert "vcpu0: Unable to connect to host" in shown
+    assert any("vmbus_connect: ENOMEM; the guest's log says why" in line for line in shown)
 
 
 def test_device_that_no_driver_takes_needs_no_log(capsys: pytest.CaptureFixture[str]) -> None:
