@@ -18,6 +18,9 @@ ABI_MINOR: Final = 0
 MAGIC: Final = int.from_bytes(b"VMBUSEMU", "little")
 
 PAGE_SIZE: Final = 4096
+RAM_HEAD_BYTES: Final = 2 * PAGE_SIZE
+"""So much of RAM has memory from the launch on: where guests of ours say that they have laid it out. Others look there
+before that is so, and a first look at a page needs memory, too, which a full tmpfs has not: SIGBUS."""
 CACHE_LINE: Final = 64
 MAX_VPS: Final = 64
 EXIT_SLOTS: Final = 8

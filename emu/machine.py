@@ -38,6 +38,7 @@ from emu.layout import (
     MAGIC,
     MAX_VPS,
     PAGE_SIZE,
+    RAM_HEAD_BYTES,
     VP_INDEX,
     VP_POSITION,
     MachineState,
@@ -106,14 +107,14 @@ class Machine:
         """Make all objects of a new machine, and hold it; what a failure half made is removed again.
 
         `vp_indices[position]` is the VP index of each page, `cpuid` rows are (leaf, eax, ebx, ecx, edx). RAM stays
-        sparse, but for `config["ram_reserved"]` (GPA, length), if there is such.
+        sparse, but for its head and `config["ram_reserved"]` (GPA, length), if there is such.
         Raises UserError when the name is taken, MissingPrerequisite when shared memory is missing or full.
         """
         vp_count = len(vp_indices)
         assert 0 < vp_count <= MAX_VPS and len(cpuid) <= CPUID_ENTRIES
         # Size, and what of it gets memory now: most of RAM and the actors' trace rings stay sparse.
         sizes: dict[str, tuple[int, Sequence[int]]] = {
-            "ram": (ram_bytes, config.get("ram_reserved", (0, 0))),
+            "ram": (ram_bytes, (0, RAM_HEAD_BYTES)),
             "vps": (vps_bytes(vp_count), (0, vps_bytes(vp_count))),
             "doorbells": (DOORBELLS.size, (0, DOORBELLS.size)),
             "trace": (TRACE_BYTES, (0, TRACE_HEAD_BYTES)),
@@ -128,6 +129,7 @@ class Machine:
             for part, (size, (first, reserved)) in sizes.items():
                 segments[part] = Segment.create(object_name(name, part), size, first=first, reserved=reserved)
                 made.append(segments[part])
+            _reserve(segments["ram"], config.get("ram_reserved", (0, 0)))
             for part in wakeup_names(vp_count, races=config.get("races", False)):
                 wakeup = Wakeup.create(object_name(name, part))
                 made.append(wakeup)
@@ -158,11 +160,8 @@ class Machine:
         """
         assert self._page is not None, "a machine is reset by its maker"
         self.ram.memory.madvise(mmap.MADV_REMOVE)
-        if self.ram_reserved[1]:
-            try:
-                self.ram.reserve(*self.ram_reserved)
-            except OSError as error:
-                raise refused_memory(self.ram.name, self.ram_reserved[1], error) from None
+        _reserve(self.ram, (0, RAM_HEAD_BYTES))
+        _reserve(self.ram, self.ram_reserved)
         for segment in (self.vps, self.doorbells):
             segment.memory[:] = bytes(segment.size)
         self.trace.memory[:TRACE_HEAD_BYTES] = bytes(TRACE_HEAD_BYTES)
@@ -353,6 +352,16 @@ def write_machine_page(
         view.store_u32(vp_page_offset(position) + VP_POSITION, position)
     # Last: a guest that sees the magic sees the rest.
     view.store_u64(M_MAGIC, MAGIC)
+
+
+def _reserve(ram: Segment, part: Sequence[int]) -> None:
+    """Give a part of RAM (GPA, length; of 0 bytes: none) its memory now, or say that there is none."""
+    gpa, length = part
+    try:
+        if length:
+            ram.reserve(gpa, length)
+    except OSError as error:
+        raise refused_memory(ram.name, length, error) from None
 
 
 def _unmake(made: list[Segment | Wakeup]) -> None:

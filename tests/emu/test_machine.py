@@ -27,6 +27,7 @@ from emu.layout import (
     M_STATE,
     M_VP_COUNT,
     MAGIC,
+    RAM_HEAD_BYTES,
     VP_POSITION,
     MachineState,
     vp_page_offset,
@@ -440,6 +441,21 @@ def test_ram_that_is_reserved_has_memory_or_the_machine_is_not_made() -> None:
     assert left == "[]"
 
 
+def test_a_look_at_the_head_of_ram_needs_no_memory(machine_name: str) -> None:
+    """Whether RAM is laid out is asked on a full /dev/shm, too: before anybody has laid it out, and after a wipe."""
+    machine = Machine.create(machine_name, {}, ram_bytes=1 << 20, vp_indices=[0], cpuid=[])
+    try:
+        for _ in range(2):
+            before = os.fstat(machine.ram.fd).st_blocks
+            assert not any(machine.ram.memory[:RAM_HEAD_BYTES])
+
+            assert os.fstat(machine.ram.fd).st_blocks == before == RAM_HEAD_BYTES // 512
+            machine.wipe()
+    finally:
+        machine.close()
+        unlink_objects(machine_name)
+
+
 def test_ram_that_is_reserved_has_memory_again_after_a_wipe(machine_name: str) -> None:
     """Power off gives all of RAM back, then the reserved part is made anew."""
     config = {"ram_reserved": (1 << 20, 4 << 20)}
@@ -450,7 +466,7 @@ def test_ram_that_is_reserved_has_memory_again_after_a_wipe(machine_name: str) -
         machine.wipe()
 
         assert machine.ram_reserved == (1 << 20, 4 << 20)
-        assert taken * 512 == os.fstat(machine.ram.fd).st_blocks * 512 == 4 << 20
+        assert taken * 512 == os.fstat(machine.ram.fd).st_blocks * 512 == (4 << 20) + RAM_HEAD_BYTES
     finally:
         machine.close()
         unlink_objects(machine_name)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu.errors import OutOfMemory
+from emu.layout import RAM_HEAD_BYTES
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import (
     BOOT_MAGIC,
@@ -66,6 +67,11 @@ def test_tables_never_overlap(pages: int, ncpus: int) -> None:
         assert placement.gpa >= end and placement.gpa % PAGE_SIZE == 0
         end = placement.gpa + placement.nbytes
     assert end <= layout.first_free_page * PAGE_SIZE < layout.ram_bytes
+
+
+def test_boot_record_lies_where_ram_has_memory_from_the_launch() -> None:
+    """Who looks whether RAM is laid out needs no memory for it."""
+    assert BOOT_RECORD_GPA + PAGE_SIZE <= RAM_HEAD_BYTES
 
 
 def test_ram_that_holds_no_tables_is_refused() -> None:
