@@ -1,7 +1,7 @@
 """What can go wrong, sorted by whose fault it is.
 
-The peer's fault (`ProtocolViolation`) is refused, counted and traced; nobody's fault (`RingFull`,
-`ChannelRescinded`) is part of an interface; the user's (`UserError`) is one clear line; ours is an `assert`.
+The peer's fault (`ProtocolViolation`) is refused, counted and traced; nobody's fault (`RingFull`) is part of an
+interface; the user's (`UserError`) is one clear line; ours is an `assert`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ class RingFull(VmbusError):
         super().__init__(f"ring full: packet needs {needed} bytes, {free} free")
         self.needed = needed
         self.free = free
-
-
-class ChannelRescinded(VmbusError):
-    """The host took the channel back; nothing sent on it is answered any more."""
 
 
 class GeneralProtection(VmbusError):

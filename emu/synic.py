@@ -199,15 +199,12 @@ class Synic:
         """Whether event flags exist now: SynIC on and SIEFP in RAM."""
         return bool(self.scontrol & HV_SYNIC_CONTROL_ENABLE) and self.siefp.gpa is not None
 
-    def set_flag(self, sint: int, flag: int) -> bool:
-        """Set event flag 0..2047 of `sint`; True when it was clear (then an interrupt is due)."""
+    def flag_cell(self, sint: int, flag: int) -> tuple[Callable[[int], int], int]:
+        """What ors into the byte of event flag 0..2047 of `sint`, and its bit there: right until `changes` changes.
+
+        An interrupt is due where the bit was clear in what that returns.
+        """
         assert self.siefp.gpa is not None
         assert 0 <= flag < HV_EVENT_FLAGS_COUNT, flag
-        offset, bit = event_flag(sint, flag)
-        return not self._memory.atomics.fetch_or_u8(self.siefp.gpa + offset, bit) & bit
-
-    def flag_cell(self, sint: int, flag: int) -> tuple[Callable[[int], int], int]:
-        """What ors into the byte of an event flag, and its bit there: right until `changes` changes."""
-        assert self.siefp.gpa is not None
         offset, bit = event_flag(sint, flag)
         return self._memory.atomics.cell_u8(self.siefp.gpa + offset).fetch_or, bit

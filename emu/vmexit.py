@@ -228,7 +228,6 @@ class ExitServer:
         self._bells = [doorbells.cell_u64(D_EXIT_BELL + 8 * word) for word in range(words)]
         self._loads = tuple(cell.load for cell in self._bells)
         self._wakeups = wakeups
-        self._vp_count = vp_count
         self._bases = [
             vp_page_offset(position) + VP_EXIT_SLOT + EXIT_SLOT.size * slot
             for position in range(vp_count)

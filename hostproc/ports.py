@@ -113,7 +113,6 @@ class EventPort:
         self.base_flag = base_flag
         self.flag_count = flag_count
         self._trace = trace
-        self.signaled = 0
 
     def signal(self, flag_number: int = 0) -> HvStatus:
         """Set a flag; an interrupt follows only when it was clear.
@@ -128,7 +127,6 @@ class EventPort:
                 return found
             route = found
         _synic, _changes, _position, fetch_or, bit, interrupt, records = route
-        self.signaled += 1
         was_clear = not fetch_or(bit) & bit
         if records:
             records[was_clear]()
@@ -167,13 +165,11 @@ class HostEventPort:
     def __init__(self, wake: Callable[[], None], flag_count: int = 1) -> None:
         self._wake = wake
         self.flag_count = flag_count
-        self.signaled = 0
 
     def signal(self, flag_number: int = 0) -> HvStatus:
         """Ring; flags of one port are not told apart (reference 1.7)."""
         if flag_number >= self.flag_count:
             return HvStatus.INVALID_PARAMETER
-        self.signaled += 1
         self._wake()
         return _SUCCESS
 

@@ -20,11 +20,6 @@ class NotMade(UserError, OSError):
     """A directory of ours cannot be made: a line for the user, unless it is caught as the OSError that it is, too."""
 
 
-def config_dir() -> Path:
-    """What the user set: `$XDG_CONFIG_HOME/vmbus-emu`."""
-    return _base("XDG_CONFIG_HOME", ".config")
-
-
 def state_dir() -> Path:
     """What outlives a run and is not to be had again, such as crash records: `$XDG_STATE_HOME/vmbus-emu`."""
     return _base("XDG_STATE_HOME", ".local/state")

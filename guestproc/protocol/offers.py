@@ -122,14 +122,6 @@ def primary_of(tables: KernelTables, channel: Channel) -> Channel | None:
     return None
 
 
-def enter_channel(tables: KernelTables, channel: Channel) -> Entered:
-    """Find its device, place its interrupts, link it, publish its relid (`vmbus_process_offer`)."""
-    entered = choose_place(tables, channel)
-    if entered.refusal is None:
-        publish(tables, channel, entered)
-    return entered
-
-
 def choose_place(tables: KernelTables, channel: Channel) -> Entered:
     """Find its device, and who takes its interrupts; era `seed` chooses that later, in the work item."""
     relid = channel.relid

@@ -166,8 +166,6 @@ REVOKED_STATES: Final = frozenset({S.REVOKED, S.REOFFERED})
 """The guest holds a relid behind which there is no device."""
 CLIENT_RELEASE_STATES: Final = frozenset({S.CLOSING_CLIENT_RELEASE, S.OPENING_CLIENT_RELEASE})
 """The guest let go, the device is not done yet: what a disconnect waits for."""
-DEVICE_STATES: Final = frozenset({S.OPENING, S.OPEN, S.CLOSING, S.CLOSING_REOPEN}) | CLIENT_RELEASE_STATES
-"""The device may look at the ring."""
 
 G = GpadlState
 V = GpadlEvent

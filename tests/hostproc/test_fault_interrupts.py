@@ -95,7 +95,8 @@ def test_interrupt_of_one_channel_is_late() -> None:
     late, prompt = event(host, 7), event(host, 8)
 
     late.signal()
-    assert host.requested == [] and not host.synics[0].set_flag(SINT, 7)
+    fetch_or, bit = host.synics[0].flag_cell(SINT, 7)
+    assert host.requested == [] and fetch_or(0) & bit
     prompt.signal()
     assert host.requested == [(0, VECTOR)]
     assert host.run_timers() == [200_000]

@@ -175,7 +175,6 @@ def test_event_sets_its_flag_and_interrupts_once() -> None:
     assert (port.signal(), port.signal()) == (HvStatus.SUCCESS, HvStatus.SUCCESS)
     assert vps.flag(0, 1) is True
     assert vps.interrupts == [(0, VECTOR)]
-    assert port.signaled == 2
 
 
 @pytest.mark.parametrize("flag", [0, 1, 63, 64, 2047])
@@ -243,4 +242,4 @@ def test_host_event_wakes_its_device() -> None:
     port = HostEventPort(lambda: woken.append(1), flag_count=4)
 
     assert [port.signal(flag) for flag in range(4)] == [HvStatus.SUCCESS] * 4
-    assert (len(woken), port.signaled) == (4, 4)
+    assert len(woken) == 4

@@ -15,10 +15,10 @@ import click
 import pytest
 
 from emu.errors import (
-    ChannelRescinded,
     DeadlinePassed,
     MissingPrerequisite,
     NotOpened,
+    RingFull,
     UserError,
 )
 from tools import cli
@@ -168,7 +168,7 @@ def test_wrong_words_are_one_line_and_status_2(
         (MissingPrerequisite("no /dev/shm"), ExitStatus.MISSING),
         (DeadlinePassed("offers", 5_000_000_000), ExitStatus.TIME_LIMIT),
         (NotOpened(4, "no driver has taken it"), ExitStatus.FINDING),
-        (ChannelRescinded("gone"), ExitStatus.FAILED),
+        (RingFull(24, 16), ExitStatus.FAILED),
         (KeyboardInterrupt(), ExitStatus.INTERRUPTED),
     ],
 )

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from emu.errors import UserError
-from tools.paths import cache_dir, config_dir, made, state_dir
+from tools.paths import cache_dir, made, state_dir
 
 PLACES = [
-    (config_dir, "XDG_CONFIG_HOME", ".config"),
     (state_dir, "XDG_STATE_HOME", ".local/state"),
     (cache_dir, "XDG_CACHE_HOME", ".cache"),
 ]

@@ -44,7 +44,10 @@ def made(tables: KernelTables, message: OfferChannel) -> Channel:
 def enter(tables: KernelTables, message: OfferChannel) -> tuple[Channel, Entered]:
     """The channel object, and what became of it."""
     channel = made(tables, message)
-    return channel, offers.enter_channel(tables, channel)
+    entered = offers.choose_place(tables, channel)
+    if entered.refusal is None:
+        offers.publish(tables, channel, entered)
+    return channel, entered
 
 
 @pytest.mark.parametrize("relid", [0, 2048, 0xFFFF, 0xFFFFFFFF])

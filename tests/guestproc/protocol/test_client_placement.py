@@ -38,7 +38,9 @@ def offered(tables: KernelTables, relid: int, instance: int, *, index: int = 0, 
     )
     channel = offers.new_channel(tables, offer, offer.pack(), 0)
     assert channel is not None
-    assert offers.enter_channel(tables, channel).refusal is None
+    entered = offers.choose_place(tables, channel)
+    assert entered.refusal is None
+    offers.publish(tables, channel, entered)
     return channel
 
 
