@@ -20,7 +20,6 @@ from emu.machine import USER_WAKEUP, Machine
 from emu.orders import Order, OrderDesk, Recipient
 from emu.tracing import Context as TraceContext
 from guestproc.current import Current
-from guestproc.kernel.layout import KernelTables
 from guestproc.user import CALLS, run_call
 from guestproc.vcpu import WorkerThread
 
@@ -33,9 +32,7 @@ Report = Callable[..., None]
 Orders = SimpleQueue[Order | None]
 
 
-def start_user_space(
-    machine: Machine, tables: KernelTables, make_current: MakeCurrent, report: Report
-) -> list[threading.Thread]:
+def start_user_space(machine: Machine, make_current: MakeCurrent, report: Report) -> list[threading.Thread]:
     """Start the threads; they end with the machine, a call that sleeps as every wait does."""
     orders: Orders = SimpleQueue()
     threads = []

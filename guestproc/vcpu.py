@@ -131,7 +131,7 @@ class Vcpu:
         self.vp_index = machine.vp_index(self.position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
         self._bound: dict[int, tuple[Bound, Bound]] = {}
-        # By vector: the records around its handler.
+        """By vector: the records around its handler."""
         if self.trace:
             self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)

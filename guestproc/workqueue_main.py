@@ -62,7 +62,7 @@ def run(machine: Machine, report: Report) -> int:
     try:
         for thread in threads:
             thread.start()
-        threads += start_user_space(machine, tables, lambda hooks: _current(machine, tables, hooks, report), report)
+        threads += start_user_space(machine, lambda hooks: _current(machine, tables, hooks, report), report)
     except RuntimeError as error:  # the system gives us no thread more
         raise not_started("a thread of the workqueue process", str(error)) from None
     for thread in threads:

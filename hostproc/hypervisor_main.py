@@ -20,7 +20,7 @@ from emu.errors import UserError
 from emu.fault_plan import Faults
 from emu.gpadl import MapBudget
 from emu.interrupt_trace import halt_of, requester_of
-from emu.interrupts import InterruptRequester, PollPolicy
+from emu.interrupts import Halt, InterruptRequester, PollPolicy
 from emu.layout import (
     D_HOST_RUN_STATE,
     VP_AUTO_EOI,
@@ -82,7 +82,7 @@ class Hypervisor:
         row, self.counters = machine.enlist(ActorKind.HYPERVISOR, "hypervisor")
         self.trace = machine.recorder(row, context=Context.HOST)
         self._rung: dict[int, Bound] = {}
-        # By connection id: what records its doorbell.
+        """By connection id: what records its doorbell."""
         if self.trace:
             self.trace.start(row.pid, row.kind, row.cpu, row.name)
         self.memory = GuestMemory(machine.ram.fd, machine.ram.memory, machine.ram.size, there=machine.ram_reserved)
@@ -112,7 +112,7 @@ class Hypervisor:
             make_queues = partial(FaultyQueues, self.faults, interrupts, self.memory, vp_indices)
         self.partition = Partition(
             self.memory,
-            machine.config["vp_indices"],
+            vp_indices,
             cpuid=leaves,
             reference_time=machine.clock.reference_time,
             request_interrupt=self.request_interrupt,
@@ -143,50 +143,12 @@ class Hypervisor:
             stopping=self._stopping,
             now=machine.clock.now,
         )
-        self._halt = halt_of(
-            self.trace,
-            machine.doorbells.view,
-            D_HOST_RUN_STATE,
-            machine.wakeup("host"),
-            self._look,
-            PollPolicy(machine.config["machine"]["poll"], self._expecting),
-            self.counters,
-            # The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work.
-            glance=self.doorbells.loads[event_connection_id(0) >> 12],
-            glance_too=self.exits.loads[0],
-            # Guests may write the host's run state: nobody may have meant to post.
-            owed_s=OWED_TOKEN_S,
-            look_again_s=LOOK_AGAIN_S,
-        )
-        limits = Limits(
-            vp_count=machine.vp_count,
-            ram_bytes=machine.ram.size,
-            max_version=self.scenario.machine.host_version,
-            features=self.scenario.machine.features,
-        )
+        self._halt = self._made_halt()
         guest_ports = GuestPorts(self.partition, vp_indices, lambda: self.control_plane.wake())
-        server = Server(limits, policy_of(self.scenario.policy))
-        if self.trace:
-            server.watch(StateTrace(self.trace))
         guest_ports.bind_interrupt = lambda position, vector: self._requesters[position].bound(vector)
         if packets:
             guest_ports.event_interrupt = interrupts.of_event
-        self.bus = FaultyBus(
-            server,
-            guest_ports,
-            self.loop,
-            self.memory,
-            budget=MapBudget.of_system(),
-            trace=self.trace,
-            instrument=self._recorded if self.trace else None,
-            log=lambda text: report("log", "hypervisor", text),
-            points=self.points,
-            fix=self.fix,
-            faults=self.faults,
-            call_later=self._call_later,
-            now=machine.clock.now,
-            packets=packets,
-        )
+        self.bus = self._made_bus(guest_ports, packets=packets)
         guest_ports.cause = lambda: self.bus.cause
         self._frozen: list[VpKick] = []
         if machine.races:
@@ -210,6 +172,54 @@ class Hypervisor:
         self._ordered = self.orders.loads[0]
         self._exit_loads = self.exits.loads
         self._bell_loads = self.doorbells.loads
+
+    def _made_halt(self) -> Halt:
+        """What it waits by, until one of its sources has something (see `_look`)."""
+        machine = self.machine
+        return halt_of(
+            self.trace,
+            machine.doorbells.view,
+            D_HOST_RUN_STATE,
+            machine.wakeup("host"),
+            self._look,
+            PollPolicy(machine.config["machine"]["poll"], self._expecting),
+            self.counters,
+            # The doorbells of channels, and the exits of the first VPs: what comes while a machine is at work.
+            glance=self.doorbells.loads[event_connection_id(0) >> 12],
+            glance_too=self.exits.loads[0],
+            # Guests may write the host's run state: nobody may have meant to post.
+            owed_s=OWED_TOKEN_S,
+            look_again_s=LOOK_AGAIN_S,
+        )
+
+    def _made_bus(self, guest_ports: GuestPorts, *, packets: bool) -> FaultyBus:
+        """The server's core, and the bus that carries out what it decides."""
+        machine, report = self.machine, self.report
+        limits = Limits(
+            vp_count=machine.vp_count,
+            ram_bytes=machine.ram.size,
+            max_version=self.scenario.machine.host_version,
+            features=self.scenario.machine.features,
+        )
+        server = Server(limits, policy_of(self.scenario.policy))
+        if self.trace:
+            server.watch(StateTrace(self.trace))
+        return FaultyBus(
+            server,
+            guest_ports,
+            self.loop,
+            self.memory,
+            budget=MapBudget.of_system(),
+            trace=self.trace,
+            instrument=self._recorded if self.trace else None,
+            log=lambda text: report("log", "hypervisor", text),
+            points=self.points,
+            fix=self.fix,
+            faults=self.faults,
+            call_later=self._call_later,
+            now=machine.clock.now,
+            packets=packets,
+        )
 
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)

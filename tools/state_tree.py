@@ -224,11 +224,10 @@ class StateTree:
     def _vps(self) -> Node:
         indices = {self._machine.vp_index(position): position for position in range(self._machine.vp_count)}
         return {
-            str(index): (lambda index=index, position=position: self._vp(index, position))
-            for index, position in sorted(indices.items())
+            str(index): (lambda position=position: self._vp(position)) for index, position in sorted(indices.items())
         }
 
-    def _vp(self, index: int, position: int) -> Node:
+    def _vp(self, position: int) -> Node:
         page, vps = vp_page_offset(position), self._machine.vps.view
         cpu = self._machine.config.get("cpu_positions", list(range(self._machine.vp_count))).index(position)
         registers = self._tables.vp(position)

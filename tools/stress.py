@@ -366,7 +366,7 @@ def run_stress(
             running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(path))
             for cpu, path in paths.items()
         ]
-        _watch(running, troubles, rows, duration_s, limit, live=live)
+        _watch(running, troubles, duration_s, limit, live=live)
         tasks = _ended(running, rows, duration_s, limit)
         sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
         rings = _ring_transitions(_guest_tables(running))
@@ -453,7 +453,6 @@ def _ended(running: RunningMachine, rows: list[int], duration_s: float, limit: L
 def _watch(
     running: RunningMachine,
     troubles: Troubles,
-    rows: list[int],
     duration_s: float,
     limit: Limit | None,
     *,
