@@ -37,6 +37,8 @@ from emu.layout import MAX_VPS
 from guestproc.kernel import actors as kernel_actors
 from tests.processes import Crowd, Forked
 
+A_YEAR_NS = 365 * 86_400 * 10**9
+
 
 @pytest.fixture
 def name(machine_name: str) -> str:
@@ -84,7 +86,10 @@ def test_configuration_that_cannot_be_stored_leaves_nothing(machine_name: str, n
 
 
 def test_wiped_is_everything_but_what_is_kept(control: Control) -> None:
-    """Actors, counts, stages, orders and refusals go; the configuration, what to record and the zygote's row stay."""
+    """Actors, counts, stages, orders and refusals go; the configuration, what to record and the zygote's row stay.
+
+    Machine time begins anew.
+    """
     control.store_config({"vcpus": 4})
     control.set_recording(with_bytes=True)
     control.enlist(ActorKind.LAUNCHER, "launcher")
@@ -92,9 +97,11 @@ def test_wiped_is_everything_but_what_is_kept(control: Control) -> None:
     control.enlist(ActorKind.HYPERVISOR, "hypervisor")
     control.reach(Ready.CHANNELS_OPEN)
     control.memory[CONTROL_BYTES - 64 :] = b"x" * 64
+    control.clock.advance(A_YEAR_NS)
 
     control.wipe()
 
+    assert control.clock.now() < A_YEAR_NS
     assert control.config() == {"vcpus": 4} and control.recording_bytes and control.made
     assert [row.name for row in control.rows()] == ["launcher", "zygote"]
     assert control.ready == 0 and not any(control.memory[CONTROL_BYTES - 64 :])

@@ -19,6 +19,7 @@ import pytest
 from emu.control import is_over
 from emu.errors import UserError
 from emu.host_tables import HostTables
+from emu.layout import MachineState
 from emu.memory import PAGE_SIZE
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from tests.system.commands import (
@@ -286,6 +287,16 @@ def test_zygote_that_died_before_the_launch_is_a_death() -> None:
         launch(Scenario.default().with_overrides(vcpus=1), name="t-too-early")
 
     assert_gone("t-too-early")
+
+
+def test_machine_that_was_switched_off_and_on_runs() -> None:
+    """As one that was launched: `ps` and its guests are told so."""
+    with launch(Scenario.default().with_overrides(vcpus=1), name="t-again") as running:
+        running.wait_ready()
+        running.power_cycle()
+        running.wait_ready()
+
+        assert running.machine.state is MachineState.RUNNING
 
 
 @pytest.mark.parametrize("moment", ["before", "while it kills"])

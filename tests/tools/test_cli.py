@@ -21,7 +21,7 @@ from emu.errors import (
     RingFull,
     UserError,
 )
-from tools import cli
+from tools import cli, version
 from tools.ctl import ctl
 from tools.exit_status import ExitStatus
 
@@ -123,6 +123,21 @@ def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tu
     assert report["vmbus_versions"] == ["0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0"]
     assert report["eras"] == ["current", "seed"]
     assert {"version", "commit", "python", "kernel", "abi"} <= report.keys()
+
+
+def test_commit_is_that_of_our_own_working_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sources that were unpacked inside somebody else's working copy have none, though git would say one there."""
+    (tmp_path / "git").write_text("#!/bin/sh\necho 0123abcd\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / ".git").mkdir()
+    found = []
+    for place in (tmp_path, tmp_path / "unpacked"):
+        monkeypatch.setattr(version, "_SOURCES", place)
+        found.append(version.commit())
+
+    assert found == ["0123abcd", None]
 
 
 def test_patience_for_a_guest_that_nobody_waits_for_is_refused(run_cli: RunCli) -> None:

@@ -54,20 +54,29 @@ def test_death_is_no_answer_of_the_protocol(
 
 
 @pytest.mark.parametrize(
-    ("boots", "status"),
+    ("boots", "status", "said"),
     [
-        ([Boot("seed", "4.0", ok=True)], ExitStatus.FINE),
-        ([Boot("seed", "4.0", ok=True), Boot("seed", "4.0")], ExitStatus.FINDING),
-        ([Boot("seed", "4.0"), Boot("seed", "4.0", died=True)], ExitStatus.FAILED),
+        ([Boot("seed", "4.0", ok=True)], ExitStatus.FINE, "1 ok"),
+        (
+            [Boot("seed", "4.0", ok=True), Boot("seed", "4.0")],
+            ExitStatus.FINDING,
+            "2 machines, 1 of them not as the protocol says",
+        ),
+        (
+            [Boot("seed", "4.0"), Boot("seed", "4.0", died=True)],
+            ExitStatus.FAILED,
+            "2 machines, 1 of them not as the protocol says, 1 of them died",
+        ),
     ],
 )
 def test_exit_status_is_the_worst_that_was_met(
-    monkeypatch: pytest.MonkeyPatch, boots: list[Boot], status: ExitStatus
+    monkeypatch: pytest.MonkeyPatch, boots: list[Boot], status: ExitStatus, said: str
 ) -> None:
-    """4 for a death, 1 for a finding, 0."""
+    """4 for a death, 1 for a finding, 0; the last line counts both."""
     monkeypatch.setattr(module, "boot_all", lambda: (one for one in boots))
 
     done = CliRunner().invoke(matrix, standalone_mode=False)
 
     assert done.return_value == status
     assert ("DIED" in done.output) == any(one.died for one in boots)
+    assert done.output.splitlines()[-1] == said

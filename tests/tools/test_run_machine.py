@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from emu.errors import UserError
 from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
 from emu.scenario import Scenario
@@ -195,6 +196,20 @@ def test_a_file_that_is_written_while_it_is_sent_is_no_finding(
 
     said = f"vmbus-emu: --stream {source}: somebody wrote it while it was sent; give a file that stays as it is\n"
     assert capsys.readouterr() == ("", said)
+
+
+def test_a_file_whose_path_no_order_holds_is_refused(tmp_path: Path) -> None:
+    """A program's order has room for 256 bytes of path: that is said before a machine is made."""
+    folder = tmp_path.resolve() / ("d" * 50)
+    source = folder / ("f" * (255 - len(os.fsencode(folder))))
+    source.parent.mkdir()
+    source.write_bytes(b"")
+    longer = source.with_name(source.name + "f")
+    longer.write_bytes(b"")
+
+    run_machine.check_stream_file(source)
+    with pytest.raises(UserError, match="longer than 256 bytes"):
+        run_machine.check_stream_file(longer)
 
 
 @pytest.mark.parametrize("first", ["sweeper", "hypervisor", "workqueue"])
