@@ -12,6 +12,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
@@ -161,8 +162,8 @@ _COUNTER_INDEX: Final = {name: index for index, name in enumerate(COUNTERS)}
 
 
 _STAT_BYTES: Final = 4096
-_FLAGS, _PENDING = 6, 28
-"""Where it has the kernel's flags of the first thread, and its pending signals, counted from the state."""
+_FLAGS: Final = 6
+"""Where it has the kernel's flags of the first thread, counted from the state."""
 _PF_EXITING: Final = 4
 
 
@@ -179,11 +180,19 @@ def is_over(pid: int) -> bool:
 
 def is_ending(pid: int) -> bool:
     """Whether a process will run no more of its own code: it is over, on its way out, or SIGKILL waits for it."""
+    # First, as who leaves has been killed before. The process's signals, as a thread takes its own off early.
+    killed = _pending(pid) & 1 << signal.SIGKILL - 1
     fields = _stat(pid)
-    if len(fields) <= _PENDING:
-        return True
-    leaves, killed = int(fields[_FLAGS]) & _PF_EXITING, int(fields[_PENDING]) & 1 << signal.SIGKILL - 1
-    return fields[0] in (b"Z", b"X") or bool(leaves or killed)
+    return bool(killed) or len(fields) <= _FLAGS or fields[0] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+
+
+def _pending(pid: int) -> int:
+    """Signals that wait for a process as a whole, one bit each from 1 on; none when it is gone."""
+    try:
+        with Path("/proc", str(pid), "status").open("rb") as status:
+            return next((int(line.split()[1], 16) for line in status if line.startswith(b"ShdPnd:")), 0)
+    except OSError:
+        return 0
 
 
 def is_asleep(pid: int) -> bool:
