@@ -173,11 +173,12 @@ class Bus:
         log: Callable[[str], object] | None = None,
         points: NoPoints | None = None,
         fix: Fix = ALL_FIXED,
+        refusals: Refusals | None = None,
     ) -> None:
         self._points = points or NoPoints()
         self._fix = fix
         self.server = server
-        self.refusals = RecordedRefusals(trace) if trace is not None else Refusals()
+        self.refusals = refusals or (RecordedRefusals(trace) if trace is not None else Refusals())
         self.connects = 0
         self.disconnects = 0
         self._partition = partition

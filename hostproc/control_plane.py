@@ -124,7 +124,7 @@ class ControlPlane:
         self._bus = bus
         self._control = control
         self._mirror = Mirror(control)
-        self._published: tuple[dict[str, int], ...] = ({}, {}, {}, {})
+        self._published: tuple[dict[str, int], ...] = ({}, {}, {})
         self._tables = HostTables(control)
         self._shown_partition: tuple[int | tuple[int, ...], ...] = ()
         self._waited = False
@@ -261,12 +261,12 @@ class ControlPlane:
 
     def _publish_refusals(self) -> None:
         refusals, partition = self._bus.refusals, self._partition
-        counts = refusals.refused, partition.refused, refusals.ignored, partition.ignored
+        counts = refusals.refused, refusals.ignored, partition.ignored
         # As plain dicts: a Counter's own comparison and sum are slow, and there is hardly ever anything new.
         if all(dict.__eq__(now, before) for now, before in zip(counts, self._published, strict=True)):
             return
         self._published = tuple(dict(now) for now in counts)
-        self._control.store_refusals(dict(counts[0] + counts[1]), refusals.records(), dict(counts[2] + counts[3]))
+        self._control.store_refusals(dict(counts[0]), refusals.records(), dict(counts[1] + counts[2]))
 
     def _publish_partition(self, *, waits: bool) -> None:
         """Registers that were written, and every VP's queues while any message waits or has just waited."""

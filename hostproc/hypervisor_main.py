@@ -47,6 +47,7 @@ from hostproc.message_queues import MessageQueues
 from hostproc.orders import HostOrders
 from hostproc.partition import Partition
 from hostproc.points import HostPoints, NoPoints
+from hostproc.protocol.effects import Refused
 from hostproc.protocol.offers import event_connection_id, relid_of_event_connection
 from hostproc.protocol.policy import policy_of
 from hostproc.protocol.server import Server
@@ -215,6 +216,7 @@ class Hypervisor:
             log=lambda text: report("log", "hypervisor", text),
             points=self.points,
             fix=self.fix,
+            refusals=self.partition.refusals,
             faults=self.faults,
             call_later=self._call_later,
             now=machine.clock.now,
@@ -307,7 +309,8 @@ class Hypervisor:
         if self.bus.server.holds(relid_of_event_connection(connection_id)):
             self.bus.refusals.ignored["doorbell-of-closed-channel"] += 1
         else:
-            self.partition.refused["unknown-doorbell"] += 1
+            text = f"doorbell of connection {connection_id:#x}, which is nobody's"
+            self.bus.refusals.add(Refused("unknown-doorbell", text, "connection", connection_id))
 
     def _look(self) -> bool:
         for load in self._looks:
@@ -434,7 +437,8 @@ class Hypervisor:
             self._guest_pidfd = os.pidfd_open(pid)
         except OSError:
             # Dead already, or a number that a hostile guest made up: nothing to watch.
-            self.partition.refused["attach-pid"] += 1
+            text = f"ATTACH with pid {pid}, of which nothing is to be seen"
+            self.bus.refusals.add(Refused("attach-pid", text, "pid", pid))
 
     def watch_guest(self) -> None:
         """A timer: a foreign guest that died is as good as detached, and what it spoilt is set right."""
@@ -456,7 +460,8 @@ class Hypervisor:
         counts["exit-bell-without-exit"], self.exits.unknown_bells = self.exits.unknown_bells, 0
         for rule, count in counts.items():
             if count:
-                self.partition.refused[rule] += count
+                text = f"{rule.replace('-', ' ')}: {count} since the last look"
+                self.bus.refusals.add(Refused(rule, text, "count", count), count)
 
     def _guest_died(self) -> bool:
         if self._guest_pidfd < 0:

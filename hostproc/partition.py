@@ -16,7 +16,7 @@ from emu.layout import ABI_MAJOR, PAGE_SIZE, ExitOperation, Fault
 from emu.memory import GuestMemory
 from emu.switches import ALL_FIXED, Fix
 from emu.synic import Overlays, Synic
-from emu.tracing import E_EOM, E_IGNORED, E_POST, Recorder
+from emu.tracing import E_EOM, E_POST, Recorder
 from emu.wire.hypercalls import (
     HVCALL_POST_MESSAGE,
     HVCALL_SIGNAL_EVENT,
@@ -47,7 +47,9 @@ from emu.wire.synic import (
 from hostproc.message_queues import MessageQueues
 from hostproc.points import NoPoints
 from hostproc.ports import Connections
-from hostproc.refusal_trace import RecordedCounter
+from hostproc.protocol.effects import Refused
+from hostproc.protocol.refusals import Refusals
+from hostproc.refusal_trace import RecordedCounter, RecordedRefusals
 from hostproc.synthetic_timers import SyntheticTimers
 
 _POST_BYTES: Final = PostMessageInput.LAYOUT.size
@@ -124,8 +126,9 @@ class Partition:
         self.trace = trace
         self._guest_os_id = 0
         self._hypercall = 0
-        self.refused: Counter[str] = RecordedCounter(trace) if trace else Counter()
-        self.ignored: Counter[str] = RecordedCounter(trace, E_IGNORED) if trace else Counter()
+        self.refusals = RecordedRefusals(trace) if trace else Refusals()
+        """Of the bus as well, so that the newest are the newest of both."""
+        self.ignored: Counter[str] = RecordedCounter(trace) if trace else Counter()
         """Legal, and led to nothing; by rule."""
         self._posts = 0
         self.changed_vps = set(range(len(vp_indices)))
@@ -142,7 +145,8 @@ class Partition:
         try:
             if operation == ExitOperation.HYPERCALL:
                 if not page_register_enabled(self._hypercall):
-                    self.refused["hypercall-page-off"] += 1
+                    text = f"hypercall {a0:#x} on VP page {position}, while HYPERCALL is {self._hypercall:#x}"
+                    self._note("hypercall-page-off", text, "control", a0)
                     return _UD
                 return (int(self.hypercall(a0, a1, claimer)), 0), Fault.NONE
             if operation == ExitOperation.WRMSR:
@@ -157,19 +161,20 @@ class Partition:
             if operation == ExitOperation.DETACH:
                 self._detached()
                 return _OK
-        except GeneralProtection:
-            self.refused["general-protection"] += 1
+        except GeneralProtection as fault:
+            self._note("general-protection", f"{fault} on VP page {position}", "msr", fault.register)
             return _GP
-        self.refused["unknown-exit-operation"] += 1
+        text = f"exit operation {operation} on VP page {position}"
+        self._note("unknown-exit-operation", text, "operation", operation)
         return _UD
 
     def _attach(self, pid: int, version: int) -> Answer:
         """A guest comes: another ABI major, or no pid, is a #GP; otherwise every VP starts afresh."""
         if version >> 16 != ABI_MAJOR:
-            self.refused["attach-abi-version"] += 1
+            self._note("attach-abi-version", f"ATTACH with ABI version {version:#x}", "version", version)
             return _GP
         if not 0 < pid <= _LARGEST_PID:
-            self.refused["attach-pid"] += 1
+            self._note("attach-pid", f"ATTACH with pid {pid}", "pid", pid)
             return _GP
         self.reset()
         return (self._attached(pid), 0), Fault.NONE
@@ -184,6 +189,15 @@ class Partition:
             self.changed_vps.add(vp.position)
         self.timers.reset()
         self.queues.clear()
+
+    @property
+    def refused(self) -> Counter[str]:
+        """What a guest broke, by rule."""
+        return self.refusals.refused
+
+    def _note(self, rule: str, text: str, field: str, value: int) -> None:
+        """Count a refusal, and say why: who writes a guest has only this to go by."""
+        self.refusals.add(Refused(rule, text, field, value))
 
     # -- registers ----------------------------------------------------------------------------------
 
@@ -265,16 +279,16 @@ class Partition:
             return data if isinstance(data, HvStatus) else self.post_message(data, claimer)
         code = call_code(control)
         if code not in (HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT):
-            return self._refuse("hypercall-code", HvStatus.INVALID_HYPERCALL_CODE)
+            return self._refuse("hypercall-code", HvStatus.INVALID_HYPERCALL_CODE, "control", control)
         if not is_simple(control):
-            return self._refuse("hypercall-control", HvStatus.INVALID_HYPERCALL_INPUT)
+            return self._refuse("hypercall-control", HvStatus.INVALID_HYPERCALL_INPUT, "control", control)
         if is_fast(control):
             if code == HVCALL_POST_MESSAGE:
-                return self._refuse("fast-post-message", HvStatus.INVALID_HYPERCALL_INPUT)
+                return self._refuse("fast-post-message", HvStatus.INVALID_HYPERCALL_INPUT, "control", control)
             return self.signal_event(argument)
         size = _POST_BYTES if code == HVCALL_POST_MESSAGE else _SIGNAL.size
         if argument % 8 or argument % PAGE_SIZE + size > PAGE_SIZE:
-            return self._refuse("hypercall-input-alignment", HvStatus.INVALID_ALIGNMENT)
+            return self._refuse("hypercall-input-alignment", HvStatus.INVALID_ALIGNMENT, "input GPA", argument)
         data = self._input(argument, size)
         if isinstance(data, HvStatus):
             return data
@@ -291,20 +305,21 @@ class Partition:
             return self.memory.read(gpa, size)
         except ProtocolViolation:
             # TLFS "Hypercall Status Codes": a pointer beyond the GPA space is INVALID_ALIGNMENT, too.
-            return self._refuse("hypercall-input-gpa", HvStatus.INVALID_ALIGNMENT)
+            return self._refuse("hypercall-input-gpa", HvStatus.INVALID_ALIGNMENT, "input GPA", gpa)
         except OutOfMemory:
-            return self._refuse("hypercall-input-memory", HvStatus.INSUFFICIENT_MEMORY)
+            return self._refuse("hypercall-input-memory", HvStatus.INSUFFICIENT_MEMORY, "input GPA", gpa)
 
     def post_message(self, data: bytes, claimer: int = 0) -> HvStatus:
         """HvCallPostMessage on a private copy of its 256 input bytes."""
         message = PostMessageInput.unpack(data)
         status = message.status
         if status or message.reserved:
-            return self._refuse("post-message-parameter", HvStatus.INVALID_PARAMETER)
+            return self._refuse("post-message-parameter", HvStatus.INVALID_PARAMETER, *_wrong_field(message))
         port = self.connections.messages.get(message.connectionid)
         serial = 0
         if port is None:
-            status = self._refuse("unknown-message-connection", HvStatus.INVALID_CONNECTION_ID)
+            rule, number = "unknown-message-connection", message.connectionid
+            status = self._refuse(rule, HvStatus.INVALID_CONNECTION_ID, "connectionid", number)
         else:
             # Our guests number no posts, and a foreign one may write what it likes there: ours are counted here.
             self._posts = serial = self._posts + 1
@@ -323,15 +338,27 @@ class Partition:
         """HvCallSignalEvent: connection id (31:0), flag number (47:32), reserved 0."""
         connection_id, flag_number, reserved = split_signal_event(argument)
         if reserved:
-            return self._refuse("signal-event-reserved", HvStatus.INVALID_PARAMETER)
+            return self._refuse("signal-event-reserved", HvStatus.INVALID_PARAMETER, "reserved", reserved)
         port = self.connections.events.get(connection_id)
         if port is None:
-            return self._refuse("unknown-event-connection", HvStatus.INVALID_CONNECTION_ID)
+            rule = "unknown-event-connection"
+            return self._refuse(rule, HvStatus.INVALID_CONNECTION_ID, "connectionid", connection_id)
         status = port.signal(flag_number)
         if status:
-            self.refused["event-" + status.name.lower().replace("_", "-")] += 1
+            rule = "event-" + status.name.lower().replace("_", "-")
+            self._refuse(rule, status, "flag_number", flag_number)
         return status
 
-    def _refuse(self, rule: str, status: HvStatus) -> HvStatus:
-        self.refused[rule] += 1
+    def _refuse(self, rule: str, status: HvStatus, field: str, value: int) -> HvStatus:
+        """A hypercall's status that is no success, with the field that was wrong."""
+        self._note(rule, f"hypercall with {field} {value:#x}: {status.name}", field, value)
         return status
+
+
+def _wrong_field(message: PostMessageInput) -> tuple[str, int]:
+    """Which field of a HvCallPostMessage is none, and what it holds."""
+    if message.reserved:
+        return "reserved", message.reserved
+    if message.payload_size > PostMessageInput.MAX_PAYLOAD:
+        return "payload_size", message.payload_size
+    return "message_type", message.message_type

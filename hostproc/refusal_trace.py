@@ -10,16 +10,15 @@ from hostproc.protocol.refusals import Refusals
 
 
 class RecordedCounter(Counter[str]):
-    """Counts by rule; each one more is a record (`refused` or `ignored`), whose value is the new count."""
+    """Counts by rule what led to nothing; each one more is a record (`ignored`), whose value is the new count."""
 
-    def __init__(self, recorder: Recorder, event: int = E_REFUSED) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self._event = event
 
     def __setitem__(self, rule: str, count: int) -> None:
         super().__setitem__(rule, count)
-        self._recorder.record(self._event, *refused_words(rule, count))
+        self._recorder.record(E_IGNORED, *refused_words(rule, count))
 
 
 class RecordedRefusals(Refusals):
@@ -31,8 +30,8 @@ class RecordedRefusals(Refusals):
         super().__init__()
         self._recorder = recorder
 
-    def add(self, refusal: Refused) -> None:
-        """Count and record one."""
-        super().add(refusal)
+    def add(self, refusal: Refused, times: int = 1) -> None:
+        """Count so many, and record them as one."""
+        super().add(refusal, times)
         value = refusal.value if isinstance(refusal.value, int) else 0
         self._recorder.record(E_IGNORED if refusal.legal else E_REFUSED, *refused_words(refusal.rule, value))

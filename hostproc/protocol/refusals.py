@@ -25,9 +25,9 @@ class Refusals:
         self.ignored: Counter[str] = Counter()
         self.last: deque[Refused] = deque(maxlen=KEPT)
 
-    def add(self, refusal: Refused) -> None:
-        """Count one."""
-        (self.ignored if refusal.legal else self.refused)[refusal.rule] += 1
+    def add(self, refusal: Refused, times: int = 1) -> None:
+        """Count one, or so many that are alike."""
+        (self.ignored if refusal.legal else self.refused)[refusal.rule] += times
         self.last.append(refusal)
 
     def add_violation(self, violation: ProtocolViolation, where: str) -> None:

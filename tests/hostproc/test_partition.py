@@ -779,3 +779,43 @@ def test_partition_survives_any_exits(exits: list[tuple[int, int, int, int, byte
         assert 0 <= first <= U64
         assert 0 <= second <= U64
         assert fault in list(Fault)
+
+
+@pytest.mark.parametrize(
+    ("exit_", "rule", "field", "value", "words"),
+    [
+        ((ExitOperation.RDMSR, 0x40000010), "general-protection", "msr", 0x40000010, "read of 0x40000010"),
+        ((ExitOperation.WRMSR, HV_X64_MSR_SINT0, 5), "general-protection", "msr", HV_X64_MSR_SINT0, "(value 0x5)"),
+        ((77,), "unknown-exit-operation", "operation", 77, "operation 77"),
+        ((ExitOperation.ATTACH, 1, 2 << 16), "attach-abi-version", "version", 2 << 16, "0x20000"),
+        ((ExitOperation.ATTACH, 0, ABI_MAJOR << 16), "attach-pid", "pid", 0, "pid 0"),
+        ((ExitOperation.HYPERCALL, 0x5E), "hypercall-code", "control", 0x5E, "INVALID_HYPERCALL_CODE"),
+        ((ExitOperation.HYPERCALL, 0x1005C), "fast-post-message", "control", 0x1005C, "INVALID_HYPERCALL_INPUT"),
+        ((ExitOperation.HYPERCALL, 0x5C, 4), "hypercall-input-alignment", "input GPA", 4, "INVALID_ALIGNMENT"),
+        ((ExitOperation.HYPERCALL, 0x1005D, 0x777), "unknown-event-connection", "connectionid", 0x777, "0x777"),
+    ],
+)
+def test_refused_exit_says_why(
+    guest: Guest, exit_: tuple[int, ...], rule: str, field: str, value: int, words: str
+) -> None:
+    """Rule, offending field, what it held: of a fault or a status the guest itself is told much less."""
+    operation, first, second, _third = (*exit_, 0, 0, 0)[:4]
+    guest.partition.execute(1, operation, (first, second, 0))
+
+    refusal = guest.partition.refusals.records()[-1]
+    assert (refusal["rule"], refusal["field"], refusal["value"]) == (rule, field, value)
+    assert words in refusal["text"]
+    assert guest.partition.refused == {rule: 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("payload_size", 241), ("message_type", 0), ("message_type", 1 << 31), ("reserved", 9)]
+)
+def test_refused_post_names_the_field(guest: Guest, field: str, value: int) -> None:
+    """One of four fields is no message's; which one is told."""
+    fields = {"connectionid": 1, "reserved": 0, "message_type": 1, "payload_size": 8, field: value}
+
+    guest.partition.post_message(PostMessageInput.LAYOUT.pack(*fields.values(), b""))
+
+    (refusal,) = guest.partition.refusals.records()
+    assert (refusal["rule"], refusal["field"], refusal["value"]) == ("post-message-parameter", field, value)
