@@ -181,17 +181,20 @@ class ControlPlane:
         return self._holding
 
     def _deliver(self, message: PostedMessage) -> None:
-        if message.message_type != HVMSG_CHANNEL_MESSAGE:
-            text = f"a message of type {message.message_type:#x} on connection {message.connection_id}"
-            violation = ProtocolViolation(text, rule="message-type", field="message_type", value=message.message_type)
-            self._bus.refusals.add_violation(violation, "post")
-            return
         self.delivered += 1
         if self._partition.trace is None:
-            self._bus.deliver(message.payload, message.connection_id)
+            self._take(message)
         else:
-            self._deliver_recorded(self._partition.trace, message)
+            self._take_recorded(self._partition.trace, message)
         self._see()
+
+    def _take(self, message: PostedMessage) -> None:
+        if message.message_type == HVMSG_CHANNEL_MESSAGE:
+            self._bus.deliver(message.payload, message.connection_id)
+            return
+        text = f"a message of type {message.message_type:#x} on connection {message.connection_id}"
+        violation = ProtocolViolation(text, rule="message-type", field="message_type", value=message.message_type)
+        self._bus.refusals.add_violation(violation, "post")
 
     def _see(self) -> None:
         """Note how far the connection has come, before a guest that is quick has taken it back."""
@@ -202,12 +205,12 @@ class ControlPlane:
         if version:
             self._seen = (version, max(offers, self._seen[1]), max(opened, self._seen[2]))
 
-    def _deliver_recorded(self, trace: Recorder, message: PostedMessage) -> None:
+    def _take_recorded(self, trace: Recorder, message: PostedMessage) -> None:
         """Say what is taken, and who caused what is posted until it is done."""
         payload, msgtype = message.payload, int.from_bytes(message.payload[:4], "little")
         trace.record(E_MESSAGE_TAKE, msgtype, message.serial, len(payload), relid_of(payload))
         self._bus.cause = message.serial
-        self._bus.deliver(payload, message.connection_id)
+        self._take(message)
         self._bus.cause = 0
         trace.record(E_MESSAGE_DONE, msgtype, message.serial)
 

@@ -98,7 +98,9 @@ def _debt_of_flow(flow: Flow, now_ns: int) -> Debt | None:
             return None
         received = last[Role.RECEIVED]
         what = f"the handling of {flow.name} ({flow.id})"
-        return Debt("hypervisor", posted.actor.name, what, received.t_ns, now_ns, flow.relid, (flow.id,))
+        # Of somebody else's guest the host alone records what it posts.
+        whom = "the guest" if is_host(posted) else posted.actor.name
+        return Debt("hypervisor", whom, what, received.t_ns, now_ns, flow.relid, (flow.id,))
     if Role.SLOT_WRITE not in last:
         what = f"the delivery of {flow.name} ({flow.id}): its slot was never free"
         return Debt("hypervisor", f"VP page {flow.position}", what, posted.t_ns, now_ns, flow.relid, (flow.id,))

@@ -38,6 +38,7 @@ from emu.layout import (
 )
 from emu.machine import write_machine_page
 from emu.mirror import Mirror, MirrorHead
+from emu.recording import Recording
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.vmexit import InvalidOpcode
 from emu.wire.hypercalls import HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, HvStatus
@@ -81,6 +82,9 @@ from tests.system.python_guest import (
     EchoChannel,
     PythonGuest,
 )
+from tools.debts import debts_of
+from tools.draining import recording
+from tools.flows import flows_of
 from tools.launch import RunningMachine, launch
 
 RAM_BYTES = 64 << 20
@@ -646,6 +650,23 @@ def test_recording_goes_on_under_a_hostile_guest(tmp_path: Path) -> None:
             guest.post(bytes(length))
         assert refused(machine, "message-too-short", 2) == 2
         guest.detach()
+
+
+def test_message_that_is_no_channel_message_was_taken_and_refused(tmp_path: Path) -> None:
+    """Its type is not VMBus's: a recording says that the host took it, and nobody is owed its handling."""
+    path = tmp_path / "a.rec"
+    with running(record=True) as machine, recording(machine, path), PythonGuest(machine.name) as guest:
+        guest.bring_up()
+        guest.post(bytes(8), message_type=7)
+        assert refused(machine, "message-type", 1) == 1
+        guest.detach()
+        machine.stop()
+
+    with Recording(path) as one:
+        records = list(one.records())
+    told = [record.event.name for record in records if record.event.name in ("post", "message_take", "message_done")]
+    assert told == ["post", "message_take", "message_done"]
+    assert debts_of(records, flows_of(records, (0, 1))) == []
 
 
 # -- campaigns --------------------------------------------------------------------------------------------------

@@ -99,6 +99,16 @@ def test_message_that_a_foreign_guest_took_is_said_to_be_gone(records: list[Trac
     ]
 
 
+def test_message_of_a_foreign_guest_that_the_host_has_not_handled_is_owed_to_the_guest(
+    records: list[TraceRecord],
+) -> None:
+    """The host alone records such a post, and does not owe itself anything."""
+    host = [record for record in records if record.actor.kind == "HYPERVISOR"]
+    posted = index_of(host, "post")
+
+    assert owed(host[: posted + 1])[-1].startswith("hypervisor owes the guest the handling of ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
