@@ -15,7 +15,7 @@ from emu.control import Ready
 from emu.errors import DeadlinePassed, MachineStopping, MissingPrerequisite, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
-from emu.memory import GuestMemory, reserve_ram
+from emu.memory import PAGE_SIZE, GuestMemory, reserve_ram
 from emu.task_board import ALL_PROGRAMS, TaskBoard, TaskRow
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
@@ -24,7 +24,7 @@ from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.steering import take_what_was_left
 from guestproc.drivers.subchannels import wait_for_subchannels
 from guestproc.drivers.table import add_plugins
-from guestproc.kernel.layout import KernelTables, compute
+from guestproc.kernel.layout import KernelTables, boot_pages, compute
 from guestproc.kernel.tasklet import TaskletQueue
 from guestproc.kernel.tasklet_trace import RecordedTaskletQueue
 from guestproc.kernel.wait import SECOND_NS
@@ -165,7 +165,10 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     vp_indices = [machine.vp_index(position) for position in positions]
     era = ERAS[machine.config["machine"]["era"]]
     try:
-        for gpa, nbytes in compute(machine.ram.size, machine.vp_count).looked_at():
+        layout = compute(machine.ram.size, machine.vp_count)
+        # With the pages that are named to the hypervisor: what it cannot have for them is a #GP, where nobody asks why.
+        own = layout.first_free_page * PAGE_SIZE, boot_pages(machine.vp_count) * PAGE_SIZE
+        for gpa, nbytes in (*layout.looked_at(), own):
             machine.ram.reserve(gpa, nbytes)
         reserve = partial(reserve_ram, machine.ram.fd)
         tables = KernelTables.format(machine.ram.memory, machine.vp_count, era.number, vp_indices, reserve)
