@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,7 @@ POINT_TICKETS: Final = 32
 TICKET_BYTES: Final = 64
 FAULT_ROWS: Final = 64
 FAULT_ROW: Final = 256
+LOG_BYTES: Final = 1 << 14
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -55,7 +56,6 @@ _TASKS: Final = _SERIALS + 64 * 16 * 8
 _MIRROR: Final = _TASKS + TASKS * TASK_ROW
 _MIRROR_CHANNELS: Final = _MIRROR + MIRROR_HEAD
 _REFUSALS: Final = _MIRROR_CHANNELS + MIRROR_CHANNELS * MIRROR_CHANNEL_ROW
-_REFUSALS_CHANGE: Final = _REFUSALS + 4
 _CONFIG: Final = _REFUSALS + REFUSALS_BYTES
 _ORDERS: Final = _CONFIG + CONFIG_BYTES
 _ORDER_BELLS: Final = _ORDERS + ORDER_SLOTS * ORDER_BYTES
@@ -64,7 +64,8 @@ _HOST_TABLES: Final = _ORDER_BELLS + 4096
 _POINTS: Final = -(-(_HOST_TABLES + HOST_TABLES_BYTES) // MAP_GRANULARITY) * MAP_GRANULARITY
 _TICKETS: Final = _POINTS + 128
 _FAULTS: Final = _TICKETS + POINT_TICKETS * TICKET_BYTES
-CONTROL_BYTES: Final = _FAULTS + 64 + FAULT_ROWS * FAULT_ROW
+_LOG: Final = _FAULTS + 64 + FAULT_ROWS * FAULT_ROW
+CONTROL_BYTES: Final = _LOG + LOG_BYTES
 
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a writer that is just writing, before it takes that one for dead."""
@@ -647,11 +648,24 @@ class Control:
         if len(blob) > REFUSALS_BYTES - 8:
             blob = msgpack.packb([refusals, [], ignored])
         if len(blob) <= REFUSALS_BYTES - 8:
-            # Odd while it is being written.
-            self.view.fetch_add_u32(_REFUSALS_CHANGE, 1)
-            self.memory[_REFUSALS + 8 : _REFUSALS + 8 + len(blob)] = blob
-            self.view.store_u32(_REFUSALS, len(blob))
-            self.view.fetch_add_u32(_REFUSALS_CHANGE, 1)
+            self._store_blob(_REFUSALS, blob)
+
+    def _store_blob(self, at: int, blob: bytes) -> None:
+        """Its length (u32), a word that is odd while it is being written, the bytes."""
+        self.view.fetch_add_u32(at + 4, 1)
+        self.memory[at + 8 : at + 8 + len(blob)] = blob
+        self.view.store_u32(at, len(blob))
+        self.view.fetch_add_u32(at + 4, 1)
+
+    def _load_blob(self, at: int) -> bytes:
+        """What was stored last; nothing, if who wrote it died meanwhile."""
+        for _ in range(_MOST_LOOKS):
+            change = self.view.load_u32(at + 4)
+            blob = bytes(self.memory[at + 8 : at + 8 + self.view.load_u32(at)])
+            if not change & 1 and self.view.load_u32(at + 4) == change:
+                return blob
+            os.sched_yield()
+        return b""
 
     def refusals(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """What the host refused so far: counts by rule, and the newest full records."""
@@ -663,12 +677,22 @@ class Control:
         return self._refusals()[2]
 
     def _refusals(self) -> tuple[dict[str, int], list[dict[str, Any]], dict[str, int]]:
-        for _ in range(_MOST_LOOKS):
-            change = self.view.load_u32(_REFUSALS_CHANGE)
-            length = self.view.load_u32(_REFUSALS)
-            blob = self.memory[_REFUSALS + 8 : _REFUSALS + 8 + length]
-            if not change & 1 and self.view.load_u32(_REFUSALS_CHANGE) == change:
-                counts, last, ignored = msgpack.unpackb(blob) if length else ({}, [], {})
-                return counts, last, ignored
-            os.sched_yield()
-        return {}, [], {}  # the host died while it wrote
+        blob = self._load_blob(_REFUSALS)
+        counts, last, ignored = msgpack.unpackb(blob) if blob else ({}, [], {})
+        return counts, last, ignored
+
+    # -- the machine's log ------------------------------------------------------------------------
+
+    def store_log(self, lines: Sequence[str]) -> None:
+        """Publish the newest lines of the machine's log, as many as there is room for (the launcher: it hears them)."""
+        first = len(lines)
+        # Of msgpack: 5 bytes before the list and before each line, at most.
+        left = LOG_BYTES - 8 - 5
+        while first and (left := left - len(lines[first - 1].encode()) - 5) >= 0:
+            first -= 1
+        self._store_blob(_LOG, msgpack.packb(list(lines[first:])))
+
+    def log(self) -> list[str]:
+        """The newest lines of the machine's log, the oldest first."""
+        blob = self._load_blob(_LOG)
+        return msgpack.unpackb(blob) if blob else []

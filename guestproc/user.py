@@ -141,7 +141,7 @@ def bind(current: Current, asked: Values) -> Values:
             cure = f"`vmbus-emu ctl new-id {name} {UUID(bytes_le=told.dev_type)}`, or override it"
             raise CallFailed(errno.ENODEV, f"{name} does not match {_text(told)}; {cure}")
         if result:
-            raise CallFailed(-result, f"{name} does not take {_text(told)}; the guest's log says why")
+            raise CallFailed(-result, f"{name} does not take {_text(told)}; `vmbus-emu inspect log` says why")
         return _device(current, told)
 
 

@@ -125,6 +125,8 @@ class RunningMachine:
     inner: dict[str, Inner] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    """The newest lines that processes said, each with who said it; also in `control`, for `inspect log`."""
+    _said: int = 0
     """The guest kernel's newest lines, each with the thread that wrote it."""
     peers: Peers | None = None
     on_pump: Callable[[], object] | None = None
@@ -204,7 +206,7 @@ class RunningMachine:
 
     def _listen(self, timeout_s: float) -> bool:
         """Take what there is to hear, waiting for the first word; whether there was any."""
-        heard = False
+        heard, said = False, self._said
         while self._readable(0.0 if heard else timeout_s):
             heard = True
             try:
@@ -215,6 +217,8 @@ class RunningMachine:
                 self._lost_zygote()
                 break
             self._hear(*msgpack.unpackb(data))
+        if self._said != said:
+            self.machine.control.store_log(self.log)
         return heard
 
     def _hear_who_else_died(self) -> None:
@@ -248,6 +252,7 @@ class RunningMachine:
         elif verb == "exited":
             self._exited(*arguments)
         elif verb == "log":
+            self._said += 1
             self.log.append(f"{arguments[0]}: {arguments[1]}")
             del self.log[:-LOG_LINES]
 

@@ -11,7 +11,7 @@ meanwhile. Of a guest that is not ours there is no `guest`, for its RAM is its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from struct import Struct
 from typing import Any, Final
@@ -91,6 +91,11 @@ _U32: Final = Struct("<I")
 _U64: Final = Struct("<Q")
 
 
+def _numbered(values: Sequence[Any]) -> dict[str, Node]:
+    """As a branch, the oldest first."""
+    return {str(number): value for number, value in enumerate(values)}
+
+
 class StateTree:
     """The tree of one machine that is attached to; branches are looked at when they are asked for."""
 
@@ -125,7 +130,9 @@ class StateTree:
             "counters": self._control.counter_totals,
             "faults": self._faults,
             "refused": lambda: dict(self._control.refusals()[0]),
+            "refusals": lambda: _numbered(self._control.refusals()[1]),
             "ignored": self._control.ignored,
+            "log": lambda: _numbered(self._control.log()),
         }
 
     def _faults(self) -> dict[str, Node]:

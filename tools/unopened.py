@@ -60,5 +60,5 @@ class Unopened:
             return ""
         if device.probe_error:
             name = errno.errorcode.get(device.probe_error, str(device.probe_error))
-            return f"its probe failed with -{name}; the guest's log says more"
+            return f"its probe failed with -{name}; `vmbus-emu inspect log` says more"
         return "no driver has taken it; `vmbus-emu ctl drivers` lists them"

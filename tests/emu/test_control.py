@@ -16,6 +16,7 @@ from emu.control import (
     CONFIG_BYTES,
     CONTROL_BYTES,
     COUNTERS,
+    LOG_BYTES,
     MIRROR_CHANNEL_ROW,
     MIRROR_CHANNELS,
     MIRROR_HEAD,
@@ -453,3 +454,23 @@ def test_reader_survives_a_host_that_died_while_it_wrote(control: Control) -> No
     control.view.fetch_add_u32(at + 4, 1)
 
     assert control.refusals() == ({}, [])
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 5_000])
+def test_newest_lines_of_the_log_are_read_back(control: Control, count: int) -> None:
+    """As many as there is room for, the oldest of them first."""
+    lines = [f"kworker/work: line {number} \N{MICRO SIGN}" * (1 + number % 3) for number in range(count)]
+    assert control.log() == []
+
+    control.store_log(lines)
+
+    told = control.log()
+    assert told == lines[len(lines) - len(told) :]
+    assert len(told) == count or len("".join(told).encode()) > LOG_BYTES // 2
+
+
+def test_line_that_is_too_long_leaves_no_log(control: Control) -> None:
+    """Nothing behind it has room, and nothing else is spoilt."""
+    control.store_log(["x" * LOG_BYTES])
+
+    assert control.log() == []

@@ -190,7 +190,7 @@ def test_offer_that_fails_is_released_and_may_come_again(where: str) -> None:
 @pytest.mark.parametrize(
     ("step", "why"),
     [
-        ("probe", "its probe failed with -EIO; the guest's log says more"),
+        ("probe", "its probe failed with -EIO; `vmbus-emu inspect log` says more"),
         ("alloc_channel", "the guest has given the relid back; "),
         ("device_register", "the guest has given the relid back; "),
     ],
@@ -466,3 +466,26 @@ def test_more_devices_than_one_answer_has_room_for(tmp_path: Path) -> None:
     assert late.stdout.startswith("0 ") and len(late.stdout.split()) == 2
     assert late.returncode == 2 and "--wait: all relids are in use" in late.stderr
     assert stopped.returncode == 0, stopped.stderr
+
+
+def test_log_that_an_answer_speaks_of_can_be_read(tmp_path: Path) -> None:
+    """Who is told that the log says why finds it in the running machine."""
+    name = f"{NAME}-log"
+    assert call(tmp_path, "run", "--detach", "--name", name, "--device", "echo:1").returncode == 0
+    try:
+        ctl("unbind", "1", machine=name)
+        ctl("fail", "probe", machine=name)
+        refused = ctl("bind", "hv_echo", "1", machine=name)
+
+        def log() -> list[str]:
+            shown = call(tmp_path, "inspect", "log", "--machine", name, "--json")
+            return list(report(shown.stdout)["value"].values())
+
+        # The launcher hears of it a moment later.
+        wait_for(lambda: any("probe failed for device" in line and line.endswith("(-5)") for line in log()), "the log")
+        first = log()[0]
+    finally:
+        call(tmp_path, "stop", "--machine", name)
+
+    assert refused.returncode == 2 and "`vmbus-emu inspect log` says why" in refused.stderr
+    assert first == "vcpu0: Vmbus version:5.3"
