@@ -14,6 +14,7 @@ from typing import IO, Any, Final
 
 from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
+from emu.faults import FaultKind
 from emu.mirror import Mirror
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
@@ -71,6 +72,8 @@ class Options:
                 raise UserError("--stream needs our guest in the foreground; leave --detach and --no-guest out")
             if not self.scenario.devices():
                 raise UserError("--stream needs a device; the scenario has none")
+            if self.duration_s is None and any(one.spec.kind is FaultKind.GUEST_DIE for one in self.scenario.faults):
+                raise UserError("--stream: guest.die would wait for its end; add --duration, which begins behind it")
             check_stream_file(self.stream_path)
         if self.record_bytes and self.record_path is None:
             raise UserError("--record-bytes says what a recording keeps; name one with --record FILE")
@@ -281,10 +284,11 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
     before = _written(path)
     started = time.monotonic()
     row = running.order(Program.STREAM, channel.cpu, relid=channel.relid, path=str(path.resolve()))
-    digest = hashlib.sha256()
+    digest, file_bytes = hashlib.sha256(), 0
     with path.open("rb") as source:
         while chunk := source.read(1 << 20):
             digest.update(chunk)
+            file_bytes += len(chunk)
             running.pump(0)
     task = running.wait_tasks([row], float("inf"))[0]
     seconds = round(time.monotonic() - started, 6)
@@ -293,6 +297,8 @@ def stream_file(running: RunningMachine, path: Path, outcome: Outcome) -> dict[s
         raise UserError(f"--stream {path}: somebody wrote it while it was sent; give a file that stays as it is")
     return {
         "path": str(path),
+        "relid": channel.relid,
+        "file_bytes": file_bytes,
         "bytes": task.nbytes,
         "packets": task.packets,
         "seconds": seconds,

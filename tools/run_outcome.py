@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -123,7 +124,7 @@ class Outcome:
         lost = self.lost()
         found = [f"{one.program.name.lower()} on cpu{one.cpu}: {one.errors} errors" for one in self.tasks if one.errors]
         if self.stream is not None and not self.stream["sha256_ok"]:
-            found.append(f"{self.stream['path']} came back with another SHA-256")
+            found.append(_wrong_stream(self.stream))
         found += [f"not open: {lost} of {self.offers} channels"] if lost else []
         found += [f"leaked: {self.leaked}"] if self.leaked else []
         found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
@@ -213,6 +214,14 @@ def show_devices(outcome: Outcome) -> None:
     )
 
 
+def _wrong_stream(stream: Mapping[str, Any]) -> str:
+    """What is wrong with a file that did not come back: it ended early, or is another one."""
+    if stream["bytes"] < stream["file_bytes"]:
+        part = f"{stream['bytes']} of {stream['file_bytes']} bytes there and back"
+        return f"{stream['path']}: {part}, then relid {stream['relid']} was gone, or its device did not answer"
+    return f"{stream['path']} came back with another SHA-256"
+
+
 def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
     """Print the end of the run and choose the exit status."""
     status = ExitStatus.FAILED if outcome.deaths else interrupted
@@ -250,9 +259,11 @@ def _tell_people(outcome: Outcome) -> None:
             click.echo(f"{sum(task.packets for task in frames)} frames through hv_netlike, {errors} errors")
     if outcome.stream is not None:
         rate = outcome.stream["bytes"] / max(outcome.stream["seconds"], 1e-9) / 1e6
-        verdict = "equal" if outcome.stream["sha256_ok"] else "DIFFERENT"
         moved = f"{outcome.stream['bytes']} bytes there and back at {rate:.1f} MB/s"
-        click.echo(f"{outcome.stream['path']}: {moved}, SHA-256 {verdict}")
+        if outcome.stream["sha256_ok"]:
+            click.echo(f"{outcome.stream['path']}: {moved}, SHA-256 equal")
+        else:
+            click.echo(_wrong_stream(outcome.stream))
     if outcome.refused:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
         for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from emu.mirror import Mirror, MirrorHead
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
 from tools import cli, launch, run_machine
+from tools.ctl import ask_host
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
 
@@ -173,6 +176,38 @@ def test_what_leaked_is_told_by_the_guests_log(
     assert cli.main(["run", "--device", "echo:1", "--duration", "0"]) == ExitStatus.FINDING
 
     assert "vcpu0: leaked: 2 of devices" in capsys.readouterr().err.splitlines()
+
+
+def test_a_stream_whose_channel_is_taken_back_ended_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is no file that came back different: how far it came is told, and which channel went."""
+    source = tmp_path / "file"
+    source.write_bytes(bytes(64 << 20))
+    order = launch.RunningMachine.order
+
+    def order_and_rescind(running: launch.RunningMachine, program: Program, *arguments: Any, **options: Any) -> int:
+        row = order(running, program, *arguments, **options)
+        if program is Program.STREAM:
+            ask_host(running.machine, "rescind", relid=1, instance="")
+        return row
+
+    monkeypatch.setattr(launch.RunningMachine, "order", order_and_rescind)
+
+    run = ("run", "--device", "echo:1", "--flight", "0", "--stream", str(source))
+    assert cli.main([*run]) == ExitStatus.FINDING
+
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if str(source) in line]
+    assert re.fullmatch(
+        rf"{source}: \d+ of {64 << 20} bytes there and back, then relid 1 was gone, or its device did not answer", told
+    )
+
+
+def test_a_guest_that_is_to_die_in_a_stream_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Nobody looks whether it is due while the stream runs, so it would never die."""
+    assert cli.main(["run", "--stream", str(tmp_path), "--fault", "guest.die=100ms"]) == ExitStatus.USAGE
+
+    assert "--stream: guest.die would wait for its end; add --duration" in capsys.readouterr().err
 
 
 def test_a_file_that_is_written_while_it_is_sent_is_no_finding(
