@@ -39,8 +39,6 @@ from emu.layout import MAX_VPS
 from guestproc.kernel import actors as kernel_actors
 from tests.processes import Crowd, Forked
 
-A_YEAR_NS = 365 * 86_400 * 10**9
-
 
 @pytest.fixture
 def name(machine_name: str) -> str:
@@ -99,11 +97,11 @@ def test_wiped_is_everything_but_what_is_kept(control: Control) -> None:
     control.enlist(ActorKind.HYPERVISOR, "hypervisor")
     control.reach(Ready.CHANNELS_OPEN)
     control.memory[CONTROL_BYTES - 64 :] = b"x" * 64
-    control.clock.advance(A_YEAR_NS)
+    before = time.monotonic_ns()
 
     control.wipe()
 
-    assert control.clock.now() < A_YEAR_NS
+    assert control.clock.now() <= time.monotonic_ns() - before
     assert control.config() == {"vcpus": 4} and control.recording_bytes and control.made
     assert [row.name for row in control.rows()] == ["launcher", "zygote"]
     assert control.ready == 0 and not any(control.memory[CONTROL_BYTES - 64 :])

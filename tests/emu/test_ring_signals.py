@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -289,6 +290,41 @@ def test_room_rule_is_the_kernels(wish: int, drained: list[int], sizes: list[int
 
         assert consumer.take_signal() == (crossed and wish > 0), (wish, before, now)
         assert consumer.releases - wrong_chunks <= 1 + (now - before) // (DATA_SIZE // 8)
+
+
+TAKERS: dict[str, Callable[[RingConsumer, int], bool]] = {
+    "drain": lambda consumer, count: bool(list(consumer.drain(count))),
+    "read_many": lambda consumer, count: bool(consumer.read_many(count)),
+    "read_runs": lambda consumer, count: bool(consumer.read_runs(count)),
+    # As a channel's callback: a packet that came alone first.
+    "read_lone": lambda consumer, _count: consumer.read_lone() is not None or bool(consumer.read_many(1)),
+}
+"""Ways to take packets: up to so many, and whether there were any."""
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+@given(
+    wish=st.integers(1, DATA_SIZE - 8),
+    counts=st.lists(st.integers(1, 40), max_size=20),
+    alike=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=8),
+)
+def test_room_rule_holds_however_packets_are_taken(
+    take: Callable[[RingConsumer, int], bool], wish: int, counts: list[int], alike: list[tuple[int, int]]
+) -> None:
+    """Also of packets alike, which are taken together, wherever in the ring they begin."""
+    memory = new_ring()
+    producer, consumer = RingProducer(memory), RingConsumer(memory)
+    for size, repeats in alike:
+        with suppress(RingFull):
+            for _ in range(repeats):
+                producer.write(bytes(8 * size))
+    memory.words.store_pending(wish)
+    for count in counts:
+        before = kernel_bytes_to_write(memory)
+        took = take(consumer, count)
+        now = kernel_bytes_to_write(memory)
+
+        assert consumer.take_signal() == (took and before <= wish < now), (wish, before, now)
 
 
 def kernel_bytes_to_write(memory: RingMemory) -> int:

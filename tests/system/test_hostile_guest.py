@@ -30,8 +30,12 @@ from emu.layout import (
     M_ATTACH_GENERATION,
     M_STATE,
     PAGE_SIZE,
+    VECTOR_WORDS,
+    VP_AUTO_EOI,
     VP_EXIT_SLOT,
+    VP_IN_SERVICE,
     VP_INDEX,
+    VP_REQUEST,
     X_STATE,
     ExitState,
     vp_page_offset,
@@ -545,6 +549,20 @@ def test_reset_register_takes_everything_back(guest: PythonGuest) -> None:
 
     assert [guest.read_msr(msr) for msr in (HV_X64_MSR_SCONTROL, HV_X64_MSR_SIMP, HV_X64_MSR_GUEST_OS_ID)] == [0, 0, 0]
     assert len(guest.connect()) == 8
+
+
+def test_reset_leaves_no_interrupt(guest: PythonGuest) -> None:
+    """Requested, in service, or of those that end by themselves: of every VP none is left."""
+    words = [
+        slice(vp_page_offset(position) + at, vp_page_offset(position) + at + 8 * VECTOR_WORDS)
+        for position in range(guest.vp_count)
+        for at in (VP_REQUEST, VP_IN_SERVICE, VP_AUTO_EOI)
+    ]
+    for one in words:
+        guest.vps.memory[one] = b"\xff" * 8 * VECTOR_WORDS
+    guest.write_msr(HV_X64_MSR_RESET, 1)
+
+    assert not any(any(guest.vps.memory[one]) for one in words)
 
 
 def test_operation_that_is_none(machine: RunningMachine, guest: PythonGuest) -> None:

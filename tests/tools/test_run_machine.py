@@ -7,11 +7,13 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,7 +22,7 @@ from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
-from tools import cli, launch, run_machine
+from tools import cli, detach, launch, run_machine
 from tools.ctl import ask_host
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
@@ -231,6 +233,30 @@ def test_a_file_that_is_written_while_it_is_sent_is_no_finding(
 
     said = f"vmbus-emu: --stream {source}: somebody wrote it while it was sent; give a file that stays as it is\n"
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "told"),
+    [
+        (lambda *_: ExitStatus.FINDING, ExitStatus.FINDING),
+        (lambda *_: ExitStatus.MISSING, ExitStatus.MISSING),
+        (lambda *_: os.kill(os.getpid(), signal.SIGKILL), ExitStatus.FAILED),
+    ],
+    ids=["finding", "missing", "killed"],
+)
+def test_detached_launcher_that_ends_before_its_machine_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    launcher: Callable[..., int],
+    told: ExitStatus,
+) -> None:
+    """Its exit status is the command's; one that was killed has failed."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(detach, "run_here", launcher)
+
+    assert detach.run_detached(cast(run_machine.Options, None)) == told
+    assert capsys.readouterr().err == "vmbus-emu: the launcher ended before its machine was up\n"
 
 
 def test_a_file_whose_path_no_order_holds_is_refused(tmp_path: Path) -> None:

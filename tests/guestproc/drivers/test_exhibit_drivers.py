@@ -217,6 +217,16 @@ def lending(world: World) -> PageRun:
     return world.tables.pages.run_at(device.driver_state[BUFFER_GPA] >> 12)
 
 
+def to_be_lent(world: World) -> None:
+    """A device that hv_lender may take, with rings so small that one message names their pages: a GPADL_BODY is of the
+    buffer's alone."""
+    world.machine.config["device"] = [{"class": "echo", "instance": str(UUID(int=9)), "ring_pages": 2}]
+    world.host.device(9)
+    world.settle()
+    call(world, "unbind", device="9")
+    call(world, "override", device="9", driver="hv_lender")
+
+
 def lent_pages(world: World) -> list[tuple[int, ...]]:
     """The pages of each GPADL that the host has."""
     return [one.ranges[0].pfns for one in world.host.gpadls.values()]
@@ -253,31 +263,33 @@ def test_buffer_of_a_device_that_goes_comes_back_without_a_word(booted: World) -
 
 def test_device_without_its_buffer_is_not_bound(booted: World) -> None:
     """A host that refuses the second GPADL: the channel is closed again, and nothing is lost."""
-    booted.host.device(9)
-    booted.settle()
-    call(booted, "unbind", device="9")
-    before = booted.tables.pages.pages_in_use
-    call(booted, "override", device="9", driver="hv_lender")
+    to_be_lent(booted)
+    before, said = booted.tables.pages.pages_in_use, len(booted.host.posted)
     booted.host.answer[T.GPADL_BODY] = lambda body: [GpadlCreated(9, body.gpadl, 0xC000_0044)]  # type: ignore[attr-defined]
 
     result = bind(booted, "hv_lender", 9)
     booted.settle()
 
     assert result.result["errno"] == errno.EDQUOT
+    assert [message.TYPE for message in booted.host.posted[said:]] == [
+        T.GPADL_HEADER,
+        T.OPENCHANNEL,
+        T.GPADL_HEADER,
+        T.GPADL_BODY,
+        T.CLOSECHANNEL,
+        T.GPADL_TEARDOWN,
+    ]
     assert booted.tables.pages.pages_in_use == before
 
 
 def test_rescind_ends_the_wait_for_a_buffer(booted: World) -> None:
     """-ENODEV: the channel that was open is closed, and released; no page is left."""
-    booted.host.device(9)
-    booted.settle()
-    call(booted, "unbind", device="9")
+    to_be_lent(booted)
     before = booted.tables.pages.pages_in_use
-    call(booted, "override", device="9", driver="hv_lender")
     booted.host.answer[T.GPADL_BODY] = lambda _body: []
     task = bind(booted, "hv_lender", 9)
     booted.settle()
-    assert not task.ended()
+    assert not task.ended() and booted.host.posted[-1].TYPE is T.GPADL_BODY
     booted.host.rescind(9)
     booted.settle()
 
