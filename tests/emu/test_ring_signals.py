@@ -327,6 +327,21 @@ def test_room_rule_holds_however_packets_are_taken(
         assert consumer.take_signal() == (took and before <= wish < now), (wish, before, now)
 
 
+def test_room_rule_holds_behind_a_lone_packet() -> None:
+    """For every wish: the packet that was alone in the ring makes the room, or it was there before."""
+    for wish in range(8, DATA_SIZE - 7, 8):
+        memory = new_ring()
+        producer, consumer = RingProducer(memory), RingConsumer(memory)
+        producer.write(bytes(64))
+        consumer.read()  # a descriptor that was seen before is one that `read_lone` takes
+        producer.write(bytes(64))
+        memory.words.store_pending(wish)
+        before = kernel_bytes_to_write(memory)
+        assert consumer.read_lone() is not None
+
+        assert consumer.take_signal() == (before <= wish), wish
+
+
 def kernel_bytes_to_write(memory: RingMemory) -> int:
     """Bytes to write as the kernel counts them: with the 8 that are never used."""
     write, read = memory.words.load_write(), memory.words.load_read()
