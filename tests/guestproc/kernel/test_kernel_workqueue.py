@@ -33,6 +33,7 @@ class World:
         self.actor = self.lone.actor
         self.isr = self.lone.new_actor(2, is_vcpu=True)
         self.queues = open_queues(self.lone.ram)
+        self.table = Table(self.lone.ram, "queues", Queue, QUEUES_GPA, 8)
 
     def new(self, function: int = 1, *arguments: int) -> WorkItem:
         item = self.queues.allocate(function, arguments)
@@ -61,6 +62,25 @@ def test_work_comes_out_in_the_order_of_queueing() -> None:
     assert [world.run_one() for _ in range(3)] == [1, 2, 3]
     assert world.run_one(QueueNumber.RESCIND) == 9
     assert world.queues.try_take(world.actor, WORK) is None
+
+
+def test_worker_that_waited_for_the_queue_of_another_who_took_all_leaves_it_free() -> None:
+    """It saw work, and there is none when the lock is its own: it takes nothing, and the lock is free again."""
+    world = World()
+    taken: list[WorkItem | None] = []
+    world.queue(WORK, 1)
+    queue, other = world.table.at(WORK), world.lone.new_actor(3)
+
+    def take_it() -> None:
+        if not taken:
+            queue.lock.release(world.isr)
+            taken.append(world.queues.try_take(other, WORK, 1))
+
+    queue.lock.acquire(world.isr)
+    world.lone.hooks.on_yield = take_it
+
+    assert world.queues.try_take(world.actor, WORK) is None
+    assert taken[0] is not None and queue.lock.owner == 0
 
 
 def test_a_work_record_carries_what_it_was_given() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from emu.errors import ProtocolViolation
 from emu.ring import Packet
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
-from emu.wire.ring_layout import INTERRUPT_MASK, PENDING_SEND_SZ
+from emu.wire.ring_layout import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX
 from hostproc.devices.channel import BATCH_PACKETS
 from hostproc.devices.echo import Echo
-from tests.hostproc.devices.ring_bench import OpenChannel
+from tests.hostproc.devices.ring_bench import PAGE, OpenChannel
 
 
 def word(memory: bytearray, offset: int) -> int:
@@ -53,6 +53,32 @@ def test_every_length_comes_back(length: int) -> None:
 
     ((_type, _flags, _id, echoed),) = bench.received()
     assert echoed == payload.ljust(-(-length // 8) * 8, b"\0")
+
+
+def test_device_that_sleeps_for_room_wants_it() -> None:
+    """From the answer that does not fit until there is room for it: signals that come meanwhile have a cause."""
+    bench = OpenChannel(Echo())
+    wanted = [bench.channel.wants_room()]
+    for _ in range(5):  # four answers fill the ring
+        bench.send(bytes(1_000))
+        bench.run()
+    wanted.append(bench.channel.wants_room())
+    bench.received()
+    bench.run()
+    wanted.append(bench.channel.wants_room())
+
+    assert wanted == [False, True, False]
+
+
+@pytest.mark.parametrize("index", [4, PAGE, PAGE + 8])
+def test_send_refuses_an_index_that_cannot_be_at_once(index: int) -> None:
+    """Also where the ring has room, so that the write itself would not have looked at it."""
+    bench = OpenChannel(Echo())
+    assert bench.channel.send(b"first")
+    bench.to_guest[READ_INDEX : READ_INDEX + 4] = index.to_bytes(4, "little")
+
+    with pytest.raises(ProtocolViolation, match="read_index"):
+        bench.channel.send(b"second")
 
 
 def test_mixed_packets_stay_in_order() -> None:
