@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -50,7 +50,14 @@ def test_write_index_that_cannot_be_is_refused(pages: RingPages, index: int) -> 
     consumer.read()
     pages.memory.words.store_write(index)
 
-    for look in (lambda: list(consumer.drain()), consumer.read, consumer.end_read, lambda: consumer.bytes_to_read):
+    looks: tuple[Callable[[], object], ...] = (
+        lambda: list(consumer.drain()),
+        consumer.read,
+        consumer.end_read,
+        consumer.hold,
+        lambda: consumer.bytes_to_read,
+    )
+    for look in looks:
         with pytest.raises(ProtocolViolation) as caught:
             look()
         assert (caught.value.rule, caught.value.field, caught.value.value) == ("ring-index", "write_index", index)
@@ -72,6 +79,7 @@ def test_read_index_that_cannot_be_is_refused(index: int, sole: bool) -> None:
         lambda: producer.want_room(100),
         lambda: producer.free_bytes,
         lambda: producer.bytes_to_read,
+        producer.check_read_index,
     )
     for use in uses:
         with pytest.raises(ProtocolViolation) as caught:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -12,6 +14,8 @@ from emu.orders import OrderDesk, OrderRefused, Recipient
 from hostproc.orders import HostOrders
 from tests.emu.bare_control import bare_control
 from tests.hostproc.test_bus import Guest
+
+OFFERED = UUID("00000000-0000-0000-0000-0000000000ab")
 
 
 class Ordered(Guest):
@@ -43,6 +47,28 @@ def test_a_packet_that_never_fits_is_refused(guest: Ordered) -> None:
         guest.order("send", relid=1, count=1, size=60_000)
 
     assert guest.order("send", relid=1, count=1, size=8) == {"sent": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"class": "nothing"}, "nothing is not a device class; there are "),
+        ({"backend": "nothing"}, "nothing is not a back end; there are "),
+        ({"backend": "netlike"}, 'back end "netlike" and class "echo" do not go together; set backend to "echo"'),
+        ({"instance": str(OFFERED)}, f"device {OFFERED} is offered already; choose another --instance"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_an_offer_that_cannot_be_is_refused(guest: Ordered, asked: dict[str, str], why: str) -> None:
+    """Nothing is offered; the line says what there is, or what to choose."""
+    order = {"class": "echo", "backend": None, "count": 1, "instance": None}
+    guest.order("offer", **order | {"instance": str(OFFERED)})
+    before = set(guest.bus.backends())
+
+    with pytest.raises(OrderRefused, match=re.escape(why)):
+        guest.order("offer", **order | asked)
+
+    assert set(guest.bus.backends()) == before
 
 
 @pytest.mark.parametrize(("asked", "wanted"), [({}, 1), ({"subchannels": 0}, 0), ({"subchannels": 3}, 3)])
