@@ -47,7 +47,7 @@ from emu.layout import (
     vps_bytes,
 )
 from emu.machine import KICK_SIGNAL
-from emu.tracing import E_POLL, OneByOne, Recorder
+from emu.tracing import E_HALT, E_HALT_END, E_POLL, OneByOne, Recorder
 from tests.interleaving import Actor, Check, SteppedWakeup, Stuck, Turns, explore, stepped_view
 from tests.processes import Crowd
 
@@ -613,16 +613,22 @@ class Told(OneByOne):
 
     def __init__(self) -> None:
         self.polls: list[int] = []
-
+        self.blocks: list[tuple[int, int]] = []
+        """Event and its first word."""
         self.record = self._keep
 
     def _keep(self, event: int, *words: int) -> None:
         if event == E_POLL:
             self.polls.append(words[0])
+        if event in (E_HALT, E_HALT_END):
+            self.blocks.append((event, words[0]))
 
 
 def test_recording_has_as_many_polls_as_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who holds off, having lost its core, has not polled: the counters do not say so, and no record does."""
+    """Who holds off, having lost its core, has not polled: the counters do not say so, and no record does.
+
+    It blocks each time, and says for how long at most, and for how long it was.
+    """
     clock = [0]
     monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
     monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + 3_000_000))
@@ -634,6 +640,7 @@ def test_recording_has_as_many_polls_as_there_were(monkeypatch: pytest.MonkeyPat
 
     assert 0 < sleeper.counters.polls_vain < 5
     assert told.polls == [0] * sleeper.counters.polls_vain
+    assert told.blocks == [(E_HALT, 10**6), (E_HALT_END, 0)] * 5
 
 
 def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from emu.fault_plan import FaultPlan, Faults
 from emu.faults import parse
 from emu.memory import GuestMemory
@@ -19,6 +21,7 @@ from emu.wire.synic import (
     page_register,
     sint_value,
 )
+from hostproc import fault_interrupts
 from hostproc.fault_interrupts import FaultyInterrupts, FaultyQueues
 from hostproc.message_queues import QueuedMessage
 from hostproc.ports import EventPort
@@ -101,6 +104,21 @@ def test_interrupt_of_one_channel_is_late() -> None:
     assert host.requested == [(0, VECTOR)]
     assert host.run_timers() == [200_000]
     assert host.requested == [(0, VECTOR)] * 2
+
+
+def test_late_interrupts_have_a_bound_and_give_their_places_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many on their way as there may be the next one comes at once; behind them others are late again."""
+    monkeypatch.setattr(fault_interrupts, "MOST_LATE", 2)
+    host = FaultyHost()
+    host.turn_on("delay_irq=200us")
+    said = []
+    for _ in range(2):
+        for relid in (7, 8, 9):
+            host.interrupts.request(0, VECTOR, SINT, relid)
+        said.append((len(host.requested), len(host.run_timers())))
+        host.requested.clear()
+
+    assert said == [(1, 2), (1, 2)]
 
 
 def test_interrupt_of_a_message_is_late() -> None:
