@@ -128,6 +128,13 @@ def test_configuration_can_be_read_at_every_moment_of_a_wipe(control: Control) -
     assert written > 2
 
 
+def test_every_slot_has_a_serial_of_its_own(control: Control) -> None:
+    """A word for each SINT of each VP, one behind the other."""
+    words = [control.serial_offset(position, sint) for position in range(MAX_VPS) for sint in range(16)]
+
+    assert words == list(range(words[0], words[0] + 8 * len(words), 8))
+
+
 def test_areas_do_not_overlap(control: Control) -> None:
     """Process table, serials, tasks, mirror and refusals each end before the next begins."""
     areas = [

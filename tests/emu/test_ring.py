@@ -436,6 +436,20 @@ def test_several_producers_and_consumers_take_turns(pages: RingPages) -> None:
     assert sum(consumer.bytes for consumer in consumers) == 600 * 128
 
 
+def test_batches_of_several_producers_stay_whole(ring: RingMemory) -> None:
+    """Packets alike, which are stored together: whoever writes begins where the last writer ended."""
+    producers = [RingProducer(ring, sole=False) for _ in range(2)]
+    consumer, read = RingConsumer(ring), []
+    for number in range(40):
+        batch = [bytes([number]) * 32] * 8
+        assert producers[number % 3 == 0].write_many(batch)[0] == 8
+        if number % 3 == 2:
+            read += [packet[3][0] for packet in consumer.drain()]
+    read += [packet[3][0] for packet in consumer.drain()]
+
+    assert read == [number for number in range(40) for _ in range(8)]
+
+
 def test_several_producers_never_overrun_the_reader(ring: RingMemory) -> None:
     """Whoever writes looks at the room there is now, even when the indices stand where it left them."""
     first, second = RingProducer(ring, sole=False), RingProducer(ring, sole=False)

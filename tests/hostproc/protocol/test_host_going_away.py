@@ -10,6 +10,7 @@ from emu.wire.messages import (
     GpadlCreated,
     GpadlTeardown,
     GpadlTorndown,
+    InitiateContact,
     Message,
     MessageType,
     ModifyChannel,
@@ -21,6 +22,7 @@ from emu.wire.messages import (
     UnloadResponse,
     gpadl_messages,
 )
+from emu.wire.versions import VERSION_WIN10_V5_3
 from hostproc.protocol.effects import (
     CloseDevice,
     CloseDoorbell,
@@ -189,10 +191,16 @@ def test_reset_disconnects_without_a_word() -> None:
     assert len(world.request_offers()) == 1
 
 
-def test_reset_forgets_an_unload_that_waits() -> None:
-    """Nobody is left to be answered, and a contact that waited died with its guest."""
+@pytest.mark.parametrize(
+    ("last_words", "connection_id"),
+    [(Unload(), 1), (InitiateContact(vmbus_version_requested=VERSION_WIN10_V5_3, msg_sint=2), 4)],
+    ids=["unload", "contact"],
+)
+def test_reset_forgets_what_waits(last_words: Message, connection_id: int) -> None:
+    """Nobody is left to be answered: an unload, and a contact that waited for devices, died with their guest."""
     world, _key = opened()
-    world.post(Unload())
+    world.post(last_words, connection_id=connection_id)
+    assert world.waiting
 
     world.take(world.server.reset())
     world.quick = True
