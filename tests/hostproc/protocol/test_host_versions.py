@@ -273,6 +273,20 @@ def test_feature_flags_are_intersected_and_unknown_bits_dropped() -> None:
     )
 
 
+def test_nothing_is_shown_of_a_guest_that_has_left() -> None:
+    """Neither its version nor its features."""
+    world = world_with(max_version=VERSION_COPPER, features=FeatureFlags.PAUSE_RESUME)
+    world.contact(VERSION_COPPER, feature_flags=int(FeatureFlags.PAUSE_RESUME))
+    shown = [world.server.summary()]
+    world.post(Unload())
+    shown.append(world.server.summary())
+
+    assert [(one.link, one.version, one.features) for one in shown] == [
+        (Link.CONNECTED, VERSION_COPPER, FeatureFlags.PAUSE_RESUME),
+        (Link.DISCONNECTED, 0, FeatureFlags(0)),
+    ]
+
+
 def test_client_id_makes_the_message_longer() -> None:
     """A 6.0 guest that names itself is connected like any other."""
     world = world_with(max_version=VERSION_COPPER, features=FeatureFlags.CLIENT_ID)
