@@ -453,12 +453,12 @@ def _action(text: str) -> Action:
 
 
 def _guid(text: str) -> UUID:
-    """A GUID as the kernel reads it (`guid_parse`): 36 characters."""
+    """A GUID as the kernel reads it (`guid_parse`): 36 characters, and the dashes at their places, unlike `UUID`."""
     try:
         guid = UUID(text)
     except ValueError:
         guid = None
-    if guid is None or len(text) != 36:
+    if guid is None or str(guid) != text.lower():
         raise CallFailed(errno.EINVAL, f"{text!r} is no GUID; write it as 01234567-89ab-cdef-0123-456789abcdef")
     return guid
 

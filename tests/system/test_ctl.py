@@ -398,6 +398,10 @@ def test_processor_is_emptied_and_goes() -> None:
         (("bind", "hv_echo", "77"), "-ENODEV: no device 77 on the guest's bus; `vmbus-emu ls`"),
         (("bind", "hv_nobody", "1"), "-ENODEV: no driver hv_nobody is registered; `vmbus-emu ctl drivers`"),
         (("unbind", "zz"), "-EINVAL: 'zz' is no GUID; write it as"),
+        (
+            ("unbind", "5b95e15225-77-53deb754-077d30-a7882a"),
+            "-EINVAL: '5b95e15225-77-53deb754-077d30-a7882a' is no GUID",
+        ),
         (("new-id", "uio_hv_generic", "12"), "12 is no class and no GUID; there are the classes avma1,"),
         (("bind", "1", "hv_echo"), "1 is a device and hv_echo is none; the order is `vmbus-emu ctl bind hv_echo 1`"),
         (("override", "hv_echo", "1"), "the order is `vmbus-emu ctl override 1 hv_echo`"),
