@@ -266,8 +266,10 @@ def _tell_people(outcome: Outcome) -> None:
             click.echo(_wrong_stream(outcome.stream))
     if outcome.refused:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
-        for refusal in [one for one in outcome.refusals if not one["legal"]][-SHOWN_REFUSALS:]:
-            click.echo(f"  {refusal['rule']}: {refusal['text']}")
+        # Who asks an old host for four newer versions is told so four times, in the same words.
+        lines = dict.fromkeys(f"  {one['rule']}: {one['text']}" for one in outcome.refusals if not one["legal"])
+        for line in [*lines][-SHOWN_REFUSALS:]:
+            click.echo(line)
     tell_faults(outcome.faults)
     if lost := outcome.lost():
         click.echo(f"not open: {lost} of {outcome.offers} channels")

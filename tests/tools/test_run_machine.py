@@ -135,6 +135,20 @@ def test_log_of_a_guest_that_ended_itself_is_told(capsys: pytest.CaptureFixture[
     assert any("vmbus_connect: ENOMEM; the guest's log says why" in line for line in shown)
 
 
+def test_refusals_that_are_alike_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A guest of today asks a host of 4.1 on connection 4 four times, for 5.3 down to 5.0: the count says so."""
+    scenario = tmp_path / "old.toml"
+    scenario.write_text('[machine]\nhost_version = "4.1"\n[[device]]\nclass = "echo"\n')
+
+    assert cli.main(["run", str(scenario), "--duration", "0"]) == 0
+
+    shown = [line for line in capsys.readouterr().out.splitlines() if "unknown-message-connection" in line]
+    assert shown == [
+        "refused: unknown-message-connection 4",
+        "  unknown-message-connection: hypercall with connectionid 0x4: INVALID_CONNECTION_ID",
+    ]
+
+
 def test_device_that_no_driver_takes_needs_no_log(capsys: pytest.CaptureFixture[str]) -> None:
     """It stays closed rightly: nothing is wrong, and nothing is said."""
     assert cli.main(["run", "--device", "hv_sock:1", "--device", "echo:1", "--duration", "0", "--json"]) == 0
