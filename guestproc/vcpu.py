@@ -236,8 +236,9 @@ class Vcpu:
         trace = self.trace
         if trace:
             before, trace.context = trace.context, _TASKLET_CONTEXT
+        left: object = False
         try:
-            self.softirqs()
+            left = self.softirqs()
         except MachineStopping:
             raise
         except BaseException:
@@ -246,6 +247,10 @@ class Vcpu:
             self._softirq = False
             if trace:
                 trace.context = before
+        if left:
+            # What comes back again and again goes on, but not before whoever else wants this core (`ksoftirqd`): a poll
+            # that waits for room in a ring would starve the host that makes it.
+            self.yield_processor()
 
     def _reschedule(self) -> None:
         """The reschedule interrupt has done its work by arriving, but for what others left to this processor."""

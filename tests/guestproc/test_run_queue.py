@@ -290,6 +290,20 @@ def test_tasks_go_on_while_the_processors_own_program_is_held(world: SharedWorld
     assert program.ended()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_tasklets_that_come_back_go_on_behind_who_else_wants_the_core(
+    world: SharedWorld, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """As ksoftirqd does; a core is given away only where something is left to run."""
+    given_away: list[bool] = []
+    monkeypatch.setattr(world.vcpu, "softirqs", lambda: left)
+    monkeypatch.setattr(world.vcpu, "yield_processor", lambda: given_away.append(world.vcpu._softirq))
+
+    world.vcpu.run_softirqs()
+
+    assert given_away == [False] * left
+
+
 def test_a_tasklet_that_is_held_keeps_the_processor(world: SharedWorld) -> None:
     """It runs on the stack of whoever was interrupted, and no task is switched beneath it."""
     seen: list[Context] = []

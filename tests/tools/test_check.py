@@ -260,6 +260,18 @@ def test_real_recording_holds_every_rule(records: list[TraceRecord]) -> None:
     assert [(one.name, one.violations, one.undecided) for one in verdicts(records) if one.count or one.undecided] == []
 
 
+@pytest.mark.parametrize(("apart_ns", "circle"), [(12_000, False), (1_200_000, True)])
+def test_tasklet_that_comes_back_may_poll_for_a_second(records: list[TraceRecord], apart_ns: int, circle: bool) -> None:
+    """What it polls for is done by somebody who may wait for a core meanwhile; after a second nobody does it."""
+    edited = Edited(records)
+    first = edited.where("tasklet_run")
+    edited.wait(first, 1_000 * apart_ns)
+    one = edited.records[first]
+    edited.records[first:first] = [replace(one, t_ns=one.t_ns - again * apart_ns) for again in range(1_000, 0, -1)]
+
+    assert (29 in broken(edited.records)) is circle
+
+
 @pytest.mark.parametrize("number", EDITS)
 def test_edit_breaks_its_rule_alone(records: list[TraceRecord], number: int) -> None:
     """One thing is wrong, and exactly that is named, with records that show it."""
