@@ -28,7 +28,7 @@ from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
 from emu.faults import parse as parse_fault
-from emu.ipc.segments import machines, refused_memory, unlink_objects
+from emu.ipc.segments import machines, unlink_objects
 from emu.layout import MachineState
 from emu.limits import check_limits
 from emu.machine import ACTOR_WAKEUPS, Machine
@@ -40,7 +40,7 @@ from emu.tracing import TRACE_BYTES
 from emu.vmexit import HostBell
 from emu.wire.device_classes import BY_NAME
 from emu.wire.messages import ChannelFlags
-from guestproc.kernel.layout import BOOT_RECORD_GPA, boot_pages, compute
+from guestproc.kernel.layout import boot_pages, compute
 from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
@@ -475,7 +475,6 @@ class RunningMachine:
         if scenario is not None:
             self._configure(scenario)
         self.machine.wipe()
-        _reserve_boot_record(self.machine)
         _plan_faults(self.machine, self.scenario)
         self.machine.set_state(MachineState.RUNNING)
         _fork_all(self, no_guest=self.machine.config["no_guest"])
@@ -667,7 +666,6 @@ def launch(
             cpuid=cpuid.leaves(deprecate_auto_eoi=scenario.machine.deprecate_auto_eoi),
         )
         running = RunningMachine(name, scenario, machine, link, launched_at, by_hand=without, extra=extra)
-        _reserve_boot_record(machine)
         if record:
             machine.control.set_recording(with_bytes=record_bytes)
         _plan_faults(machine, scenario)
@@ -686,19 +684,6 @@ def launch(
             link.discard()
         raise
     return running
-
-
-def _reserve_boot_record(machine: Machine) -> None:
-    """Give the page memory in which everybody looks whether our guest has laid out RAM.
-
-    Also the launcher, when a guest died that found no room for itself: to read a hole of a full tmpfs is SIGBUS.
-    """
-    if machine.config["no_guest"]:
-        return
-    try:
-        machine.ram.reserve(BOOT_RECORD_GPA, PAGE_SIZE)
-    except OSError as error:
-        raise refused_memory(machine.ram.name, PAGE_SIZE, error) from None
 
 
 def _plan_faults(machine: Machine, scenario: Scenario) -> None:

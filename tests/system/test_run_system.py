@@ -797,21 +797,6 @@ def test_no_process_dies_where_shared_memory_ends_within_the_boot(tmp_path: Path
     assert done.returncode in (0, 1, 3), (done.stdout, done.stderr)
 
 
-def test_page_of_the_boot_record_has_memory_before_anybody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a full /dev/shm a guest may die before it has written there; the launcher reads it all the same."""
-    found = []
-
-    def look(running: launcher.RunningMachine, **_options: bool) -> None:
-        found.append(os.fstat(running.machine.ram.fd).st_blocks * 512)
-        raise UserError("seen")
-
-    monkeypatch.setattr(launcher, "_start_processes", look)
-    with pytest.raises(UserError, match="seen"), launch(Scenario(MachineSpec(), ())):
-        pass
-
-    assert found == [PAGE_SIZE]
-
-
 def test_a_computer_without_proc_is_one_line(tmp_path: Path) -> None:
     """A bare chroot, say: status 3 and how to mend it, before anything is made; no traceback of the zygote's."""
     done = run_behind("mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /proc", tmp_path)
