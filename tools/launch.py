@@ -127,7 +127,7 @@ class RunningMachine:
     log: list[str] = field(default_factory=list)
     """The newest lines that processes said, each with who said it; also in `control`, for `inspect log`."""
     _said: int = 0
-    """The guest kernel's newest lines, each with the thread that wrote it."""
+    """How many lines were ever said."""
     peers: Peers | None = None
     on_pump: Callable[[], object] | None = None
     """Called at each look at the zygote: a recording is drained there, or tells that its file cannot be written."""
