@@ -53,6 +53,7 @@ USER_CALLS: Final[Mapping[str, CallShape]] = {
     "drivers_autoprobe": CallShape(("value",)),
     "drivers_probe": CallShape(("device",)),
     "bus_uevent": CallShape(("action",)),
+    "driver_uevent": CallShape(("driver", "action")),
     "uevent": CallShape(("device", "action")),
     "move": CallShape(("device", "cpu"), ("index",)),
     "cpu_online": CallShape(("cpu", "online")),

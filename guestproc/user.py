@@ -242,6 +242,13 @@ def bus_uevent(current: Current, asked: Values) -> Values:
     return {}
 
 
+@_call("driver_uevent")
+def driver_uevent(current: Current, asked: Values) -> Values:
+    """`echo ACTION >drivers/DRIVER/uevent`: user space is told of the driver once more."""
+    uevents.driver_uevent(current, _registered(current, asked["driver"]), _action(asked["action"]), synthetic=True)
+    return {}
+
+
 @_call("uevent")
 def uevent(current: Current, asked: Values) -> Values:
     """`echo ACTION >devices/DEVICE/uevent`: user space is told once more (`udevadm trigger` does that)."""

@@ -1,7 +1,7 @@
 """Our guest's `/sys/bus/vmbus`, made from its kernel's records at each look.
 
     bus/      drivers_autoprobe   drivers_probe   uevent   hibernation
-              devices/GUID → PARENT/GUID   drivers/NAME/{bind,unbind,new_id,remove_id,GUID → PARENT/GUID}
+              devices/GUID → PARENT/GUID   drivers/NAME/{bind,unbind,new_id,remove_id,uevent,GUID → PARENT/GUID}
     PARENT/   GUID/         attributes, `driver` and `subsystem` links, channels/RELID/ with attributes
 
 An open file outlives its device, as in the kernel: a read of it is then ENODEV. So does a directory that
@@ -35,6 +35,7 @@ DRIVER_FILES: Final = {
     "unbind": ("unbind", "device"),
     "new_id": ("new_id", "guid"),
     "remove_id": ("remove_id", "guid"),
+    "uevent": ("driver_uevent", "action"),
 }
 """What is written to a driver's files: which call, and what the text is to it."""
 

@@ -42,11 +42,11 @@ def channel_uevent(current: Current, channel: Channel, action: Action) -> None:
     current.record(E_UEVENT, action, relid, seqnum, Subject.CHANNEL)
 
 
-def driver_uevent(current: Current, driver: Driver, action: Action) -> None:
-    """A driver was registered, or is no more."""
+def driver_uevent(current: Current, driver: Driver, action: Action, *, synthetic: bool = False) -> None:
+    """A driver was registered, or is no more. `synthetic`: somebody asked for it (the driver core's `uevent_store`)."""
     name, now_ns = devices.name_of(driver), current.actor.now()
     with current.connection.uevent_lock.hold(current.actor):
-        seqnum = uevents.write(current.tables, action, Subject.DRIVER, now_ns, driver=name)
+        seqnum = uevents.write(current.tables, action, Subject.DRIVER, now_ns, driver=name, synthetic=synthetic)
     current.record(E_UEVENT, action, 0, seqnum, Subject.DRIVER)
 
 

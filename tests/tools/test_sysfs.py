@@ -237,10 +237,10 @@ def test_tree_is_not_the_users_to_shape(inside: RunCli, technique: str) -> None:
 
 @both
 def test_drivers_files_are_there_to_be_written(inside: RunCli, technique: str) -> None:
-    """bind, unbind, new_id and remove_id show nothing, to nobody."""
-    done = inside("sh", "-c", "cd /sys/bus/vmbus/drivers/hv_echo; stat -c %a:%n bind unbind new_id remove_id")
+    """bind, unbind, new_id, remove_id and uevent show nothing, to nobody."""
+    done = inside("sh", "-c", "cd /sys/bus/vmbus/drivers/hv_echo; stat -c %a:%n bind unbind new_id remove_id uevent")
 
-    assert done.stdout.split() == ["200:bind", "200:unbind", "200:new_id", "200:remove_id"]
+    assert done.stdout.split() == ["200:bind", "200:unbind", "200:new_id", "200:remove_id", "200:uevent"]
 
 
 @both

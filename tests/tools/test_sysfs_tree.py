@@ -251,7 +251,7 @@ def test_devices_and_drivers_are_linked_both_ways() -> None:
     assert set(tree.parent.names()) == listing(tree.bus, "devices") == {name, other}
     assert walk(tree.bus, f"devices/{name}") == Link(f"../../../devices/vmbus-emu/{name}")
     assert listing(tree.bus, "drivers") == {"hv_netvsc", "hv_storvsc"}
-    files = {"bind", "unbind", "new_id", "remove_id"}
+    files = {"bind", "unbind", "new_id", "remove_id", "uevent"}
     assert listing(tree.bus, "drivers/hv_netvsc") == {name, *files}
     assert listing(tree.bus, "drivers/hv_storvsc") == files
     assert walk(tree.bus, f"drivers/hv_netvsc/{name}") == Link(f"../../../../devices/vmbus-emu/{name}")

@@ -524,6 +524,20 @@ def test_bus_itself_tells_of_itself_when_asked(booted: World) -> None:
     assert wrong["errno"] == errno.EINVAL
 
 
+def test_driver_tells_of_itself_when_asked(booted: World) -> None:
+    """As when it was registered, but marked as made up; one that is not registered has no file to write to."""
+    call(booted, "driver_uevent", driver="hv_echo", action="add")
+    wrong = [
+        call(booted, "driver_uevent", driver=driver, action=action)["errno"]
+        for driver, action in (("hv_echo", "explode"), ("hv_none", "add"))
+    ]
+    first, told = [one for one in uevents.since(booted.tables, 0) if one.head == "add@/bus/vmbus/drivers/hv_echo"]
+
+    assert "SYNTH_UUID" not in first.variables and told.variables["SYNTH_UUID"] == "0"
+    assert told.variables["SUBSYSTEM"] == "drivers"
+    assert wrong == [errno.EINVAL, errno.ENODEV]
+
+
 def test_driver_that_another_process_registered_takes_the_next_device(booted: World, spies: list[Spy]) -> None:
     """A process keeps the list of drivers, and makes it anew when one came or went in any other."""
     booted.call(lambda current: vmbus_driver_unregister(current, DRIVER_OBJECTS[EchoDriver.number]))
