@@ -140,9 +140,14 @@ _BEYOND: Final = frozenset({errno.ENOMEM, errno.EMFILE})
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; nothing passes but a SystemExit that is no signal's."""
     asked = list(sys.argv[1:] if arguments is None else arguments)
+    return status_of(asked, lambda: 0 if _completes() else _carry_out(asked))
+
+
+def status_of(asked: list[str], work: Callable[[], int]) -> int:
+    """The exit status of what these words ask for; what ended `work` is told, on stderr and to who asked for JSON."""
     output.told = False
     try:
-        status = 0 if _completes() else _carry_out(asked)
+        status = work()
         sys.stdout.flush()
         return _interrupted(asked, status) if status in _INTERRUPTIONS else status
     except click.ClickException as error:

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import click
 
-from emu.errors import MissingPrerequisite, UserError
+from tools import output
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus
 from tools.output import print_json, say
@@ -32,11 +33,13 @@ def run_detached(options: Options) -> int:
     raise_noted()
     reader, writer = os.pipe()
     log = made(state_dir()) / f"detached-{os.getpid()}.log"
+    # What a program asked for is an object, and not among what the launcher says.
+    asked_for = os.memfd_create("vmbus-emu-detached") if options.as_json else None
     _drop_old_logs()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _become_launcher(options, writer, log)
+        _become_launcher(options, writer, log, asked_for)
     os.close(writer)
     try:
         with os.fdopen(reader) as word:
@@ -50,6 +53,9 @@ def run_detached(options: Options) -> int:
         _pid, status = os.waitpid(pid, 0)
         said = log.read_text().rstrip() if log.exists() else ""
         log.unlink(missing_ok=True)
+        if asked_for is not None:
+            output.told = True
+            click.echo(os.pread(asked_for, os.fstat(asked_for).st_size, 0), nl=False)
         say(said or "vmbus-emu: the launcher ended before its machine was up")
         code = os.waitstatus_to_exitcode(status)
         return code if code > 0 else int(ExitStatus.FAILED)
@@ -72,30 +78,39 @@ def _drop_old_logs() -> None:
             path.unlink()
 
 
-def _become_launcher(options: Options, writer: int, log: Path) -> None:
-    """In the child: no terminal, output to the log, run, leave."""
+def _become_launcher(options: Options, writer: int, log: Path, asked_for: int | None) -> None:
+    """In the child: no terminal, output to the log, run, leave.
+
+    An object that tells why the machine did not come up goes to `asked_for`, of which the command makes its own.
+    """
+    # Here, as it is the table of all commands; who types this one has imported it.
+    from tools.cli import status_of
+
     status = int(ExitStatus.FAILED)
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     fcntl.flock(out, fcntl.LOCK_EX)
     os.dup2(null, 0)
-    os.dup2(out, 1)
+    os.dup2(out if asked_for is None else asked_for, 1)
     os.dup2(out, 2)
+    asked = ["run", "--detach", *(["--json"] if options.as_json else [])]
     try:
         with os.fdopen(writer, "w") as pipe:
-            status = run_here(options, pipe)
+            status = status_of(asked, partial(run_here, options, partial(_tell_name, pipe, out)))
         if status in (ExitStatus.FINE, ExitStatus.TERMINATED):
             log.unlink(missing_ok=True)
-    except UserError as error:
-        sys.stderr.write(f"vmbus-emu: {error}\n")
-        status = int(ExitStatus.USAGE)
-    except MissingPrerequisite as error:
-        sys.stderr.write(f"vmbus-emu: {error}\n")
-        status = int(ExitStatus.MISSING)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _tell_name(pipe: IO[str], log: int, name: str) -> None:
+    """The machine is up: who waits for it hears its name, and whatever is said from here on is for the log."""
+    sys.stdout.flush()
+    os.dup2(log, 1)
+    pipe.write(f"{name}\n")
+    pipe.flush()

@@ -8,9 +8,10 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
@@ -111,8 +112,8 @@ def check_stream_file(path: Path) -> None:
         raise UserError(f"--stream {path}: its full path is longer than 256 bytes; use a shorter one")
 
 
-def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
-    """Run in this process; `ready_pipe` is told the machine's name when all channels are open (--detach).
+def run_here(options: Options, ready: Callable[[str], object] | None = None) -> int:
+    """Run in this process; `ready` is told the machine's name when all channels are open (--detach).
 
     Whatever ends it, also before the machine stands and while it is taken away, is told of what there was by then.
     """
@@ -123,16 +124,16 @@ def run_here(options: Options, ready_pipe: IO[str] | None = None) -> int:
     with noting_interruption() as beside:
         raise_noted()
         try:
-            interrupted = run_to_its_end(options, outcome, ready_pipe)
+            interrupted = run_to_its_end(options, outcome, ready)
         except DeadlinePassed as passed:
-            outcome.timed_out = str(passed)
+            outcome.timed_out, outcome.flight, outcome.kept = str(passed), passed.recording, passed.finding
             if options.as_json:
                 print_json("run", 1, outcome.report())
             raise
     return tell(outcome, options.as_json, beside.status or interrupted)
 
 
-def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | None) -> int | None:
+def run_to_its_end(options: Options, outcome: Outcome, ready: Callable[[str], object] | None) -> int | None:
     """Launch, live, settle, and keep what was found; the exit status of whoever interrupted its life, if one did."""
     scenario = options.scenario
     case = options.case()
@@ -157,7 +158,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
                 recording(running, options.record_path) as outcome.recording,
             ):
                 with noting_interruption() as interruption:
-                    live(running, options, outcome, ready_pipe)
+                    live(running, options, outcome, ready)
                 try:
                     settle(running, outcome, no_guest=options.no_guest)
                 except DeadlinePassed as late:
@@ -194,12 +195,11 @@ def run_to_its_end(options: Options, outcome: Outcome, ready_pipe: IO[str] | Non
     return interruption.status
 
 
-def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe: IO[str] | None) -> None:
+def live(running: RunningMachine, options: Options, outcome: Outcome, ready: Callable[[str], object] | None) -> None:
     """From the first message to the end of the duration, the stream, or somebody's patience."""
     if options.no_guest:
-        if ready_pipe is not None:
-            ready_pipe.write(running.name + "\n")
-            ready_pipe.flush()
+        if ready is not None:
+            ready(running.name)
         wait_for_foreign_guest(running, options, outcome)
         return
     # Whoever starts a process by hand, under a debugger, takes his time.
@@ -215,11 +215,10 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready_pipe
         running.wait_until(lambda: host_has_told(running), TOLD_TIMEOUT_S, "the host to tell", step_s=0.002)
     look(running, outcome)
     outcome.offers = max(outcome.offers, outcome.surely_offered())
-    if ready_pipe is not None:
-        ready_pipe.write(running.name + "\n")
-        ready_pipe.flush()
+    if ready is not None:
+        ready(running.name)
     outcome.tasks = exercise(running)
-    if not options.as_json and ready_pipe is None:
+    if not options.as_json and ready is None:
         show_devices(outcome)
     if options.stream_path is not None:
         outcome.stream = stream_file(running, options.stream_path, outcome)

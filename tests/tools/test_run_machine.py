@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -269,8 +270,44 @@ def test_detached_launcher_that_ends_before_its_machine_is_up(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(detach, "run_here", launcher)
 
-    assert detach.run_detached(cast(run_machine.Options, None)) == told
+    assert detach.run_detached(cast(run_machine.Options, SimpleNamespace(as_json=False))) == told
     assert capsys.readouterr().err == "vmbus-emu: the launcher ended before its machine was up\n"
+
+
+IMPATIENT = """
+import sys
+from tools import cli, run_machine
+run_machine.BOOT_TIMEOUT_S = 0.6
+sys.exit(cli.main(["run", "--detach", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["plain", "json"])
+def test_detached_boot_that_does_not_end_is_a_time_limit(tmp_path: Path, as_json: bool) -> None:
+    """As in the foreground: exit 124, the guest's log and one line that says what was waited for; an object on stdout.
+
+    The object names what was kept of it.
+    """
+    silent = ("--device", "echo:1", "--fault", "reply.drop@kind=alloffers_delivered")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, *silent, *(["--json"] if as_json else [])],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+        cwd=SOURCES,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == ExitStatus.TIME_LIMIT, done.stderr
+    assert "Traceback" not in done.stderr and "vcpu0: Vmbus version:5.3" in done.stderr.splitlines()
+    assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.rglob("*.log")) == []
+    if not as_json:
+        assert done.stdout == ""
+        return
+    told = json.loads(done.stdout)
+    assert done.stderr.endswith(f"{told['timed_out']}\n") and Path(told["finding"]).parent.name == "findings"
 
 
 def test_a_file_whose_path_no_order_holds_is_refused(tmp_path: Path) -> None:
