@@ -45,6 +45,7 @@ from guestproc.kernel.pages import PAGE_SIZE
 from guestproc.kernel.report import held_locks
 from guestproc.vcpu import RESCHEDULE_VECTOR, Peers
 from tools.output import say
+from tools.standstill import Standstill
 from tools.zygote_start import Link, start_zygote
 
 BOOT_TIMEOUT_S: Final = 60.0
@@ -320,13 +321,30 @@ class RunningMachine:
                 raise DeadlinePassed(what, int(timeout_s * 1e9))
             self.pump(min(step_s, left))
 
-    def wait_ready(self, stage: Ready = Ready.CHANNELS_OPEN, timeout_s: float = BOOT_TIMEOUT_S) -> None:
-        """Wait until the machine has come as far as `stage`."""
-        self.wait_until(
-            lambda: self.machine.control.ready >= stage,
-            timeout_s,
-            f"machine {self.name} to reach {stage.name}",
-        )
+    def wait_ready(
+        self,
+        stage: Ready = Ready.CHANNELS_OPEN,
+        timeout_s: float = BOOT_TIMEOUT_S,
+        on_look: Callable[[], object] | None = None,
+    ) -> None:
+        """Wait until the machine has come as far as `stage`, calling `on_look` at each look.
+
+        A boot that stands still says for what it waits (`tools.standstill`), and so does its DeadlinePassed.
+        """
+        standstill = Standstill(self.machine, timeout_s)
+
+        def come() -> bool:
+            if not self.by_hand:  # who starts its processes himself knows
+                standstill.look()
+            if on_look is not None:
+                on_look()
+            return self.machine.control.ready >= stage
+
+        try:
+            self.wait_until(come, timeout_s, f"machine {self.name} to reach {stage.name}")
+        except DeadlinePassed as late:
+            late.args = (f"{late}; {standstill.awaited()}",)
+            raise
 
     def watch(self, duration_s: float | None = None) -> None:
         """Watch for that long, or until something ends it (a death, an interrupt)."""

@@ -41,7 +41,7 @@ from tools.launch import (
     unused_name,
 )
 from tools.output import narrates, print_json, say
-from tools.run_outcome import Outcome, show_devices, tell
+from tools.run_outcome import Outcome, show_devices, tell, tell_faults
 
 ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
@@ -129,6 +129,8 @@ def run_here(options: Options, ready: Callable[[str], object] | None = None) -> 
             outcome.timed_out, outcome.flight, outcome.kept = str(passed), passed.recording, passed.finding
             if options.as_json:
                 print_json("run", 1, outcome.report())
+            else:
+                tell_faults(outcome.faults)
             raise
     return tell(outcome, options.as_json, beside.status or interrupted)
 
@@ -244,11 +246,7 @@ def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> No
         bar = progress.add_task("discovering devices", total=expected or None)
         mirror = Mirror(running.machine.control)
 
-        def opened() -> bool:
-            progress.update(bar, completed=mirror.head().open)
-            return running.machine.control.ready >= Ready.CHANNELS_OPEN
-
-        running.wait_until(opened, timeout_s, f"machine {running.name} to open its channels")
+        running.wait_ready(timeout_s=timeout_s, on_look=lambda: progress.update(bar, completed=mirror.head().open))
 
 
 def exercise(running: RunningMachine) -> list[TaskRow]:

@@ -23,7 +23,7 @@ from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
-from tools import cli, detach, launch, run_machine
+from tools import cli, detach, launch, run_machine, standstill
 from tools.ctl import ask_host
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
@@ -95,6 +95,33 @@ def test_boot_that_does_not_end_shows_the_guests_log(
     assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in shown.err and told["timed_out"] in shown.err
     assert (told["version"], told["channels_open"], told["faults"][0]["hits"]) == ("5.3", 1, 1)
     assert told["log"] == ["vcpu0: Vmbus version:5.3"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "awaited"),
+    [
+        ("reply.drop@kind=openchannel_result", "it waits for the host's answer to OPENCHANNEL of relid 1"),
+        ("reply.drop@kind=alloffers_delivered", "it waits for ALLOFFERS_DELIVERED"),
+        ("alloc.fail=probe_hang", "it waits for drivers to probe their devices"),
+    ],
+    ids=["request", "offers", "probe"],
+)
+def test_boot_that_stands_still_says_for_what_it_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, awaited: str
+) -> None:
+    """Once while it waits, with the fault that struck and what to do; and at its end, with the fault's own line."""
+    monkeypatch.setattr(run_machine, "BOOT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(standstill, "STILL_S", 0.2)
+
+    assert cli.main(["run", "--device", "echo:1", "--duration", "0", "--fault", fault]) == ExitStatus.TIME_LIMIT
+
+    shown = capsys.readouterr()
+    name, options = fault.partition("@")[::2]
+    (said,) = [line for line in shown.err.splitlines() if "the boot stands still" in line]
+    assert f"stands still: {awaited}; faults that struck: {name}" in said and options in said
+    assert said.endswith("it gives up 1 s after its begin, with status 124; Ctrl-C ends it now")
+    assert "CHANNELS_OPEN: no answer within 1 s; " + awaited in shown.err.splitlines()[-1]
+    assert shown.out.startswith(f"fault {name}") and "1 hits of 1 occasions" in shown.out
 
 
 def test_guest_that_never_unloads_is_a_time_limit(
