@@ -210,13 +210,7 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready: Cal
     deaths = GuestDeaths(running)
     while deaths.look():
         pass
-    control = running.machine.control
-    outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
-    outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
-    with contextlib.suppress(DeadlinePassed):  # a channel that is taken back meanwhile is one that it never tells of
-        running.wait_until(lambda: host_has_told(running), TOLD_TIMEOUT_S, "the host to tell", step_s=0.002)
-    look(running, outcome)
-    outcome.offers = max(outcome.offers, outcome.surely_offered())
+    note_boot(running, outcome)
     if ready is not None:
         ready(running.name)
     outcome.tasks = exercise(running)
@@ -229,6 +223,17 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready: Cal
     if options.duration_s is None and not options.as_json and narrates():
         say("Ctrl-C ends it")
     deaths.watch(options.duration_s)
+
+
+def note_boot(running: RunningMachine, outcome: Outcome) -> None:
+    """Of a machine whose guest is up: how long that took, and what it was offered and has opened."""
+    control = running.machine.control
+    outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
+    outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
+    with contextlib.suppress(DeadlinePassed):  # a channel that is taken back meanwhile is one that it never tells of
+        running.wait_until(lambda: host_has_told(running), TOLD_TIMEOUT_S, "the host to tell", step_s=0.002)
+    look(running, outcome)
+    outcome.offers = max(outcome.offers, outcome.surely_offered())
 
 
 def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:

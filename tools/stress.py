@@ -23,15 +23,14 @@ from xml.etree import ElementTree
 
 import click
 
-from emu.errors import DeadlinePassed, MissingPrerequisite, OwnLimit, UserError
+from emu.errors import DeadlinePassed, MissingPrerequisite, NotOpened, OwnLimit, UserError
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskRow, TaskState
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
 from tools.check import check_recording, violations_of
 from tools.crash import crash_recorded, failure_report
-from tools.ctl import ask_host, offer_devices
-from tools.device_list import list_devices
+from tools.ctl import ask_host, offer_devices, wait_until_open
 from tools.draining import recording
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
@@ -52,7 +51,8 @@ from tools.options import (
     scenario_argument,
 )
 from tools.output import narrates, print_json, say
-from tools.run_outcome import recording_report, tell_faults
+from tools.run_machine import note_boot
+from tools.run_outcome import Outcome, recording_report, tell_faults
 
 INGREDIENTS: Final = {"move": "vCPUs are moved between cores", "hot": "devices come and go"}
 """What `--mix` may name beside the traffic, and what that is."""
@@ -61,7 +61,16 @@ MIX_HELP: Final = (
     + ", ".join(f"{word} ({what})" for word, what in INGREDIENTS.items())
     + "; or none."
 )
-FINDINGS: Final = ("lost", "corrupt", "failed_tasks", "leaked", "refused", "state_violations", "violations")
+FINDINGS: Final = (
+    "lost",
+    "corrupt",
+    "not_open",
+    "failed_tasks",
+    "leaked",
+    "refused",
+    "state_violations",
+    "violations",
+)
 """What must be nothing; `violations` only where it was checked, `state_violations` where the machine settled."""
 VERSION: Final = 2
 """Of the object that `--json` prints. In the first one `bytes` were sent, though `packets` came back."""
@@ -151,8 +160,9 @@ class Troubles:
     moves: int = 0
     adds: int = 0
     removes: int = 0
-    hot: list[str] = field(default_factory=list)
-    """Instances that were added: a relid is another device's once a guest that failed has given it back."""
+    hot: list[dict[str, Any]] = field(default_factory=list)
+    """Devices that were added, as `offer_devices` tells them; they are taken back by their instance, as a relid is
+    another device's once a guest that failed has given it back."""
 
     def turn(self) -> None:
         """One or the other, by chance."""
@@ -171,18 +181,27 @@ class Troubles:
 
     def add(self) -> None:
         """Offer one more echo device."""
-        offered = offer_devices(self.running.machine, "echo:1")
-        self.hot += [one["instance"] for one in offered]
+        self.hot += offer_devices(self.running.machine, "echo:1")
         self.adds += 1
 
     def remove(self) -> None:
         """Take one of them back, under its traffic."""
         if self.hot:
-            instance = self.hot.pop(self.rng.randrange(len(self.hot)))
+            instance = self.hot.pop(self.rng.randrange(len(self.hot)))["instance"]
             # Who is at the machine with `ctl` may have taken it back already.
             with suppress(UserError):
                 ask_host(self.running.machine, "rescind", relid=0, instance=instance)
                 self.removes += 1
+
+    def not_open(self) -> int:
+        """How many of those that are still there nobody will open, or has not within ten seconds."""
+        lost = 0
+        for one in self.hot:
+            try:
+                wait_until_open(self.running.machine, one["relid"], one["generation"])
+            except (NotOpened, DeadlinePassed):
+                lost += 1
+        return lost
 
 
 def _mix(text: str) -> frozenset[str]:
@@ -358,7 +377,11 @@ def run_stress(
         recording(running, path, None if record_path else MOST_RECORDED) as recorded,
     ):
         running.wait_ready()
-        if "hot" not in mix and not any(one.driver == EchoDriver.name for one in list_devices(running.machine)):
+        booted = Outcome(running.name, scenario, seed)
+        note_boot(running, booted)
+        booted.faults = running.faults.report()
+        lost = booted.lost()
+        if "hot" not in mix and not lost and not any(one.driver == EchoDriver.name for one in booted.devices):
             raise UserError("nothing would be sent: give a scenario with an echo device, or --mix hot")
         troubles = Troubles(running, random.Random(seed), mix, cores)
         paths = {cpu: folder / f"cpu{cpu}" for cpu in range(scenario.machine.vcpus)}
@@ -368,9 +391,12 @@ def run_stress(
         ]
         _watch(running, troubles, duration_s, limit, live=live)
         tasks = _ended(running, rows, duration_s, limit)
+        faults = running.faults.report()
+        if any(one["hits"] for one in faults):
+            lost += troubles.not_open()
         sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
         rings = _ring_transitions(_guest_tables(running))
-        ordered = "faults were ordered" if running.faults.report() else ""
+        ordered = "faults were ordered" if faults else ""
         state = state_report(running.machine, running.pump, unjudged=ordered)
         in_time = running.shut_down_guest()
         leaked = running.leaked()
@@ -401,6 +427,7 @@ def run_stress(
             "taken_away": sums.taken_away,
             "lost": sums.lost,
             "corrupt": sums.corrupt,
+            "not_open": lost,
             "complaints": sums.complaints,
             "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
             "refused": _unexpected(refused),

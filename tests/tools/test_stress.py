@@ -85,10 +85,11 @@ def test_channel_that_was_taken_away_takes_its_packets_with_it() -> None:
     assert (sums.packets, sums.nbytes) == (8, 64)
 
 
-@pytest.mark.parametrize("name", ["lost", "corrupt", "failed_tasks", "leaked"])
+@pytest.mark.parametrize("name", ["lost", "corrupt", "not_open", "failed_tasks", "leaked"])
 def test_each_count_that_must_be_nothing_is_a_finding(name: str) -> None:
     """It is named with the seed that repeats it, and is a failure in the JUnit file."""
-    told = dict.fromkeys(("lost", "corrupt", "failed_tasks", "leaked"), 0) | {"refused": {}, "seed": 42, "seconds": 1.0}
+    counts = ("lost", "corrupt", "not_open", "failed_tasks", "leaked")
+    told = dict.fromkeys(counts, 0) | {"refused": {}, "seed": 42, "seconds": 1.0}
     assert not findings_of(told)
 
     told[name] = 3
@@ -244,8 +245,32 @@ def test_device_that_somebody_else_took_back_is_no_error_of_stress() -> None:
         running.wait_ready()
         troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0])
         troubles.add()
-        ask_host(running.machine, "rescind", relid=0, instance=troubles.hot[0])
+        ask_host(running.machine, "rescind", relid=0, instance=troubles.hot[0]["instance"])
 
         troubles.remove()
         assert (troubles.adds, troubles.removes, troubles.hot) == (1, 0, [])
         assert running.shut_down_guest()
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(2, 1), (1, 1)])
+def test_channel_that_a_fault_kept_from_opening_is_a_finding(run_cli: RunCli, channels: int, kept: int) -> None:
+    """As `run` has it, and by the same count; also where nothing is left through which anything could be sent."""
+    flags = ("--duration", "0.2", "--channels", str(channels), "--mix", "none", "--flight", "0", "--json")
+    done = run_cli("stress", *flags, "--fault", "host.refuse=open@nth=1")
+
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["not_open"], report["channels"]) == (1, kept, channels - kept)
+    assert "not_open: 1" in (Path(report["finding"]) / "finding.txt").read_text()
+
+
+def test_hot_device_that_nobody_opens_is_counted() -> None:
+    """Of those that came under the traffic and are still there."""
+    with launch(Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])) as running:
+        running.wait_ready()
+        troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0])
+        troubles.add()
+        running.turn_on("alloc.fail=probe@times=1")
+        troubles.add()
+
+        assert troubles.not_open() == 1
+        running.shut_down_guest()
