@@ -132,7 +132,8 @@ def offer(
     """Offer a device (hot add).
 
     Prints its relid and instance. With --wait exit status 1 says that a device was offered and will not be open: its
-    probe failed, no driver has taken it, or it is gone again; 124 that after 10 s neither is known.
+    probe failed, no driver has taken it, it is gone again, or the machine was stopped; 124 that after 10 s neither is
+    known.
 
     \b
     Example:

@@ -1,7 +1,8 @@
 """Why a device that was offered will not be open: what host and guest have decided, looked at from outside.
 
-Only what is decided counts. An offer that is on its way, a probe that hangs, a driver that has the device and has not
-opened it yet: all that may still come to something, and of somebody else's guest only the host's side is known.
+Only what is decided counts, and a machine that ends decides it for all. An offer that is on its way, a probe that
+hangs, a driver that has the device and has not opened it yet: all that may still come to something, and of somebody
+else's guest only the host's side is known.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Unopened:
 
     def why(self) -> str:
         """The reason; "" while there is none, or none that is known."""
-        return self._said_by_host() or self._said_by_guest()
+        found = self._said_by_host() or self._said_by_guest()
+        # Looked at behind them: what a guest does at its end, drivers going first, says nothing of this device.
+        ending = self._machine.stopping or self._machine.control.shutdown_requested
+        return "the machine was stopped" if ending else found
 
     def _said_by_host(self) -> str:
         if self._mirror.is_over(self._relid, self._generation):

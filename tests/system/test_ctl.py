@@ -451,6 +451,23 @@ def test_machine_that_does_not_run() -> None:
     assert done.returncode == 2 and "t-nobody" in done.stderr
 
 
+def test_wait_that_the_end_of_the_machine_ends_says_so(tmp_path: Path) -> None:
+    """A guest that leaves takes its drivers away first: that no driver has the device is not what happened to it."""
+    name = f"{NAME}-stopped"
+    assert call(tmp_path, "run", "--detach", "--name", name, "--device", "echo:1").returncode == 0
+    try:
+        ctl("fail", "probe_hang", machine=name)
+        with ended(start(tmp_path, "ctl", "offer", "echo", "--wait", "--machine", name)) as waiting:
+            faults = ("fail", "probe", "--times", "0", "--json")
+            wait_for(lambda: report(ctl(*faults, machine=name).stdout)["faults"] == [], "the probe to hang")
+            assert call(tmp_path, "stop", "--machine", name).returncode == 0
+            _out, err = waiting.communicate(timeout=20)
+    finally:
+        call(tmp_path, "stop", "--machine", name)
+
+    assert (waiting.returncode, err) == (1, "vmbus-emu: relid 2 will not be open: the machine was stopped\n")
+
+
 def test_more_devices_than_one_answer_has_room_for(tmp_path: Path) -> None:
     """Each is told; what comes when every relid is in use is there without one, and that is said."""
     name = f"{NAME}-many"
