@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from enum import IntEnum
 from struct import Struct
 from typing import Any, Final
 from uuid import UUID
@@ -18,11 +19,23 @@ from emu.values import valueclass
 from emu.wire.guids import guid_to_wire
 
 _ROW: Final = Struct("<IIIIIIII16s16s")
-_HEAD: Final = Struct("<IIIIIIIIIIII")
+_HEAD: Final = Struct("<IIIIIIIIIIIII")
 """Behind the sequence word."""
 _U32: Final = 0xFFFF_FFFF
 _MOST_LOOKS: Final = 20_000
 """How often a reader looks again for a host that is just writing, before it takes it for dead."""
+
+
+class Left(IntEnum):
+    """How the guest left whose connection ended last."""
+
+    NOBODY = 0
+    """None has left yet."""
+    UNLOADED = 1
+    DETACHED = 2
+    """DETACH, without UNLOAD."""
+    DIED = 3
+    """Its process ended, without either."""
 
 
 @valueclass()
@@ -31,7 +44,8 @@ class MirrorHead:
 
     `seen_…` are of the newest connection, also when it is over: its version, and the most offers and open channels that
     it had at a time. A guest may come and go between two looks. `disconnects` counts guests that left (UNLOAD, DETACH,
-    death); one whose connection an INITIATE_CONTACT replaced is still there.
+    death) while they were connected, `left` is how the newest of them did (`Left`); one whose connection an
+    INITIATE_CONTACT replaced is still there.
     """
 
     sequence: int
@@ -47,6 +61,7 @@ class MirrorHead:
     seen_version: int
     seen_offers: int
     seen_open: int
+    left: int
 
 
 @valueclass()
@@ -86,6 +101,7 @@ class Mirror:
         attached_pid: int,
         disconnects: int,
         seen: tuple[int, int, int] = (0, 0, 0),
+        left: Left = Left.NOBODY,
     ) -> None:
         """Publish the partition's numbers; `seen` are version, offers and open channels of `MirrorHead.seen_…`."""
         at = self._control.mirror_offset
@@ -106,6 +122,7 @@ class Mirror:
             attached_pid,
             disconnects,
             *seen,
+            left,
         )
         self._sequence += 2
         view.store_u64(at, self._sequence)

@@ -25,6 +25,7 @@ from emu.faults import FaultKind
 from emu.gpadl import Gpadl, MapBudget
 from emu.host_tables import Traffic
 from emu.memory import PAGE_SHIFT, GuestMemory, coalesce
+from emu.mirror import Left
 from emu.ring_memory import RingMemory, RingWords
 from emu.switches import ALL_FIXED, Fix
 from emu.syncpoint import Point
@@ -181,6 +182,7 @@ class Bus:
         self.refusals = refusals or (RecordedRefusals(trace) if trace is not None else Refusals())
         self.connects = 0
         self.disconnects = 0
+        self.left = Left.NOBODY
         self._partition = partition
         self._tasks = tasks
         self._memory = memory
@@ -291,10 +293,13 @@ class Bus:
         """Another guest is here: drop what was to be sent to the one before."""
         self._outgoing.clear()
 
-    def guest_gone(self) -> None:
+    def guest_gone(self, how: Left = Left.DIED) -> None:
         """The guest is gone without UNLOAD: disconnect, and drop what was to be sent to it."""
         self.forget_outgoing()
+        before = self.disconnects
         self._take(self.server.reset())
+        if self.disconnects != before:  # otherwise it had unloaded, or never connected
+            self.left = how
 
     def backends(self) -> dict[int, Backend]:
         """Return the devices that are there, by key."""
@@ -374,7 +379,9 @@ class Bus:
                 self.connects += 1
                 self._interrupt_page = self._shared_page(effect.interrupt_page)
             case Disconnected(replaced):
-                self.disconnects += not replaced
+                if not replaced:
+                    self.disconnects += 1
+                    self.left = Left.UNLOADED
                 self._interrupt_page = None
             case MonitorPages():
                 pass  # no offer of ours asks for monitored notification

@@ -12,7 +12,7 @@ from typing import Final
 from emu.control import Control
 from emu.errors import ProtocolViolation
 from emu.host_tables import SINTS, HostPartition, HostTables, HostTimer, HostVp
-from emu.mirror import Mirror
+from emu.mirror import Left, Mirror
 from emu.syncpoint import Point
 from emu.tracing import E_MESSAGE_DONE, E_MESSAGE_TAKE, Recorder
 from emu.wire.hypercalls import HvStatus
@@ -236,6 +236,7 @@ class ControlPlane:
             self.attached_pid,
             self._bus.disconnects,
             *self._seen,
+            self._bus.left,
         )
         if head != self._head:
             self._head = head
@@ -249,7 +250,8 @@ class ControlPlane:
                 incoming=head[6],
                 attached_pid=head[7],
                 disconnects=head[8],
-                seen=head[9:],
+                seen=head[9:12],
+                left=Left(head[12]),
             )
         self._publish_refusals()
 

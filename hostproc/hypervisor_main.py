@@ -31,6 +31,7 @@ from emu.layout import (
 )
 from emu.machine import Machine, VpKick
 from emu.memory import GuestMemory
+from emu.mirror import Left
 from emu.ring_memory import RingMemory, RingWords
 from emu.ring_trace import recorded
 from emu.scenario import Scenario
@@ -472,17 +473,17 @@ class Hypervisor:
 
     def _bury_guest(self) -> None:
         """The guest died: as DETACH, and its threads do not free their exit slots any more."""
-        self._guest_gone()
+        self._guest_gone(Left.DIED)
         self.exits.reclaim()
 
-    def _guest_gone(self) -> None:
+    def _guest_gone(self, how: Left = Left.DETACHED) -> None:
         """DETACH, or the guest's death: reset the partition, disconnect, go on."""
         self._forget_pidfd()
         self._changed = True
         self.control_plane.attached_pid = 0
         self.partition.reset()
         self.control_plane.forget_messages()
-        self.bus.guest_gone()
+        self.bus.guest_gone(how)
         if self.machine.config["no_guest"]:
             self._set_right()
         # Whoever waits for the end of the guest reads the mirror right behind this exit.

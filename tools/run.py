@@ -39,7 +39,7 @@ from tools.run_machine import Options, run_here
     "--stream", "stream_path", type=click.Path(path_type=Path), help="Send this file through an echo channel."
 )
 @click.option("--detach", is_flag=True, help="Return when all channels are open; the machine goes on.")
-@click.option("--no-guest", is_flag=True, help="No guest of ours: wait for somebody else's, end after its UNLOAD.")
+@click.option("--no-guest", is_flag=True, help="No guest of ours: wait for somebody else's, end when it has left.")
 @click.option(
     "--guest-timeout",
     "guest_timeout_s",

@@ -16,7 +16,7 @@ from typing import Any, Final
 from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
 from emu.faults import FaultKind
-from emu.mirror import Mirror
+from emu.mirror import Left, Mirror
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
 from emu.wire.versions import version_text
@@ -319,7 +319,7 @@ def _written(path: Path) -> tuple[int, int] | None:
 
 
 def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: Outcome) -> None:
-    """Wait for a guest to attach, then until it has unloaded (or died, which the host treats alike)."""
+    """Wait for a guest to attach, then until it has unloaded, detached or died: one guest, and how it left is told."""
     mirror = Mirror(running.machine.control)
     running.wait_until(lambda: running.machine.control.ready >= Ready.HOST_RUNS, 10.0, "the hypervisor process to run")
     if not options.as_json and narrates():
@@ -359,6 +359,7 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
     if outcome.foreign and head.seen_version:
         outcome.version = version_text(head.seen_version)
         outcome.offers, outcome.seen_open = head.seen_offers, head.seen_open
+        outcome.left = Left(head.left)
     if devices := list_devices(running.machine):
         outcome.devices = devices
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from emu.mirror import Left
 from emu.recording import RecordingWriter
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskRow
@@ -20,6 +21,11 @@ from tools.output import print_json, print_table, say
 
 SHOWN_DEVICES: Final = 40
 SHOWN_REFUSALS: Final = 5
+LEFT: Final = {
+    Left.UNLOADED: "the guest unloaded",
+    Left.DETACHED: "the guest detached without UNLOAD",
+    Left.DIED: "the guest died without UNLOAD",
+}
 
 
 @dataclass(slots=True)
@@ -36,6 +42,8 @@ class Outcome:
     offers: int = 0
     seen_open: int = 0
     """The most channels that a foreign guest had open at a time."""
+    left: Left = Left.NOBODY
+    """How somebody else's guest left."""
     boot_s: float | None = None
     opened_at_ns: int | None = None
     """CLOCK_MONOTONIC when the last channel was open: for whoever started this process and timed it."""
@@ -125,6 +133,7 @@ class Outcome:
         found = [f"{one.program.name.lower()} on cpu{one.cpu}: {one.errors} errors" for one in self.tasks if one.errors]
         if self.stream is not None and not self.stream["sha256_ok"]:
             found.append(_wrong_stream(self.stream))
+        found += [LEFT[self.left]] if self.left is Left.DIED else []
         found += [f"not open: {lost} of {self.offers} channels"] if lost else []
         found += [f"leaked: {self.leaked}"] if self.leaked else []
         found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
@@ -146,6 +155,7 @@ class Outcome:
             "devices": [device_report(device) for device in self.devices],
             "channels_open": self.channels_open,
             "not_open": self.lost(),
+            "guest_left": self.left.name.lower() if self.left else None,
             "boot_s": self.boot_s,
             "opened_at_ns": self.opened_at_ns,
             "kicks": self.kicks(),
@@ -248,6 +258,8 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
 def _tell_people(outcome: Outcome) -> None:
     if outcome.foreign and outcome.version:
         click.echo(f"VMBus {outcome.version}, {outcome.channels_open} of {outcome.offers} channels open at a time")
+    if outcome.left:
+        click.echo(LEFT[outcome.left])
     if outcome.tasks:
         echoes = [task for task in outcome.tasks if task.program != Program.NET_CHECK]
         frames = [task for task in outcome.tasks if task.program == Program.NET_CHECK]

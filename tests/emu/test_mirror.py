@@ -9,7 +9,7 @@ import pytest
 
 from emu.control import MIRROR_CHANNEL_ROW, MIRROR_CHANNELS, MIRROR_HEAD, Control
 from emu.ipc.segments import object_name
-from emu.mirror import Mirror, MirrorChannel
+from emu.mirror import Left, Mirror, MirrorChannel
 from tests.processes import Forked
 
 TYPE = UUID("f8615163-df3e-46c5-913f-f2d2f965ed0e")
@@ -37,6 +37,7 @@ def write(mirror: Mirror, number: int) -> None:
         attached_pid=number + 7,
         disconnects=number + 8,
         seen=(number + 9, number + 10, number + 11),
+        left=Left.DIED,
     )
 
 
@@ -72,12 +73,12 @@ def test_head_is_read_back(control: Control) -> None:
     write(mirror, 200)
 
     assert figures(Mirror(control)) == list(range(200, 212))
-    assert (first, Mirror(control).head().sequence) == (2, 4)
+    assert (first, Mirror(control).head().sequence, Mirror(control).head().left) == (2, 4, Left.DIED)
 
 
 def test_unwritten_mirror_says_that_nobody_is_connected(control: Control) -> None:
     """Before the host wrote anything all is zero, and there are no channels."""
-    assert figures(Mirror(control)) == [0] * 12
+    assert figures(Mirror(control)) == [0] * 12 and Mirror(control).head().left == Left.NOBODY
     assert list(Mirror(control).channels()) == []
 
 

@@ -13,6 +13,7 @@ from emu.control import POINT_BYTES
 from emu.errors import OutOfMemory, ProtocolViolation
 from emu.gpadl import MapBudget
 from emu.memory import PAGE_SIZE, GuestMemory
+from emu.mirror import Left
 from emu.ring import RingConsumer, RingMemory, RingProducer
 from emu.switches import ALL_FIXED, Fix
 from emu.syncpoint import Point
@@ -361,7 +362,8 @@ def test_unload_closes_everything() -> None:
 
     assert answer.TYPE is MessageType.UNLOAD_RESPONSE
     assert guest.partition.doorbells == {} and all(event.closed for event in guest.partition.events)
-    assert guest.bus.server.summary().gpadls == 0 and guest.bus.disconnects == 1
+    assert guest.bus.server.summary().gpadls == 0
+    assert (guest.bus.disconnects, guest.bus.left) == (1, Left.UNLOADED)
     guest.partition.run()
     assert len(guest.boot()) == 3
 
@@ -373,10 +375,24 @@ def test_a_guest_that_connects_anew_has_not_left() -> None:
     guest.open(1)
 
     assert len(guest.boot()) == 2
-    assert (guest.bus.connects, guest.bus.disconnects) == (2, 0)
+    assert (guest.bus.connects, guest.bus.disconnects, guest.bus.left) == (2, 0, Left.NOBODY)
 
     guest.post(Unload())
     assert guest.bus.disconnects == 1
+
+
+def test_how_a_guest_left_is_what_it_did_while_it_was_connected() -> None:
+    """Who unloads and then detaches, or ends, has unloaded; who detaches at once has not."""
+    guest = Guest()
+    guest.boot()
+    guest.post(Unload())
+    guest.bus.guest_gone(Left.DETACHED)
+    guest.bus.guest_gone(Left.DIED)
+    assert (guest.bus.disconnects, guest.bus.left) == (1, Left.UNLOADED)
+
+    guest.boot()
+    guest.bus.guest_gone(Left.DETACHED)
+    assert (guest.bus.disconnects, guest.bus.left) == (2, Left.DETACHED)
 
 
 def test_a_guest_that_died_is_forgotten() -> None:
@@ -391,6 +407,7 @@ def test_a_guest_that_died_is_forgotten() -> None:
     guest.bus.guest_gone()
 
     assert guest.bus.outgoing == 0 and guest.partition.doorbells == {}
+    assert (guest.bus.disconnects, guest.bus.left) == (1, Left.DIED)
     guest.partition.buffers = 100
     assert len(guest.boot()) == 2
 

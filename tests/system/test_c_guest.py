@@ -21,6 +21,7 @@ from emu.mirror import Mirror
 from emu.ring import Packet, RingConsumer, RingMemory, RingProducer
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from tools import cli, run_machine
+from tools.exit_status import ExitStatus
 from tools.launch import RunningMachine, launch
 from tools.run_machine import Options
 from tools.run_outcome import Outcome
@@ -222,10 +223,38 @@ def test_run_tells_of_a_guest_that_came_and_went_between_two_looks(
 
     shown = capsys.readouterr().out
     if not as_json:
-        assert "VMBus 5.3, 1 of 8 channels open at a time\n" in shown
+        assert "VMBus 5.3, 1 of 8 channels open at a time\nthe guest unloaded\n" in shown
         return
     told = json.loads(shown)
     assert (told["version"], told["offers"], told["channels_open"], told["leaked"]) == ("5.3", 8, 1, 0)
+    assert told["guest_left"] == "unloaded"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_run_tells_of_a_guest_that_died(
+    guest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    """It ends the run as an unload does, but as a finding."""
+    waits = run_machine.wait_for_foreign_guest
+
+    def looks_late(machine: RunningMachine, options: Options, outcome: Outcome) -> None:
+        mirror = Mirror(machine.machine.control)
+        machine.wait_until(lambda: machine.machine.control.ready >= Ready.HOST_RUNS, DEADLINE_S, "the host")
+        with running(guest, machine.name, "--packets", "10000000") as doomed:
+            machine.wait_until(lambda: mirror.head().open == 1, DEADLINE_S, "it to open a channel")
+            doomed.kill()
+        waits(machine, options, outcome)
+
+    monkeypatch.setattr(run_machine, "wait_for_foreign_guest", looks_late)
+
+    assert cli.main(["run", "--no-guest", *(["--json"] if as_json else [])]) == ExitStatus.FINDING
+
+    shown = capsys.readouterr()
+    if not as_json:
+        assert "the guest died without UNLOAD\n" in shown.out and "finding kept in" in shown.err
+        return
+    told = json.loads(shown.out)
+    assert (told["guest_left"], told["channels_open"], told["leaked"]) == ("died", 1, 0)
 
 
 def test_many_offers_reach_a_foreign_guest(guest: Path) -> None:

@@ -25,7 +25,7 @@ from tools.keyboard import keyboard, keys_of
 from tools.top_sample import ChannelLook, Frame, Look, ProcessLook, Sampler, VpLook, rows_between
 from tools.top_view import SORT_KEYS, Wishes, age, bar, chosen_channels, count, screen, scrolled, wished
 
-HEAD = MirrorHead(2, 0x50003, 3, 3, 3, 0, 0, 0, 0, 0, 0x50003, 3, 3)
+HEAD = MirrorHead(2, 0x50003, 3, 3, 3, 0, 0, 0, 0, 0, 0x50003, 3, 3, 0)
 
 
 def ring(used: int, *, mask: int = 0) -> RingFigures:
