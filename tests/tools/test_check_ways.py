@@ -229,3 +229,13 @@ def test_sleeper_of_a_machine_at_rest_is_told_at_once(
     numbers = {number for number, text in broken(edited.records, settled=settled) if "relid 1, " in text}
 
     assert numbers & {19, 20} == told
+
+
+def test_first_packet_begins_at_index_0(records: list[TraceRecord]) -> None:
+    """INV-24: also what is published first has to lie where the last one ended, which is the ring's beginning."""
+    edited = Edited(records)
+    at = edited.where("ring_publish", relid=1, side=Side.TO_GUEST)
+    nbytes = edited.records[at].arguments["bytes"]
+    edited.change(at, bytes=nbytes + 8)
+
+    assert (24, f"index {nbytes:#x} follows 0x0 by {nbytes + 8} bytes") in broken(edited.records)

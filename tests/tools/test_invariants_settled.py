@@ -16,18 +16,19 @@ from emu.wire.ring_layout import FEATURE_BITS, INTERRUPT_MASK, PENDING_SEND_SZ
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, MESSAGE_FLAGS_OFFSET, MESSAGE_PAYLOAD_OFFSET, message_slot
 from guestproc.current import Current
 from guestproc.kernel.functions import WORK_FUNCTIONS
-from guestproc.kernel.layout import Channel
+from guestproc.kernel.layout import CallbackMode, Channel
 from guestproc.kernel.pages import PageRun
 from guestproc.kernel.rqstor import Requestor
-from guestproc.kernel.tasklet import CPU_SHIFT, SCHED, tasklet_disable_nosync
+from guestproc.kernel.tasklet import CPU_SHIFT, RUN, SCHED, tasklet_disable, tasklet_disable_nosync
 from guestproc.kernel.workqueue import QueueNumber, WorkItem
 from guestproc.protocol.numbers import Works
 from guestproc.view import INBOUND, OUTBOUND, GuestView
 from tests.guestproc.conftest import HOST_VERSIONS
 from tests.guestproc.world import World, new_world
-from tests.tools.settled_world import findings, seen
+from tests.tools.settled_world import findings, publish, seen
 from tools.invariant_table import RULES, STATE_RULES
 from tools.invariants_settled import judge
+from tools.live_view import LiveView
 
 RELID = 9
 
@@ -250,6 +251,15 @@ def test_tasklet_left_disabled_or_scheduled(world: World) -> None:
     channel.callback_event.word.store(0)
 
 
+def test_tasklets_of_a_processor(world: World) -> None:
+    """INV-18: those of its messages and of its events (below 2.4, where a flag is everybody's) are told apart."""
+    cpu = world.tables.cpus.at(1)
+    for tasklet, name in ((cpu.msg_dpc, "messages"), (cpu.event_dpc, "events")):
+        tasklet_disable_nosync(tasklet)
+        assert texts(world, 18) == [f"the tasklet of CPU 1's {name} is left disabled 1 times"]
+        tasklet.word.store(0)
+
+
 # -- rings, pages, pools --------------------------------------------------------------------------------
 
 
@@ -260,6 +270,19 @@ def test_bytes_that_nobody_is_told_of(world: World) -> None:
     found = findings(world, 19)
     assert [(one.relid, one.text.endswith("unmasked and unread")) for one in found] == [(RELID, True)]
     assert any("that the guest has not read" in text for text in texts(world, 28))
+
+
+def test_bytes_of_a_channel_that_a_program_reads(world: World) -> None:
+    """INV-19: a program that has the rings mapped looks at them when it likes; any other direct reader must be told."""
+    channel = world.channel(RELID)
+    world.host.write(RELID, b"hello", signal=False)
+    channel.callback_mode = CallbackMode.DIRECT
+    assert [one.relid for one in findings(world, 19)] == [RELID]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuestView, "driver_name", lambda _view, _number: "uio_hv_generic")
+
+        assert findings(world, 19) == []
 
 
 def test_bytes_that_the_host_does_not_see(world: World) -> None:
@@ -394,6 +417,21 @@ def test_messages_that_nobody_takes(world: World) -> None:
     world.host.outbox.clear()
 
 
+def test_machine_whose_guest_is_not_ours_is_judged_by_the_hosts_side(world: World) -> None:
+    """INV-28: the kernel's records are another's, or not laid out yet; what waits at the host is told all the same."""
+    publish(world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(world.machine.config, "no_guest", True)
+        assert judge(LiveView(world.machine)) == []
+        world.host.inbox.append((1, b""))
+        publish(world)
+
+        found = judge(LiveView(world.machine))
+
+    assert [one.text for one in found] == ["1 messages of the guest's wait to be read by the host"]
+    world.host.inbox.clear()
+
+
 # -- who waits for whom ---------------------------------------------------------------------------------
 
 
@@ -479,6 +517,18 @@ def test_mutex_of_one_who_died(world: World) -> None:
     world.machine.control.set_dead(worker & 0xFFF, 9)
 
     assert texts(world, 27) == ["vcpu0 waits for connection[0].driver_mutex: SUB_CHAN died holding it"]
+
+
+def test_tasklet_that_is_waited_for(world: World) -> None:
+    """INV-27: only the processor of the tasklet that somebody waits for stands behind him, not that of any other."""
+    tasklet = world.channel(RELID).callback_event
+    tasklet.word.store(RUN | 1 << CPU_SHIFT)
+    idle = world.tables.connection.tasklet_idle
+    world.start(lambda current: tasklet_disable(current.actor, tasklet, idle))
+    world.settle()
+
+    assert texts(world, 27) == ["vcpu0 waits for a tasklet to be idle: vcpu1 is idle"]
+    tasklet.word.store(0)
 
 
 def test_count_of_offers_that_never_falls(world: World) -> None:
