@@ -10,6 +10,7 @@ import pytest
 from emu.errors import RingFull
 from emu.memory import PAGE_SIZE
 from emu.ring import PacketTooLong, RingConsumer, RingMemory, RingProducer
+from emu.ring_producer import SHORTEST_RUN
 from emu.wire.gpa_range import GpaRange
 from emu.wire.packets import (
     COMPLETION_REQUESTED,
@@ -306,8 +307,12 @@ def test_transaction_ids_of_a_batch(ring: RingMemory, ids: int | list[int], expe
     assert [packet[2] for packet in RingConsumer(ring).drain()] == expected
 
 
-def test_batches_publish_an_eighth_at_a_time() -> None:
-    """The reader may begin while the writer still copies: at most an eighth of the ring stays back."""
+@pytest.mark.parametrize("batches_before", [0, 1])
+def test_batches_publish_an_eighth_at_a_time(batches_before: int) -> None:
+    """The reader may begin while the writer still copies: at most an eighth of the ring stays back.
+
+    Also of a batch whose payloads have the length of those before, which is stored at once where it is small.
+    """
     with ring_pages("contiguous", data_pages=8) as pages:
         indices: list[int] = []
         words = pages.memory.words
@@ -317,11 +322,15 @@ def test_batches_publish_an_eighth_at_a_time() -> None:
             words.store_write(index)
 
         producer = RingProducer(pages.memory, words=replace(words, store_write=store))
+        for _ in range(batches_before):
+            producer.write_many([bytes(1000)] * SHORTEST_RUN)
+        begin = SHORTEST_RUN * 1024 * batches_before
+        indices.clear()
         written, _ = producer.write_many([bytes(1000)] * 25)
 
     assert written == 25
-    assert indices == [4096 // 1024 * 1024 * step for step in range(1, 7)] + [25 * 1024]
-    assert producer.bytes == 25 * 1024
+    assert indices == [begin + 4096 * step for step in range(1, 7)] + [begin + 25 * 1024]
+    assert producer.bytes == begin + 25 * 1024
 
 
 # -- reading --------------------------------------------------------------------------------------
