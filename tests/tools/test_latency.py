@@ -123,6 +123,7 @@ def test_pictures_show_every_stage() -> None:
 
     assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
     assert bars == sorted(bars) and bars[-1] == 48
+    assert terminal_plot(histogram_of([1_500]))[0].endswith(" 1.5 us")
 
 
 @pytest.mark.parametrize(("now", "worse"), [(100, False), (110, False), (111, True), (50, False)])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -80,6 +81,21 @@ def test_what_an_ended_thread_or_process_cost_is_not_forgotten(monkeypatch: pyte
 
     assert seen == sorted(seen) and seen[0] > 0
     assert watched.cost.rss >= watched.cost.pss >= watched.cost.uss > 0
+
+
+@pytest.mark.parametrize("from_birth", [True, False])
+def test_what_a_process_did_before_it_was_watched(from_birth: bool) -> None:
+    """It is the profile's of one that it started, with its threads'; of one that ran before it is left out."""
+    while time.process_time() < 0.5:
+        pass
+    before_s = time.process_time()
+    watched = profile_samples.Watched("one", "vcpu", os.getpid(), 0.0, from_birth=from_birth)
+    watched.sample(1.0)
+    cost, threads_s = watched.cost, sum(one.user_s + one.system_s for one in watched.cost.threads.values())
+
+    assert (cost.cpu_ns / 1e9 > before_s / 2) is from_birth
+    assert (threads_s > before_s / 2) is from_birth
+    assert (cost.user_s + cost.system_s > before_s / 2) is from_birth
 
 
 def test_command_is_watched_from_its_machines_first_instruction(run_cli: RunCli, tmp_path: Path) -> None:

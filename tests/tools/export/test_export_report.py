@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import struct
+import time
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_halts_are_no_work() -> None:
 
     assert quarters == [25.0 * BUCKETS, 0, 25.0 * BUCKETS, 0]
     assert halts.count == 2
+
+
+def test_who_halts_last_is_idle_until_the_end(tmp_path: Path) -> None:
+    """A processor without a task leaves no more records; the others' say how long it has none."""
+    path = tmp_path / "halts.rec"
+    vcpus = [(ActorKind.VCPU, f"vcpu{cpu}", cpu, Context.TASK) for cpu in range(2)]
+    with recorders(path, *vcpus) as (halted, at_work):
+        halted.record(EVENTS["halt"].number)
+        began_ns = time.monotonic_ns()
+        while time.monotonic_ns() < began_ns + 1_000_000:
+            at_work.record(EVENTS["irq_raise"].number, 0, 0xF3)
+    with Recording(path) as recording:
+        busy = {one["name"]: one["busy"] for one in report_of(recording)["activity"]["actors"]}
+
+    assert busy == {"vcpu0": [0.0] * BUCKETS, "vcpu1": None}
 
 
 def test_command_writes_the_page(real_recording: Path, tmp_path: Path) -> None:
