@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from xml.etree import ElementTree
 
 import click
 
@@ -22,6 +21,7 @@ from tools.exit_status import ExitStatus
 from tools.findings import Case, folder_of
 from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
+from tools.junit import JunitCase, suite_of
 from tools.named_files import check_apart, write_text
 from tools.options import FileToWrite, json_option
 from tools.output import print_json, say
@@ -95,31 +95,21 @@ def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, 
 
     One more of what is `told`, and one of damage, since nearly everything is undecided then.
     """
-    broken = sum(1 for one in verdicts if one.count) + bool(told) + bool(damage)
-    skipped = sum(1 for one in verdicts if one.undecided)
-    suite = ElementTree.Element(
-        "testsuite",
-        name=f"vmbus-emu check {path.name}",
-        tests=str(len(verdicts) + bool(told) + bool(damage)),
-        failures=str(broken),
-        skipped=str(skipped),
-    )
-    for verdict in verdicts:
-        name = f"{verdict.name} {verdict.rule.TITLE}"
-        case = ElementTree.SubElement(suite, "testcase", classname="check", name=name)
-        if verdict.undecided:
-            ElementTree.SubElement(case, "skipped", message=verdict.undecided)
-        elif verdict.count:
-            failure = ElementTree.SubElement(case, "failure", message=f"{verdict.count} violations")
-            failure.text = "\n".join(line for one in verdict.violations for line in lines_of(one))
+    cases = [
+        JunitCase(
+            f"{verdict.name} {verdict.rule.TITLE}",
+            failure=f"{verdict.count} violations" if verdict.count and not verdict.undecided else "",
+            skipped=verdict.undecided,
+            text="\n".join(line for one in verdict.violations for line in lines_of(one)),
+        )
+        for verdict in verdicts
+    ]
     if told:
-        case = ElementTree.SubElement(suite, "testcase", classname="check", name="the machine as its run found it")
-        failure = ElementTree.SubElement(case, "failure", message=f"{len(told)} violations")
-        failure.text = "\n".join(f"{name}: {text}" for name, text in told)
+        text = "\n".join(f"{name}: {text}" for name, text in told)
+        cases.append(JunitCase("the machine as its run found it", failure=f"{len(told)} violations", text=text))
     if damage:
-        case = ElementTree.SubElement(suite, "testcase", classname="check", name="the recording is whole")
-        ElementTree.SubElement(case, "failure", message=damage)
-    return ElementTree.tostring(suite, encoding="unicode") + "\n"
+        cases.append(JunitCase("the recording is whole", failure=damage))
+    return suite_of(f"vmbus-emu check {path.name}", "check", cases)
 
 
 def lines_of(violation: Finding) -> list[str]:

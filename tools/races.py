@@ -9,16 +9,18 @@ import shutil
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from xml.etree import ElementTree
 
 import click
 
 from emu.errors import UserError
 from tools.exit_status import ExitStatus, noting_interruption
-from tools.findings import RECORDING, Case, InFolder
+from tools.findings import RECORDING, REPEAT, Case, InFolder
+from tools.junit import JunitCase, suite_of, write_end
 from tools.named_files import check_apart, write_text
 from tools.options import FileToWrite, json_option
 from tools.output import narrates, print_json, print_table, say
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 EXHIBITS: Final = "exhibits"
 SEED: Final = 0
 """Nothing in a schedule is random; its machine has the seed that any machine has when nobody says."""
+SUITE: Final = "vmbus-emu races"
+CLASSNAME: Final = "races"
 SCHEDULE: Final = "schedule.toml"
 """The file of a finding that `races run` reads."""
 
@@ -140,7 +144,7 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
             print_json("races-run", 1, report_of(none, None, None))
         return ExitStatus.TIME_LIMIT
     runs: list[RaceRun] = []
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
+    with _told_if_it_ends(junit), tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
         with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine, noting_interruption() as interruption:
             for number in range(times):
                 kept = record_path if times == 1 and record_path else Path(folder, f"{number}.rec")
@@ -150,15 +154,27 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
         if interruption.status is not None:
             say(f"interrupted after {len(runs)} of {times} runs")
         if not runs:
+            write_end(junit, SUITE, CLASSNAME, "interrupted before the first run ended")
             return interruption.status or ExitStatus.FAILED
         finding = keep(schedule, runs)
         if record_path is not None and times > 1:
             shutil.copyfile(worst_of(runs).recording, record_path)
     if junit is not None:
-        write_text(junit, junit_of(runs), "--junit")
+        output = "" if finding is None else f"finding kept in {finding}; repeat it: sh {finding / REPEAT}"
+        write_text(junit, junit_of(runs, output, interrupted=len(runs) < times), "--junit")
     if as_json:
         print_json("races-run", 1, report_of(runs, record_path, finding))
     return interruption.status or STATUS[worst_of(runs).verdict]
+
+
+@contextmanager
+def _told_if_it_ends(junit: Path | None) -> Iterator[None]:
+    """An error that ends the block is in the JUnit file as well."""
+    try:
+        yield
+    except Exception as error:
+        write_end(junit, SUITE, CLASSNAME, str(error) or type(error).__name__)
+        raise
 
 
 def report_of(runs: list[RaceRun], record_path: Path | None, finding: Path | None) -> dict[str, object]:
@@ -330,21 +346,23 @@ def keep(schedule: Schedule, runs: list[RaceRun]) -> Path | None:
     return case.keep(line_of(worst).splitlines(), recording=worst.recording, files={SCHEDULE: text})
 
 
-def junit_of(runs: list[RaceRun]) -> str:
-    """One test case a run: failed where it is not what the schedule says, skipped where it says nothing."""
-    failed = sum(not one.expected and one.verdict != INCONCLUSIVE for one in runs)
-    skipped = sum(one.verdict == INCONCLUSIVE for one in runs)
-    suite = ElementTree.Element(
-        "testsuite", name="vmbus-emu races", tests=str(len(runs)), failures=str(failed), skipped=str(skipped)
-    )
-    for number, one in enumerate(runs, 1):
-        name = f"{one.name} fix {'on' if one.fix else 'off'} #{number}"
-        case = ElementTree.SubElement(suite, "testcase", classname="races", name=name, time=f"{one.seconds:.3f}")
-        if one.verdict == INCONCLUSIVE:
-            ElementTree.SubElement(case, "skipped", message=one.reason)
-        elif not one.expected:
-            ElementTree.SubElement(case, "failure", message=one.verdict).text = line_of(one)
-    return ElementTree.tostring(suite, encoding="unicode") + "\n"
+def junit_of(runs: list[RaceRun], output: str = "", *, interrupted: bool = False) -> str:
+    """One test case a run: failed where it is not what the schedule says, skipped where it says nothing.
+
+    One more, an error, where somebody ended the command before its last run.
+    """
+    cases = [
+        JunitCase(
+            f"{one.name} fix {'on' if one.fix else 'off'} #{number}",
+            failure="" if one.expected or one.verdict == INCONCLUSIVE else one.verdict,
+            skipped=one.reason or INCONCLUSIVE if one.verdict == INCONCLUSIVE else "",
+            text="" if one.expected or one.verdict == INCONCLUSIVE else line_of(one),
+            seconds=one.seconds,
+        )
+        for number, one in enumerate(runs, 1)
+    ]
+    cases += [JunitCase("ran to its end", error=f"interrupted after {len(runs)} runs")] if interrupted else []
+    return suite_of(SUITE, CLASSNAME, cases, seconds=sum(one.seconds for one in runs), output=output)
 
 
 __all__ = ["ExitStatus", "races"]

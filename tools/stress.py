@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from xml.etree import ElementTree
 
 import click
 
@@ -39,6 +38,7 @@ from tools.flight import DEFAULT_S, save_flight, saved_if_it_hangs
 from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.invariants_settled import state_report
+from tools.junit import JunitCase, suite_of, write_end
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, write_text
 from tools.options import (
@@ -61,6 +61,8 @@ MIX_HELP: Final = (
     + ", ".join(f"{word} ({what})" for word, what in INGREDIENTS.items())
     + "; or none."
 )
+SUITE: Final = "vmbus-emu stress"
+CLASSNAME: Final = "stress"
 FINDINGS: Final = (
     "lost",
     "corrupt",
@@ -289,26 +291,36 @@ def stress(
                     flight_s=flight_s,
                 )
                 report["again"] = again
-        except (UserError, MissingPrerequisite):
+        except (UserError, MissingPrerequisite) as error:
+            write_end(junit, SUITE, CLASSNAME, str(error))
             raise  # no seed makes any difference
         except BaseException as error:
             click.echo(ended_early, err=True)
+            write_end(junit, SUITE, CLASSNAME, str(error) or type(error).__name__, output=_told(error, again))
             if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
                 print_json("stress", VERSION, {"seed": chosen, "again": again, **failure_report(error)})
             raise
         if interruption.status is not None or report is None:
             click.echo(ended_early, err=True)
+            write_end(junit, SUITE, CLASSNAME, "interrupted", output=ended_early)
             if as_json:
                 print_json("stress", VERSION, {"seed": chosen, "again": again, "interrupted": True})
             return interruption.status or ExitStatus.FAILED
+        report["finding"] = _kept(case, report, record_path, recorded)
         if junit is not None:
             write_text(junit, junit_of(report), "--junit")
-        report["finding"] = _kept(case, report, record_path, recorded)
         if as_json:
             print_json("stress", VERSION, report)
         else:
             _show(report)
         return ExitStatus.FINDING if findings_of(report) else ExitStatus.FINE
+
+
+def _told(error: BaseException, again: str) -> str:
+    """What the JUnit file of a run that ended early says of how to look into it."""
+    folder = getattr(error, "finding", None)
+    kept = f"\nfinding kept in {folder}" if folder else ""
+    return f"ended early; the same again: {again}{kept}"
 
 
 def _case(scenario: Scenario, seed: int, duration_s: float, mix: str, limit_s: float | None, flight_s: float) -> Case:
@@ -536,15 +548,23 @@ def findings_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def junit_of(report: Mapping[str, Any]) -> str:
-    """One test case for each count that must be nothing."""
+    """One test case for each count that must be nothing; what was not looked at is skipped, not left out."""
     found = findings_of(report)
-    names = [name for name in FINDINGS if name in report]
-    suite = ElementTree.Element("testsuite", name="vmbus-emu stress", tests=str(len(names)), failures=str(len(found)))
-    for name in names:
-        case = ElementTree.SubElement(suite, "testcase", classname="stress", name=name, time=str(report["seconds"]))
-        if name in found:
-            ElementTree.SubElement(case, "failure", message=found[name])
-    return ElementTree.tostring(suite, encoding="unicode") + "\n"
+    reasons = {"violations": report.get("unchecked", ""), "state_violations": report.get("unjudged", "")}
+    details = {"lost": report.get("complaints"), "corrupt": report.get("complaints")}
+    cases = [
+        JunitCase(
+            name,
+            failure=found.get(name, ""),
+            skipped="" if name in found else reasons.get(name, ""),
+            text="\n".join(details.get(name) or ()) if name in found else "",
+        )
+        for name in FINDINGS
+        if name in report or reasons.get(name)
+    ]
+    output = [f"the same again: {report['again']}"] if report.get("again") else []
+    output += [f"finding kept in {report['finding']}"] if report.get("finding") else []
+    return suite_of(SUITE, CLASSNAME, cases, seconds=report["seconds"], output="\n".join(output))
 
 
 def _show(report: Mapping[str, Any]) -> None:
