@@ -14,8 +14,8 @@ import shlex
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +39,7 @@ from tools.guest_death import refuse_guest_deaths
 from tools.guest_versions import check_versions
 from tools.invariants_settled import state_report
 from tools.junit import JunitCase, suite_of, write_end
-from tools.launch import MachineDied, RunningMachine, launch
+from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, write_text
 from tools.options import (
     FileToWrite,
@@ -388,7 +388,7 @@ def run_stress(
         saved_if_it_hangs(running, flight_s),
         recording(running, path, None if record_path else MOST_RECORDED) as recorded,
     ):
-        running.wait_ready()
+        _booted(running, duration_s, limit)
         booted = Outcome(running.name, scenario, seed)
         note_boot(running, booted)
         booted.faults = running.faults.report()
@@ -479,10 +479,23 @@ def _checked(path: Path) -> dict[str, Any]:
     }
 
 
+def _booted(running: RunningMachine, duration_s: float, limit: Limit | None) -> None:
+    """The machine, once its channels are open; as `_ended`."""
+    with _limited(limit, duration_s):
+        running.wait_ready(timeout_s=BOOT_TIMEOUT_S if limit is None else min(BOOT_TIMEOUT_S, limit.left_s))
+
+
 def _ended(running: RunningMachine, rows: list[int], duration_s: float, limit: Limit | None) -> list[TaskRow]:
     """The programs, once they have ended; DeadlinePassed where one hangs, OwnLimit where the limit comes first."""
-    try:
+    with _limited(limit, duration_s):
         return running.wait_tasks(rows, TASK_GRACE_S if limit is None else min(TASK_GRACE_S, limit.left_s))
+
+
+@contextmanager
+def _limited(limit: Limit | None, duration_s: float) -> Iterator[None]:
+    """A wait whose deadline is that of the limit, where that comes first: OwnLimit then."""
+    try:
+        yield
     except DeadlinePassed:
         if limit is not None and not limit.left_s:
             raise limit.passed(duration_s) from None

@@ -220,6 +220,28 @@ def test_a_limit_that_passes_while_the_programs_end_is_the_users(
     assert (type(passed.value), str(passed.value)) == (error, said)
 
 
+def test_the_limit_counts_while_the_machine_boots_as_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A channel whose answer is lost is waited for as long as somebody gave, not for the 60 s of a boot."""
+    asked = []
+    wait_ready = RunningMachine.wait_ready
+
+    def noted(running: RunningMachine, *, timeout_s: float) -> None:
+        asked.append(timeout_s)
+        wait_ready(running, timeout_s=timeout_s)
+
+    monkeypatch.setattr(RunningMachine, "wait_ready", noted)
+    lost = "reply.drop@kind=openchannel_result,nth=2"
+
+    assert cli.main(["stress", "--seed", "4", "--time-limit", "1", "--fault", lost]) == ExitStatus.TIME_LIMIT
+
+    assert len(asked) == 1 and asked[0] <= 1.0
+    said = capsys.readouterr().err
+    assert "5 s of stress did not end within the --time-limit of 1 s" in said
+    assert "finding kept" not in said, "nothing is known to hang"
+
+
 def test_device_that_the_guest_gave_back_is_taken_away_all_the_same() -> None:
     """Its offer failed, so its relid is free, or another device's: `stress` knows what it added by its instance."""
     scenario = Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])
