@@ -7,7 +7,6 @@ recording costs and nothing more; no file is written until there is something to
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from emu.errors import DeadlinePassed, OwnLimit, UserError
-from emu.ipc.segments import SHM
+from emu.ipc.segments import free_shared_memory
 from emu.machine import Machine
 from emu.recording import RecordingWriter
 from tools.launch import RunningMachine
@@ -33,15 +32,6 @@ def usual_s(recording: bool) -> float:
     if recording or free_shared_memory() < LEAST_FREE:
         return 0.0
     return DEFAULT_S
-
-
-def free_shared_memory() -> int:
-    """Bytes that are free where machines have their memory; 0 where there is none."""
-    try:
-        space = os.statvfs(SHM)
-    except OSError:
-        return 0
-    return space.f_bavail * space.f_frsize
 
 
 def save_flight(machine: Machine, seconds: float, reason: str) -> Path | None:

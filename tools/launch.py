@@ -28,7 +28,7 @@ from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind
 from emu.faults import parse as parse_fault
-from emu.ipc.segments import machines, unlink_objects
+from emu.ipc.segments import machines, too_full, unlink_objects
 from emu.layout import MachineState
 from emu.limits import check_limits
 from emu.machine import ACTOR_WAKEUPS, Machine
@@ -329,7 +329,8 @@ class RunningMachine:
     ) -> None:
         """Wait until the machine has come as far as `stage`, calling `on_look` at each look.
 
-        A boot that stands still says for what it waits (`tools.standstill`), and so does its DeadlinePassed.
+        A boot that stands still says for what it waits (`tools.standstill`), and so does its DeadlinePassed; it is a
+        MissingPrerequisite where there is no memory left.
         """
         standstill = Standstill(self.machine, timeout_s)
 
@@ -343,6 +344,8 @@ class RunningMachine:
         try:
             self.wait_until(come, timeout_s, f"machine {self.name} to reach {stage.name}")
         except DeadlinePassed as late:
+            if full := too_full(f"machine {self.name} did not reach {stage.name}"):
+                raise full from None
             late.args = (f"{late}; {standstill.awaited()}",)
             raise
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
 from emu.faults import FaultKind
+from emu.ipc.segments import too_full
 from emu.mirror import Left, Mirror
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
@@ -226,7 +227,10 @@ def live(running: RunningMachine, options: Options, outcome: Outcome, ready: Cal
 
 
 def note_boot(running: RunningMachine, outcome: Outcome) -> None:
-    """Of a machine whose guest is up: how long that took, and what it was offered and has opened."""
+    """Of a machine whose guest is up: how long that took, and what it was offered and has opened.
+
+    MissingPrerequisite where a channel is not open, of which no fault is the cause, and no memory is left.
+    """
     control = running.machine.control
     outcome.opened_at_ns = time.monotonic_ns() - (control.clock.now() - control.booted_ns)
     outcome.boot_s = round(outcome.opened_at_ns / 1e9 - running.launched_at, 6)
@@ -234,6 +238,10 @@ def note_boot(running: RunningMachine, outcome: Outcome) -> None:
         running.wait_until(lambda: host_has_told(running), TOLD_TIMEOUT_S, "the host to tell", step_s=0.002)
     look(running, outcome)
     outcome.offers = max(outcome.offers, outcome.surely_offered())
+    struck = any(fault["hits"] for fault in running.faults.report())
+    lost = 0 if struck else outcome.lost()
+    if lost and (full := too_full(f"{lost} of {outcome.offers} channels are not open")):
+        raise full
 
 
 def show_discovery(running: RunningMachine, quiet: bool, timeout_s: float) -> None:

@@ -23,6 +23,8 @@ from emu.limits import limit_behind
 PREFIX: Final = "/vmbus-emu."
 SHM: Final = Path("/dev/shm")
 """Where Linux keeps the objects: a segment under its name, a semaphore under `sem.` and its name."""
+LEAST_FREE: Final = 64 << 10
+"""Bytes: a guest asks for a few pages at a time, and what it does not get it leaves free."""
 
 
 def object_name(machine: str, part: str) -> str:
@@ -120,6 +122,25 @@ class Segment:
         self.view.close()
         self.memory.close()
         os.close(self.fd)
+
+
+def free_shared_memory() -> int:
+    """Bytes that are free where machines have their memory; 0 where there is none."""
+    try:
+        space = os.statvfs(SHM)
+    except OSError:
+        return 0
+    return space.f_bavail * space.f_frsize
+
+
+def too_full(what: str) -> MissingPrerequisite | None:
+    """What to raise where `what` may be for want of memory; None where some is free.
+
+    A guest goes on without what it finds no memory for, as a kernel does: nobody else says it.
+    """
+    if free_shared_memory() >= LEAST_FREE:
+        return None
+    return MissingPrerequisite(f"{SHM} is full: {what}; free some of it, or ask for fewer or smaller devices")
 
 
 def refused_memory(name: str, nbytes: int, error: OSError) -> MissingPrerequisite:

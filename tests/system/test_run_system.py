@@ -789,12 +789,16 @@ def test_boot_that_shared_memory_has_no_room_for_is_one_line(tmp_path: Path, siz
     assert done.stderr.count("\n") == (done.returncode == 3) and ("/dev/shm" in done.stderr) == (done.returncode == 3)
 
 
-@pytest.mark.parametrize("size", range(3190, 3280, 10))
+@pytest.mark.parametrize("size", range(3190, 3300, 10))
 def test_no_process_dies_where_shared_memory_ends_within_the_boot(tmp_path: Path, size: int) -> None:
-    """A few KiB decide who finds no room: the guest's tables, its SynIC's pages, a channel's record. Nobody dies."""
+    """A few KiB decide who finds no room: the guest's tables, its SynIC's pages, a channel's record. Nobody dies.
+
+    Whoever it is, the run says that /dev/shm is too small: a guest that goes on without a device is no finding then.
+    """
     done = run_behind(f"mount -t tmpfs -o size={size}k tmpfs /dev/shm", tmp_path)
 
-    assert done.returncode in (0, 1, 3), (done.stdout, done.stderr)
+    assert done.returncode in (0, 3), (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == (done.returncode == 3) and ("/dev/shm" in done.stderr) == (done.returncode == 3)
 
 
 def test_a_computer_without_proc_is_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from emu.errors import DeadlinePassed
+from emu.ipc import segments
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from tools import flight as module
@@ -107,11 +108,11 @@ def test_flight_that_nobody_asked_for_takes_no_memory_that_is_scarce(
 
 def test_shared_memory_that_is_missing_has_nothing_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No mount, no flight; whoever makes the machine then says what is missing."""
-    assert module.free_shared_memory() > 0
+    assert segments.free_shared_memory() > 0
 
-    monkeypatch.setattr(module, "SHM", tmp_path / "nowhere")
+    monkeypatch.setattr(segments, "SHM", tmp_path / "nowhere")
 
-    assert module.free_shared_memory() == 0
+    assert segments.free_shared_memory() == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from typing import Any, cast
 import pytest
 
 from emu.errors import UserError
+from emu.fault_plan import FaultPlan
+from emu.ipc import segments
 from emu.ipc.segments import objects_of
 from emu.mirror import Mirror, MirrorHead
 from emu.scenario import Scenario
@@ -122,6 +124,29 @@ def test_boot_that_stands_still_says_for_what_it_waits(
     assert said.endswith("it gives up 1 s after its begin, with status 124; Ctrl-C ends it now")
     assert "CHANNELS_OPEN: no answer within 1 s; " + awaited in shown.err.splitlines()[-1]
     assert shown.out.startswith(f"fault {name}") and "1 hits of 1 occasions" in shown.out
+
+
+@pytest.mark.parametrize("fault", ["reply.drop@kind=alloffers_delivered", "alloc.fail=alloc_channel"])
+@pytest.mark.parametrize("free", [0, segments.LEAST_FREE])
+def test_boot_that_fails_on_a_full_dev_shm_is_for_want_of_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, free: int
+) -> None:
+    """Exit 3 and one line, where it is not known that a fault was the cause; as ever where memory is left."""
+    monkeypatch.setattr(run_machine, "BOOT_TIMEOUT_S", 0.6)
+    monkeypatch.setattr(segments, "free_shared_memory", lambda: free)
+    # Nobody tells of a hit: the fault stands for an allocation that fails by itself.
+    monkeypatch.setattr(FaultPlan, "report", lambda _plan: [])
+
+    status = cli.main(["run", "--device", "echo:1", "--duration", "0", "--fault", fault])
+
+    late = "alloffers" in fault
+    if free:
+        assert status == (ExitStatus.TIME_LIMIT if late else ExitStatus.FINDING)
+        return
+    what = "did not reach CHANNELS_OPEN" if late else "1 of 1 channels are not open"
+    told = capsys.readouterr().err
+    assert status == ExitStatus.MISSING and told.startswith("vmbus-emu: /dev/shm is full: ") and what in told
+    assert told.count("\n") == 1
 
 
 def test_guest_that_never_unloads_is_a_time_limit(
