@@ -53,10 +53,11 @@ def run_detached(options: Options) -> int:
         _pid, status = os.waitpid(pid, 0)
         said = log.read_text().rstrip() if log.exists() else ""
         log.unlink(missing_ok=True)
+        say(said or "vmbus-emu: the launcher ended before its machine was up")
+        # Behind it: a stdout that is full or closed takes nothing of what was said.
         if asked_for is not None:
             output.told = True
             click.echo(os.pread(asked_for, os.fstat(asked_for).st_size, 0), nl=False)
-        say(said or "vmbus-emu: the launcher ended before its machine was up")
         code = os.waitstatus_to_exitcode(status)
         return code if code > 0 else int(ExitStatus.FAILED)
     if options.as_json:

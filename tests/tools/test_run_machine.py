@@ -362,6 +362,25 @@ def test_detached_boot_that_does_not_end_is_a_time_limit(tmp_path: Path, as_json
     assert done.stderr.endswith(f"{told['timed_out']}\n") and Path(told["finding"]).parent.name == "findings"
 
 
+def test_detached_boot_that_does_not_end_is_told_where_stdout_is_full(tmp_path: Path) -> None:
+    """What the launcher said is on stderr, and behind it that the object found no room."""
+    silent = ("--device", "echo:1", "--fault", "reply.drop@kind=alloffers_delivered", "--json")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", IMPATIENT, *silent],
+            env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+            cwd=SOURCES,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert "to reach CHANNELS_OPEN: no answer within 0.6 s" in done.stderr
+    assert done.returncode == ExitStatus.USAGE and "cannot write to stdout" in done.stderr.splitlines()[-1]
+
+
 def test_a_file_whose_path_no_order_holds_is_refused(tmp_path: Path) -> None:
     """A program's order has room for 256 bytes of path: that is said before a machine is made."""
     folder = tmp_path.resolve() / ("d" * 50)
