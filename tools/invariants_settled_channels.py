@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -162,9 +161,6 @@ def lists_are_whole(scene: Scene) -> Iterator[Finding]:
             walked = walked[: tables.channels.in_use]
         for handle in dict.fromkeys(channel.handle for channel in walked):
             lists.setdefault(handle, []).append(cpu.index)
-        for handle, count in Counter(channel.handle for channel in walked).items():
-            if count > 1 and len(walked) <= tables.channels.capacity:
-                yield Finding(25, f"the channel {handle:#x} is {count} times on the chan_list of CPU {cpu.index}")
     for channel in _enlisted(view):
         cpus, target = lists.get(channel.handle, []), channel.target_cpu.load()
         if cpus != [target]:

@@ -10,7 +10,7 @@ from struct import pack_into
 import pytest
 
 from emu.doorbells import make_bell
-from emu.layout import D_CONNECTION_SUMMARY
+from emu.layout import D_CONNECTION_SUMMARY, VP_REQUEST, vp_page_offset
 from emu.wire.messages import MessageType, RescindChannelOffer
 from emu.wire.ring_layout import FEATURE_BITS, INTERRUPT_MASK, PENDING_SEND_SZ
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, MESSAGE_FLAGS_OFFSET, MESSAGE_PAYLOAD_OFFSET, message_slot
@@ -138,6 +138,9 @@ def test_waiter_of_a_rescinded_channel(world: World) -> None:
     found = findings(world, 6)
     assert [(one.relid, one.actors) for one in found] == [(10, ("PRI_CHAN",))]
     assert "OPENCHANNEL of relid 10" in found[0].text
+    world.host.outbox.append((0, b""))
+    assert findings(world, 6) == []  # it may be the answer
+    world.host.outbox.clear()
 
 
 def test_stale_name_and_write_into_a_free_record(world: World) -> None:
@@ -154,6 +157,22 @@ def test_stale_name_and_write_into_a_free_record(world: World) -> None:
     world.machine.ram.memory[request.gpa + 40] ^= 1
 
     assert [text.startswith("requests[") for text in texts(world, 13)] == [True]
+
+
+def test_names_of_what_is_gone(world: World) -> None:
+    """INV-13: a channel that names a device of an earlier generation, and a device that names such a channel."""
+    channel = world.channel(RELID)
+    device = world.tables.devices.find(channel.device_obj)
+    assert device is not None
+    right, of_device = channel.device_obj, device.channel
+    channel.device_obj = right + (2 << 32)
+    assert texts(world, 13) == ["relid 9 names a device that is gone"]
+    channel.device_obj = right
+
+    device.channel = of_device + (2 << 32)
+
+    assert texts(world, 13) == [f"device {device.index} names the channel {device.channel:#x}, which is gone"]
+    device.channel = of_device
 
 
 def test_channel_off_its_list() -> None:
@@ -230,6 +249,16 @@ def test_flag_that_nobody_takes(world: World) -> None:
     assert [one.relid for one in findings(world, 16)] == [RELID]
     assert any("event flag 9" in text for text in texts(world, 28))
     assert findings(world, 16, parked=(world.cpus[channel.target_cpu.load()].row.slot,)) == []
+
+
+def test_vector_that_no_processor_takes(world: World) -> None:
+    """INV-28: it is requested, and nothing is in service that it would have to wait behind."""
+    position = world.cpus[1].position
+    request = vp_page_offset(position) + VP_REQUEST + 24
+    world.machine.vps.view.store_u64(request, 1 << (0xF3 - 192))
+
+    assert texts(world, 28) == [f"vector 0xf3 of VP {world.machine.vp_index(position)} is requested"]
+    world.machine.vps.view.store_u64(request, 0)
 
 
 def test_masked_ring_without_its_consumer(world: World) -> None:
@@ -323,6 +352,18 @@ def test_ring_pages_that_went_to_the_free_list(world: World) -> None:
     channel.ring_gpa = 0
 
     assert ["has taken back" in text for text in texts(world, 12)] == [True]
+
+
+def test_rings_of_which_the_host_tells_no_gpadl(world: World) -> None:
+    """INV-12: the guest has the channel open; then its rings are the channel's, whatever the host says."""
+    channel = world.channel(RELID)
+    world.host.gpadls.clear()
+    assert texts(world, 12) == []
+    run = PageRun(channel.ring_gpa >> 12, channel.ring_send_pages + channel.ring_recv_pages, channel.ring_generation)
+    world.call(lambda current: current.tables.pages.free(current.actor, run))
+
+    assert texts(world, 12) == [f"page {run.pfn:#x} of relid 9's rings, which the host has, is free"]
+    channel.ring_gpa = 0
 
 
 def test_overlay_that_went_to_the_free_list(world: World) -> None:
