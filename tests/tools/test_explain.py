@@ -382,6 +382,19 @@ def test_recording_that_begins_late_tells_what_is_unread(records: list[TraceReco
     assert looks(traffic(records, *publishes, late)) == []
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("closed", [True, False])
+def test_room_that_a_writer_waits_for_is_owed_until_its_channel_is_closed(
+    records: list[TraceRecord], side: int, closed: bool
+) -> None:
+    """Of either ring; with the channel the wish has gone."""
+    left = traffic(records, ("pending_size", (77, side, 4096)), *[("close", (77, 0))] * closed)
+    waiter = left[-1 - closed].actor.name
+
+    told = [text for text in owed(left) if "relid 77" in text]
+    assert told == ([] if closed else [f"the reader owes {waiter} 4096 bytes of room in a ring of relid 77"])
+
+
 def test_size_makes_up_for_publishes_that_are_missing(records: list[TraceRecord]) -> None:
     """A release of more bytes than the recording knows of takes none of those that lie behind its index."""
     left = traffic(records, ATTACHED, ("ring_publish", (77, 0, 588, 88)), ("ring_release", (77, 0, 500, 500)))

@@ -81,6 +81,15 @@ def test_guests_post_is_one_flow_with_what_the_host_saw_of_it(flows: Flows) -> N
         assert flow.step(Role.HOST_TAKE) is not None
 
 
+def test_posts_that_the_host_says_nothing_of_are_a_flow_each(records: list[TraceRecord]) -> None:
+    """Its record gives them their serial; without it they are told apart all the same."""
+    left = [record for record in records if record.event.name != "post" or record.actor.kind != "HYPERVISOR"]
+    posts = [record for record in left if record.event.name == "post_begin"]
+    flows = [flow for flow in flows_of(left, VPS) if flow.step(Role.POSTED) and not flow.to_guest]
+
+    assert len(flows) == len({flow.id for flow in flows}) == len(posts) > 1
+
+
 def test_records_know_their_flows(flows: Flows) -> None:
     """An exporter finds the flow of any record; one that answers belongs to the answer."""
     for flow in flows:

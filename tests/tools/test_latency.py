@@ -122,6 +122,7 @@ def test_pictures_show_every_stage() -> None:
     bars = [line.count("█") for line in terminal_plot(histograms["isr"])]
 
     assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 2
+    assert {"isr", "dpc"} <= {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
     assert bars == sorted(bars) and bars[-1] == 48
     assert terminal_plot(histogram_of([1_500]))[0].endswith(" 1.5 us")
 
