@@ -284,6 +284,21 @@ def test_edit_breaks_its_rule_alone(records: list[TraceRecord], number: int) -> 
         assert violation.records
 
 
+@pytest.mark.parametrize(("woken", "circle"), [(0xABC0, False), (0xABC8, True)])
+def test_who_is_woken_sleeps_no_more_for_that(records: list[TraceRecord], woken: int, circle: bool) -> None:
+    """INV-27: a wake that is about something else does not open the circle."""
+    edited = Edited(records)
+    circle_of_mutexes(edited)
+    at = edited.where("wait", object=0xABC0)
+    asleep, wake = edited.records[at], edited.where("wake")
+    edited.records.insert(
+        at + 1, replace(asleep, event=EVENTS["wake"], values=edited.records[wake + (wake > at)].values)
+    )
+    edited.change(at + 1, object=woken, actor=asleep.actor.slot)
+
+    assert (27 in broken(edited.records)) is circle
+
+
 def test_timer_message_that_is_taken_back_need_not_come(records: list[TraceRecord]) -> None:
     """It waited behind a pending bit, and then the guest wrote its timer's register."""
     edited = Edited(records)

@@ -14,6 +14,7 @@ from emu.recording import TraceRecord
 from emu.scenario import Scenario, parse_device
 from emu.tracing import EVENTS, WaitedFor
 from emu.wire.messages import MessageType
+from hostproc.protocol.states import ChannelState
 from tests.conftest import RunCli
 from tools.debts import Debt, debts_of
 from tools.exit_status import ExitStatus
@@ -207,6 +208,22 @@ def test_guest_that_is_gone_is_owed_nothing(records: list[TraceRecord]) -> None:
         gone = replace(host, t_ns=begun[-1].t_ns, seq=1 << 30, event=EVENTS["reset"], values=(0,))
         assert len(owed(begun)) >= 3
         assert owed([*begun, gone]) == []
+
+
+def test_end_of_a_guest_is_in_the_story_of_what_it_held(records: list[TraceRecord]) -> None:
+    """While it has the relid; behind its release, or before its offer, the end of a guest is another's story."""
+    host = next(one for one in records if one.actor.kind == "HYPERVISOR")
+    states = [index for index, one in enumerate(records) if one.event.name == "host_state" and one.values[0] == 4]
+    offered, again = [index for index in states if records[index].values[3] == ChannelState.CLOSED][:2]
+    in_use = next(index for index in states if records[index].values[2] == ChannelState.OPEN)  # and about to end
+    assert offered < in_use < again
+    told = []
+    for end in (offered, in_use, again):
+        gone = replace(host, t_ns=records[end].t_ns, seq=1 << 30, event=EVENTS["reset"], values=(0,))
+        left = [*records[:end], gone]
+        told.append(any(one.record is gone for one in story_of_relid(left, flows_of(left, (0, 1)), 4)))
+
+    assert told == [False, True, False]
 
 
 def without_the_answer(records: list[TraceRecord], msgtype: MessageType) -> list[TraceRecord]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from emu.recording import TraceRecord
+from emu.tracing import EVENTS
 from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_TIMER_EXPIRED
 from tests.tools.recorded import Edited
@@ -88,6 +91,20 @@ def test_posts_that_the_host_says_nothing_of_are_a_flow_each(records: list[Trace
     flows = [flow for flow in flows_of(left, VPS) if flow.step(Role.POSTED) and not flow.to_guest]
 
     assert len(flows) == len({flow.id for flow in flows}) == len(posts) > 1
+
+
+@pytest.mark.parametrize("pending", [0, 1])
+def test_eom_belongs_to_the_message_whose_slot_it_follows(records: list[TraceRecord], pending: int) -> None:
+    """If the pending bit was set behind the freeing; any other EOM is nobody's."""
+    edited = Edited(records)
+    freed = edited.where("slot_free", last=True)
+    edited.change(freed, pending=pending)
+    eom = replace(edited.records[freed], event=EVENTS["eom"], values=(0, 2, 0))
+    edited.records.insert(freed + 1, eom)
+    flow = flows_of(edited.records, VPS).get(f"h{edited.records[freed].arguments['serial']}")
+
+    assert flow is not None
+    assert [step.record for step in flow.steps if step.role is Role.EOM] == [eom] * pending
 
 
 def test_records_know_their_flows(flows: Flows) -> None:
