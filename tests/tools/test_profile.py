@@ -46,6 +46,22 @@ def test_picture_has_a_band_for_each_process_up_to_a_limit(count: int, bands: in
     assert len(ElementTree.fromstring(svg_of(found)).findall(POLYGON)) == bands
 
 
+def test_bands_stand_on_each_other_within_the_picture() -> None:
+    """From the left edge to the right one; the heights are the shares, the highest just below the top."""
+    found = Profile(2.0, [cost("vcpu0", "vcpu", 10**9), cost("vcpu1", "vcpu", 3 * 10**9)], {})
+    bands = [
+        [(float(x), float(y)) for x, y in (one.split(",") for one in band.attrib["points"].split())]
+        for band in ElementTree.fromstring(svg_of(found)).findall(POLYGON)
+    ]
+    below, above = ({y for _, y in band} for band in bands)
+    unit = max(above) - min(above)
+
+    assert all((min(xs), max(xs)) == (60.0, 620.0) for xs in ([x for x, _ in band] for band in bands))
+    assert max(below) == 360.0 - 40.0 and min(below) == max(above)
+    assert max(below) - min(below) == pytest.approx(3 * unit, rel=0.01)
+    assert 36.0 < min(above) < 36.0 + 0.1 * (max(below) - 36.0)
+
+
 WORKS_IN_A_THREAD = """
 import sys, threading
 

@@ -86,6 +86,11 @@ def test_every_verb_is_read() -> None:
         (["arm g.isr.enter"], "it has too few words or too many; write it as `arm POINT "),
         (["arm g.isr.enter cpus=1 as X"], "cpus= is nothing of `arm`; write it as `arm POINT "),
         (["arm g.isr.enter cpu=one as X"], "cpu=one is no number; write it as cpu=1"),
+        (["arm g.isr.enter do=look as X"], "who comes there is held, or seen (do=see), or turns a fault on"),
+        (
+            ["arm g.isr.enter do=see fault=guest.wakeup_spurious as X"],
+            "who comes there is held, or seen (do=see), or turns a fault on (fault=…); choose one",
+        ),
         (["arm g.isr.enter relid=NIC as X"], "NIC is no device of an earlier step; name a label of `offer`"),
         (["until settled now"], "it has too few words or too many; write it as `until settled`"),
         (["resume X"], "no earlier step is called X; name one with `arm … as LABEL` before it"),
