@@ -411,6 +411,18 @@ def test_frames_that_came_wrong(world: World) -> None:
     assert texts(world, 23) == ["of 5 frames that came on relid 9 1 out of sequence and 2 damaged"]
 
 
+def test_queue_that_nobody_wakes_may_be_in_the_midst_of_it(world: World) -> None:
+    """INV-22: a transmit queue is stopped and nothing is out; who is held may be about to wake it."""
+    nvchan = world.tables.net_channels.alloc()
+    assert nvchan is not None
+    nvchan.channel, nvchan.attached = world.channel(RELID).handle, 1
+    nvchan.tx_stopped.store(1)
+
+    told = "the transmit queue of relid 9 is stopped, and no completion will come that wakes it"
+    assert texts(world, 22) == [told]
+    assert findings(world, 22, parked=(world.cpus[0].row.slot,)) == []
+
+
 # -- the rule of everything -----------------------------------------------------------------------------
 
 
