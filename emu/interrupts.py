@@ -56,6 +56,8 @@ MOST_HOLD_OFF_NS: Final = 1_000_000_000
 """For how long there is no polling then: twice as long each time, up to this."""
 MOST_STRAYS: Final = 1_000
 POLL_START_NS: Final = 10_000
+NO_CLOCK: Final = 100
+"""Of a halt that may last longer than so many polls, the poll's own time is nothing, and no clock is read for it."""
 SOON: Final = 1.5
 """A block that lasted up to so many longest polls grows the next one.
 
@@ -323,8 +325,18 @@ class Halt:
         if look():
             return
         window_ns = self.policy.next_window_ns()
-        if window_ns and self._poll(look, window_ns):
-            return
+        if window_ns:
+            if timeout_ns > NO_CLOCK * window_ns:
+                if self._poll(look, window_ns):
+                    return
+            elif timeout_ns > 0:
+                # What it polls is part of the wait: a deadline that is nearer than the window is not passed twice.
+                end = time.monotonic_ns() + timeout_ns
+                if self._poll(look, min(window_ns, timeout_ns)):
+                    return
+                timeout_ns = end - time.monotonic_ns()
+                if timeout_ns <= 0:
+                    return
         # Announce, then look: a requester that came between has set its bit before it read our state, so
         # either it sees HALTED and posts, or we see its bit here (lost 101 of 139,000 the other way round).
         self._state.store(HALTED)

@@ -565,10 +565,35 @@ def test_polling_that_finds_work_does_not_block(monkeypatch: pytest.MonkeyPatch)
 def test_polling_in_vain_ends_in_a_block() -> None:
     """Nothing came within the window."""
     sleeper = Sleeper()
-    polling(sleeper, lambda: False, 20).halt(10**6)
+    polling(sleeper, lambda: False, 20).halt(10**8)
 
-    assert sleeper.semaphore.blocks == [0.001]
+    assert sleeper.semaphore.blocks == [0.1]
     assert (sleeper.counters.polls_paid, sleeper.counters.polls_vain) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("window_us", "timeout_ns", "blocks"),
+    [
+        (200, 50_000, []),  # a deadline within the window: over when the poll is
+        (200, 200_000, []),
+        (200, 300_000, [0.0001]),  # what is left of it
+        (200, 10**9, [1.0]),  # a poll is nothing beside this
+        (200, 0, [0.0]),
+    ],
+)
+def test_a_deadline_is_not_later_by_the_poll(
+    monkeypatch: pytest.MonkeyPatch, window_us: int, timeout_ns: int, blocks: list[float]
+) -> None:
+    """Whoever halts for so long is back then, however the time was split between polling and blocking."""
+    clock = [0]
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + 10_000))
+    sleeper = Sleeper()
+
+    polling(sleeper, lambda: False, window_us).halt(timeout_ns)
+
+    assert sleeper.semaphore.blocks == blocks
+    assert sleeper.state == AWAKE
 
 
 def test_poller_gives_way_when_its_core_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,7 +601,7 @@ def test_poller_gives_way_when_its_core_is_wanted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("emu.interrupts.LONG_YIELD_NS", -1)
     looks: list[int] = []
     sleeper = Sleeper()
-    polling(sleeper, lambda: looks.append(1), 60_000_000).halt(10**6)
+    polling(sleeper, lambda: looks.append(1), 60_000_000).halt(10**9)
 
     # One look before polling, twenty while polling, one behind the announcement.
     assert len(looks) == 22
@@ -603,7 +628,7 @@ def test_poller_goes_on_behind_who_works_on_what_is_due(
     policy = PollPolicy("adaptive", lambda: next(asked, False))
     wakeup = cast(Wakeup, sleeper.semaphore)
 
-    Halt(sleeper.view, 0, wakeup, lambda: seen.append(1), policy, sleeper.counters).halt(10**6)
+    Halt(sleeper.view, 0, wakeup, lambda: seen.append(1), policy, sleeper.counters).halt(10**8)
 
     assert len(seen) == looks
 
@@ -636,11 +661,11 @@ def test_recording_has_as_many_polls_as_there_were(monkeypatch: pytest.MonkeyPat
     wakeup, recorder = cast(Wakeup, sleeper.semaphore), cast(Recorder, told)
     halt = RecordedHalt(recorder, sleeper.view, 0, wakeup, lambda: False, PollPolicy(200), sleeper.counters).halt
     for _ in range(5):
-        halt(10**6)
+        halt(10**8)
 
     assert 0 < sleeper.counters.polls_vain < 5
     assert told.polls == [0] * sleeper.counters.polls_vain
-    assert told.blocks == [(E_HALT, 10**6), (E_HALT_END, 0)] * 5
+    assert told.blocks == [(E_HALT, 10**8), (E_HALT_END, 0)] * 5
 
 
 def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,13 +678,13 @@ def test_poller_that_lost_its_core_does_not_poll_for_a_while(monkeypatch: pytest
     halt = polling(sleeper, lambda: looks.append(1), 200).halt
     counts = []
     for _ in range(3):
-        halt(10**6)
+        halt(10**8)
         counts.append(len(looks))
         looks.clear()
     clock[0] += HOLD_OFF_NS
-    halt(10**6)
+    halt(10**8)
     clock[0] += HOLD_OFF_NS
-    halt(10**6)
+    halt(10**8)
 
     # A poll, two halts without one; another poll, and this time it is longer until the next.
     assert counts == [22, 2, 2]
