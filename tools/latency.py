@@ -161,8 +161,9 @@ def latency(
     before = _read_report(compare) if compare is not None else Older({}, {})
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     case = _case(scenario, rate, size, duration_s, compare, fail)
-    drained = tempfile.TemporaryFile()  # noqa: SIM115 - the command's context closes it
-    recorded_at = record_path or _nameless(click.get_current_context().with_resource(drained))
+    # The command's context closes it.
+    drained = click.get_current_context().with_resource(tempfile.TemporaryFile())  # noqa: SIM115
+    recorded_at = record_path or _nameless(drained)
     plain: Measured | None = None
     recorded: Measured | None = None
     failure: DeadlinePassed | MachineDied | NotOpened | None = None

@@ -6,16 +6,21 @@ import json
 import os
 import re
 import signal
+import tempfile
 from array import array
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
 
 import pytest
 from hdrh.histogram import HdrHistogram
 from hdrh.log import HistogramLogReader
 
+from emu.errors import UserError
 from tests.conftest import RunCli
 from tests.system.commands import ended, start, wait_until_open
+from tools import cli, latency
+from tools.exit_status import ExitStatus
 from tools.histograms import (
     MOST_NS,
     figures_of,
@@ -296,3 +301,28 @@ def test_a_machine_without_echo_is_no_finding(
 def test_recorded_part_ends_when_it_has_told_enough(rate: int | None, duration_s: float, recorded_s: float) -> None:
     """After 1.5 s, or 50,000 round trips where these take longer; never later than the rest."""
     assert _recorded_s(rate, duration_s) == recorded_s
+
+
+@pytest.mark.parametrize("more", [[], ["--record", "kept.rec"]])
+def test_no_file_is_left_to_the_collector(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """What the command opened it closes, also where it records elsewhere: Python warns of others under -W error."""
+    opened = []
+    make = tempfile.TemporaryFile
+
+    def noted() -> IO[bytes]:
+        opened.append(make())
+        return opened[-1]
+
+    def measure(*_arguments: object, **_options: object) -> None:
+        raise UserError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tools.latency.tempfile.TemporaryFile", noted)
+    monkeypatch.setattr(latency, "measure", measure)
+
+    assert cli.main(["latency", *more]) == ExitStatus.USAGE
+
+    assert opened and all(file.closed for file in opened)
+    capsys.readouterr()
