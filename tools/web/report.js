@@ -403,6 +403,15 @@
     .then(showMessages);
   dark.addEventListener("change", (event) => setTheme(event.matches));
   byId("theme").addEventListener("click", () => setTheme(!document.documentElement.classList.contains("dark")));
+  // The style sheet has paper light; charts are drawn with the colours of the moment.
+  let darkOnScreen = false;
+  window.addEventListener("beforeprint", () => {
+    darkOnScreen = document.documentElement.classList.contains("dark");
+    if (darkOnScreen) setTheme(false);
+  });
+  window.addEventListener("afterprint", () => {
+    if (darkOnScreen) setTheme(true);
+  });
   window.addEventListener("hashchange", () => {
     const asked = new URLSearchParams(location.hash.slice(1));
     if (asked.has("flow")) choose(asked.get("flow"), asked.has("t") ? Number(asked.get("t")) : null);

@@ -271,6 +271,31 @@ def test_page_works_in_a_browser(chromium: Page, found: dict[str, Any], tmp_path
     assert struct.unpack(">II", picture[16:24]) == (1280, 900)
 
 
+def test_page_that_is_dark_is_printed_dark_on_white(chromium: Page, found: dict[str, Any], tmp_path: Path) -> None:
+    """Paper has no background: text and charts have the light page's colours there, the screen its own again."""
+    page = tmp_path / "report.html"
+    page.write_text(page_of(found), encoding="utf-8")
+    text = "getComputedStyle(document.body).color"
+    chromium.open(page.as_uri())
+    light = chromium.ask(text)
+    chromium.open(page.as_uri(), dark=True)
+    dark = chromium.ask(text)
+    chromium.ask(
+        "window.seen = []; for (const name of ['beforeprint', 'afterprint']) window.addEventListener(name, () =>"
+        " seen.push(document.documentElement.classList.contains('dark')))"
+    )
+
+    chromium.call("Page.printToPDF")
+    after = chromium.ask(text)
+    drawn = chromium.ask("seen")
+    chromium.call("Emulation.setEmulatedMedia", media="print", features=[])
+    chromium.ask("document.documentElement.classList.add('dark')")
+
+    assert (drawn, after) == ([False, True], dark)
+    assert chromium.ask(text) == light != dark
+    chromium.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_recording_that_is_none_is_refused(tmp_path: Path) -> None:
     """One line of the recording's own."""
     (tmp_path / "none").write_text("nothing")
