@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from tools.exit_status import ExitStatus
 from tools.launch import Death, MachineDied, launch
 
 FIELDS = {"name", "value", "unit", "better", "runs", "spread", "against", "ratio", "goal", "floor", "met", "reason"}
+
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
 def anchor(*runs: float, **more: Any) -> Anchor:
@@ -297,8 +300,13 @@ def test_scenario_that_no_bench_runs_on_is_one_line(
 
 @pytest.mark.parametrize("name", list(module.BENCHES))
 def test_every_bench_measures(run_cli: RunCli, name: str) -> None:
-    """A short run of each gives figures above zero (but of records that were dropped), and says what it ran on."""
+    """A short run of each gives figures above zero (but of records that were dropped), and says what it ran on.
+
+    Nothing in it takes longer than all of it: a time in a unit that is not its own does.
+    """
+    began_s = time.monotonic()
     done = run_cli("bench", name, "--short", "--json", timeout_s=100.0)
+    elapsed_s = time.monotonic() - began_s
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -308,6 +316,8 @@ def test_every_bench_measures(run_cli: RunCli, name: str) -> None:
     assert all(
         one["value"] > 0 for one in told["results"] if not one["name"].endswith(("-dropped", "one more vCPU running"))
     )
+    times_s = {one["name"]: one["value"] * SECONDS[one["unit"]] for one in told["results"] if one["unit"] in SECONDS}
+    assert not {what: time_s for what, time_s in times_s.items() if time_s > elapsed_s}
 
 
 @pytest.mark.parametrize(

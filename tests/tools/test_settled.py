@@ -197,6 +197,19 @@ def test_thread_that_has_not_begun_will_take_the_next_letter(world: World) -> No
     assert look(world, held, second).settled
 
 
+def test_letter_that_was_taken_is_somebodys_who_waits_for_none(world: World) -> None:
+    """Both threads that make calls wait: somebody is about to begin with it. Where one is held, that one has it."""
+    control, desk = world.machine.control, OrderDesk(world.machine.control)
+    desk.post(Recipient.GUEST, "bind", lambda: None, timeout_s=1.0)
+    desk.take(Recipient.GUEST)
+    slots = [control.enlist(ActorKind.WORKER, f"user/{number}").slot for number in (1, 2)]
+    for slot in slots:
+        control.blocked_word(slot).store(Blocked.IDLE)
+    assert look(world).moving == ("a letter was taken and nobody works on it yet",)
+
+    assert look(world, slots[0]).settled
+
+
 def test_work_waits_for_a_worker_that_has_not_begun(world: World) -> None:
     """Its queue has two threads: with one of them missing the work is not stuck, whoever else is held."""
     queue = world.tables.queues.at(QueueNumber.SYSTEM)
