@@ -44,6 +44,9 @@ TICKET_BYTES: Final = 64
 FAULT_ROWS: Final = 64
 FAULT_ROW: Final = 256
 LOG_BYTES: Final = 1 << 14
+LINE_BEGIN: Final = 512
+LINE_END: Final = 2_048
+"""Characters that are kept of a longer line of the log, such as a traceback: both together always have room."""
 ORDER_TEXT_BYTES: Final = ORDER_BYTES - 64
 """What a letter may say; the rest of its slot is its head (see `emu.orders`)."""
 
@@ -194,6 +197,11 @@ def _pending(pid: int) -> int:
             return next((int(line.split()[1], 16) for line in status if line.startswith(b"ShdPnd:")), 0)
     except OSError:
         return 0
+
+
+def _shortened(line: str) -> str:
+    """The line; of a very long one its begin and its end, which of a traceback say where and what."""
+    return line if len(line) <= LINE_BEGIN + LINE_END else f"{line[:LINE_BEGIN]} … {line[-LINE_END:]}"
 
 
 def is_asleep(pid: int) -> bool:
@@ -685,12 +693,15 @@ class Control:
 
     def store_log(self, lines: Sequence[str]) -> None:
         """Publish the newest lines of the machine's log, as many as there is room for (the launcher: it hears them)."""
-        first = len(lines)
+        kept: list[str] = []
         # Of msgpack: 5 bytes before the list and before each line, at most.
         left = LOG_BYTES - 8 - 5
-        while first and (left := left - len(lines[first - 1].encode()) - 5) >= 0:
-            first -= 1
-        self._store_blob(_LOG, msgpack.packb(list(lines[first:])))
+        for line in map(_shortened, reversed(lines)):
+            left -= len(line.encode()) + 5
+            if left < 0:
+                break
+            kept.append(line)
+        self._store_blob(_LOG, msgpack.packb(kept[::-1]))
 
     def log(self) -> list[str]:
         """The newest lines of the machine's log, the oldest first."""

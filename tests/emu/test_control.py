@@ -474,8 +474,11 @@ def test_newest_lines_of_the_log_are_read_back(control: Control, count: int) -> 
     assert len(told) == count or len("".join(told).encode()) > LOG_BYTES // 2
 
 
-def test_line_that_is_too_long_leaves_no_log(control: Control) -> None:
-    """Nothing behind it has room, and nothing else is spoilt."""
-    control.store_log(["x" * LOG_BYTES])
+def test_of_a_very_long_line_begin_and_end_are_kept(control: Control) -> None:
+    """A traceback of two functions that call each other without end is 100 KB, and what was said before stays."""
+    before, widest = "vcpu0: Vmbus version:5.3", "\N{GRINNING FACE}"
+    control.store_log([before, "back end echo" + widest * LOG_BYTES + "RecursionError", "behind"])
 
-    assert control.log() == []
+    first, long, last = control.log()
+    assert (first, last) == (before, "behind")
+    assert long.startswith("back end echo") and " … " in long and long.endswith("RecursionError")
