@@ -279,8 +279,9 @@ def _tell_people(outcome: Outcome) -> None:
     if outcome.refused:
         click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
         # Who asks an old host for four newer versions is told so four times, in the same words.
-        lines = dict.fromkeys(f"  {one['rule']}: {one['text']}" for one in outcome.refusals if not one["legal"])
-        for line in [*lines][-SHOWN_REFUSALS:]:
+        lines = [f"  {one['rule']}: {one['text']}" for one in outcome.refusals if not one["legal"]]
+        newest = dict.fromkeys(reversed(lines))
+        for line in [*newest][SHOWN_REFUSALS - 1 :: -1]:
             click.echo(line)
     tell_faults(outcome.faults)
     if lost := outcome.lost():

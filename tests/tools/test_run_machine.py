@@ -29,6 +29,7 @@ from tools import cli, detach, launch, run_machine, standstill
 from tools.ctl import ask_host
 from tools.device_list import list_devices
 from tools.exit_status import ExitStatus
+from tools.run_outcome import Outcome, tell
 
 SOURCES = Path(__file__).resolve().parent.parent.parent
 
@@ -200,6 +201,18 @@ def test_refusals_that_are_alike_are_one_line(capsys: pytest.CaptureFixture[str]
         "refused: unknown-message-connection 4",
         "  unknown-message-connection: hypercall with connectionid 0x4: INVALID_CONNECTION_ID",
     ]
+
+
+def test_refusals_that_are_shown_are_those_that_came_last(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that had come before: told twice, its place is that of the second time."""
+    outcome = Outcome("t-last", Scenario.default(), 0)
+    outcome.refused = {"rule": 8}
+    outcome.refusals = [{"rule": "rule", "text": text, "legal": text == "f"} for text in "abcdefga"]
+
+    tell(outcome, as_json=False, interrupted=None)
+
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  rule: ")]
+    assert shown == [f"  rule: {text}" for text in "cdega"]
 
 
 def test_device_that_no_driver_takes_needs_no_log(capsys: pytest.CaptureFixture[str]) -> None:
