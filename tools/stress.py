@@ -196,9 +196,12 @@ class Troubles:
                 self.removes += 1
 
     def not_open(self) -> int:
-        """How many of those that are still there nobody will open, or has not within ten seconds."""
+        """How many of those that are still there nobody will open, or has not within ten seconds.
+
+        One that came when all relids were in use was offered to nobody.
+        """
         lost = 0
-        for one in self.hot:
+        for one in (each for each in self.hot if each["relid"]):
             try:
                 wait_until_open(self.running.machine, one["relid"], one["generation"])
             except (NotOpened, DeadlinePassed):

@@ -285,6 +285,17 @@ def test_channel_that_a_fault_kept_from_opening_is_a_finding(run_cli: RunCli, ch
     assert "not_open: 1" in (Path(report["finding"]) / "finding.txt").read_text()
 
 
+def test_hot_device_that_found_no_relid_is_not_waited_for() -> None:
+    """With as many channels as there are relids the host keeps it back: nobody was offered it."""
+    with launch(Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])) as running:
+        running.wait_ready()
+        hot = [{"relid": 0, "generation": 0, "instance": "11111111-2222-3333-4444-555555555555"}]
+        troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0], hot=hot)
+
+        assert troubles.not_open() == 0
+        running.shut_down_guest()
+
+
 def test_hot_device_that_nobody_opens_is_counted() -> None:
     """Of those that came under the traffic and are still there."""
     with launch(Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])) as running:
