@@ -14,6 +14,7 @@ from typing import IO, Final
 
 import click
 
+from emu.errors import VmbusError
 from tools import output
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus
@@ -23,12 +24,13 @@ from tools.run_machine import Options, run_here
 
 KEPT: Final = 10
 """Logs of launchers that ended badly, or were killed."""
+NOT_UP: Final = "the launcher ended before its machine was up"
 
 
 def run_detached(options: Options) -> int:
     """Fork the launcher into a session of its own and wait for its word, or for its end.
 
-    Whoever interrupts that does not want the machine.
+    Whoever interrupts that does not want the machine. VmbusError where somebody killed the launcher.
     """
     raise_noted()
     reader, writer = os.pipe()
@@ -53,13 +55,16 @@ def run_detached(options: Options) -> int:
         _pid, status = os.waitpid(pid, 0)
         said = log.read_text().rstrip() if log.exists() else ""
         log.unlink(missing_ok=True)
-        say(said or "vmbus-emu: the launcher ended before its machine was up")
-        # Behind it: a stdout that is full or closed takes nothing of what was said.
-        if asked_for is not None:
-            output.told = True
-            click.echo(os.pread(asked_for, os.fstat(asked_for).st_size, 0), nl=False)
         code = os.waitstatus_to_exitcode(status)
-        return code if code > 0 else int(ExitStatus.FAILED)
+        if said or code > 0:
+            say(said or f"vmbus-emu: {NOT_UP}")
+        # Behind it: a stdout that is full or closed takes nothing of what was said.
+        if asked_for is not None and (told := os.pread(asked_for, os.fstat(asked_for).st_size, 0)):
+            output.told = True
+            click.echo(told, nl=False)
+        if code > 0:
+            return code
+        raise VmbusError(NOT_UP)
     if options.as_json:
         print_json("run-detached", 1, {"machine": name, "pid": pid})
     else:

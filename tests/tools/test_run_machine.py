@@ -334,9 +334,24 @@ def test_detached_launcher_that_ends_before_its_machine_is_up(
     """Its exit status is the command's; one that was killed has failed."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(detach, "run_here", launcher)
+    options = cast(run_machine.Options, SimpleNamespace(as_json=False))
 
-    assert detach.run_detached(cast(run_machine.Options, SimpleNamespace(as_json=False))) == told
+    assert cli.status_of(["run", "--detach"], lambda: detach.run_detached(options)) == told
     assert capsys.readouterr().err == "vmbus-emu: the launcher ended before its machine was up\n"
+
+
+def test_of_a_detached_launcher_that_was_killed_there_is_an_object_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It could tell nothing itself; who asked for JSON is told by the command."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(detach, "run_here", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    options = cast(run_machine.Options, SimpleNamespace(as_json=True))
+
+    assert cli.status_of(["run", "--detach", "--json"], lambda: detach.run_detached(options)) == ExitStatus.FAILED
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"]["name"] == "vmbus-emu.failed"
+    assert told["error"] == "the launcher ended before its machine was up"
 
 
 IMPATIENT = """
