@@ -197,11 +197,14 @@ class RunningMachine:
         heard = self._listen(timeout_s)
         if self.by_hand and not self._stopping:
             self._look_after_by_hand()
-        # First, as whoever lacks something ends as well.
-        if self._lacking is not None and not self._stopping:
-            raise self._lacking
-        if self.deaths and not self._stopping:
+        if self._stopping:
+            return heard
+        if self.deaths and self._lacking is None:
             self._hear_who_else_died()
+        # First, as whoever lacks something ends as well.
+        if self._lacking is not None:
+            raise self._lacking
+        if self.deaths:
             raise MachineDied(self.deaths)
         return heard
 

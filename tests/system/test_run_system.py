@@ -18,7 +18,7 @@ import msgpack
 import pytest
 
 from emu.control import is_over
-from emu.errors import UserError
+from emu.errors import MissingPrerequisite, UserError
 from emu.host_tables import HostTables
 from emu.layout import MachineState
 from emu.memory import PAGE_SIZE
@@ -266,6 +266,31 @@ def test_who_dies_a_moment_later_is_named_too(monkeypatch: pytest.MonkeyPatch) -
 
     assert [death.name for death in died.value.deaths] == ["vcpu1", "hypervisor"]
     assert "vcpu1 (pid " in str(died.value) and "\nhypervisor (pid " in str(died.value)
+
+
+def test_what_somebody_lacks_is_told_though_another_died_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory ends one may die of it and the next one say so: the word that comes a moment later is the cause."""
+    with launch(Scenario.default().with_overrides(vcpus=2), name="t-lacking") as running:
+        running.wait_ready()
+        exited = RunningMachine._exited
+
+        def hear_another(running: RunningMachine, name: str, pid: int, status: int) -> None:
+            exited(running, name, pid, status)
+            running.inner["vcpu0"].traceback = "its end has begun"
+            listen = RunningMachine._listen
+
+            def lacking(running: RunningMachine, timeout_s: float) -> bool:
+                running._hear("lacking", "no memory")
+                running.inner["vcpu0"].traceback = ""
+                return listen(running, timeout_s)
+
+            monkeypatch.setattr(RunningMachine, "_listen", lacking)
+
+        monkeypatch.setattr(RunningMachine, "_exited", hear_another)
+        running.kill("vcpu1")
+        with pytest.raises(MissingPrerequisite, match="no memory"):
+            running.watch(10.0)
+    assert_gone("t-lacking")
 
 
 def test_killed_zygote_leaves_no_sweeper_behind() -> None:
