@@ -169,6 +169,8 @@ _STAT_BYTES: Final = 4096
 _FLAGS: Final = 6
 """Where it has the kernel's flags of the first thread, counted from the state."""
 _PF_EXITING: Final = 4
+_THREADS: Final = 17
+"""And how many threads there are."""
 
 
 def start_time_of(pid: int) -> int:
@@ -179,7 +181,9 @@ def start_time_of(pid: int) -> int:
 
 def is_over(pid: int) -> bool:
     """Whether nothing is left of a process, or only what its parent has not asked for yet."""
-    return _stat(pid)[:1] in ([], [b"Z"], [b"X"])
+    fields = _stat(pid)
+    # A zombie is the first thread; others of the process may still run for a moment.
+    return len(fields) <= _THREADS or (fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1)
 
 
 def is_ending(pid: int) -> bool:

@@ -14,7 +14,7 @@ import shlex
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,13 +195,14 @@ class Troubles:
                 ask_host(self.running.machine, "rescind", relid=0, instance=instance)
                 self.removes += 1
 
-    def not_open(self) -> int:
+    def not_open(self, look: Callable[[], object]) -> int:
         """How many of those that are still there nobody will open, or has not within ten seconds.
 
-        One that came when all relids were in use was offered to nobody.
+        One that came when all relids were in use was offered to nobody. Before each wait `look` may end it all.
         """
         lost = 0
         for one in (each for each in self.hot if each["relid"]):
+            look()
             try:
                 wait_until_open(self.running.machine, one["relid"], one["generation"])
             except (NotOpened, DeadlinePassed):
@@ -408,7 +409,7 @@ def run_stress(
         tasks = _ended(running, rows, duration_s, limit)
         faults = running.faults.report()
         if any(one["hits"] for one in faults):
-            lost += troubles.not_open()
+            lost += troubles.not_open(lambda: _look(running, limit, duration_s))
         sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
         rings = _ring_transitions(_guest_tables(running))
         ordered = "faults were ordered" if faults else ""
@@ -492,6 +493,13 @@ def _ended(running: RunningMachine, rows: list[int], duration_s: float, limit: L
     """The programs, once they have ended; DeadlinePassed where one hangs, OwnLimit where the limit comes first."""
     with _limited(limit, duration_s):
         return running.wait_tasks(rows, TASK_GRACE_S if limit is None else min(TASK_GRACE_S, limit.left_s))
+
+
+def _look(running: RunningMachine, limit: Limit | None, duration_s: float) -> None:
+    """Between two waits: MachineDied where a process has ended, OwnLimit where the limit has passed."""
+    running.pump(0.0)
+    if limit is not None and not limit.left_s:
+        raise limit.passed(duration_s)
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 import time
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,6 +210,36 @@ def test_end_of_a_process_begins_with_the_signal_that_kills_it() -> None:
     child.wait()
 
     assert all(seen) and is_ending(child.pid)
+
+
+def test_process_is_not_over_while_a_thread_of_it_runs() -> None:
+    """Also where its first thread is a zombie already, as happens for a moment to whoever is killed."""
+    reader, writer = os.pipe()
+
+    def tell_and_stay() -> None:
+        os.write(writer, b"x")
+        time.sleep(60)
+
+    def leave_a_thread() -> None:
+        threading.Thread(target=tell_and_stay).start()
+        ctypes.CDLL(None).pthread_exit(None)
+
+    child = Forked(leave_a_thread)
+    assert os.read(reader, 1) == b"x"
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        os.sched_yield()
+    alive = is_over(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    while not is_over(child.pid):
+        assert time.monotonic() < end
+        os.sched_yield()
+    child.wait()
+    os.close(reader)
+    os.close(writer)
+
+    assert not alive
 
 
 def test_start_time_of_nobody_is_zero() -> None:

@@ -292,7 +292,7 @@ def test_hot_device_that_found_no_relid_is_not_waited_for() -> None:
         hot = [{"relid": 0, "generation": 0, "instance": "11111111-2222-3333-4444-555555555555"}]
         troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0], hot=hot)
 
-        assert troubles.not_open() == 0
+        assert troubles.not_open(lambda: None) == 0
         running.shut_down_guest()
 
 
@@ -305,5 +305,18 @@ def test_hot_device_that_nobody_opens_is_counted() -> None:
         running.turn_on("alloc.fail=probe@times=1")
         troubles.add()
 
-        assert troubles.not_open() == 1
+        assert troubles.not_open(lambda: None) == 1
+        running.shut_down_guest()
+
+
+def test_limit_passes_also_while_hot_devices_are_waited_for() -> None:
+    """It is looked at before each of these waits, which may be ten seconds long."""
+    with launch(Scenario.default().with_overrides(devices=[DeviceSpec(count=1)])) as running:
+        running.wait_ready()
+        troubles = stress.Troubles(running, random.Random(1), frozenset({"hot"}), [0])
+        troubles.add()
+        passed = stress.Limit(1.0, time.monotonic() - 1.0)
+
+        with pytest.raises(OwnLimit, match="within the --time-limit of 1 s"):
+            troubles.not_open(lambda: stress._look(running, passed, 5.0))
         running.shut_down_guest()
