@@ -293,6 +293,9 @@ def _read(path: Path) -> bytes:
         raise UserError(f"plugin {path}: {error.strerror}; give the path of a Python file") from None
     if len(source) > MAX_FILE_BYTES:
         raise UserError(f"plugin {path}: larger than {MAX_FILE_BYTES} bytes; give the path of a Python file")
+    if b"\0" in source:
+        # Each Python says this in words of its own.
+        raise UserError(f"plugin {path}: it has a NUL byte, which no text has; give the path of a Python file")
     return source
 
 

@@ -100,7 +100,7 @@ REFUSED = [
     ("import nonesuch", "line 1: ModuleNotFoundError: No module named 'nonesuch'; mend it"),
     ("\nraise SystemExit(3)", "line 2: SystemExit: 3; mend it"),
     ("raise ValueError('two\\nlines')", "line 1: ValueError: two lines; mend it"),
-    ("x = '\0'", "SyntaxError: source code string cannot contain null bytes; mend it"),
+    ("x = '\0'", "it has a NUL byte, which no text has; give the path of a Python file"),
     (CLASS + CLASS, "device class one is registered twice; choose another name"),
     (CLASS + CLASS.replace('"one"', '"two"'), f"device class two: GUID {GUID} is registered already; "),
     (CLASS.replace('"one"', '"nic"'), "device class nic is one of ours; choose another name"),
