@@ -64,12 +64,12 @@ class RecordedRequester(InterruptRequester):
 
 
 class RecordedHalt(Halt):
-    """Says of each poll whether it paid, and of each block when it began and how long it was."""
+    """Says of each poll whether it paid, and of each block when it began and how long it was: `record_with` first."""
 
     __slots__ = ("_blocks", "_polled", "_woke")
 
-    def __init__(self, recorder: Recorder, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def record_with(self, recorder: Recorder) -> None:
+        """Record by this actor's recorder."""
         self._polled = recorder.bind_first(E_POLL)
         self._blocks = recorder.bind_first(E_HALT)
         self._woke = recorder.bind_first(E_HALT_END)
@@ -100,4 +100,8 @@ def requester_of(
 
 def halt_of(recorder: Recorder | None, *arguments: Any, **more: Any) -> Halt:
     """A `Halt` of these arguments, recorded if this actor records."""
-    return Halt(*arguments, **more) if recorder is None else RecordedHalt(recorder, *arguments, **more)
+    if recorder is None:
+        return Halt(*arguments, **more)
+    halt = RecordedHalt(*arguments, **more)
+    halt.record_with(recorder)
+    return halt

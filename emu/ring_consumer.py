@@ -308,7 +308,7 @@ class RingConsumer:
         data_size, chunk = memory.data_size, memory.data_size >> 3
         start = at = self._read
         packets = count = size = alike = 0
-        last_plan = None
+        last_word = -1
         rest: Iterator[Any] | None = None
         try:
             while True:
@@ -322,12 +322,12 @@ class RingConsumer:
                 stop = min(last, start + chunk)
                 while at < stop:
                     word = headers[at >> 3]
-                    try:
-                        plan = table[word]
-                    except KeyError:
-                        plan = plans.add(word)
-                    if plan is not last_plan:
-                        last_plan, alike = plan, 0
+                    if word != last_word:
+                        try:
+                            plan = table[word]
+                        except KeyError:
+                            plan = plans.add(word)
+                        last_word, alike = word, 0
                         (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run, _word = plan
                     elif alike < _ALIKE:
                         alike += 1
@@ -376,7 +376,8 @@ class RingConsumer:
         """
         memory = self.memory
         buffer, headers, table = memory.buffer, memory.headers, plans.table
-        last_plan, alike = self._last_plan, self._alike
+        plan, alike = self._last_plan, self._alike
+        last_word = -1 if plan is None else plan[5]
         kind: Kind | None = None
         trans_ids: list[int] = []
         payloads: list[Any] = []
@@ -386,21 +387,23 @@ class RingConsumer:
             for _ in repeat(None, left):
                 # The one fetch of a descriptor word.
                 word = headers[at >> 3]
-                try:
-                    plan = table[word]
-                except KeyError:
+                fresh = word != last_word
+                if fresh or kind is None:
                     try:
-                        plan = plans.add(word)
-                    except ProtocolViolation as violation:
-                        fault = violation
-                        break
-                its_kind, size, unpack, unpack_run, longest_run, _word = plan
-                if its_kind is not kind:
-                    before += len(trans_ids)
-                    kind, trans_ids, payloads = its_kind, [], []
-                    taken.append((kind, trans_ids, payloads))
-                if plan is not last_plan:
-                    last_plan, alike = plan, 0
+                        plan = table[word]
+                    except KeyError:
+                        try:
+                            plan = plans.add(word)
+                        except ProtocolViolation as violation:
+                            fault = violation
+                            break
+                    its_kind, size, unpack, unpack_run, longest_run, _word = plan
+                    if its_kind != kind:
+                        before += len(trans_ids)
+                        kind, trans_ids, payloads = its_kind, [], []
+                        taken.append((kind, trans_ids, payloads))
+                if fresh:
+                    last_word, alike = word, 0
                 elif alike < _ALIKE:
                     alike += 1
                 elif longest_run:
@@ -429,7 +432,7 @@ class RingConsumer:
                     break
         if taken and not taken[-1][1]:
             taken.pop()  # a fault came before its first packet
-        self._last_plan, self._alike = last_plan, alike
+        self._last_plan, self._alike = plan, alike
         return at, fault
 
     def _release(self, freed: int, packets: int) -> None:

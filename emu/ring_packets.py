@@ -45,7 +45,7 @@ Kind = tuple[int, int, int]
 """Packet type, flags, bytes in the ring besides the payload: what packets handed out together have in common."""
 
 Plan = tuple[Kind, int, Unpack, UnpackRun, int, int]
-"""Its kind (the same object for equal ones), bytes in the ring; what copies one out, what copies several alike,
+"""Its kind, bytes in the ring; what copies one out, what copies several alike,
 and how many at most; the descriptor word."""
 
 
@@ -108,11 +108,10 @@ class Plans:
     What a plan hands out as payload is a copy of the bytes, as here; other plans hand out something else.
     """
 
-    __slots__ = ("_kinds", "_memory", "table")
+    __slots__ = ("_memory", "table")
 
     def __init__(self, memory: RingMemory) -> None:
         self._memory = memory
-        self._kinds: dict[Kind, Kind] = {}
         self.table: dict[int, Plan] = {}
 
     def add(self, word: int) -> Plan:
@@ -129,9 +128,7 @@ class Plans:
         start, size = 8 * offset8, packet + TRAILER_SIZE
         if len(self.table) >= _MOST_PLANS:
             self.table.clear()
-            self._kinds.clear()
         kind = packet_type, flags, start + TRAILER_SIZE
-        kind = self._kinds.setdefault(kind, kind)
         unpack_run = self._memory.run_unpacker(start, packet - start, word)
         plan = kind, size, self._unpacker(start, packet - start), unpack_run, self._longest_run(size), word
         self.table[word] = plan

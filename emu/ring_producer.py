@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, islice, repeat
 from operator import ne
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Final, NamedTuple, Protocol
 
 from emu.errors import RingFull
@@ -496,7 +496,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         return batch_count * batch_length
 
     publishes = words.publishes
-    if publishes is None:
+    if publishes is None or not isinstance(write, FunctionType):
         return _Writer(write, write_many, write_all, publish, get, set_, batch_bytes)
     # A recorded ring. The call of `store_write` is a third of what the record of a batch costs, so a batch like the one
     # before writes its record itself; `at`, `before` and `records` are the recorder's. Of such a batch all sizes are

@@ -27,12 +27,12 @@ class Holder(Protocol):
 
 
 class PointedHalt(RecordedHalt):
-    """Polls nothing, so that a schedule finds it where it looks for it."""
+    """Polls nothing, so that a schedule finds it where it looks for it; `record_with` and `belong_to` first."""
 
     __slots__ = ("_announces_first", "_holder")
 
-    def __init__(self, holder: Holder, fix: Fix, recorder: Recorder, *arguments: Any, **more: Any) -> None:
-        super().__init__(recorder, *arguments, **more)
+    def belong_to(self, holder: Holder, fix: Fix) -> None:
+        """Be the halt of this processor, with the point between look and sleep."""
         self._holder = holder
         self._announces_first = fix.kick_after_enqueue
 
@@ -50,3 +50,11 @@ class PointedHalt(RecordedHalt):
         before = time.monotonic_ns()
         self._sleep(min(timeout_ns / 1e9, self._longest_s))
         self.policy.blocked_for(time.monotonic_ns() - before)
+
+
+def pointed_halt_of(holder: Holder, fix: Fix, recorder: Recorder, *arguments: Any, **more: Any) -> PointedHalt:
+    """A `PointedHalt` of these arguments."""
+    halt = PointedHalt(*arguments, **more)
+    halt.record_with(recorder)
+    halt.belong_to(holder, fix)
+    return halt

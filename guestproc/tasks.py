@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from emu.ring import Packet
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
-from emu.tracing import CAPACITY, E_REQUEST_END, E_REQUEST_START, E_TASK_DONE, E_TASK_RUN, E_TASK_TAKE
+from emu.tracing import E_TASK_DONE, E_TASK_RUN
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP
 from guestproc.drivers.claims import open_relids
 from guestproc.drivers.echo import claim_channels, release_channel
@@ -31,6 +31,7 @@ from guestproc.exchange import exchange
 from guestproc.kernel.layout import Channel
 from guestproc.listen import listen
 from guestproc.net_check import net_check
+from guestproc.pinger import Pinger
 from guestproc.stress import stress
 from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally
 from guestproc.transmit import transmit
@@ -44,12 +45,6 @@ BATCH: Final = 32
 COMPUTE_PACKETS: Final = 8
 COMPUTE_NS: Final = 30_000_000
 """How long CRUNCH computes at most for an interrupt to come into it: a host that shares its core waits a time slice."""
-LOOK_EVERY: Final = 64
-"""Round trips between two looks at how far the drain of a recording is behind: a thousandth of a ring."""
-MOST_BEHIND: Final = CAPACITY // 2
-DRAIN_NS: Final = 30_000_000
-"""How long to wait for it; where nobody drains, in vain."""
-TURN_NS: Final = 1_000_000
 
 
 @contextmanager
@@ -257,7 +252,7 @@ def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     samples = array("Q")
     with claimed(current, vcpu, row, tally) as sessions:
         if sessions:
-            pinger = _Pinger(sessions[0], bytes(row.size), samples)
+            pinger = Pinger(sessions[0], bytes(row.size), samples)
             with suppress(ChannelGone, Stalled):
                 pinger.run(row.wanted, 1_000_000_000 // row.rate if row.rate else 0)
             # An answer too many is as wrong as one that never came, and a host may send one.
@@ -265,83 +260,6 @@ def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     Path(row.path).write_bytes(samples.tobytes())
     tally.errors += not samples
     return tally
-
-
-class _Pinger:
-    """One channel's round trips: which are under way, and when each was due."""
-
-    def __init__(self, session: EchoSession, payload: bytes, samples: array[int]) -> None:
-        self.session = session
-        self.trace = session.current.trace
-        self.relid = session.channel.relid
-        self.payload = [payload]
-        self.samples = samples
-        self.due: deque[int] = deque()
-
-    def run(self, wanted_ns: int, every_ns: int) -> None:
-        """Send until the time is over, then take what is still under way."""
-        now = time.monotonic_ns
-        next_due = now()
-        end = next_due + wanted_ns
-        left = LOOK_EVERY
-        while next_due < end:
-            # At a rate the next one is due when it is due, whatever became of the ones before: a round trip that is
-            # sent late has waited, and that is part of how long it took (no coordinated omission).
-            while every_ns and now() < next_due and not self.due:
-                self.session.vcpu.safe_point()
-            if not every_ns:
-                next_due = now()
-            self.send(next_due)
-            next_due += every_ns
-            if every_ns:
-                # Who is behind his time waits for nothing; but an answer that was left lying would seem late itself.
-                self.taken(self.session.take())
-            while self.due and (not every_ns or now() < next_due):
-                self.take()
-            left -= 1
-            if not left:
-                left = LOOK_EVERY
-                if self.trace and not self.due and self.trace.behind() > MOST_BEHIND:
-                    next_due += self.let_drain()
-        while self.due:
-            self.take()
-
-    def let_drain(self) -> int:
-        """Halt until half of what waits is drained; how long that took (ns), which is no part of any round trip."""
-        assert self.trace is not None
-        began = time.monotonic_ns()
-        while self.trace.behind() > MOST_BEHIND // 2 and time.monotonic_ns() - began < DRAIN_NS:
-            self.session.vcpu.idle(TURN_NS)
-        return time.monotonic_ns() - began
-
-    def send(self, due_ns: int) -> None:
-        """One packet that asks for a completion; a full ring is waited for."""
-        while not self.session.send(self.payload, first_trans_id=1, flags=COMPLETION_REQUESTED):
-            self.take()
-        self.due.append(due_ns)
-        if self.trace:
-            self.trace.record(E_REQUEST_START, self.relid, 1)
-
-    def take(self) -> None:
-        """Answers that have come; a halt if there are none."""
-        packets = self.session.take()
-        if not packets:
-            self.session.wait()
-            packets = self.session.take()
-        self.taken(packets)
-
-    def taken(self, packets: list[Packet]) -> None:
-        """Note when these answers were taken; they come in the order of what was sent."""
-        if not packets:
-            return
-        done_ns = time.monotonic_ns()
-        if self.trace:
-            self.trace.record(E_TASK_TAKE, self.relid, len(packets))
-            self.trace.record(E_REQUEST_END, self.relid, 1, len(packets))
-        for _ in packets:
-            if self.due:
-                self.samples.append(self.due.popleft())
-                self.samples.append(done_ns)
 
 
 # -- BIND, UNBIND -----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from emu.syncpoint import NOT_ARMED, Armed, Point, unreachable
 from emu.tracing import E_ISR_ENTER, E_ISR_EXIT, E_VMEXIT, Bound, Recorder
 from emu.tracing import Context as TraceContext
 from emu.vmexit import ExitClient, HostBell
-from guestproc.halt_points import PointedHalt
+from guestproc.halt_points import pointed_halt_of
 from guestproc.kernel.actors import ActorHooks, Context
 
 CALL_FUNCTION_VECTOR: Final = 0xFB
@@ -163,7 +163,7 @@ class Vcpu:
         """This processor's sync points, once its kernel thread has any."""
         halt: Callable[..., Halt] = partial(halt_of, self.trace)
         if machine.races and self.trace:
-            halt = partial(PointedHalt, self, Fix.of(machine.config), self.trace)
+            halt = partial(pointed_halt_of, self, Fix.of(machine.config), self.trace)
         self._halt = halt(
             vps,
             vp_page_offset(self.position) + VP_RUN_STATE,

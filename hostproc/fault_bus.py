@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from emu.fault_plan import Faults, Hit
@@ -45,18 +45,10 @@ class _Held:
 
 
 class FaultyBus(Bus):
-    """A bus with faults; `packets`: they may be those of packets, too."""
+    """A bus with faults; `arm` says where they are looked up, before anything is offered."""
 
-    def __init__(
-        self,
-        *arguments: Any,
-        faults: Faults,
-        call_later: CallLater,
-        now: Callable[[], int],
-        packets: bool,
-        **options: Any,
-    ) -> None:
-        super().__init__(*arguments, **options)
+    def arm(self, faults: Faults, *, call_later: CallLater, now: Callable[[], int], packets: bool) -> None:
+        """Look faults up in `faults`; `packets`: they may be those of packets, too."""
         self._faults = faults
         self._call_later = call_later
         self._now = now

@@ -206,7 +206,7 @@ class Hypervisor:
         server = Server(limits, policy_of(self.scenario.policy))
         if self.trace:
             server.watch(StateTrace(self.trace))
-        return FaultyBus(
+        bus = FaultyBus(
             server,
             guest_ports,
             self.loop,
@@ -218,11 +218,9 @@ class Hypervisor:
             points=self.points,
             fix=self.fix,
             refusals=self.partition.refusals,
-            faults=self.faults,
-            call_later=self._call_later,
-            now=machine.clock.now,
-            packets=packets,
         )
+        bus.arm(self.faults, call_later=self._call_later, now=machine.clock.now, packets=packets)
+        return bus
 
     def _requester(self, position: int) -> InterruptRequester:
         cpu = self.machine.config["cpu_positions"].index(position)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from emu.fault_plan import Faults, Hit
@@ -32,10 +32,6 @@ class FaultyChannel(HostChannel):
 
     __slots__ = ("_faults", "_identity", "_memory", "_outgoing_pfns", "_written")
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._written = 0  # bytes of the newest packet in our ring
-
     def arm(
         self,
         faults: Faults,
@@ -48,6 +44,7 @@ class FaultyChannel(HostChannel):
         self._memory = memory
         self._outgoing_pfns = outgoing_pfns
         self._identity = identity
+        self._written = 0  # bytes of the newest packet in our ring
 
     def hit(self, kind: FaultKind) -> Hit | None:
         """Whether a fault strikes on this channel now."""

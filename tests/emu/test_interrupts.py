@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from emu import interrupts
 from emu.control import COUNTERS, Counters
-from emu.interrupt_trace import RecordedHalt
+from emu.interrupt_trace import halt_of
 from emu.interrupts import (
     AWAKE,
     COMPUTING,
@@ -659,7 +659,8 @@ def test_recording_has_as_many_polls_as_there_were(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + 3_000_000))
     sleeper, told = Sleeper(), Told()
     wakeup, recorder = cast(Wakeup, sleeper.semaphore), cast(Recorder, told)
-    halt = RecordedHalt(recorder, sleeper.view, 0, wakeup, lambda: False, PollPolicy(200), sleeper.counters).halt
+    recorded = halt_of(recorder, sleeper.view, 0, wakeup, lambda: False, PollPolicy(200), sleeper.counters)
+    halt = recorded.halt
     for _ in range(5):
         halt(10**8)
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from guestproc.tasks import MOST_BEHIND, _Pinger
+from guestproc.pinger import MOST_BEHIND, Pinger
 
 
 class Recording:
@@ -25,11 +25,11 @@ class Recording:
     def idle(self, _timeout_ns: int) -> None:
         self.halts += 1
 
-    def pinger(self) -> _Pinger:
+    def pinger(self) -> Pinger:
         session = SimpleNamespace(
             vcpu=self, current=SimpleNamespace(trace=self), channel=SimpleNamespace(relid=1), send=None, take=None
         )
-        return _Pinger(cast(Any, session), b"", array("Q"))
+        return Pinger(cast(Any, session), b"", array("Q"))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_ping_waits_until_half_of_what_waits_is_drained(behind: tuple[int, ...],
 def test_ping_goes_on_where_nobody_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 30 ms: a flight recorder's rings are never drained."""
     clock = iter(range(0, 10**12, 10_000_000))
-    monkeypatch.setattr("guestproc.tasks.time", SimpleNamespace(monotonic_ns=lambda: next(clock)))
+    monkeypatch.setattr("guestproc.pinger.time", SimpleNamespace(monotonic_ns=lambda: next(clock)))
     recording = Recording(MOST_BEHIND + 1)
 
     recording.pinger().let_drain()
@@ -89,10 +89,10 @@ class Prompt:
 def test_answer_is_taken_as_soon_as_it_is_there_by_who_is_behind_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate that cannot be held makes its sender late, which is told; answers that have come are no later by that."""
     prompt = Prompt(step_ns=1_000)
-    monkeypatch.setattr("guestproc.tasks.time", prompt)
+    monkeypatch.setattr("guestproc.pinger.time", prompt)
     samples = array("Q")
 
-    _Pinger(cast(Any, prompt), b"", samples).run(wanted_ns=100_000, every_ns=100)
+    Pinger(cast(Any, prompt), b"", samples).run(wanted_ns=100_000, every_ns=100)
 
     assert len(samples) == 2 * len(prompt.sent_ns) == 2_000
     assert max(done - sent for done, sent in zip(samples[1::2], prompt.sent_ns, strict=True)) <= 2_000

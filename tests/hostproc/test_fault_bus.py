@@ -48,13 +48,9 @@ class FaultyGuest(Guest):
 
     def make_bus(self, server: Server, budget: MapBudget | None) -> Bus:
         """Make the bus that has faults."""
-        self.faulty = FaultyBus(
-            server,
-            self.partition,
-            self.partition,
-            self.memory,
-            budget=budget,
-            faults=self.faults,
+        self.faulty = FaultyBus(server, self.partition, self.partition, self.memory, budget=budget)
+        self.faulty.arm(
+            self.faults,
             call_later=lambda ns, action: self.timers.append((self.now_ns + ns, action)),
             now=lambda: self.now_ns,
             packets=self.packets,
