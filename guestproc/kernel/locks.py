@@ -130,7 +130,7 @@ class Spinlock(Lock):
 
     def hold(self, actor: Actor) -> HeldSpinlock:
         """`with lock.hold(actor):` takes the lock for the block."""
-        return HeldSpinlock((self, actor))
+        return HeldSpinlock(self, actor)
 
     def acquire(self, actor: Actor) -> None:
         """`spin_lock_irqsave`: interrupts off first, so that no ISR of this processor finds it taken."""
@@ -201,16 +201,20 @@ class Spinlock(Lock):
                 raise LockStuck(self.name, owner, [number], SPINLOCK_TIMEOUT_NS)
 
 
-class HeldSpinlock(tuple[Spinlock, Actor]):
+class HeldSpinlock:
     """The block of a `with lock.hold(actor)`: what `acquire` and `release` do, without a call to them.
 
-    A lock that is free is most of what a channel's bring-up does, some thirty times; a tuple is made without a call.
+    A lock that is free is most of what a channel's bring-up does, some thirty times.
     """
 
-    __slots__ = ()
+    __slots__ = ("_actor", "_lock")
+
+    def __init__(self, lock: Spinlock, actor: Actor) -> None:
+        self._lock = lock
+        self._actor = actor
 
     def __enter__(self) -> None:
-        lock, actor = self
+        lock, actor = self._lock, self._actor
         flags = actor.irq_save() if actor.has_interrupts else 0
         held = actor.held
         if held and held[-1][0].rank >= lock.rank:
@@ -223,7 +227,7 @@ class HeldSpinlock(tuple[Spinlock, Actor]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lock, actor = self
+        lock, actor = self._lock, self._actor
         taken, flags = actor.held.pop()
         assert taken is lock or taken.name == lock.name, f"{actor} gives {lock.name} back before {taken.name}"
         actor.spinning -= 1
@@ -247,7 +251,7 @@ class Mutex(Lock):
     def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.DRIVER_STATE) -> None:
         super().__init__(name, rank)
         self._word: Final = ram.u64(gpa)
-        self._chain: Final = ram.variant(WaitWord)(ram, gpa, name)
+        self._chain: Final = WaitWord(ram, gpa, name)
 
     @property
     def owner(self) -> int:
@@ -264,7 +268,7 @@ class Mutex(Lock):
 
     def hold(self, actor: Actor) -> HeldMutex:
         """`with lock.hold(actor):` takes the mutex for the block."""
-        return HeldMutex((self, actor))
+        return HeldMutex(self, actor)
 
     def acquire(self, actor: Actor) -> None:
         """`mutex_lock`; raises LockStuck when its time passed, LockOwnerDied, MachineStopping."""
@@ -334,13 +338,17 @@ class Mutex(Lock):
         return False
 
 
-class HeldMutex(tuple[Mutex, Actor]):
+class HeldMutex:
     """The block of a `with mutex.hold(actor)`: `acquire` and `release` of one that is free, as in `HeldSpinlock`."""
 
-    __slots__ = ()
+    __slots__ = ("_actor", "_lock")
+
+    def __init__(self, lock: Mutex, actor: Actor) -> None:
+        self._lock = lock
+        self._actor = actor
 
     def __enter__(self) -> None:
-        lock, actor = self
+        lock, actor = self._lock, self._actor
         if actor.spinning or actor.has_interrupts:
             assert_may_wait(actor, lock.name)
         held = actor.held
@@ -353,7 +361,7 @@ class HeldMutex(tuple[Mutex, Actor]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lock, actor = self
+        lock, actor = self._lock, self._actor
         held = actor.held
         if held and held[-1][0] is lock:
             held.pop()

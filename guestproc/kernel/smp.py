@@ -50,7 +50,7 @@ class CallRecord:
         self._state: Final = ram.u32(gpa)
         self._function: Final = ram.u32(gpa + 4)
         self._argument: Final = ram.u64(gpa + 8)
-        self._wait: Final = ram.variant(WaitQueue)(ram, gpa + 16, name)
+        self._wait: Final = WaitQueue(ram, gpa + 16, name)
         self.name: Final = name
 
     @classmethod

@@ -15,10 +15,11 @@ object ever names a record whose owner has gone on. Every wait has a deadline.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from emu.errors import DeadlinePassed, MachineStopping
 from emu.ipc.atomics import fence
+from emu.tracing import WaitedFor
 from guestproc.kernel.actors import Actor, Context, Waiter, WaiterState
 from guestproc.kernel.records import INDEX_MASK, Part, Ram, Table
 
@@ -109,16 +110,34 @@ def sleep(actor: Actor, waiter: Waiter, deadline_ns: int) -> bool:
     return True
 
 
+class WaitWatcher(Protocol):
+    """What is told of the sleepers of one word, where a machine records (`guestproc.kernel.wait_trace`)."""
+
+    def waits(self, actor: Actor) -> None:
+        """The actor is about to announce itself."""
+
+    def goes_on(self, actor: Actor) -> None:
+        """It goes on: woken, or because it gave up, or because it need not have waited."""
+
+    def wakes(self, actor: Actor, sleeper: int) -> None:
+        """The actor wakes a sleeper next."""
+
+
 class WaitWord:
-    """The word itself: a count above, the newest waiter below."""
+    """The word itself: a count above, the newest waiter below. By itself it is the chain of a mutex."""
 
     SIZE: Final = 8
 
-    __slots__ = ("_word", "name")
+    __slots__ = ("_watcher", "_word", "name")
 
     def __init__(self, ram: Ram, gpa: int, name: str) -> None:
         self._word: Final = ram.u64(gpa)
         self.name: Final = name
+        self._watcher: Final[WaitWatcher | None] = ram.watch_wait and ram.watch_wait(self.what(), gpa, name)
+
+    def what(self) -> WaitedFor:
+        """What it is that has the word."""
+        return WaitedFor.MUTEX
 
     def waiters(self, table: Table[Waiter]) -> list[int]:
         """Numbers of who waits, oldest first (for reports)."""
@@ -126,18 +145,35 @@ class WaitWord:
 
     def enlist(self, actor: Actor, now_ns: int = 0) -> Waiter:
         """A record with which to announce oneself; `retract` ends the wait, or `forget` if it was never announced."""
+        if self._watcher is not None:
+            self._watcher.waits(actor)
         return new_waiter(actor, self.name, now_ns)
 
     def forget(self, actor: Actor, waiter: Waiter) -> None:
         """Free the record of a waiter that is in no chain."""
         actor.waiters.free(waiter)
+        if self._watcher is not None:
+            self._watcher.goes_on(actor)
 
     def wake(self, actor: Actor, newest: int) -> int:
         """Wake a chain that was taken out of this word, which may be gone by now; how many were asleep."""
-        return wake_chain(actor, newest)
+        watcher = self._watcher
+        if watcher is None:
+            return wake_chain(actor, newest)
+
+        def wake(sleeper: int) -> None:
+            watcher.wakes(actor, sleeper)
+            actor.wake(sleeper)
+
+        return wake_chain(actor, newest, wake)
 
     def retract(self, actor: Actor, waiter: Waiter) -> None:
         """Take back an announcement, or free its record if a waker was quicker."""
+        self._take_back(actor, waiter)
+        if self._watcher is not None:
+            self._watcher.goes_on(actor)
+
+    def _take_back(self, actor: Actor, waiter: Waiter) -> None:
         if waiter.state.cas(WAITING, ABANDONED) != WAITING:
             actor.waiters.free(waiter)
             return
@@ -155,6 +191,10 @@ class Completion(WaitWord):
     """The kernel's `struct completion`: `complete` lets one waiter through, `complete_all` all of them."""
 
     __slots__ = ()
+
+    def what(self) -> WaitedFor:
+        """What it is that has the word."""
+        return WaitedFor.COMPLETION
 
     @property
     def done(self) -> int:
@@ -243,6 +283,10 @@ class WaitQueue(WaitWord):
     """For conditions that live elsewhere: whoever makes one true calls `wake_all` afterwards."""
 
     __slots__ = ()
+
+    def what(self) -> WaitedFor:
+        """What it is that has the word."""
+        return WaitedFor.WAIT_QUEUE
 
     def announced(self) -> bool:
         """Whether anybody is in the chain: for callers whose change was a full barrier itself."""

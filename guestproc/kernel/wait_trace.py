@@ -9,14 +9,13 @@ before the mutex is free; so what the records say of waits and holders was true 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import ClassVar, Final
+from typing import Final
 
 from emu.event_fields import text_value
 from emu.tracing import E_LOCK, E_UNLOCK, E_WAIT, E_WAIT_DONE, E_WAKE, EVENTS, WaitedFor
-from guestproc.kernel.actors import Actor, Waiter
+from guestproc.kernel.actors import Actor
 from guestproc.kernel.locks import HeldMutex, Mutex, Rank
 from guestproc.kernel.records import Ram
-from guestproc.kernel.wait import Completion, WaitQueue, WaitWord, wake_chain
 
 
 def _name_words(name: str) -> tuple[int, ...]:
@@ -24,57 +23,27 @@ def _name_words(name: str) -> tuple[int, ...]:
     return EVENTS["lock"].pack(0, 0, text_value(name, 32))[2:]
 
 
-class RecordedWaitWord(WaitWord):
-    """Says who sleeps for the word, is woken, and goes on; by itself the chain of a mutex."""
+class RecordedSleepers:
+    """Says who sleeps for a word, is woken, and goes on (a `WaitWatcher`)."""
 
-    __slots__ = ("_gpa", "_name_words")
+    __slots__ = ("_gpa", "_name_words", "_what")
 
-    WHAT: ClassVar[int] = int(WaitedFor.MUTEX)
+    def __init__(self, what: WaitedFor, gpa: int, name: str) -> None:
+        self._what = int(what)
+        self._gpa = gpa
+        self._name_words = _name_words(name)
 
-    def __init__(self, ram: Ram, gpa: int, name: str) -> None:
-        super().__init__(ram, gpa, name)
-        self._gpa: Final = gpa
-        self._name_words: Final = _name_words(name)
-
-    def enlist(self, actor: Actor, now_ns: int = 0) -> Waiter:
+    def waits(self, actor: Actor) -> None:
         """Record that the actor waits, as it will announce."""
-        actor.record(E_WAIT, self.WHAT, self._gpa, *self._name_words)
-        return super().enlist(actor, now_ns)
+        actor.record(E_WAIT, self._what, self._gpa, *self._name_words)
 
-    def forget(self, actor: Actor, waiter: Waiter) -> None:
-        """It need not have waited."""
-        super().forget(actor, waiter)
-        actor.record(E_WAIT_DONE, self.WHAT, self._gpa)
+    def goes_on(self, actor: Actor) -> None:
+        """Record that it goes on."""
+        actor.record(E_WAIT_DONE, self._what, self._gpa)
 
-    def retract(self, actor: Actor, waiter: Waiter) -> None:
-        """It goes on: woken, or because it gave up."""
-        super().retract(actor, waiter)
-        actor.record(E_WAIT_DONE, self.WHAT, self._gpa)
-
-    def wake(self, actor: Actor, newest: int) -> int:
-        """Record each of the chain before it is woken."""
-
-        def wake(sleeper: int) -> None:
-            actor.record(E_WAKE, self.WHAT, self._gpa, sleeper)
-            actor.wake(sleeper)
-
-        return wake_chain(actor, newest, wake)
-
-
-class RecordedCompletion(RecordedWaitWord, Completion):
-    """A completion that says who waits for it."""
-
-    __slots__ = ()
-
-    WHAT = int(WaitedFor.COMPLETION)
-
-
-class RecordedWaitQueue(RecordedWaitWord, WaitQueue):
-    """A wait queue that says who waits in it."""
-
-    __slots__ = ()
-
-    WHAT = int(WaitedFor.WAIT_QUEUE)
+    def wakes(self, actor: Actor, sleeper: int) -> None:
+        """Record whom it wakes, before that."""
+        actor.record(E_WAKE, self._what, self._gpa, sleeper)
 
 
 class RecordedMutex(Mutex):
@@ -89,7 +58,7 @@ class RecordedMutex(Mutex):
 
     def hold(self, actor: Actor) -> HeldRecordedMutex:
         """`with lock.hold(actor):` takes the mutex for the block."""
-        return HeldRecordedMutex((self, actor))
+        return HeldRecordedMutex(self, actor)
 
     def acquire(self, actor: Actor) -> None:
         """Take it, then record that."""
@@ -115,21 +84,15 @@ class HeldRecordedMutex(HeldMutex):
     __slots__ = ()
 
     def __enter__(self) -> None:
-        lock, actor = self
-        lock.acquire(actor)
+        self._lock.acquire(self._actor)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lock, actor = self
-        lock.release(actor)
+        self._lock.release(self._actor)
 
 
 def record_waits(ram: Ram) -> None:
     """Have this process build what records; nothing of the guest kernel's records may have been built in it."""
-    ram.variants = {
-        Mutex: RecordedMutex,
-        WaitWord: RecordedWaitWord,
-        Completion: RecordedCompletion,
-        WaitQueue: RecordedWaitQueue,
-    }
+    ram.variants = {Mutex: RecordedMutex}
+    ram.watch_wait = RecordedSleepers

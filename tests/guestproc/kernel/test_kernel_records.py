@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from emu.errors import OutOfMemory
 from guestproc.kernel.actors import Actor
+from guestproc.kernel.record_tables import TABLE_HEADER_SIZE
 from guestproc.kernel.records import (
     POISON,
     RECORD_HEADER_SIZE,
-    TABLE_HEADER_SIZE,
     Atomic32,
     Atomic64,
     Blob,

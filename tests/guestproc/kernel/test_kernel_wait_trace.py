@@ -10,7 +10,7 @@ from guestproc.kernel.actors import Actor, actor_number
 from guestproc.kernel.layout import Era, KernelTables
 from guestproc.kernel.locks import Mutex
 from guestproc.kernel.wait import Completion, WaitQueue
-from guestproc.kernel.wait_trace import RecordedMutex, record_waits
+from guestproc.kernel.wait_trace import RecordedMutex, RecordedSleepers, record_waits
 from tests.guestproc.kernel.fakes import FREE_GPA, SECOND_NS, Lone
 
 NUMBERS = {spec.number: name for name, spec in EVENTS.items()}
@@ -98,5 +98,5 @@ def test_records_of_the_guest_have_recorded_parts_only_where_the_process_records
     assert type(plain.connection.channel_mutex) is Mutex
     assert type(other.connection.channel_mutex) is RecordedMutex
     assert type(plain.connection.offer_wait) is WaitQueue
-    assert type(other.connection.offer_wait).__name__ == "RecordedWaitQueue"
-    assert type(other.cpus.at(0).call._wait).__name__ == "RecordedWaitQueue"
+    assert type(other.connection.offer_wait._watcher) is RecordedSleepers
+    assert type(other.cpus.at(0).call._wait._watcher) is RecordedSleepers
