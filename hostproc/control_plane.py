@@ -19,10 +19,11 @@ from emu.wire.hypercalls import HvStatus
 from emu.wire.message_relid import relid_of
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
 from hostproc.bus import Bus
+from hostproc.event_ports import BindInterrupt, EventPort, HostEventPort
 from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
 from hostproc.partition import Partition
 from hostproc.points import NoPoints
-from hostproc.ports import BindInterrupt, EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
+from hostproc.ports import HostMessagePort, MessagePort, PostedMessage
 from hostproc.protocol.versions import message_connections
 from hostproc.synthetic_timers import NEVER, SyntheticTimer
 

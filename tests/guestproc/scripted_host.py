@@ -47,8 +47,9 @@ from emu.wire.messages import (
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, VMBUS_MESSAGE_SINT
 from emu.wire.versions import VERSION_WIN8, VERSION_WIN8_1, VERSION_WIN10_V5, VERSION_WIN10_V5_3
+from hostproc.event_ports import EventPort
 from hostproc.partition import Partition
-from hostproc.ports import EventPort, HostMessagePort, MessagePort
+from hostproc.ports import HostMessagePort, MessagePort
 
 EVENT_CONNECTION = 0x2000
 MSG_CONN_ID = 4

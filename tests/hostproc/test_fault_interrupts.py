@@ -22,9 +22,9 @@ from emu.wire.synic import (
     sint_value,
 )
 from hostproc import fault_interrupts
+from hostproc.event_ports import EventPort
 from hostproc.fault_interrupts import FaultyInterrupts, FaultyQueues
 from hostproc.message_queues import QueuedMessage
-from hostproc.ports import EventPort
 from tests.emu.bare_control import bare_control
 
 SINT = 2

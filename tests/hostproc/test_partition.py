@@ -52,8 +52,9 @@ from emu.wire.synic import (
     page_register,
     sint_value,
 )
+from hostproc.event_ports import EventPort
 from hostproc.partition import Partition
-from hostproc.ports import EventPort, HostMessagePort, MessagePort
+from hostproc.ports import HostMessagePort, MessagePort
 
 MESSAGE_SINT, MESSAGE_VECTOR = 8, 0xB0
 EVENT_SINT, EVENT_VECTOR = 9, 0xB1

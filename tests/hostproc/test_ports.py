@@ -16,8 +16,9 @@ from emu.wire.synic import (
     page_register,
     sint_value,
 )
+from hostproc.event_ports import EventPort, HostEventPort
 from hostproc.message_queues import MessageQueues
-from hostproc.ports import EventPort, HostEventPort, HostMessagePort, MessagePort, PostedMessage
+from hostproc.ports import HostMessagePort, MessagePort, PostedMessage
 
 SIMP_GPA = (0x1000, 0x3000)
 SIEFP_GPA = (0x2000, 0x4000)
