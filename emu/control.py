@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgpack
 
+from emu.counters import COUNTED_BY_BOTH, COUNTER_ROW, COUNTERS, Counters
 from emu.ipc.atomics import AtomicU32, AtomicU64, AtomicView
 from emu.ipc.clock import MachineClock
 from emu.ipc.rows import load_row, store_row
@@ -132,36 +133,6 @@ _ROW: Final = struct.Struct("<IIIIIIQ40s")
 """state, generation, pid, kind, cpu, exit status, start time (clock ticks since boot), name."""
 _BEHIND_STATE: Final = struct.Struct("<IIIIIQ40s")
 
-COUNTERS: Final = (
-    "requested",
-    "merged",
-    "kicks_semaphore",
-    "kicks_signal",
-    "kicks_none",
-    "interrupts",
-    "spurious",
-    "blocks",
-    "polls_paid",
-    "polls_vain",
-    "watchdogs",
-    "exits",
-    "doorbells",
-    "messages_posted",
-    "messages_taken",
-    "events_signaled",
-    "tasklets",
-    "works",
-    "preemptions",
-    "packets",
-    "bytes",
-    "plugin_errors",
-    "reschedules",
-)
-"""Names of the counters an actor may keep, in the order of their words; unused ones stay 0."""
-
-COUNTED_BY_BOTH: Final = frozenset(("exits", "doorbells"))
-"""Who makes one counts it, and so does the hypervisor that takes it, whoever the guest is: a total is the latter's."""
-
 _COUNTER_INDEX: Final = {name: index for index, name in enumerate(COUNTERS)}
 
 
@@ -259,75 +230,6 @@ def actor_number(slot: int, generation: int) -> int:
 def slot_of(number: int) -> int:
     """Slot in the process table of an actor number."""
     return number & 0xFFF
-
-
-_COUNTER_ROW: Final = struct.Struct(f"<{len(COUNTERS)}Q")
-
-
-class Counters:
-    """An actor's own counters: plain integers that `flush` publishes; attributes are named in `COUNTERS`."""
-
-    __slots__ = (*COUNTERS, "_base", "_end", "_memory")
-
-    requested: int
-    merged: int
-    kicks_semaphore: int
-    kicks_signal: int
-    kicks_none: int
-    interrupts: int
-    spurious: int
-    blocks: int
-    polls_paid: int
-    polls_vain: int
-    watchdogs: int
-    exits: int
-    doorbells: int
-    messages_posted: int
-    messages_taken: int
-    events_signaled: int
-    tasklets: int
-    works: int
-    preemptions: int
-    packets: int
-    bytes: int
-    plugin_errors: int
-    reschedules: int
-
-    def __init__(self, memory: Any, base: int) -> None:
-        self._memory = memory
-        self._base = base
-        self._end = base + _COUNTER_ROW.size
-        for name in COUNTERS:
-            setattr(self, name, 0)
-
-    def flush(self) -> None:
-        """Publish all counters (about 1 us); called before a block and at the end."""
-        # Packed aside (emu.ipc.rows says why): no reader finds a count at 0 meanwhile.
-        self._memory[self._base : self._end] = _COUNTER_ROW.pack(
-            self.requested,
-            self.merged,
-            self.kicks_semaphore,
-            self.kicks_signal,
-            self.kicks_none,
-            self.interrupts,
-            self.spurious,
-            self.blocks,
-            self.polls_paid,
-            self.polls_vain,
-            self.watchdogs,
-            self.exits,
-            self.doorbells,
-            self.messages_posted,
-            self.messages_taken,
-            self.events_signaled,
-            self.tasklets,
-            self.works,
-            self.preemptions,
-            self.packets,
-            self.bytes,
-            self.plugin_errors,
-            self.reschedules,
-        )
 
 
 _RECORD, _RECORD_BYTES = 1, 2
@@ -571,7 +473,7 @@ class Control:
 
     def counter_values(self, slot: int) -> dict[str, int]:
         """What an actor has published so far."""
-        values = load_row(self.memory, _COUNTERS + slot * COUNTER_WORDS * 8, _COUNTER_ROW)
+        values = load_row(self.memory, _COUNTERS + slot * COUNTER_WORDS * 8, COUNTER_ROW)
         return dict(zip(COUNTERS, values, strict=True))
 
     def counter_totals(self) -> dict[str, int]:

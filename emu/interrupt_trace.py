@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from emu.control import Counters
+from emu.counters import Counters
 from emu.interrupts import Halt, InterruptRequester, Kick
 from emu.ipc.atomics import AtomicView
 from emu.tracing import E_HALT, E_HALT_END, E_IRQ_RAISE, E_KICK, E_POLL, Bound, Recorder

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from emu.control import Counters
+from emu.counters import Counters
 from emu.ipc.atomics import AtomicU64, AtomicView
 from emu.ipc.semaphores import WATCHDOG_S, Wakeup
 from emu.layout import (

@@ -13,7 +13,8 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from emu.control import ActorKind, ActorRow, ActorState, Control, Counters, start_time_of
+from emu.control import ActorKind, ActorRow, ActorState, Control, start_time_of
+from emu.counters import Counters
 from emu.errors import UserError
 from emu.ipc.atomics import AtomicView
 from emu.ipc.segments import Segment, object_name, refused_memory, unlink_segment, unlink_semaphore

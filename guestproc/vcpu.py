@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, Final, NoReturn, Protocol
 
 from emu.blocked import told
-from emu.control import ActorKind, Counters
+from emu.control import ActorKind
+from emu.counters import Counters
 from emu.errors import MachineStopping
 from emu.interrupt_trace import halt_of, requester_of
 from emu.interrupts import (

@@ -25,7 +25,8 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
 from greenlet import getcurrent, greenlet
 
 from emu import cpuid
-from emu.control import CONTROL_BYTES, ActorKind, Control, Counters
+from emu.control import CONTROL_BYTES, ActorKind, Control
+from emu.counters import Counters
 from emu.errors import MachineStopping
 from emu.interrupts import InterruptRequester
 from emu.ipc.segments import Segment

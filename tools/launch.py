@@ -23,7 +23,8 @@ from typing import Any, Final
 import msgpack
 
 from emu import cpuid
-from emu.control import ActorKind, ActorState, Counters, Ready, is_ending, is_over, start_time_of
+from emu.control import ActorKind, ActorState, Ready, is_ending, is_over, start_time_of
+from emu.counters import Counters
 from emu.errors import DeadlinePassed, MissingPrerequisite, NameTaken, UserError, VmbusError
 from emu.fault_plan import FaultPlan, PlannedFault
 from emu.faults import FaultKind

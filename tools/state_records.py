@@ -14,7 +14,6 @@ from uuid import UUID
 from emu.wire.device_classes import class_of
 from emu.wire.messages import MessageType
 from emu.wire.versions import version_text
-from guestproc.kernel.actors import Waiter
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, DRIVERS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import (
     CallbackMode,
@@ -34,6 +33,7 @@ from guestproc.kernel.records import INDEX_MASK, Record, Table
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import Tasklet
 from guestproc.kernel.wait import Completion, WaitQueue
+from guestproc.kernel.waiters import Waiter
 from tools.state_node import Value
 
 NameOf = Callable[[int], str]

@@ -130,7 +130,7 @@ class LiveMachine:
         return list(Mirror(self.machine.control).channels())
 
     def counters(self) -> dict[str, int]:
-        """Sums of all actors' counters, as each last published them (`emu.control.COUNTERS`)."""
+        """Sums of all actors' counters, as each last published them (`emu.counters.COUNTERS`)."""
         return self.machine.control.counter_totals()
 
     def refused(self) -> dict[str, int]:

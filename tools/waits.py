@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from emu.tracing import WaitedFor
-from guestproc.kernel.actors import Waiter, WaiterState
 from guestproc.kernel.layout import Device, KernelTables
 from guestproc.kernel.locks import Mutex
 from guestproc.kernel.records import INDEX_MASK, Part, Record, Table, field_of
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.wait import Completion, WaitQueue
+from guestproc.kernel.waiters import Waiter, WaiterState
 from guestproc.kernel.workqueue import Queue
 
 CALL_WAIT: Final = 16

@@ -13,10 +13,11 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
 from emu.tracing import not_recorded
-from guestproc.kernel.records import Atomic32, Record, Table, Word, field_of
+from guestproc.kernel.records import Table
 
 if TYPE_CHECKING:
     from guestproc.kernel.locks import Ranked
+    from guestproc.kernel.waiters import Waiter
 
 SLOT_BITS: Final = 12
 NOBODY: Final = 0
@@ -28,33 +29,6 @@ class Context(IntEnum):
     TASK = 0
     SOFTIRQ = 1
     HARDIRQ = 2
-
-
-class WaiterState(IntEnum):
-    """Waker and waiter each leave WAITING by compare-and-swap; the loser frees nothing."""
-
-    WAITING = 1
-    WOKEN = 2
-    ABANDONED = 3
-
-
-class Waiter(Record):
-    """One actor's announcement that it sleeps, chained into the object it waits for."""
-
-    state = Atomic32("atomic: a WaiterState; who leaves WAITING decides who frees the record")
-    actor = Word(4, "written before the record is announced")
-    next = Word(4, "written before the record is announced (index + 1 of the waiter before it)")
-    since_ns = Word(8, "written before the record is announced")
-    subject = Word(8, "written before the record is announced: GPA of the record that must change, 0: not said")
-    until_ns = Word(8, "written by its actor before it blocks: machine time at which it looks again by itself")
-
-    def sleeper(self) -> int:
-        """Whose it is, for a report: reads without the check, for it may be given back meanwhile."""
-        actor: int = self.words[_WAITER_ACTOR]
-        return actor
-
-
-_WAITER_ACTOR: Final = field_of(Waiter, "actor").offset // 4
 
 
 def actor_number(slot: int, generation: int) -> int:

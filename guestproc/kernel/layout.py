@@ -23,7 +23,6 @@ from typing import Any, Final, TypeVar
 from emu.errors import OutOfMemory
 from emu.ipc.atomics import ACQUIRE, RELEASE, AtomicU64, fence
 from emu.values import valueclass
-from guestproc.kernel.actors import Waiter
 from guestproc.kernel.frames import Frame
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
@@ -33,6 +32,7 @@ from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Rese
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import tasklet
 from guestproc.kernel.wait import completion, wait_queue
+from guestproc.kernel.waiters import Waiter
 from guestproc.kernel.workqueue import Queue, QueueNumber, WorkItem, WorkQueues
 
 R = TypeVar("R", bound=Record)

@@ -20,8 +20,9 @@ from typing import Final, Protocol
 from emu.errors import DeadlinePassed, MachineStopping
 from emu.ipc.atomics import fence
 from emu.tracing import WaitedFor
-from guestproc.kernel.actors import Actor, Context, Waiter, WaiterState
+from guestproc.kernel.actors import Actor, Context
 from guestproc.kernel.records import INDEX_MASK, Part, Ram, Table
+from guestproc.kernel.waiters import Waiter, WaiterState
 
 SECOND_NS: Final = 1_000_000_000
 DEFAULT_TIMEOUT_NS: Final = 60 * SECOND_NS

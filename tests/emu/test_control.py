@@ -18,7 +18,6 @@ from emu.control import (
     ACTORS,
     CONFIG_BYTES,
     CONTROL_BYTES,
-    COUNTERS,
     LOG_BYTES,
     MIRROR_CHANNEL_ROW,
     MIRROR_CHANNELS,
@@ -37,6 +36,7 @@ from emu.control import (
     slot_of,
     start_time_of,
 )
+from emu.counters import COUNTERS
 from emu.ipc.segments import object_name, objects_of
 from emu.layout import MAX_VPS
 from guestproc.kernel import actors as kernel_actors

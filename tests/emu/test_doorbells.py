@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu import interrupts
-from emu.control import COUNTERS, Counters
+from emu.counters import COUNTERS, Counters
 from emu.doorbells import DoorbellServer, make_bell
 from emu.interrupts import Halt, PollPolicy
 from emu.ipc.atomics import AtomicView

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu import interrupts
-from emu.control import COUNTERS, Counters
+from emu.counters import COUNTERS, Counters
 from emu.interrupt_trace import halt_of
 from emu.interrupts import (
     AWAKE,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu.control import COUNTERS, Counters
+from emu.counters import COUNTERS, Counters
 from emu.errors import DeadlinePassed, GeneralProtection, MachineStopping
 from emu.interrupts import Halt, PollPolicy
 from emu.ipc.atomics import AtomicView

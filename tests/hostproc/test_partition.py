@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu.control import COUNTERS, Counters
+from emu.counters import COUNTERS, Counters
 from emu.cpuid import leaves
 from emu.errors import OutOfMemory
 from emu.interrupts import InterruptRequester, Lapic

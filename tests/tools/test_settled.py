@@ -26,8 +26,8 @@ from emu.orders import OrderDesk, Recipient
 from emu.syncpoint import Point, Tickets
 from emu.task_board import Program, TaskBoard
 from emu.wire.messages import MessageType
-from guestproc.kernel.actors import Waiter, WaiterState
 from guestproc.kernel.wait import sleepers
+from guestproc.kernel.waiters import Waiter, WaiterState
 from guestproc.kernel.workqueue import QueueNumber
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish

@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from guestproc.kernel.actors import Actor, Context, Waiter, actor_number
+from guestproc.kernel.actors import Actor, Context, actor_number
 from guestproc.kernel.records import Ram, Table
 from guestproc.kernel.tasklet import TaskletQueue
+from guestproc.kernel.waiters import Waiter
 
 SECOND_NS = 1_000_000_000
 WAITERS_GPA = 0x1000

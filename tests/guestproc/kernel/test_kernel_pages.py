@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu.errors import OutOfMemory
-from guestproc.kernel.actors import Actor, Waiter
+from guestproc.kernel.actors import Actor
 from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, PageOwner, PageRun, Zone, owned_by, owner_text
 from guestproc.kernel.records import Ram, Table
+from guestproc.kernel.waiters import Waiter
 from tests.guestproc.kernel.fakes import WAITERS_GPA, Crowd, Lone
 
 ZONE_GPA = 0x8000
