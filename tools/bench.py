@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from emu.build_kind import BUILD
 from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
 from tools.anchors import Anchor
 from tools.bench_machine import machines_like
@@ -203,6 +204,7 @@ def machine_description() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "build": BUILD,
         "load_1m": os.getloadavg()[0],
     }
 

@@ -22,6 +22,7 @@ from typing import Final
 
 import click
 
+from emu.build_kind import BUILD
 from emu.errors import MissingPrerequisite, VmbusError
 from emu.limits import check_memory_limits
 from emu.scenario import MachineSpec
@@ -60,6 +61,11 @@ def python() -> Finding:
     found = f"{platform.python_version()} ({sys.implementation.name})"
     good = sys.version_info >= (3, 11)
     return Finding("python", OK if good else ABSENT, found, "" if good else "use Python 3.11 or later", necessary=True)
+
+
+def build() -> Finding:
+    """Which build this is; either is good."""
+    return Finding("build", OK, BUILD)
 
 
 def system() -> Finding:
@@ -219,6 +225,7 @@ READERS: Final[Mapping[str, tuple[str, str]]] = {
 
 CHECKS: Final[tuple[Check, ...]] = (
     python,
+    build,
     system,
     atomics,
     shared_memory,

@@ -20,6 +20,7 @@ from typing import IO, Any, Final
 
 import click
 
+from emu.build_kind import BUILD, PURE
 from emu.errors import DeadlinePassed, NotOpened, UserError
 from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
@@ -210,6 +211,7 @@ def latency(
         "size": size,
         "vcpus": scenario.machine.vcpus,
         "poll": scenario.machine.poll.text(),
+        "build": BUILD,
         "stages": figures,
         "recorder_ns": None if recorded is None else figures[RECORDED]["p50_ns"] - figures[ROUND_TRIP]["p50_ns"],
         "records_dropped": sum(one.dropped for one in machines),
@@ -425,7 +427,9 @@ def _read_report(path: Path) -> Older:
         raise UserError(f"--compare {path}: no report; give what `vmbus-emu latency --json` printed") from None
     if name != REPORT:
         raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
-    return Older(stages, {key: document[key] for key in ("rate", "size", "vcpus", "poll") if key in document})
+    measured_with = {key: document[key] for key in ("rate", "size", "vcpus", "poll") if key in document}
+    # One that does not say is from before there was another.
+    return Older(stages, {**measured_with, "build": document.get("build", PURE)})
 
 
 def _change(before: Mapping[str, float], now: Mapping[str, float]) -> Iterator[str]:
@@ -467,7 +471,7 @@ def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     ]
     print_table(("stage", "count", "p50 us", "p90 us", "p99 us", "p99.9 us", "max us"), rows)
     how = f"{report['size']} bytes, {_pace(report['rate'])}, {report['vcpus']} vCPUs, poll {report['poll']}"
-    click.echo(f"\nround trip, {how}:")
+    click.echo(f"\nround trip, {how}, {report['build']}:")
     for line in curve:
         click.echo(line)
     added = report["recorder_ns"]

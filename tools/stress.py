@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import click
 
+from emu.build_kind import BUILD
 from emu.errors import DeadlinePassed, MissingPrerequisite, NotOpened, OwnLimit, UserError
 from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskRow, TaskState
@@ -425,6 +426,7 @@ def run_stress(
             "seed": seed,
             "seconds": duration_s,
             "vcpus": scenario.machine.vcpus,
+            "build": BUILD,
             "channels": sums.channels,
             "packets": sums.packets,
             "bytes": sums.nbytes,

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from emu.build_kind import BUILD
 from emu.layout import ABI_MAJOR, ABI_MINOR
 from emu.scenario import ERAS
 from emu.wire.versions import KNOWN_VERSIONS, version_text
@@ -48,6 +49,7 @@ def version_report() -> dict[str, Any]:
     return {
         "version": program_version(),
         "commit": commit(),
+        "build": BUILD,
         "python": platform.python_version(),
         "implementation": sys.implementation.name,
         "kernel": platform.release(),
@@ -59,8 +61,8 @@ def version_report() -> dict[str, Any]:
 
 
 def print_version(as_json: bool) -> None:
-    """Print the version as `NAME VERSION`, or the whole report as JSON."""
+    """Print the version as `NAME VERSION (BUILD)`, or the whole report as JSON."""
     if as_json:
         print_json("version", 1, version_report())
     else:
-        sys.stdout.write(f"vmbus-emu {program_version()}\n")
+        sys.stdout.write(f"vmbus-emu {program_version()} ({BUILD})\n")

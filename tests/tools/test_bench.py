@@ -310,7 +310,7 @@ def test_every_bench_measures(run_cli: RunCli, name: str) -> None:
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert {"cpu", "cores", "kernel", "python"} <= told["machine"].keys()
+    assert {"cpu", "cores", "kernel", "python", "build"} <= told["machine"].keys()
     assert told["results"] and all(one.keys() == FIELDS for one in told["results"])
     # What is the difference of two launches can be anything on a computer that is busy.
     assert all(

@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 import pytest
 
+from emu.build_kind import BUILD
 from emu.errors import (
     DeadlinePassed,
     MissingPrerequisite,
@@ -107,21 +108,22 @@ def test_help_lists_every_command_without_importing_one(run_cli: RunCli) -> None
 
 
 def test_version_is_one_line(run_cli: RunCli) -> None:
-    """`--version` prints name and version."""
+    """`--version` prints name, version and which build it is."""
     done = run_cli("--version")
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "vmbus-emu 0.1.0\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"vmbus-emu 0.1.0 ({BUILD})\n", "")
 
 
 @pytest.mark.parametrize("arguments", [("--version", "--json"), ("--json", "--version")])
 def test_version_as_json_says_what_a_report_needs(run_cli: RunCli, arguments: tuple[str, ...]) -> None:
-    """`--version --json` names commit, Python, kernel and the VMBus versions spoken."""
+    """`--version --json` names commit, build, Python, kernel and the VMBus versions spoken."""
     done = run_cli(*arguments)
 
     report = json.loads(done.stdout)
     assert report["schema"] == {"name": "vmbus-emu.version", "version": 1}
     assert report["vmbus_versions"] == ["0.13", "1.1", "2.4", "3.0", "4.0", "4.1", "5.0", "5.1", "5.2", "5.3", "6.0"]
     assert report["eras"] == ["current", "seed"]
+    assert report["build"] == BUILD
     assert {"version", "commit", "python", "kernel", "abi"} <= report.keys()
 
 

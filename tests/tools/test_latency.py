@@ -16,6 +16,7 @@ import pytest
 from hdrh.histogram import HdrHistogram
 from hdrh.log import HistogramLogReader
 
+from emu.build_kind import BUILD
 from emu.errors import UserError
 from tests.conftest import RunCli
 from tests.system.commands import ended, start, wait_until_open
@@ -201,7 +202,7 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["schema"] == {"name": "vmbus-emu.latency", "version": 1}
-    assert told["lost"] == 0 and told["rate"] is None
+    assert told["lost"] == 0 and told["rate"] is None and told["build"] == BUILD
     stages = told["stages"]
     assert {"round_trip", "send_to_host", "signal_to_request", "request_to_isr", "callback_to_task"} <= stages.keys()
     assert {"post_to_slot", "slot_to_isr", "isr_to_dpc", "dpc_to_queue", "queue_to_handler"} <= stages.keys()
@@ -213,7 +214,7 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
 
     for figures in stages.values():
         figures["p50_ns"] = 1
-    (tmp_path / "old.json").write_text(json.dumps(told))
+    (tmp_path / "old.json").write_text(json.dumps({**told, "build": "by hand"}))
     again = ("--duration", "0.1", "--rate", "200", "--compare", "old.json", "--fail", "p50:+10%", "--fail", "p999:+0%")
     done = run_cli("latency", *again, timeout_s=60)
     assert done.returncode == 1, done.stderr
@@ -221,7 +222,19 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     assert re.search("too few samples for --fail, not judged: .*queue_to_handler p999", done.stderr)
     assert "worse: queue_to_handler p999" not in done.stdout
     assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
-    assert "old.json was measured otherwise: one after the other\n" in done.stderr
+    assert "old.json was measured otherwise: one after the other, build by hand\n" in done.stderr
+
+
+def test_report_that_does_not_name_its_build_is_of_pure_python(tmp_path: Path) -> None:
+    """There was no other when it was made: told where it is compared with a compiled one, and only there."""
+    figures = {"count": 1, "p50_ns": 1, "p90_ns": 1, "p99_ns": 1, "p999_ns": 1}
+    document = {"schema": {"name": latency.REPORT}, "stages": {"round_trip": figures}, "size": 64}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document))
+    before = latency._read_report(path)
+
+    assert before.otherwise({"size": 64, "build": "compiled"}) == "build pure Python"
+    assert before.otherwise({"size": 64, "build": "pure Python"}) == ""
 
 
 def test_latency_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

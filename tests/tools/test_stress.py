@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from emu.build_kind import BUILD
 from emu.errors import DeadlinePassed, OwnLimit
 from emu.recording import Recording
 from emu.scenario import DeviceSpec, Scenario
@@ -111,6 +112,7 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
     told = json.loads(done.stdout)
     assert told["schema"] == {"name": "vmbus-emu.stress", "version": 2}
     assert (told["lost"], told["corrupt"], told["leaked"], told["seed"]) == (0, 0, 0, 11)
+    assert told["build"] == BUILD
     assert (told["violations"], told["recording"]["path"]) == ([], "s.rec")
     assert all(told[name] > 0 for name in ("packets", "bytes", "interrupts", "wakeups", "empty_transitions", "moves"))
     assert told["requested"] == told["merged"] + told["interrupts"], "what was ordered at the launcher counts as well"
