@@ -29,6 +29,7 @@ from emu.control import CONTROL_BYTES, ActorKind, Control
 from emu.counters import Counters
 from emu.errors import MachineStopping
 from emu.interrupts import InterruptRequester
+from emu.ipc.clock import MachineClock
 from emu.ipc.segments import Segment
 from emu.ipc.semaphores import Wakeup
 from emu.layout import DOORBELLS, VP_AUTO_EOI, VP_INDEX, MachineState, vp_page_offset, vps_bytes
@@ -64,7 +65,7 @@ MOST_STEPS = 200_000
 NEVER_NS = 1 << 62
 
 
-class FakeClock:
+class FakeClock(MachineClock):
     """Machine time that only passes when it is looked at (1 us) or when the test says so."""
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from typing import Final
 
+from emu.compile_hints import mypyc_attr
 from emu.ipc.atomics import AtomicView
 
 OFFSET: Final = 0
@@ -29,6 +30,7 @@ _MOST_LOOKS: Final = 20_000
 """A writer that died half way (the launcher, killed in between) must not stop the readers too."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MachineClock:
     """Reads machine nanoseconds (u64, 0 at creation); holding and advancing are for director and launcher."""
 
