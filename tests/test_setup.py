@@ -162,7 +162,7 @@ def test_every_compiled_module_is_there_once() -> None:
 
 
 def test_every_subclass_of_a_compiled_class_is_compiled() -> None:
-    """An interpreted class inherits from one that is compiled only where that says so; else its instance is a TypeError."""
+    """An interpreted class inherits from a compiled one only where that says so; else its instance is a TypeError."""
     paths = compiled()
     native = {
         node.name
