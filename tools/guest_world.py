@@ -170,7 +170,7 @@ class FakeMachine(Machine):
         return cast(Recorder, FakeRecorder(self.world, context))
 
 
-class DirectExits:
+class DirectExits(ExitClient):
     """VM exits that the partition carries out on the spot; `refuse_next` makes one fail."""
 
     def __init__(self, world: World, position: int) -> None:

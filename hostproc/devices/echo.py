@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import ClassVar
 
+from emu.compile_hints import mypyc_attr
 from emu.errors import ProtocolViolation
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND, ring_bytes
 from emu.wire.subchannel_request import ECHO_USERDATA
@@ -23,6 +24,7 @@ from hostproc.devices.subchannels import SubchannelGrants
 from hostproc.loop import TaskBody
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Echo(Backend):
     """Returns every packet."""
 
