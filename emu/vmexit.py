@@ -13,7 +13,6 @@ from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
-from emu.compile_hints import mypyc_attr
 from emu.errors import DeadlinePassed, GeneralProtection, MachineStopping
 from emu.interrupts import AWAKE, HALTED
 from emu.ipc.atomics import AtomicView
@@ -78,7 +77,6 @@ class HostBell:
             self._post()
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
 class ExitClient:
     """The guest's side, for one VP; safe to use by several threads at once.
 

@@ -17,6 +17,7 @@ try:
     import signal
 
     from tools.early_signals import note_signals
+    from tools.sources_first import PURE, take_sources
 except KeyboardInterrupt:
     sys.exit(INTERRUPTED)
 
@@ -25,11 +26,16 @@ def main() -> int:
     """Run the command line of this process; its exit status."""
     try:
         note_signals()
+        asked = sys.argv[1:]
+        if asked[:1] == ["explore"]:
+            # It looks into the objects of a whole guest and host, which a compiled build keeps to itself.
+            os.environ[PURE] = "1"
+        if os.environ.get(PURE):
+            take_sources()
         from emu.assertions import keep_assertions
 
         keep_assertions()
         hear_of_children()
-        asked = sys.argv[1:]
         replace_closed_streams()
         write_every_character()
         if asked[:1] in (["run"], ["demo"]) and not {"--help", "--detach"} & set(asked):

@@ -29,7 +29,6 @@ from emu.control import CONTROL_BYTES, ActorKind, Control
 from emu.counters import Counters
 from emu.errors import MachineStopping
 from emu.interrupts import InterruptRequester
-from emu.ipc.clock import MachineClock
 from emu.ipc.segments import Segment
 from emu.ipc.semaphores import Wakeup
 from emu.layout import DOORBELLS, VP_AUTO_EOI, VP_INDEX, MachineState, vp_page_offset, vps_bytes
@@ -65,7 +64,7 @@ MOST_STEPS = 200_000
 NEVER_NS = 1 << 62
 
 
-class FakeClock(MachineClock):
+class FakeClock:
     """Machine time that only passes when it is looked at (1 us) or when the test says so."""
 
     def __init__(self) -> None:
@@ -170,7 +169,7 @@ class FakeMachine(Machine):
         return cast(Recorder, FakeRecorder(self.world, context))
 
 
-class DirectExits(ExitClient):
+class DirectExits:
     """VM exits that the partition carries out on the spot; `refuse_next` makes one fail."""
 
     def __init__(self, world: World, position: int) -> None:

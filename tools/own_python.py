@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 from emu.assertions import OPTIMIZE
+from tools.sources_first import PURE
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def own_python(module: str, *arguments: str) -> list[str]:
     """The words that run a module of ours; they want `own_environment`."""
-    return [sys.executable, "-P", "-m", module, *arguments]
+    sources = ("tools.sources_first",) if os.environ.get(PURE) else ()
+    return [sys.executable, "-P", "-m", *sources, module, *arguments]
 
 
 def own_environment() -> dict[str, str]:

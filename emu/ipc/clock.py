@@ -11,7 +11,6 @@ import os
 import time
 from typing import Final
 
-from emu.compile_hints import mypyc_attr
 from emu.ipc.atomics import AtomicView
 
 OFFSET: Final = 0
@@ -30,7 +29,6 @@ _MOST_LOOKS: Final = 20_000
 """A writer that died half way (the launcher, killed in between) must not stop the readers too."""
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
 class MachineClock:
     """Reads machine nanoseconds (u64, 0 at creation); holding and advancing are for director and launcher."""
 
