@@ -8,16 +8,27 @@ takes. Everything is copied before it is handed out, except by `hold`. What orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from emu.errors import ProtocolViolation
-from emu.ring_memory import RingMemory, RingWords, checked_index, impossible_index
-from emu.ring_packets import LONGEST_RUN, ROUND_COUNTS, Kind, Plan, Plans, PlansOfViews, PlansWithHeader
-from emu.wire.packets import TRAILER_SIZE
+from emu.ring_drain import drain
+from emu.ring_memory import RingMemory, RingWords, checked_index
+from emu.ring_packets import (
+    ALIKE,
+    LONGEST_RUN,
+    ROUND_COUNTS,
+    SHORTEST_READ,
+    Kind,
+    Plan,
+    Plans,
+    PlansOfViews,
+    PlansWithHeader,
+    beyond,
+)
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
 T = TypeVar("T")
@@ -34,9 +45,6 @@ _Taken = tuple[Kind, list[int], list[Any]]
 """Packets that were taken out of the ring and not yet handed out."""
 
 _NO_LIMIT: Final = 1 << 29
-_ALIKE: Final = 4
-"""Packets in a row that are alike before several are looked at together."""
-_SHORTEST_RUN: Final = 4
 _TakeAlike = Callable[[int | None, int | None], _Taken | None]
 
 
@@ -105,7 +113,7 @@ class RingConsumer:
         self._last_plan: Plan | None = None
         self._shown_plan: Plan | None = None
         self._alike = 0  # packets alike, up to the last one
-        self._at_most = _SHORTEST_RUN  # of them are looked at together next time
+        self._at_most = SHORTEST_READ  # of them are looked at together next time
         self.fault: ProtocolViolation | None = None  # behind what was read; the next `read_…` raises it
         self.packets = 0  # copied out and released
         self.bytes = 0  # of ring that they took, with descriptors and trailers
@@ -161,15 +169,13 @@ class RingConsumer:
         the `packet-…` rules of `check_descriptor`, and, when all was read, `pending-send-size` if the
         producer waits for more than the ring can ever have free.
         """
-        packets = self._drain(self._plans)
-        return packets if limit is None else _first(packets, limit)
+        return drain(self, self._plans, limit)
 
     def drain_with_headers(
         self, limit: int | None = None
     ) -> Generator[tuple[int, int, int, tuple[bytes, bytes]], None, None]:
         """As `drain`, for packets with type-specific headers: the last item is (header, payload)."""
-        packets = self._drain(self._plans_with_header)
-        return packets if limit is None else _first(packets, limit)
+        return drain(self, self._plans_with_header, limit)
 
     def read(self) -> Packet | None:
         """Take one packet and release it; None when there is none. Raises as `drain` does."""
@@ -295,78 +301,6 @@ class RingConsumer:
             self.fault = fault.with_traceback(None)
         return taken
 
-    def _drain(self, plans: Plans) -> Generator[tuple[int, int, int, Any], None, None]:
-        """The body of all drains: packets that are alike are copied together, others one by one as they are asked for.
-
-        Offsets run on into the second view of the data, so that nothing wraps between two releases. `start`
-        is what was released, `at` what was handed out, `last` what is published, `rest` what was copied and not
-        handed out.
-        """
-        self._begin()
-        memory, load_write = self.memory, self.words.load_write
-        buffer, headers, table = memory.buffer, memory.headers, plans.table
-        data_size, chunk = memory.data_size, memory.data_size >> 3
-        start = at = self._read
-        packets = count = size = alike = 0
-        last_word = -1
-        rest: Iterator[Any] | None = None
-        try:
-            while True:
-                # Acquire: the packets' bytes are loaded after the index that covers them.
-                write = checked_index(load_write(), data_size, "write_index")
-                last = start + (write - self._read) % data_size
-                if last <= at:
-                    if last < at:
-                        raise impossible_index(write, data_size, "write_index")  # what was handed out is published
-                    break
-                stop = min(last, start + chunk)
-                while at < stop:
-                    word = headers[at >> 3]
-                    if word != last_word:
-                        try:
-                            plan = table[word]
-                        except KeyError:
-                            plan = plans.add(word)
-                        last_word, alike = word, 0
-                        (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run, _word = plan
-                    elif alike < _ALIKE:
-                        alike += 1
-                    elif longest_run:
-                        count = ROUND_COUNTS[min((stop - at) // size, longest_run, self._at_most)]
-                        if count >= _SHORTEST_RUN:
-                            run = unpack_run(at, count)
-                            if run is not None:
-                                if count == self._at_most:
-                                    self._at_most = min(2 * count, LONGEST_RUN)
-                                rest = iter(run[1])
-                                yield from zip(repeat(packet_type), repeat(flags), run[0], rest)
-                                rest = None
-                                at += count * size
-                                packets += count
-                                continue
-                            alike, self._at_most = 0, _SHORTEST_RUN
-                    end = at + size
-                    if end > last:
-                        raise _beyond(size, last - at)
-                    trans_id, payload = unpack(buffer, at)
-                    at = end
-                    packets += 1
-                    yield packet_type, flags, trans_id, payload
-                if at >= start + chunk:
-                    self._release(at - start, packets)
-                    start = at = self._read
-                    packets = 0
-        finally:
-            self._reading = False
-            if rest is not None:
-                count -= rest.__length_hint__()  # type: ignore[attr-defined]
-                at += count * size
-                packets += count
-            if at != start and not memory.closed:
-                self._release(at - start, packets)
-        if self._bad_wish:
-            raise self._never_enough()
-
     def _copy_out(
         self, plans: Plans, at: int, stop: int, last: int, limit: int, taken: list[_Taken]
     ) -> tuple[int, ProtocolViolation | None]:
@@ -404,12 +338,12 @@ class RingConsumer:
                         taken.append((kind, trans_ids, payloads))
                 if fresh:
                     last_word, alike = word, 0
-                elif alike < _ALIKE:
+                elif alike < ALIKE:
                     alike += 1
                 elif longest_run:
                     most = min((stop - at) // size, limit - before - len(trans_ids), longest_run, self._at_most)
                     count = ROUND_COUNTS[most]
-                    if count >= _SHORTEST_RUN:
+                    if count >= SHORTEST_READ:
                         # It fetches the words once more, and what it takes is what it found them to be.
                         run = unpack_run(at, count)
                         if run is not None:
@@ -419,10 +353,10 @@ class RingConsumer:
                             if count == self._at_most:
                                 self._at_most = min(2 * count, LONGEST_RUN)
                             break
-                        alike, self._at_most = 0, _SHORTEST_RUN
+                        alike, self._at_most = 0, SHORTEST_READ
                 end = at + size
                 if end > last:
-                    fault = _beyond(size, last - at)
+                    fault = beyond(size, last - at)
                     break
                 trans_id, payload = unpack(buffer, at)
                 trans_ids.append(trans_id)
@@ -540,7 +474,7 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
 
     def take_alike(limit: int | None, most_bytes: int | None) -> _Taken | None:
         plan = ring._last_plan
-        if plan is None or ring._alike < _ALIKE or ring._reading or ring.fault is not None:
+        if plan is None or ring._alike < ALIKE or ring._reading or ring.fault is not None:
             return None
         if not sole:
             ring._load_own()
@@ -562,7 +496,7 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
         trans_ids: list[int] = []
         payloads: list[Any] = []
         start = at
-        while left >= _SHORTEST_RUN and longest_run >= _SHORTEST_RUN:
+        while left >= SHORTEST_READ and longest_run >= SHORTEST_READ:
             count = ROUND_COUNTS[left] if left < longest_run else longest_run
             run = unpack_run(at, count)
             if run is None:
@@ -634,21 +568,3 @@ class HeldPackets:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def _first(packets: Generator[T, None, None], limit: int) -> Generator[T, None, None]:
-    """Hand on at most `limit` packets, then close."""
-    try:
-        yield from islice(packets, limit)
-    finally:
-        packets.close()
-
-
-def _beyond(size: int, published: int) -> ProtocolViolation:
-    """Say that a packet's length, with its trailer, goes beyond write_index."""
-    return ProtocolViolation(
-        f"packet of {size} bytes with its trailer, {published} published",
-        rule="packet-length",
-        field="len8",
-        value=(size - TRAILER_SIZE) // 8,
-    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from emu.errors import VmbusError
+from emu.errors import ProtocolViolation, VmbusError
 from emu.ring_memory import Pack, PackAlike, PackRun, RingMemory, Unpack, UnpackRun
 from emu.wire.packets import DESCRIPTOR_SIZE, MAX_PACKET_SIZE, TRAILER_SIZE, check_descriptor, ring_bytes
 
@@ -21,6 +21,10 @@ _MOST_PLANS: Final = 1024
 # Packets alike are handled together up to so many bytes, and so many packets; a longer run is several.
 RUN_BYTES: Final = 1 << 17
 LONGEST_RUN: Final = 128
+ALIKE: Final = 4
+"""Packets in a row that are alike before a reader looks at several together."""
+SHORTEST_READ: Final = 4
+"""So many at least."""
 
 
 def _three_digits(count: int) -> int:
@@ -171,3 +175,13 @@ class PlansOfViews(Plans):
 
     def _longest_run(self, size: int) -> int:
         return 0
+
+
+def beyond(size: int, published: int) -> ProtocolViolation:
+    """Say that a packet's length, with its trailer, goes beyond write_index."""
+    return ProtocolViolation(
+        f"packet of {size} bytes with its trailer, {published} published",
+        rule="packet-length",
+        field="len8",
+        value=(size - TRAILER_SIZE) // 8,
+    )

@@ -607,7 +607,8 @@ class Bus:
     def _backend_close(self, device: _Device, channel: HostChannel) -> bool:
         """`Backend.close`; one that raises has closed."""
         try:
-            return device.backend.close(channel) is not False
+            close: Callable[[HostChannel], object] = device.backend.close  # an author's may say nothing
+            return close(channel) is not False
         except Exception as error:
             self.backend_error(device.backend.name, f"close of channel {channel.relid}", error)
             return True

@@ -1,4 +1,4 @@
-"""`tools.sources_first`: a compiled build's sources are imported in place of what is compiled, of ours and no others."""
+"""`tools.sources_first`: the sources of a compiled build are imported in place of what is compiled; only ours."""
 
 from __future__ import annotations
 
