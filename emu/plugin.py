@@ -243,7 +243,8 @@ def load(paths: Iterable[Path]) -> Plugins:
         source = _read(path)
         plugins.owned("plugin", path.stem, path)
         with _registering(plugins, path):
-            _execute(path, source, len(plugins.files))
+            module = _execute(path, source, len(plugins.files))
+            _refuse_forgotten(module, plugins)
         plugins.files.append(PluginFile(path, hashlib.sha256(source).hexdigest()))
     return plugins
 
@@ -319,12 +320,28 @@ def _registering(plugins: Plugins, path: Path) -> Iterator[None]:
         _loading = None
 
 
-def _execute(path: Path, source: bytes, number: int) -> None:
+def _execute(path: Path, source: bytes, number: int) -> ModuleType:
     # Not imported: that would leave bytecode beside the file, and believe it when the file changed within a second.
     module = ModuleType(f"vmbus_plugin_{number}_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def _refuse_forgotten(module: ModuleType, plugins: Plugins) -> None:
+    """Refuse a class that is plainly meant to be registered and is not: its device would have the echo in its place."""
+    registered = [*plugins.backends.values(), *(type(one.driver) for one in plugins.drivers)]
+    own = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+    for cls in own:
+        if any(issubclass(one, cls) for one in registered):
+            continue
+        name = getattr(cls, "name", None)
+        has = {word for word in ("open", "close", "probe", "remove", "id_table") if hasattr(cls, word)}
+        if {"probe", "remove", "id_table"} <= has and isinstance(name, str):
+            raise UserError(f"driver {name}: class {cls.__name__} is not registered; write @plugin.driver above it")
+        if {"open", "close"} <= has and name in plugins.classes and name not in plugins.backends:
+            raise UserError(f"back end {name}: class {cls.__name__} is not registered; write @plugin.backend above it")
 
 
 def _said(error: BaseException, path: Path) -> str:

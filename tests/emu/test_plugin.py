@@ -135,6 +135,34 @@ def test_a_plugin_that_cannot_be_is_one_line_with_its_file(tmp_path: Path, text:
     assert said.startswith(f"plugin {path}: {line}") and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("forgotten", "line"),
+    [
+        ("backend", "back end one: class B is not registered; write @plugin.backend above it"),
+        ("driver", "driver hv_one: class D is not registered; write @plugin.driver above it"),
+    ],
+)
+def test_a_decorator_that_was_forgotten_is_told(tmp_path: Path, forgotten: str, line: str) -> None:
+    """The device would have the echo at its other end, and nobody would say so."""
+    path = written(tmp_path, WHOLE.replace(f"@plugin.{forgotten}\n", ""))
+
+    with pytest.raises(UserError) as refused:
+        plugin.load([path])
+    assert str(refused.value) == f"plugin {path}: {line}"
+
+
+def test_a_class_that_another_is_derived_from_is_not_forgotten(tmp_path: Path) -> None:
+    """Nor one that looks like none of ours, or that comes from somewhere else."""
+    bases = (BACKEND + DRIVER).replace("@plugin.backend\n", "").replace("@plugin.driver\n", "")
+    bases = bases.replace("class B:", "class BB:").replace("class D:", "class DD:")
+    derived = "@plugin.backend\nclass B(BB): ...\n@plugin.driver\nclass D(DD): ...\n"
+    others = "from pathlib import Path\nclass File:\n    def open(self): ...\n    def close(self): ...\n"
+
+    plugins = plugin.load([written(tmp_path, CLASS + bases + derived + others)])
+
+    assert list(plugins.backends) == ["one"] and [one.driver.name for one in plugins.drivers] == ["hv_one"]
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     """One that is not there, and one that is none."""
     with pytest.raises(UserError, match=r"nowhere\.py: No such file or directory; give the path of a Python file"):
