@@ -12,11 +12,11 @@ from collections.abc import Callable, Generator
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol
 
 from emu.errors import ProtocolViolation
 from emu.ring_drain import drain
-from emu.ring_memory import RingMemory, RingWords, checked_index
+from emu.ring_memory import RingMemory, RingWords, Unpack, UnpackRun, checked_index
 from emu.ring_packets import (
     ALIKE,
     LONGEST_RUN,
@@ -31,8 +31,6 @@ from emu.ring_packets import (
 )
 from emu.wire.ring_layout import ALIGNMENT, FEAT_PENDING_SEND_SZ
 
-T = TypeVar("T")
-
 Packet = tuple[int, int, int, bytes]
 """Packet type, flags, trans_id, payload (whose padding the wire cannot tell from its bytes)."""
 
@@ -45,7 +43,18 @@ _Taken = tuple[Kind, list[int], list[Any]]
 """Packets that were taken out of the ring and not yet handed out."""
 
 _NO_LIMIT: Final = 1 << 29
-_TakeAlike = Callable[[int | None, int | None], _Taken | None]
+
+
+class ReadRuns(Protocol):
+    """Take what there is, as runs: `limit` packets at most, and none that begins `most_bytes` of ring later.
+
+    None: there is nothing; some: there may be more, and what comes meanwhile is for the next call. read_index
+    is released after each eighth of the ring and at the end; ask `take_signal` then. What comes before a fault
+    is returned; the fault is in `fault` then, and the next call raises it, even if the peer has set it right
+    meanwhile: ProtocolViolation as `drain` says.
+    """
+
+    def __call__(self, limit: int | None = None, most_bytes: int | None = None) -> list[Run]: ...
 
 
 class RingConsumer:
@@ -63,7 +72,7 @@ class RingConsumer:
         "_data_size",
         "_load_write",
         "_bad_wish",
-        "_last_plan",
+        "_last_word",
         "_plans",
         "_plans_of_views",
         "_plans_with_header",
@@ -71,7 +80,6 @@ class RingConsumer:
         "_reading",
         "_shown_plan",
         "_sole",
-        "_take_alike",
         "begin_read",
         "bytes",
         "emptied",
@@ -81,6 +89,7 @@ class RingConsumer:
         "memory",
         "packets",
         "read_lone",
+        "read_runs",
         "releases",
         "signal_owed",
         "words",
@@ -97,6 +106,7 @@ class RingConsumer:
     """Whether a look finds nothing: no packet published, nothing wrong that the next `read_…` would raise."""
     read_lone: Callable[[], Packet | None]
     """Take the packet, if there is exactly one, of a kind seen before: a round trip's. None: see `read_many`."""
+    read_runs: ReadRuns
 
     def __init__(self, memory: RingMemory, *, sole: bool = True, words: RingWords | None = None) -> None:
         self.memory = memory
@@ -110,7 +120,7 @@ class RingConsumer:
         self.signal_owed = False  # see `take_signal`
         self._reading = False
         self._bad_wish = 0
-        self._last_plan: Plan | None = None
+        self._last_word = -1  # descriptor of the packet before, if that may be the next one's
         self._shown_plan: Plan | None = None
         self._alike = 0  # packets alike, up to the last one
         self._at_most = SHORTEST_READ  # of them are looked at together next time
@@ -123,7 +133,7 @@ class RingConsumer:
         checked_index(self.words.load_write(), memory.data_size, "write_index")
         self.begin_read = partial(self.words.store_mask, 1)
         self.end_read, self.emptied, self.read_lone = _short_ways(self, self.words)
-        self._take_alike = _alike_reader(self)
+        self.read_runs = _run_reader(self)
 
     @property
     def bytes_to_read(self) -> int:
@@ -132,29 +142,10 @@ class RingConsumer:
         # Our own index is checked already, and so is what equals it.
         return 0 if write == read else (checked_index(write, data_size, "write_index") - read) % data_size
 
-    def read_runs(self, limit: int | None = None, most_bytes: int | None = None) -> list[Run]:
-        """Take what there is, as runs: `limit` packets at most, and none that begins `most_bytes` of ring later.
-
-        None: there is nothing; some: there may be more, and what comes meanwhile is for the next call. read_index
-        is released after each eighth of the ring and at the end; ask `take_signal` then. What comes before a fault
-        is returned; the fault is in `fault` then, and the next call raises it, even if the peer has set it right
-        meanwhile: ProtocolViolation as `drain` says.
-        """
-        taken = self._take_alike(limit, most_bytes)
-        if taken is not None:
-            (packet_type, flags, _overhead), trans_ids, payloads = taken
-            return [(packet_type, flags, trans_ids, payloads)] if payloads else []
-        runs = self._take(self._plans, limit, most_bytes)
-        return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
-
     def read_many(self, limit: int | None = None, most_bytes: int | None = None) -> list[Packet]:
         """As `read_runs`, packet by packet."""
-        taken = self._take_alike(limit, most_bytes)
-        if taken is not None:
-            (packet_type, flags, _overhead), trans_ids, payloads = taken
-            return list(zip(repeat(packet_type), repeat(flags), trans_ids, payloads))
         packets: list[Packet] = []
-        for (packet_type, flags, _overhead), trans_ids, payloads in self._take(self._plans, limit, most_bytes):
+        for packet_type, flags, trans_ids, payloads in self.read_runs(limit, most_bytes):
             packets += zip(repeat(packet_type), repeat(flags), trans_ids, payloads)
         return packets
 
@@ -233,7 +224,7 @@ class RingConsumer:
         at, fault = self._copy_out(
             self._plans_of_views, start, stop, start + published, _NO_LIMIT if limit is None else limit, taken
         )
-        self._shown_plan, self._last_plan = self._last_plan, None
+        self._shown_plan, self._last_word = self._plans_of_views.table.get(self._last_word), -1
         if fault is not None:
             if not taken:
                 raise fault
@@ -310,8 +301,7 @@ class RingConsumer:
         """
         memory = self.memory
         buffer, headers, table = memory.buffer, memory.headers, plans.table
-        plan, alike = self._last_plan, self._alike
-        last_word = -1 if plan is None else plan[5]
+        last_word, alike = self._last_word, self._alike
         kind: Kind | None = None
         trans_ids: list[int] = []
         payloads: list[Any] = []
@@ -366,7 +356,7 @@ class RingConsumer:
                     break
         if taken and not taken[-1][1]:
             taken.pop()  # a fault came before its first packet
-        self._last_plan, self._alike = plan, alike
+        self._last_word, self._alike = last_word, alike
         return at, fault
 
     def _release(self, freed: int, packets: int) -> None:
@@ -459,35 +449,44 @@ def _short_ways(
     return end_read, emptied, read_lone
 
 
-def _alike_reader(ring: RingConsumer) -> _TakeAlike:
-    """Make what takes packets like those before, as long as that is what there is, up to an eighth of the ring.
+def _run_reader(ring: RingConsumer) -> ReadRuns:
+    """Make `read_runs`: packets like those before, as long as that is what there is, up to an eighth of the ring.
 
-    It releases once, and returns None, with nothing taken, when there is anything else to see to: `_take` does
-    that. A function over variables of its own because its lines, not the copies, are most of what a small read
-    costs.
+    It releases once then. When there is anything else to see to, nothing is taken here, and `_take` does it. A function
+    over variables of its own because its lines, not the copies, are most of what a small read costs.
     """
     words, memory = ring.words, ring.memory
     buffer, headers, data_size = memory.buffer, memory.headers, memory.data_size
     load_write, store_read = words.load_write, words.store_read
     load_features, load_pending = words.load_features, words.load_pending
     sole, chunk = ring._sole, data_size >> 3
+    plans = ring._plans
+    its_word = -1  # whose plan the next ones are of
+    packet_type = flags = size = longest_run = 0
+    unpack: Unpack
+    unpack_run: UnpackRun
 
-    def take_alike(limit: int | None, most_bytes: int | None) -> _Taken | None:
-        plan = ring._last_plan
-        if plan is None or ring._alike < ALIKE or ring._reading or ring.fault is not None:
-            return None
+    def read_runs(limit: int | None = None, most_bytes: int | None = None) -> list[Run]:
+        nonlocal flags, its_word, longest_run, packet_type, size, unpack, unpack_run
+        word = ring._last_word
+        if ring._alike < ALIKE or word < 0 or ring._reading or ring.fault is not None:
+            return read_any(limit, most_bytes)
+        if word != its_word:
+            plan = plans.table.get(word)
+            if plan is None:
+                return read_any(limit, most_bytes)
+            (packet_type, flags, _overhead), size, unpack, unpack_run, longest_run, its_word = plan
         if not sole:
             ring._load_own()
-        kind, size, unpack, unpack_run, longest_run, its_word = plan
-        at = ring._read
+        start = at = ring._read
         # Acquire: the packets' bytes are loaded after the index that covers them.
         write = load_write()
         if write >= data_size or write & 7:
-            return None
+            return read_any(limit, most_bytes)
         published = write - at
         if published <= 0:
             if not published:
-                return None if ring._bad_wish else (kind, [], [])
+                return read_any(limit, most_bytes) if ring._bad_wish else []
             published += data_size
         most = (chunk if most_bytes is None or most_bytes > chunk else most_bytes) + size - 1
         left = (published if published < most else most) // size
@@ -495,7 +494,6 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
             left = limit
         trans_ids: list[int] = []
         payloads: list[Any] = []
-        start = at
         while left >= SHORTEST_READ and longest_run >= SHORTEST_READ:
             count = ROUND_COUNTS[left] if left < longest_run else longest_run
             run = unpack_run(at, count)
@@ -508,7 +506,7 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
             left -= count
         while left > 0:
             # The one fetch of a descriptor word.
-            if headers[at >> 3] != its_word:
+            if headers[at >> 3] != word:
                 break
             trans_id, payload = unpack(buffer, at)
             trans_ids.append(trans_id)
@@ -516,7 +514,7 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
             at += size
             left -= 1
         if at == start:
-            return None
+            return read_any(limit, most_bytes)
         # As `_release`, which would cost a small read a sixth more.
         ring._read = read = at if at < data_size else at - data_size
         ring.packets += len(payloads)
@@ -527,9 +525,13 @@ def _alike_reader(ring: RingConsumer) -> _TakeAlike:
         store_read(read)
         if load_features() & FEAT_PENDING_SEND_SZ and (wish := load_pending() & -ALIGNMENT):
             ring._look_at_wish(wish, at - start)
-        return kind, trans_ids, payloads
+        return [(packet_type, flags, trans_ids, payloads)]
 
-    return take_alike
+    def read_any(limit: int | None, most_bytes: int | None) -> list[Run]:
+        runs = ring._take(plans, limit, most_bytes)
+        return [(kind[0], kind[1], trans_ids, payloads) for kind, trans_ids, payloads in runs]
+
+    return read_runs
 
 
 class HeldPackets:
