@@ -46,7 +46,7 @@ from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.unmapped import UnmappedRings
 from hostproc.interrupt_page import InterruptPage, SharedEvent
-from hostproc.loop import TaskBody
+from hostproc.loop import AnyBody, TaskBody
 from hostproc.points import NoPoints
 from hostproc.protocol.effects import (
     BindEvent,
@@ -131,7 +131,7 @@ class DeviceTask(Protocol):
 class Tasks(Protocol):
     """What the bus needs of the loop."""
 
-    def task(self, name: str, body: TaskBody) -> DeviceTask:
+    def task(self, name: str, body: AnyBody) -> DeviceTask:
         """Add a task; it runs in the next round."""
 
 
@@ -587,7 +587,7 @@ class Bus:
             if self.server.subchannel_room and not self.server.offered(parameters.identity):
                 self.add(parameters, primary.backend)
 
-    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> TaskBody:
+    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> AnyBody:
         """Run a device's task; a guest that breaks its rings, or an author's mistake, stops this channel's only."""
         try:
             yield from body

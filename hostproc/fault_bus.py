@@ -21,7 +21,7 @@ from hostproc.devices.channel import HostChannel
 from hostproc.devices.fault_channel import FaultyChannel
 from hostproc.devices.table import DEVICES
 from hostproc.fault_interrupts import CallLater
-from hostproc.loop import WAIT, TaskBody
+from hostproc.loop import WAIT, AnyBody, TaskBody
 from hostproc.protocol.effects import MapGpadl, OpenDevice, SendMessage
 
 MOST_HELD: Final = 256
@@ -145,12 +145,12 @@ class FaultyBus(Bus):
         channels = (device.channel for device in self._devices.values())
         return [channel for channel in channels if isinstance(channel, FaultyChannel)]
 
-    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> TaskBody:
+    def _run(self, name: str, channel: HostChannel, body: TaskBody) -> AnyBody:
         inner = super()._run(name, channel, body)
         # A plain channel pays nothing for it: its task is the plain one.
         return self._run_stalling(channel, inner) if isinstance(channel, FaultyChannel) else inner
 
-    def _run_stalling(self, channel: FaultyChannel, inner: TaskBody) -> TaskBody:
+    def _run_stalling(self, channel: FaultyChannel, inner: AnyBody) -> AnyBody:
         try:
             while True:
                 if hit := channel.hit(FaultKind.VSP_STALL):

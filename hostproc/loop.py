@@ -32,6 +32,8 @@ WAIT: Final = Step.WAIT
 AGAIN: Final = Step.AGAIN
 
 TaskBody = Generator[Step, None, None]
+AnyBody = Generator[object, None, None]
+"""Such a task of an author's, who may have yielded anything: what is not AGAIN is as good as WAIT."""
 
 
 class Task:
@@ -39,7 +41,7 @@ class Task:
 
     __slots__ = ("_body", "_ready", "finished", "name", "queued")
 
-    def __init__(self, name: str, body: TaskBody, ready: deque[Task]) -> None:
+    def __init__(self, name: str, body: AnyBody, ready: deque[Task]) -> None:
         self.name = name
         self._body = body
         self._ready = ready
@@ -91,7 +93,7 @@ class Loop:
         self._order = count()
         self.rounds = 0
 
-    def task(self, name: str, body: TaskBody) -> Task:
+    def task(self, name: str, body: AnyBody) -> Task:
         """Add a task; it runs in the next round."""
         task = Task(name, body, self._ready)
         task.wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from uuid import UUID
 
 import pytest
@@ -50,7 +50,7 @@ from hostproc.devices.backend import Backend, DeviceRefused
 from hostproc.devices.channel import HostChannel
 from hostproc.devices.echo import Echo
 from hostproc.devices.table import offer_of
-from hostproc.loop import Task, TaskBody
+from hostproc.loop import WAIT, AnyBody, Task, TaskBody
 from hostproc.points import NoPoints
 from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
@@ -121,7 +121,7 @@ class FakePartition:
         """Disconnect."""
         del self.doorbells[connection_id]
 
-    def task(self, name: str, body: TaskBody) -> Task:
+    def task(self, name: str, body: AnyBody) -> Task:
         """Add a task, to be run."""
         task = Task(name, body, self.tasks)
         self.started.append(task)
@@ -953,6 +953,37 @@ def test_a_back_end_that_raises_in_open_refuses_the_channel() -> None:
     assert guest.bus.refusals.records()[-1]["text"] == "faulty: open of channel 2: ValueError: in open"
     guest.open(1)
     assert guest.echo(b"12345678") == [b"12345678"]
+
+
+class Vague(Echo):
+    """Says nothing of what its task yields, or something that is no step."""
+
+    name = "vague"
+
+    def __init__(self, said: object) -> None:
+        self.said = said
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """The same task."""
+        body = super().open(channel)
+
+        def vaguely() -> Generator[object, None, None]:
+            for step in body:
+                yield self.said if step is WAIT else step
+
+        return vaguely()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("said", [None, 5])
+def test_a_back_end_that_yields_no_step_waits(said: object) -> None:
+    """As after WAIT; its packets come back, and the others' do, and nothing is counted."""
+    guest = Guest(Vague(said))
+    guest.boot()
+    guest.open(1)
+
+    assert guest.echo(b"12345678") == [b"12345678"]
+    assert guest.echo(b"87654321") == [b"87654321"]
+    assert guest.bus.refusals.refused == {}
 
 
 @pytest.mark.parametrize("where", ["serve", "no generator", "leave", "close", "close says nothing"])
