@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from emu.errors import OutOfMemory, ProtocolViolation, RingFull
 from emu.ring import Packet, PacketTooLong, RingProducer
+from emu.ring_memory import Payload
 from emu.wire.packets import VM_PKT_DATA_INBAND
 from guestproc.kernel.layout import Channel
 from guestproc.protocol import opening
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def vmbus_sendpacket(
     current: Current,
     channel: Channel,
-    payload: bytes,
+    payload: Payload,
     trans_id: int = 0,
     packet_type: int = VM_PKT_DATA_INBAND,
     flags: int = 0,
@@ -67,7 +68,7 @@ def vmbus_sendpacket(
 
 
 def vmbus_sendpackets(
-    current: Current, channel: Channel, payloads: Sequence[bytes], first_trans_id: int = 0, flags: int = 0
+    current: Current, channel: Channel, payloads: Sequence[Payload], first_trans_id: int = 0, flags: int = 0
 ) -> int:
     """Write as many in-band packets as fit, as one batch with one signal at most.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import random
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 
 from emu.errors import OutOfMemory
+from emu.ring_memory import Payload
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND
 from emu.wire.ring_layout import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from guestproc.current import Current
@@ -82,6 +84,16 @@ def test_packet_goes_and_comes_back(booted: World, channel: Channel) -> None:
         b"complete me",
     ]
     assert (channel.sig_events.load(), channel.interrupts, channel.intr_out_empty) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_payload_may_be_any_bytes(booted: World, channel: Channel, kind: Callable[[bytes], Payload]) -> None:
+    """One or a batch of them, as on the host's side."""
+    assert booted.call(lambda current: vmbus_sendpacket(current, channel, kind(b"one here"))) == 0
+    assert booted.call(lambda current: vmbus_sendpackets(current, channel, [kind(b"and more"), kind(b"and last")])) == 2
+    booted.settle()
+
+    assert [bytes(packet[3]) for packet in INBOXES[channel.handle]] == [b"one here", b"and more", b"and last"]
 
 
 def test_batch_is_one_signal(booted: World, channel: Channel) -> None:
