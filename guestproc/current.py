@@ -117,9 +117,9 @@ class Current:
         channel: Channel = self.tables.channels.from_handle(handle)
         return channel
 
-    def log(self, text: str) -> None:
+    def log(self, text: object) -> None:
         """printk: a line for the launcher's log."""
-        self._report("log", self.hooks.row.name, text)
+        self._report("log", self.hooks.row.name, str(text))
 
     def refuse(self, violation: ProtocolViolation, what: str = "") -> None:
         """The host broke a rule: count it, record it, go on. `what` says whose bytes they were.

@@ -9,6 +9,9 @@ ISR under sched_lock, so it is changed under it.
 
 from __future__ import annotations
 
+from struct import Struct
+from typing import Final
+
 from emu.values import valueclass
 from emu.wire.messages import MAX_USER_DEFINED_BYTES, OpenChannel
 from guestproc.kernel.layout import Channel, ChannelState
@@ -24,6 +27,9 @@ _RINGS = Fields(
     "ringbuffer_gpadlhandle",
     "ringbuffer_send_offset",
 )
+
+_CALLBACK: Final = Struct("<IQ")
+"""As the record has them: onchannel_callback, channel_callback_context."""
 
 OPEN = int(ChannelState.OPEN_STATE)
 OPENING = int(ChannelState.OPENING_STATE)
@@ -48,6 +54,11 @@ def failed(channel: Channel) -> None:
 def begin_close(channel: Channel) -> bool:
     """OPENED → OPEN for one closer; False for a channel that is not open."""
     return channel.state.cas(OPENED, OPEN) == OPENED
+
+
+def check_callback(callback: int, context: int) -> None:
+    """struct.error for numbers that `set_callback` cannot write down, or what is none."""
+    _CALLBACK.pack(callback, context)
 
 
 def set_callback(channel: Channel, callback: int, context: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory, ProtocolViolation
+from emu.ring_memory import Payload
 from emu.syncpoint import Point
 from emu.tracing import (
     E_CLOSE,
@@ -214,7 +215,7 @@ def vmbus_open(
     channel: Channel,
     send_ringbuffer_size: int,
     recv_ringbuffer_size: int,
-    userdata: bytes,
+    userdata: Payload,
     onchannel_callback: int,
     context: int = 0,
 ) -> int:
@@ -222,15 +223,20 @@ def vmbus_open(
 
     0; -EINVAL: it is not closed, or a size is no size; -ENOMEM; -EDQUOT: the host refused the pages; -EAGAIN:
     it refused the channel; -ENODEV: it took the channel back; -ETIMEDOUT: it did not answer; what a post says.
+
+    What is no argument at all (TypeError, struct.error) is found before anything is begun: a driver's mistake leaves
+    the channel closed.
     """
+    user_defined = bytes(userdata)
+    opening.check_callback(onchannel_callback, context)
     # The kernel looks at the state after it has noted the new rings, and so forgets those of an open channel.
-    if len(userdata) > MAX_USER_DEFINED_BYTES or not opening.begin(channel):
+    if len(user_defined) > MAX_USER_DEFINED_BYTES or not opening.begin(channel):
         return -errno.EINVAL
     current.record(E_STATE, channel.relid, ChannelState.OPEN_STATE, ChannelState.OPENING_STATE)
     result = vmbus_alloc_ring(current, channel, send_ringbuffer_size, recv_ringbuffer_size)
     gpadl = 0
     if result == 0:
-        result, gpadl = _vmbus_open(current, channel, userdata, onchannel_callback, context)
+        result, gpadl = _vmbus_open(current, channel, user_defined, onchannel_callback, context)
         if result and gpadl:
             current.log(f"relid {channel.relid}: the host may hold its ring pages; they are not given back")
         elif result:

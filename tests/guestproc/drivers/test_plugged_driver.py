@@ -132,6 +132,34 @@ def test_a_probe_that_is_wrong_is_a_failed_probe(plugged: Callable[..., World], 
     assert world.shut_down() == {}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [("text", 1, 0), (None, 1, 0), (b"", opened, 0), (b"", None, 0), (b"", -1, 0), (b"", 1, None), (b"", 1, -1)],
+    ids=["text", "no bytes", "function", "no callback", "callback below 0", "no context", "context below 0"],
+)
+def test_an_open_with_what_is_no_argument_begins_nothing(plugged: Callable[..., World], wrong: tuple[Any, ...]) -> None:
+    """A failed probe that leaves the channel closed, without a callback and without pages."""
+    world = plugged(lambda current, device: vmbus_open(current, current.channel(device.channel), 8192, 8192, *wrong))
+
+    channel = world.channel(9)
+    assert plugin_errors(world) == 1 and "vmbus_open" in logged(world)
+    assert (channel.state.load(), channel.onchannel_callback) == (ChannelState.OPEN_STATE, 0)
+    assert world.shut_down() == {}
+
+
+def test_a_log_takes_what_is_no_text(plugged: Callable[..., World]) -> None:
+    """A number is logged as it prints: that is no reason to stop a machine."""
+
+    def probe(current: Current, device: Device) -> int:
+        current.log(20.5)
+        return opened(current, device)
+
+    world = plugged(probe)
+
+    assert "20.5" in logged(world)
+    assert world.shut_down() == {} and plugin_errors(world) == 0
+
+
 def test_a_probe_that_fails_as_it_may_leaves_no_channel_open(plugged: Callable[..., World]) -> None:
     """A negative errno is no mistake; a channel that was left open is, and is closed all the same."""
     world = plugged(lambda current, device: opened(current, device) or -errno.ENXIO)
