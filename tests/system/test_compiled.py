@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.system.commands import ROOT, assert_gone, ended, environment, inner_pids, report, wait_for, wait_until_open
+from tools.races import exhibits
+from tools.sources_first import PURE
 
 SHM = Path("/dev/shm")
 BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -127,11 +129,21 @@ def test_recording_of_a_compiled_machine_holds(compiled: Installed) -> None:
 
 
 @pytest.mark.parametrize(("fix", "verdict"), [("off", "violated"), ("on", "held")])
-@pytest.mark.parametrize("name", ["B6", "D1"])
+@pytest.mark.parametrize("name", sorted(exhibits()))
 def test_compiled_exhibits_are_what_they_were(compiled: Installed, name: str, fix: str, verdict: str) -> None:
-    """A halt and a ring with sync points, which are compiled too: broken with the fix off, quiet with it on."""
+    """Broken with the fix off, quiet with it on; their halts and rings with sync points are compiled, too."""
     told = compiled.told("races", "run", name, "--fix", fix, status=0 if fix == "on" else 1)
     assert (told["verdict"], told["expected"]) == (verdict, True)
+    compiled.assert_nothing_left()
+
+
+def test_explorer_of_a_compiled_build_looks_into_its_sources(compiled: Installed) -> None:
+    """It finds nothing wrong, in many states; and whoever asks for the sources gets them, machines and all."""
+    told = compiled.told("explore", "--depth", "5")
+    assert (told["violation"], told["states"] > 100) == (None, True)
+    compiled.environment[PURE] = "1"
+    assert compiled.told("--version")["build"] == "pure Python"
+    assert compiled.told("run", "--duration", "0")["channels_open"] > 0
     compiled.assert_nothing_left()
 
 
