@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Final
 
 from emu.errors import OutOfMemory, ProtocolViolation
@@ -37,6 +38,7 @@ from emu.wire.messages import (
     MessageType,
     gpadl_messages,
 )
+from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import CallbackMode, Channel, ChannelState, Request
 from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.kernel.records import INDEX_MASK
@@ -224,11 +226,15 @@ def vmbus_open(
     0; -EINVAL: it is not closed, or a size is no size; -ENOMEM; -EDQUOT: the host refused the pages; -EAGAIN:
     it refused the channel; -ENODEV: it took the channel back; -ETIMEDOUT: it did not answer; what a post says.
 
-    What is no argument at all (TypeError, struct.error) is found before anything is begun: a driver's mistake leaves
-    the channel closed.
+    What is no argument at all (TypeError, struct.error; a callback that nobody registered: AssertionError) is found
+    before anything is begun: a driver's mistake leaves the channel closed.
     """
     user_defined = bytes(userdata)
     opening.check_callback(onchannel_callback, context)
+    if onchannel_callback:
+        CHANNEL_CALLBACKS.lookup(onchannel_callback)
+    for size in (send_ringbuffer_size, recv_ringbuffer_size):
+        index(size)
     # The kernel looks at the state after it has noted the new rings, and so forgets those of an open channel.
     if len(user_defined) > MAX_USER_DEFINED_BYTES or not opening.begin(channel):
         return -errno.EINVAL

@@ -134,8 +134,17 @@ def test_a_probe_that_is_wrong_is_a_failed_probe(plugged: Callable[..., World], 
 
 @pytest.mark.parametrize(
     "wrong",
-    [("text", 1, 0), (None, 1, 0), (b"", opened, 0), (b"", None, 0), (b"", -1, 0), (b"", 1, None), (b"", 1, -1)],
-    ids=["text", "no bytes", "function", "no callback", "callback below 0", "no context", "context below 0"],
+    [
+        ("text", 1, 0),
+        (None, 1, 0),
+        (b"", opened, 0),
+        (b"", None, 0),
+        (b"", -1, 0),
+        (b"", 99, 0),
+        (b"", 1, None),
+        (b"", 1, -1),
+    ],
+    ids=["text", "no bytes", "function", "no callback", "below 0", "nobody's", "no context", "context below 0"],
 )
 def test_an_open_with_what_is_no_argument_begins_nothing(plugged: Callable[..., World], wrong: tuple[Any, ...]) -> None:
     """A failed probe that leaves the channel closed, without a callback and without pages."""
@@ -144,6 +153,19 @@ def test_an_open_with_what_is_no_argument_begins_nothing(plugged: Callable[..., 
     channel = world.channel(9)
     assert plugin_errors(world) == 1 and "vmbus_open" in logged(world)
     assert (channel.state.load(), channel.onchannel_callback) == (ChannelState.OPEN_STATE, 0)
+    assert world.shut_down() == {}
+
+
+@pytest.mark.parametrize("sizes", [("8192", 8192), (8192, 8192.0), (None, 8192)], ids=["text", "float", "none"])
+def test_an_open_with_sizes_that_are_no_numbers_begins_nothing(
+    plugged: Callable[..., World], sizes: tuple[Any, Any]
+) -> None:
+    """The same: a failed probe, and a channel that is closed."""
+    callback = Callbacks.ECHO_ONCHANNELCALLBACK
+    world = plugged(lambda current, device: vmbus_open(current, current.channel(device.channel), *sizes, b"", callback))
+
+    assert plugin_errors(world) == 1 and "vmbus_open" in logged(world)
+    assert world.channel(9).state.load() == ChannelState.OPEN_STATE
     assert world.shut_down() == {}
 
 
