@@ -496,6 +496,7 @@ def _writer(ring: RingProducer, words: RingWords) -> _Writer:
         return batch_count * batch_length
 
     publishes = words.publishes
+    # Compiled functions have no variables that could be shared with the recorder: there `store_write` records.
     if publishes is None or not isinstance(write, FunctionType):
         return _Writer(write, write_many, write_all, publish, get, set_, batch_bytes)
     # A recorded ring. The call of `store_write` is a third of what the record of a batch costs, so a batch like the one

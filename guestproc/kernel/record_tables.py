@@ -232,8 +232,7 @@ def part_property(offset: int, name: str, build: Callable[[Ram, int, str], Any],
         except KeyError:
             table = record.table
             label = f"{table.name}[{record.index}].{name}"
-            made = table.ram.variants.get(build, build)
-            part = record._parts[offset] = made(table.ram, record.gpa + offset, label)
+            part = record._parts[offset] = build(table.ram, record.gpa + offset, label)
         return part
 
     return property(get, doc=doc)

@@ -138,8 +138,7 @@ class BuiltOnce(Generic[P]):
             return self
         part, table = self._part, record.table
         label = f"{table.name}[{record.index}].{part.name}"
-        made = table.ram.variants.get(part.build, part.build)
-        value = vars(record)[part.name] = made(table.ram, record.gpa + part.offset, label)
+        value = vars(record)[part.name] = part.build(table.ram, record.gpa + part.offset, label)
         return value
 
 
