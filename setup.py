@@ -42,6 +42,7 @@ COMPILED: Final = (
     "emu/synic.py",
     "emu/vmexit.py",
     "guestproc/current.py",
+    "guestproc/drivers/echo_inbox.py",
     "guestproc/echo_session.py",
     "guestproc/halt_points.py",
     "guestproc/kernel/actors.py",

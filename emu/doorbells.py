@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from emu.bits import BITS
 from emu.interrupts import AWAKE, HALTED
 from emu.ipc.atomics import AtomicView
 from emu.layout import CONNECTIONS, D_CONNECTION, D_CONNECTION_SUMMARY, D_HOST_RUN_STATE
@@ -42,27 +43,19 @@ class DoorbellServer:
 
     def __init__(self, doorbells: AtomicView) -> None:
         summary = [doorbells.cell_u64(D_CONNECTION_SUMMARY + 8 * word) for word in range(_SUMMARY_WORDS)]
-        self.loads = tuple(cell.load for cell in summary)
-        words = [(doorbells.cell_u64(D_CONNECTION + 8 * word).exchange, 64 * word) for word in range(CONNECTIONS // 64)]
-        # Of each summary word: its load and its exchange, and what takes each of its 64 words, with the first id there.
-        self._summaries = [
-            (cell.load, cell.exchange, words[64 * index : 64 * index + 64]) for index, cell in enumerate(summary)
-        ]
+        self.loads: tuple[Callable[[], int], ...] = tuple(cell.load for cell in summary)
+        self._swap_summary: tuple[Callable[[int], int], ...] = tuple(cell.exchange for cell in summary)
+        self._swap: tuple[Callable[[int], int], ...] = tuple(
+            doorbells.cell_u64(D_CONNECTION + 8 * word).exchange for word in range(CONNECTIONS // 64)
+        )
 
     def take(self) -> list[int]:
         """Connection ids that rang, each once, lowest first within a word."""
         ids: list[int] = []
-        for load, swap_summary, words in self._summaries:
-            if not load():
-                continue
-            summary = swap_summary(0)
-            while summary:
-                low = summary & -summary
-                summary ^= low
-                take, first = words[low.bit_length() - 1]
-                bits = take(0)
-                while bits:
-                    bit = bits & -bits
-                    bits ^= bit
-                    ids.append(first + bit.bit_length() - 1)
+        for index, load in enumerate(self.loads):
+            if load():
+                for number in BITS[self._swap_summary[index](0)]:
+                    word = index << 6 | number
+                    for bit in BITS[self._swap[word](0)]:
+                        ids.append(word << 6 | bit)  # noqa: PERF401 (a list comprehension is a call of its own)
         return ids

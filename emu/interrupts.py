@@ -140,15 +140,28 @@ class InterruptRequester:
         self._counters.kicks_none += 1
 
 
-_Steps = tuple[Callable[[int], int], int, Callable[[], int], int, AtomicU64]
-"""Of one vector: what clears its request, the bits that stay; its auto-EOI word, its bit in all of them; its in-service
-word."""
+MOST_REQUESTS: Final = 256
+"""Different words of requests whose highest vector is kept: nearly always there are two or three."""
+
+
+class _Steps:
+    """Of one vector: what clears its request and the bits that stay, its auto-EOI word, its in-service word."""
+
+    __slots__ = ("auto_eoi", "bit", "clear", "in_service", "others", "vector")
+
+    def __init__(self, vector: int, request: AtomicU64, auto_eoi: AtomicU64, in_service: AtomicU64) -> None:
+        self.vector: Final = vector
+        self.bit: Final = 1 << (vector & 63)
+        self.clear: Final[Callable[[int], int]] = request.fetch_and
+        self.others: Final = self.bit ^ _ALL
+        self.auto_eoi: Final[Callable[[], int]] = auto_eoi.load
+        self.in_service: Final = in_service
 
 
 class Lapic:
     """The VP's own side of its interrupt words; used by the one thread that is this processor."""
 
-    __slots__ = ("_base", "_from_the_top", "_in_service", "_load", "_steps", "_vps")
+    __slots__ = ("_base", "_from_the_top", "_highest", "_in_service", "_load", "_steps", "_vps")
 
     def __init__(self, vps: AtomicView, position: int) -> None:
         self._vps = vps
@@ -156,6 +169,8 @@ class Lapic:
         self._load = tuple(vps.cell_u64(self._base + VP_REQUEST + 8 * word).load for word in range(VECTOR_WORDS))
         self._from_the_top = self._load[::-1]
         self._steps: dict[int, _Steps] = {}
+        self._highest: dict[int, _Steps] = {}
+        """By what the word of vectors 192 and up holds."""
         self._in_service: list[int] = []
 
     def highest_request(self) -> int:
@@ -188,34 +203,43 @@ class Lapic:
         """Take the highest deliverable vector: clear its request, put it in service; 0 when there is none."""
         load3, load2, load1, load0 = self._from_the_top
         if bits := load3():  # the hypervisor's vectors and ours
-            vector = 191 + bits.bit_length()
-        elif not (load2() or load1() or load0()) or not (vector := self.highest_request()):
+            steps = self._highest.get(bits) or self._bind_highest(bits)
+        elif not (load2() or load1() or load0()) or not (highest := self.highest_request()):
             return 0
-        serving = self._in_service
+        else:
+            steps = self._steps.get(highest) or self._bind(highest)
+        serving, vector = self._in_service, steps.vector
         if serving and vector >> 4 <= serving[-1] >> 4:
             return 0
-        clear, others, auto_eoi, bit, in_service = self._steps.get(vector) or self._bind(vector)
         # Cleared before the handler looks at pages: a request that comes later sets the bit anew.
-        clear(others)
-        if not auto_eoi() & bit:
-            in_service.store(in_service.load() | bit)
+        steps.clear(steps.others)
+        if not steps.auto_eoi() & steps.bit:
+            in_service = steps.in_service
+            in_service.store(in_service.load() | steps.bit)
             serving.append(vector)
         return vector
 
     def _bind(self, vector: int) -> _Steps:
         """At a vector's first interrupt."""
-        at, bit = self._base + 8 * (vector >> 6), 1 << (vector & 63)
-        request, auto_eoi, in_service = (
-            self._vps.cell_u64(at + words) for words in (VP_REQUEST, VP_AUTO_EOI, VP_IN_SERVICE)
+        at, cell = self._base + 8 * (vector >> 6), self._vps.cell_u64
+        steps = self._steps[vector] = _Steps(
+            vector, cell(at + VP_REQUEST), cell(at + VP_AUTO_EOI), cell(at + VP_IN_SERVICE)
         )
-        steps = self._steps[vector] = request.fetch_and, bit ^ _ALL, auto_eoi.load, bit, in_service
+        return steps
+
+    def _bind_highest(self, bits: int) -> _Steps:
+        """At the first time that the highest word holds just this."""
+        vector = 191 + bits.bit_length()
+        if len(self._highest) >= MOST_REQUESTS:
+            self._highest.clear()  # anybody may request any
+        steps = self._highest[bits] = self._steps.get(vector) or self._bind(vector)
         return steps
 
     def eoi(self) -> None:
         """End the highest vector in service; nothing happens when there is none (TLFS "EOI Register")."""
         if self._in_service:
-            _clear, others, _auto_eoi, _bit, in_service = self._steps[self._in_service.pop()]
-            in_service.store(in_service.load() & others)
+            steps = self._steps[self._in_service.pop()]
+            steps.in_service.store(steps.in_service.load() & steps.others)
 
     @property
     def in_service(self) -> tuple[int, ...]:

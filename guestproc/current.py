@@ -16,7 +16,7 @@ from emu.fault_plan import Faults
 from emu.memory import GuestMemory
 from emu.switches import Fix
 from emu.syncpoint import NOT_ARMED, Armed, unreachable
-from emu.tracing import E_REFUSED, BoundPair, not_recorded, refused_words
+from emu.tracing import E_REFUSED, not_recorded, refused_words
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.layout import Channel, Connection, Cpu, KernelTables
 from guestproc.page_trace import record_pages
@@ -28,14 +28,9 @@ from guestproc.vcpu import Vcpu, WorkerThread
 if TYPE_CHECKING:
     from guestproc.kernel.tasklet import TaskletQueue
     from guestproc.run_queue import GuestTask
-    from guestproc.vmbus.event_lane import SendLane
+    from guestproc.vmbus.event_lane import Bell, SendLane
     from guestproc.vmbus.percpu import PerCpuContext
     from guestproc.vmbus.ring_buffer import RingCache
-
-
-Bell = tuple[bool, int, Callable[[int], int], Callable[[], None] | None, BoundPair | None]
-"""How a channel signals the host: whether by a bit of the interrupt page, too; the connection id; what counts it; what
-rings it (None: the hypercall does); what records it."""
 
 
 class Current:

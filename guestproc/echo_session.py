@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from emu.ring import Packet
 from emu.wire.packets import ring_bytes
 from guestproc.drivers.claims import REMOVING, claims_word
-from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.kernel.layout import Channel
 from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled
 from guestproc.vcpu import raise_if_stopping

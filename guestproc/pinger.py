@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections import deque
+from time import monotonic_ns
 from typing import Final
 
 from emu.ring import Packet
@@ -18,6 +18,8 @@ MOST_BEHIND: Final = CAPACITY // 2
 DRAIN_NS: Final = 30_000_000
 """How long to wait for it; where nobody drains, in vain."""
 TURN_NS: Final = 1_000_000
+now_ns: Final = monotonic_ns
+"""At hand: a name of another module is looked for each time."""
 
 
 class Pinger:
@@ -33,23 +35,22 @@ class Pinger:
 
     def run(self, wanted_ns: int, every_ns: int) -> None:
         """Send until the time is over, then take what is still under way."""
-        now = time.monotonic_ns
-        next_due = now()
+        next_due = now_ns()
         end = next_due + wanted_ns
         left = LOOK_EVERY
         while next_due < end:
             # At a rate the next one is due when it is due, whatever became of the ones before: a round trip that is
             # sent late has waited, and that is part of how long it took (no coordinated omission).
-            while every_ns and now() < next_due and not self.due:
+            while every_ns and now_ns() < next_due and not self.due:
                 self.session.vcpu.safe_point()
             if not every_ns:
-                next_due = now()
+                next_due = now_ns()
             self.send(next_due)
             next_due += every_ns
             if every_ns:
                 # Who is behind his time waits for nothing; but an answer that was left lying would seem late itself.
                 self.taken(self.session.take())
-            while self.due and (not every_ns or now() < next_due):
+            while self.due and (not every_ns or now_ns() < next_due):
                 self.take()
             left -= 1
             if not left:
@@ -62,10 +63,10 @@ class Pinger:
     def let_drain(self) -> int:
         """Halt until half of what waits is drained; how long that took (ns), which is no part of any round trip."""
         assert self.trace is not None
-        began = time.monotonic_ns()
-        while self.trace.behind() > MOST_BEHIND // 2 and time.monotonic_ns() - began < DRAIN_NS:
+        began = now_ns()
+        while self.trace.behind() > MOST_BEHIND // 2 and now_ns() - began < DRAIN_NS:
             self.session.vcpu.idle(TURN_NS)
-        return time.monotonic_ns() - began
+        return now_ns() - began
 
     def send(self, due_ns: int) -> None:
         """One packet that asks for a completion; a full ring is waited for."""
@@ -87,7 +88,7 @@ class Pinger:
         """Note when these answers were taken; they come in the order of what was sent."""
         if not packets:
             return
-        done_ns = time.monotonic_ns()
+        done_ns = now_ns()
         if self.trace:
             self.trace.record(E_TASK_TAKE, self.relid, len(packets))
             self.trace.record(E_REQUEST_END, self.relid, 1, len(packets))

@@ -136,8 +136,6 @@ class Vcpu:
         if self.trace:
             self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)
-        self._deliverable = self.lapic.deliverable
-        self._take = self.lapic.take
         self.vectors: dict[int, Callable[[], None]] = {
             RESCHEDULE_VECTOR: self._reschedule,
         }
@@ -186,7 +184,7 @@ class Vcpu:
     def take_interrupts(self) -> None:
         """Dispatch everything deliverable; returns with interrupts on (or as they were, inside an ISR)."""
         try:
-            while vector := self._take():
+            while vector := self.lapic.take():
                 self._dispatch(vector)
         except MachineStopping:
             raise  # every wait ends so, an exit in an ISR as well
@@ -306,7 +304,7 @@ class Vcpu:
     def safe_point(self) -> None:
         """Take what is due; does nothing with interrupts off or inside an ISR."""
         if not (self._irqs_off or self._hardirq):
-            if self._deliverable():
+            if self.lapic.deliverable():
                 self.take_interrupts()
             if self.tasklets and not self._softirq and self.softirq_pending():
                 self.run_softirqs()
@@ -346,7 +344,7 @@ class Vcpu:
             self.machine.vps.view,
             vp_page_offset(self.position) + VP_RUN_STATE,
             self.machine.wakeup(f"vp.{self.position}"),
-            lambda: self._deliverable() or over() or self.stopping() or self.others_wait(),
+            lambda: self.lapic.deliverable() or over() or self.stopping() or self.others_wait(),
             PollPolicy("off"),
             self.counters,
             longest_s=LONG_WATCHDOG_S,
@@ -354,7 +352,7 @@ class Vcpu:
         while not over():
             raise_if_stopping(self)
             halt.halt(HELD_NS)
-            if self._deliverable():
+            if self.lapic.deliverable():
                 self.take_interrupts()
             self.let_others_run()
 
@@ -378,7 +376,7 @@ class Vcpu:
         self._set_state(AWAKE)
 
     def _look(self) -> object:
-        return self._deliverable() or (self.tasklets and self.softirq_pending()) or self._stopping() == STOPPING
+        return self.lapic.deliverable() or (self.tasklets and self.softirq_pending()) or self._stopping() == STOPPING
 
     # -- ActorHooks ---------------------------------------------------------------------------------
 
@@ -426,7 +424,7 @@ class Vcpu:
             return
         # Store, then look: requests that came with interrupts off were not kicked.
         self._set_state(AWAKE)
-        if self._deliverable():
+        if self.lapic.deliverable():
             self.take_interrupts()
 
     def irqs_disabled(self) -> bool:

@@ -19,7 +19,7 @@ from emu.memory import PAGE_SIZE, GuestMemory, reserve_ram
 from emu.task_board import ALL_PROGRAMS, TaskBoard, TaskRow
 from emu.wire.versions import VERSION_WIN8_1
 from guestproc.current import Current
-from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.drivers.exhibits import add_exhibit_drivers
 from guestproc.drivers.steering import take_what_was_left
 from guestproc.drivers.subchannels import wait_for_subchannels

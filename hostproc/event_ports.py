@@ -14,12 +14,34 @@ from emu.tracing import E_FLAG_SET, Bound, Recorder
 from emu.wire.hypercalls import HvStatus
 from emu.wire.synic import HV_EVENT_FLAGS_COUNT
 
-Route = tuple[Synic, int, int, Callable[[int], int], int, Callable[[], None] | None, tuple[Bound, Bound] | None]
-"""The SynIC and its count of changes, the VP's position; what ors into the flag's byte, its bit there; what requests
-the interrupt (None: none is due); what records that the flag was set already, and that it was clear."""
 BindInterrupt = Callable[[int, int], Callable[[], None]]
 """Gives what requests a vector (the second number) of the VP at a position."""
 _SUCCESS: Final = HvStatus.SUCCESS
+
+
+class Route:
+    """Where a flag lies now, for as long as nothing changes there."""
+
+    __slots__ = ("bit", "changes", "fetch_or", "interrupt", "position", "records", "synic")
+
+    def __init__(
+        self,
+        synic: Synic,
+        position: int,
+        fetch_or: Callable[[int], int],
+        bit: int,
+        interrupt: Callable[[], None] | None,
+        records: tuple[Bound, Bound] | None,
+    ) -> None:
+        """`fetch_or` ors into the flag's byte, where it is `bit`; `interrupt` requests one (None: none is due);
+        `records` that the flag was set already, and that it was clear."""
+        self.synic: Final = synic
+        self.changes: Final = synic.changes
+        self.position: Final = position
+        self.fetch_or: Final = fetch_or
+        self.bit: Final = bit
+        self.interrupt: Final = interrupt
+        self.records: Final = records
 
 
 class EventPort:
@@ -54,17 +76,17 @@ class EventPort:
         """
         route = self._route
         # A device signals the same flag over and over: where it leads is worked out again only after a change.
-        if route is None or flag_number or route[1] != route[0].changes or route[2] != self.position:
+        if route is None or flag_number or route.changes != route.synic.changes or route.position != self.position:
             found = self._find_route(flag_number)
             if isinstance(found, HvStatus):
                 return found
             route = found
-        _synic, _changes, _position, fetch_or, bit, interrupt, records = route
-        was_clear = not fetch_or(bit) & bit
-        if records:
-            records[was_clear]()
-        if was_clear and interrupt is not None:
-            interrupt()
+        bit = route.bit
+        was_clear = not route.fetch_or(bit) & bit
+        if route.records is not None:
+            route.records[was_clear]()
+        if was_clear and route.interrupt is not None:
+            route.interrupt()
         return _SUCCESS
 
     def close(self) -> None:
@@ -86,7 +108,7 @@ class EventPort:
             records = self._trace.bind(*words, 1), self._trace.bind(*words, 0)
         vector = synic.vector_to_raise(self.sint)
         interrupt = self._bind_interrupt(self.position, vector) if vector else None
-        route = synic, synic.changes, self.position, *cell, interrupt, records
+        route = Route(synic, self.position, *cell, interrupt, records)
         if not flag_number:
             self._route = route
         return route

@@ -173,7 +173,6 @@ class Hypervisor:
             self._looks = (*self._looks, self.live_faults.changed)
         self._ordered = self.orders.loads[0]
         self._exit_loads = self.exits.loads
-        self._bell_loads = self.doorbells.loads
 
     def _made_halt(self) -> Halt:
         """What it waits by, until one of its sources has something (see `_look`)."""
@@ -233,11 +232,9 @@ class Hypervisor:
         """Answer every exit that was rung, hand every doorbell to its device; whether there was any."""
         busy = False
         # A round costs little where nothing came: a load for each word that a source is announced in.
-        for bells in self._bell_loads:
-            if bells():
-                self._serve_doorbells()
-                busy = True
-                break
+        if rung := self.doorbells.take():
+            self._serve_doorbells(rung)
+            busy = True
         for exits in self._exit_loads:
             if exits():
                 self._serve_exits()
@@ -284,8 +281,7 @@ class Hypervisor:
                 self._delivered = delivered
                 self._expecting_until = self.machine.clock.now() + EXPECTING_NS
 
-    def _serve_doorbells(self) -> None:
-        rung = self.doorbells.take()
+    def _serve_doorbells(self, rung: list[int]) -> None:
         events, trace = self.partition.connections.events, self.trace
         for connection_id in rung:
             if trace:

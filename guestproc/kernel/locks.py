@@ -113,11 +113,13 @@ class Spinlock(Lock):
 
     SIZE: Final = 4
 
-    __slots__ = ("_word",)
+    __slots__ = ("_cas", "_exchange", "_word")
 
     def __init__(self, ram: Ram, gpa: int, name: str, rank: Rank = Rank.LEAF) -> None:
         super().__init__(name, rank)
         self._word: Final = ram.u32(gpa)
+        self._cas: Final = self._word.cas
+        self._exchange: Final = self._word.exchange
 
     @property
     def owner(self) -> int:
@@ -138,7 +140,7 @@ class Spinlock(Lock):
         held = actor.held
         if held and held[-1][0].rank >= self.rank:
             raise self.out_of_rank(actor)
-        if self._word.cas(0, actor.number):
+        if self._cas(0, actor.number):
             self._spin(actor)
         actor.spinning += 1
         held.append((self, flags))
@@ -148,7 +150,7 @@ class Spinlock(Lock):
         held = actor.held
         if held and held[-1][0].rank >= self.rank:
             raise self.out_of_rank(actor)
-        if self._word.cas(0, actor.number):
+        if self._cas(0, actor.number):
             self._spin(actor)
         actor.spinning += 1
         held.append((self, _WERE_OFF))
@@ -158,13 +160,13 @@ class Spinlock(Lock):
         lock, _flags = actor.held.pop()
         assert lock is self or lock.name == self.name, f"{actor} gives {self.name} back before {lock.name}"
         actor.spinning -= 1
-        owner = self._word.exchange(0)
+        owner = self._exchange(0)
         assert owner == actor.number, f"{actor} gave back {self.name}, which {owner:#x} held"
 
     def try_acquire(self, actor: Actor) -> bool:
         """`spin_trylock_irqsave`: True if it was free (the rank does not matter: nobody waits)."""
         flags = actor.irq_save()
-        if self._word.cas(0, actor.number):
+        if self._cas(0, actor.number):
             actor.irq_restore(flags)
             return False
         actor.spinning += 1
@@ -176,14 +178,14 @@ class Spinlock(Lock):
         lock, flags = actor.held.pop()
         assert lock is self or lock.name == self.name, f"{actor} gives {self.name} back before {lock.name}"
         actor.spinning -= 1
-        owner = self._word.exchange(0)
+        owner = self._exchange(0)
         assert owner == actor.number, f"{actor} gave back {self.name}, which {owner:#x} held"
         if actor.has_interrupts:
             actor.irq_restore(flags)
 
     def _spin(self, actor: Actor) -> None:
         """Look until the word is 0; every 20 looks let the holder run, and see whether it still can."""
-        cas = self._word.cas
+        cas = self._cas
         number = actor.number
         deadline_ns = actor.now() + SPINLOCK_TIMEOUT_NS
         while True:
@@ -219,7 +221,7 @@ class HeldSpinlock:
         held = actor.held
         if held and held[-1][0].rank >= lock.rank:
             raise lock.out_of_rank(actor)
-        if lock._word.cas(0, actor.number):
+        if lock._cas(0, actor.number):
             lock._spin(actor)
         actor.spinning += 1
         held.append((lock, flags))
@@ -231,7 +233,7 @@ class HeldSpinlock:
         taken, flags = actor.held.pop()
         assert taken is lock or taken.name == lock.name, f"{actor} gives {lock.name} back before {taken.name}"
         actor.spinning -= 1
-        owner = lock._word.exchange(0)
+        owner = lock._exchange(0)
         assert owner == actor.number, f"{actor} gave back {lock.name}, which {owner:#x} held"
         if actor.has_interrupts:
             actor.irq_restore(flags)

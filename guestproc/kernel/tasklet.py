@@ -43,10 +43,12 @@ class Tasklet:
 
     SIZE: Final = 16
 
-    __slots__ = ("_argument", "_function", "load_argument", "load_function", "name", "word")
+    __slots__ = ("_argument", "_function", "cas", "load", "load_argument", "load_function", "name", "word")
 
     def __init__(self, ram: Ram, gpa: int, name: str) -> None:
         self.word: Final = ram.u32(gpa)
+        self.load: Final = self.word.load
+        self.cas: Final = self.word.cas
         self._function: Final = ram.u32(gpa + 4)
         self._argument: Final = ram.u64(gpa + 8)
         self.load_function: Final = self._function.load
@@ -153,12 +155,11 @@ class TaskletQueue:
 
     def schedule(self, tasklet: Tasklet) -> bool:
         """`tasklet_schedule`: pending here now; False if it was pending already, here or elsewhere."""
-        word = tasklet.word
         while True:
-            seen = word.load()
+            seen = tasklet.load()
             if seen & SCHED:
                 return False
-            if word.cas(seen, seen & _BUT_CPU | self._here) == seen:
+            if tasklet.cas(seen, seen & _BUT_CPU | self._here) == seen:
                 self.queue.append(tasklet)
                 return True
 
@@ -167,7 +168,7 @@ class TaskletQueue:
         if not self.queue:  # nearly always, and asked at every look of a halting processor
             return False
         pending = self.queue
-        first = pending[0].word.load()  # `may_start`, without the call
+        first = pending[0].load()  # `may_start`, without the call
         if not first & RUN and first < DISABLED_ONE:
             return True
         return any(pending[position].may_start() for position in range(1, len(pending)))
@@ -200,15 +201,14 @@ class TaskletQueue:
         ran = False
         for _ in range(len(pending)):
             tasklet = pending.popleft()
-            word = tasklet.word
             while True:
-                seen = word.load()
+                seen = tasklet.load()
                 if seen & RUN or seen >= DISABLED_ONE:
                     # Disabled, or running elsewhere: it stays pending, and what ends that kicks us.
                     pending.append(tasklet)
                     break
                 # SCHED becomes RUN in one step.
-                if word.cas(seen, seen & _NOT_SCHED | RUN) == seen:
+                if tasklet.cas(seen, seen & _NOT_SCHED | RUN) == seen:
                     ran = True
                     self.runs += 1
                     self._call(tasklet)

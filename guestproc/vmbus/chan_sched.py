@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from emu.bits import BITS
 from emu.errors import ProtocolViolation
 from emu.tracing import (
     E_MASK,
@@ -24,7 +25,7 @@ from emu.tracing import (
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, TASKLET_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
 from guestproc.protocol.numbers import Tasklets
-from guestproc.vmbus.event_lane import CALLBACK_MODE, EVENT_WORDS, INTERRUPTS, ONCHANNEL_CALLBACK, EventLane
+from guestproc.vmbus.event_lane import CALLBACK_MODE, INTERRUPTS, ONCHANNEL_CALLBACK, EventLane
 from guestproc.vmbus.packets import inbound_rings, stop_reading
 
 if TYPE_CHECKING:
@@ -39,11 +40,9 @@ LEFT_TO_ANOTHER: Final = object()
 INBOUND: Final = 1
 """The `side` of a trace record for the host-to-guest ring."""
 _ALL: Final = (1 << 64) - 1
-_FIRST: Final = (0,)
+_FIRST: Final[tuple[int, ...]] = (0,)
+_NONE: Final[tuple[int, ...]] = ()
 _NO_FLAG: Final = bytes(8)
-_NO_FLAGS: Final = bytes(8 * EVENT_WORDS)
-_NO_FLAGS_BEHIND: Final = _NO_FLAGS[8:]
-"""Of all channels but those with the first 64 relids, which are all that most machines have."""
 
 
 def sync_test_and_clear_bit(number: int, words: tuple[FlagWord, ...]) -> bool:
@@ -54,19 +53,19 @@ def sync_test_and_clear_bit(number: int, words: tuple[FlagWord, ...]) -> bool:
 
 def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     """Schedule every channel whose event flag is set on this processor."""
-    gpa, words = hv_cpu.channel_flags() if hv_cpu.may_share else hv_cpu.event_flags
-    # One look at all flags; whatever is set after it brings an interrupt of its own.
-    flags = current.tables.ram.buffer[gpa : gpa + 8 * len(words)]
-    if flags == _NO_FLAGS:
+    page = hv_cpu.channel_flags() if hv_cpu.may_share else hv_cpu.event_flags
+    if page is None:
         return
-    cleared = hv_cpu.flag_cleared
-    for word in _FIRST if flags.endswith(_NO_FLAGS_BEHIND) else words_with_flags(flags):
+    words, cleared = page.words, hv_cpu.flag_cleared
+    # One look at each flag; whatever is set after it brings an interrupt of its own.
+    found = _FIRST if page.load_first() else _NONE
+    behind = hv_cpu.buffer[page.behind]
+    if behind != page.none_behind:
+        found = (*found, *words_with_flags(behind, 1))
+    for word in found:
         # The bits of one word are cleared together, by one locked operation, before any of their rings is looked at.
-        bits = words[word].exchange(0)
-        while bits:
-            low = bits & -bits
-            bits ^= low
-            relid = 64 * word + low.bit_length() - 1
+        for bit in BITS[words[word].exchange(0)]:
+            relid = word << 6 | bit
             if cleared is not None:
                 cleared(relid)
             # Relid 0 is the legacy shared flag, never a channel.
@@ -74,9 +73,9 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
                 hv_cpu.schedule(current, hv_cpu, lane)
 
 
-def words_with_flags(flags: bytes) -> list[int]:
-    """Which words have any flag."""
-    return [at >> 3 for at in range(0, len(flags), 8) if flags[at : at + 8] != _NO_FLAG]
+def words_with_flags(flags: bytes, first: int = 0) -> list[int]:
+    """Which words have any flag; `first` is the number of the first."""
+    return [first + (at >> 3) for at in range(0, len(flags), 8) if flags[at : at + 8] != _NO_FLAG]
 
 
 def find_in_table(current: Current, hv_cpu: PerCpuContext, relid: int) -> EventLane | None:

@@ -46,11 +46,12 @@ from guestproc.kernel.layout import Channel, ConnectionState
 from guestproc.kernel.pages import PageOwner
 from guestproc.protocol import pending
 from guestproc.protocol.posting import RETRIES, Retry, outcome, pause_us
+from guestproc.vmbus.event_lane import Bell
 from guestproc.vmbus.hv import hv_post_message, hv_signal_event
 from guestproc.vmbus.requests import REPLY_TIMEOUT_NS, enter_request, leave_request, wait_for_reply
 
 if TYPE_CHECKING:
-    from guestproc.current import Bell, Current
+    from guestproc.current import Current
 
 LEAST_SLEEP_NS: Final = 50_000
 VMBUS_CONNECT_CPU: Final = 0
@@ -251,18 +252,18 @@ def vmbus_set_event(current: Current, channel: Channel) -> None:
     bell = current.bells.get(channel.handle)
     if bell is None:
         bell = _bell_of(current, channel)
-    shared, connection_id, count, ring, record = bell
-    if record is not None:
-        record(Recorder.now_ns())
-    if shared:
+    if bell.record is not None:
+        bell.record(Recorder.now_ns())
+    if bell.shared:
         _set_send_bit(current, channel.relid)
-    count(1)
+    bell.count(1)
     current.counters.doorbells += 1
+    ring = bell.ring
     if ring is None:
         try:
-            hv_signal_event(current, connection_id)
+            hv_signal_event(current, bell.connection_id)
         except DeadlinePassed as error:
-            current.log(f"HvCallSignalEvent of {connection_id:#x}: {error}")
+            current.log(f"HvCallSignalEvent of {bell.connection_id:#x}: {error}")
         return
     ring()
 
@@ -280,8 +281,10 @@ def _bell_of(current: Current, channel: Channel) -> Bell:
     if current.trace:
         relid = channel.relid
         record = current.trace.bind_pair((E_VMBUS_SETEVENT, relid), (E_SIGNAL, relid, Side.TO_HOST, connection_id))
-    bell = not channel.is_dedicated_interrupt, connection_id, channel.sig_events.fetch_add, ring, record
-    current.bells[channel.handle] = bell
+    shared = not channel.is_dedicated_interrupt
+    bell = current.bells[channel.handle] = Bell(
+        connection_id, channel.sig_events.fetch_add, ring, record, shared=shared
+    )
     return bell
 
 

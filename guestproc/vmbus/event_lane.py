@@ -16,6 +16,7 @@ from emu.tracing import (
     E_UNMASK,
     E_VMBUS_CHAN_SCHED,
     E_VMBUS_ON_EVENT,
+    BoundPair,
     Recorder,
     Side,
 )
@@ -102,3 +103,26 @@ class SendLane:
         self.rescind: Final = channel.rescind.load
         self.state: Final = channel.state.load
         self.quads: Final = channel.quads
+
+
+class Bell:
+    """How a channel signals the host, worked out once for each life of its record."""
+
+    __slots__ = ("connection_id", "count", "record", "ring", "shared")
+
+    def __init__(
+        self,
+        connection_id: int,
+        count: Callable[[int], int],
+        ring: Callable[[], None] | None,
+        record: BoundPair | None,
+        *,
+        shared: bool,
+    ) -> None:
+        """`count` adds to the channel's signals, `ring` rings it (None: the hypercall does), `record` records it;
+        `shared`: by a bit of the interrupt page, too."""
+        self.connection_id: Final = connection_id
+        self.count: Final = count
+        self.ring: Final = ring
+        self.record: Final = record
+        self.shared: Final = shared

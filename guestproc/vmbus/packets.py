@@ -17,6 +17,7 @@ from emu.ring import Packet, PacketTooLong, RingProducer
 from emu.ring_memory import Payload
 from emu.wire.packets import VM_PKT_DATA_INBAND
 from guestproc.kernel.layout import Channel
+from guestproc.kernel.records import Record
 from guestproc.protocol import opening
 from guestproc.protocol.opening import OPENED
 from guestproc.vmbus.connection import vmbus_setevent
@@ -40,8 +41,9 @@ def vmbus_sendpacket(
     0; -EAGAIN: the ring is full; -ENODEV: rescinded or closed; -EIO: the host's read_index cannot be;
     -EMSGSIZE: longer than the ring (for which the kernel says -EAGAIN for ever).
     """
-    lane = current.senders.get(channel.handle) or _sender(current, channel)
-    if channel.words[0] != channel.generation:
+    record: Record = channel
+    lane = current.senders.get(record.handle) or _sender(current, channel)
+    if record.words[0] != record.generation:
         raise channel.stale()
     try:
         with lane.held:
@@ -74,8 +76,9 @@ def vmbus_sendpackets(
 
     How many, or a negative errno as `vmbus_sendpacket` (a full ring is 0).
     """
-    lane = current.senders.get(channel.handle) or _sender(current, channel)
-    if channel.words[0] != channel.generation:
+    record: Record = channel
+    lane = current.senders.get(record.handle) or _sender(current, channel)
+    if record.words[0] != record.generation:
         raise channel.stale()
     try:
         with lane.held:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from emu.ipc.atomics import AtomicU64
+from emu.ipc.atomics import AtomicU64, AtomicView
 from emu.syncpoint import Point
 from emu.tracing import E_FLAG_CLEAR
 from emu.wire.synic import VMBUS_MESSAGE_SINT
@@ -67,6 +67,22 @@ class PointedFlags:
         return self._word.fetch_or(value)
 
 
+class FlagPage:
+    """Where channels have their flags: the words, and what looks at the first of them and at those behind it.
+
+    The first is all that most machines have: relids below 64.
+    """
+
+    __slots__ = ("behind", "load_first", "none_behind", "words")
+
+    def __init__(self, atomics: AtomicView, gpa: int, words: tuple[FlagWord, ...]) -> None:
+        """`gpa`: of the first word."""
+        self.words: Final = words
+        self.load_first: Final = atomics.cell_u64(gpa).load
+        self.behind: Final = slice(gpa + 8, gpa + 8 * len(words))
+        self.none_behind: Final = bytes(8 * len(words) - 8)
+
+
 class PerCpuContext:
     """What this processor's ISR and tasklets use."""
 
@@ -87,7 +103,7 @@ class PerCpuContext:
         self.event_words: Final[tuple[FlagWord, ...]] = (
             tuple(PointedFlags(current, word) for word in event_words) if pointed else tuple(event_words)
         )
-        self.event_flags: Final = self.event_gpa, self.event_words
+        self.event_flags: Final = FlagPage(atomics, self.event_gpa, self.event_words)
         """Where channels have their flags, unless they share an interrupt (`channel_flags`)."""
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
@@ -100,7 +116,9 @@ class PerCpuContext:
         """Records that a channel's flag was taken."""
         self._connection: Final = current.connection
         self.may_share: Final = not SHARED_INTERRUPT_VERSIONS.isdisjoint(current.era.versions)
-        self._int_page: tuple[int, tuple[AtomicU64, ...]] = (0, ())
+        self._int_page_gpa = 0
+        self._int_page: FlagPage | None = None
+        self.buffer: Final = current.tables.ram.buffer
         self._relids: Final = current.tables.relids
         self.lanes: Final[dict[int, EventLane]] = {}
         """By handle: a record that is used anew has another one."""
@@ -123,14 +141,16 @@ class PerCpuContext:
         """Whether the negotiated version has one interrupt for all channels (below 2.4)."""
         return self.may_share and self._connection.vmbus_proto_version in SHARED_INTERRUPT_VERSIONS
 
-    def channel_flags(self) -> tuple[int, tuple[FlagWord, ...]]:
-        """Where this version's channels have their flags: GPA and words; no words: there is no page (any more)."""
+    def channel_flags(self) -> FlagPage | None:
+        """Where this version's channels have their flags; None: there is no page (any more)."""
         if not self.may_share or not self.shares_interrupt():
             return self.event_flags
         gpa = self._connection.int_page_gpa
-        if gpa != self._int_page[0]:
-            words = tuple(self._atomics.cell_u64(gpa + 8 * word) for word in range(INT_PAGE_WORDS)) if gpa else ()
-            self._int_page = (gpa, words)
+        if gpa != self._int_page_gpa:
+            self._int_page_gpa, self._int_page = gpa, None
+            if gpa:
+                words = tuple(self._atomics.cell_u64(gpa + 8 * word) for word in range(INT_PAGE_WORDS))
+                self._int_page = FlagPage(self._atomics, gpa, words)
         return self._int_page
 
     def add_interrupt_randomness(self) -> None:

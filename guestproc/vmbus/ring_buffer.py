@@ -17,7 +17,7 @@ from emu.ring_trace import recorded
 from emu.tracing import Recorder
 from emu.wire.ring_layout import FEAT_PENDING_SEND_SZ, FEATURE_BITS
 from guestproc.kernel.layout import Channel
-from guestproc.kernel.records import position_of
+from guestproc.kernel.records import Record, position_of
 from guestproc.protocol.opening import ring_pages
 
 FRESH_CONTROL_PAGE: Final = (
@@ -80,12 +80,13 @@ class RingCache:
 
         ProtocolViolation when the indices in them cannot be.
         """
-        rings, words = self._rings.get(channel.index), channel.words
+        record: Record = channel
+        rings, words = self._rings.get(record.index), record.words
         # The channel is alive if the rings are of this life of its record; whose name is stale has none.
         if (
             rings is None
             or rings.generation != words[_RING_GENERATION]
-            or not rings.channel_generation == words[0] == channel.generation
+            or not rings.channel_generation == words[0] == record.generation
         ):
             rings = self._map_anew(channel)
         return rings

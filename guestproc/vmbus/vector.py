@@ -50,10 +50,9 @@ class Gate:
         self._sequence = self.cpu.isr_sequence
         self._grace_wait = current.connection.grace_wait
         self._count = self.cpu.irq_hv_callback_count
-        # Of the processor and its record, which stays: bound once, as all of it is done in every interrupt.
-        self._enter, self._exit = vcpu.entering_irq, vcpu.exiting_irq
+        # Of the processor and its record, which stays: at hand, as all of it is used in every interrupt.
         self._quads, self._position = self.cpu.quads, position_of(Cpu, "irq_hv_callback_count")
-        self._eoi = vcpu.lapic.eoi
+        self._lapic = vcpu.lapic
         self._known: tuple[int, Callable[..., None] | None] = 0, None
         self._regs = PtRegs(HYPERVISOR_CALLBACK_VECTOR)
 
@@ -68,13 +67,13 @@ class Gate:
 
     def entering_irq(self) -> None:
         """Hard-interrupt context begins; whoever waits for a grace period sees an odd sequence."""
-        self._enter()
+        self.vcpu.entering_irq()
         isr_enter(self._sequence)
 
     def exiting_irq(self) -> None:
         """Hard-interrupt context ends; pending tasklets run on the way out."""
         isr_exit(self.current.actor, self._sequence, self._grace_wait)
-        self._exit()
+        self.vcpu.exiting_irq()
 
     def inc_irq_stat(self) -> None:
         """Count in `irq_hv_callback_count`, the HYP: line of /proc/interrupts."""
@@ -92,7 +91,7 @@ class Gate:
 
     def ack_APIC_irq(self) -> None:  # noqa: N802 (the kernel's name)
         """End the interrupt at the local APIC."""
-        self._eoi()
+        self._lapic.eoi()
 
 
 def hyperv_vector_handler(gate: Gate, regs: PtRegs) -> None:

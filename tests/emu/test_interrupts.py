@@ -26,6 +26,7 @@ from emu.interrupts import (
     HOLD_OFF_NS,
     IN_ISR,
     INTERRUPTS_OFF,
+    MOST_REQUESTS,
     POLL_START_NS,
     TURNS,
     Halt,
@@ -1014,3 +1015,15 @@ def test_no_request_to_a_real_processor_is_lost(machine_name: str, poll: str | i
 def test_no_request_of_very_many_is_lost(machine_name: str, poll: str | int) -> None:
     """The same for long."""
     requests_meet_a_processor(machine_name, poll, rounds=20_000)
+
+
+def test_words_of_requests_that_are_remembered_are_bounded() -> None:
+    """A peer that requests another set of vectors each time makes a processor remember no more than so many."""
+    view = AtomicView(bytearray(vps_bytes(1)))
+    lapic = Lapic(view, 0)
+    for pattern in range(1, 3 * MOST_REQUESTS):
+        view.store_u64(PAGE + VP_REQUEST + 24, pattern)
+        assert lapic.take() == 191 + pattern.bit_length()
+        lapic.eoi()
+
+    assert len(lapic._highest) <= MOST_REQUESTS

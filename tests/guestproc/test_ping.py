@@ -47,7 +47,7 @@ def test_ping_waits_until_half_of_what_waits_is_drained(behind: tuple[int, ...],
 def test_ping_goes_on_where_nobody_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 30 ms: a flight recorder's rings are never drained."""
     clock = iter(range(0, 10**12, 10_000_000))
-    monkeypatch.setattr("guestproc.pinger.time", SimpleNamespace(monotonic_ns=lambda: next(clock)))
+    monkeypatch.setattr("guestproc.pinger.now_ns", lambda: next(clock))
     recording = Recording(MOST_BEHIND + 1)
 
     recording.pinger().let_drain()
@@ -89,7 +89,7 @@ class Prompt:
 def test_answer_is_taken_as_soon_as_it_is_there_by_who_is_behind_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate that cannot be held makes its sender late, which is told; answers that have come are no later by that."""
     prompt = Prompt(step_ns=1_000)
-    monkeypatch.setattr("guestproc.pinger.time", prompt)
+    monkeypatch.setattr("guestproc.pinger.now_ns", prompt.monotonic_ns)
     samples = array("Q")
 
     Pinger(cast(Any, prompt), b"", samples).run(wanted_ns=100_000, every_ns=100)

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.drivers.steering import LEFT, NOBODY, begin_reading, end_reading, leave_to_reader, take_what_was_left
 from guestproc.kernel.layout import Channel
 from tests.guestproc.world import World

@@ -224,3 +224,10 @@ class Meddled:
 def meddle(thing: object, word: str, meanwhile: Callable[[], object]) -> None:
     """Let `meanwhile` happen once, just before `thing` changes its word called `word`."""
     setattr(thing, word, Meddled(getattr(thing, word), meanwhile))
+
+
+def meddle_with(thing: object, operation: str, meanwhile: Callable[[], object]) -> None:
+    """The same where `thing` has an operation of its word at hand, called `operation`."""
+    bound = getattr(thing, operation)
+    meddled = Meddled(bound.__self__, meanwhile)
+    setattr(thing, operation, lambda *words: getattr(meddled, bound.__name__)(*words))

@@ -18,7 +18,7 @@ from guestproc.kernel.locks import (
     Spinlock,
 )
 from guestproc.kernel.wait import assert_may_wait
-from tests.guestproc.kernel.fakes import FREE_GPA, SECOND_NS, Crowd, Lone, meddle
+from tests.guestproc.kernel.fakes import FREE_GPA, SECOND_NS, Crowd, Lone, meddle, meddle_with
 
 
 def spinlock(lone: Lone, rank: Rank = Rank.LEAF, gpa: int = FREE_GPA) -> Spinlock:
@@ -110,7 +110,7 @@ def test_a_spinlock_taken_just_before_ours_is_waited_for() -> None:
     """Looking and taking are one operation: who gets in between keeps the lock."""
     lone = Lone()
     lock, theirs, other = spinlock(lone), spinlock(lone), lone.new_actor(2)
-    meddle(lock, "_word", lambda: theirs.acquire(other))
+    meddle_with(lock, "_cas", lambda: theirs.acquire(other))
     lone.hooks.on_yield = lambda: theirs.release(other)
 
     lock.acquire(lone.actor)

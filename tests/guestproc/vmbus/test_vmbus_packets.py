@@ -14,7 +14,7 @@ from emu.ring_memory import Payload
 from emu.wire.packets import COMPLETION_REQUESTED, VM_PKT_COMP, VM_PKT_DATA_INBAND
 from emu.wire.ring_layout import INTERRUPT_MASK, PENDING_SEND_SZ, READ_INDEX, WRITE_INDEX
 from guestproc.current import Current
-from guestproc.drivers.echo import INBOXES
+from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.kernel.layout import CallbackMode, Channel, ChannelState
 from guestproc.vmbus.channel import vmbus_close
 from guestproc.vmbus.packets import (

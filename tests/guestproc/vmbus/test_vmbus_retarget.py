@@ -12,7 +12,8 @@ from emu.wire.messages import STATUS_UNSUCCESSFUL, MessageType, ModifyChannel, M
 from emu.wire.ring_layout import INTERRUPT_MASK
 from emu.wire.versions import VERSION_WIN10, VERSION_WIN10_V4_1, VERSION_WIN10_V5_2, VERSION_WIN10_V5_3
 from guestproc.current import Current
-from guestproc.drivers.echo import INBOXES, claim_channels, release_channel
+from guestproc.drivers.echo import claim_channels, release_channel
+from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.drivers.steering import LEFT
 from guestproc.kernel.layout import Channel, ChannelState
 from guestproc.protocol import era as eras
