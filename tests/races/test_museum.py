@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,6 +28,17 @@ def schedules() -> list[Schedule]:
     return [Schedule.load(path) for path in exhibits().values()]
 
 
+TOLD = re.compile(
+    r"^#+ .*|▸ \d+\.|[■□]|(?:held at|goes on from) [\w.]+|INV-\d+ is broken|^With the fix.*|^```", re.MULTILINE
+)
+"""What every run of an exhibit has."""
+
+
+def outlines(text: str) -> list[list[str]]:
+    """Of each exhibit: its title, and what every run of it has, sorted."""
+    return [sorted(TOLD.findall(part)) for part in re.split(r"(?m)^(?=## )", text)]
+
+
 def test_the_page_is_of_these_exhibits() -> None:
     """Opening, tables, titles, stories, switches, invariants and steps of the page are those of the files, in order."""
     text = PAGE.read_text(encoding="utf-8")
@@ -44,8 +56,11 @@ def test_the_page_is_of_these_exhibits() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_page_is_what_runs_show() -> None:
-    """Run and drawn again, the whole page is the same, diagrams and findings included."""
-    assert page(schedules()) == PAGE.read_text(encoding="utf-8"), REMAKE
+    """Run and drawn again, each exhibit takes the same steps, is held at the same points and breaks the same rules.
+
+    Between its points it runs freely: which of two things comes first there, and in whose lane, may differ.
+    """
+    assert outlines(page(schedules())) == outlines(PAGE.read_text(encoding="utf-8")), REMAKE
 
 
 @pytest.mark.parametrize("exhibit", schedules(), ids=lambda one: one.name)
