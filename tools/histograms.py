@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
 US: Final = 1_000.0
 MOST_BY_CHANCE: Final = 10
 """A percentile with fewer samples beyond it moves from run to run by more than any limit."""
+MOST_PARTS: Final = 5
+"""Parts of a run that are compared with each other, to see how much a percentile moves by itself."""
 
 
 def histogram_of(samples: Iterable[int], tag: str = "") -> HdrHistogram:
@@ -56,6 +58,32 @@ def figures_of(histogram: HdrHistogram) -> dict[str, int]:
         figures[f"{name}_ns"] = value_at(histogram, percentile)
     figures["max_ns"] = int(histogram.get_max_value())
     return figures
+
+
+def beyond(count: int, name: str) -> int:
+    """How many of so many samples lie beyond a percentile of `PERCENTILES`."""
+    return count - nearest_rank(count, PERCENTILES[name]) if count else 0
+
+
+def spread_of(samples: Sequence[int]) -> dict[str, float | None]:
+    """Percentile name -> by which share its largest value in a part of the run is above its smallest one.
+
+    `samples` are in the order in which they were taken. A part has `MOST_BY_CHANCE` samples beyond the percentile at
+    least; None where there are not two such parts.
+    """
+    cut: dict[int, list[list[int]]] = {}
+    spread: dict[str, float | None] = {}
+    for name, percent in PERCENTILES.items():
+        parts = min(MOST_PARTS, beyond(len(samples), name) // MOST_BY_CHANCE)
+        if parts < 2:
+            spread[name] = None
+            continue
+        size = len(samples) // parts
+        if parts not in cut:
+            cut[parts] = [sorted(samples[n * size : (n + 1) * size]) for n in range(parts)]
+        values = [max(1, part[nearest_rank(size, percent) - 1]) for part in cut[parts]]
+        spread[name] = round(max(values) / min(values) - 1, 4)
+    return spread
 
 
 def points_of(histogram: HdrHistogram) -> list[tuple[float, int]]:
@@ -190,7 +218,7 @@ def regressions(
 ) -> list[str]:
     """What got worse than its limit allows: `limits` is percentile name -> share (0.1: a tenth more).
 
-    Nothing that is in `unjudged`, as `too_few` words it.
+    Nothing that is in `unjudged`, as `too_few` words it. Each says how far it can be believed.
     """
     found = []
     for stage, before in old.items():
@@ -201,9 +229,44 @@ def regressions(
             then, now = before[f"{name}_ns"], after[f"{name}_ns"]
             if now > then * (1 + share) and f"{stage} {name}" not in unjudged:
                 found.append(
-                    f"{stage} {name}: {then / US:.1f} us before, {now / US:.1f} us now (limit +{100 * share:g}%)"
+                    f"{stage} {name}: {then / US:.1f} us before, {now / US:.1f} us now "
+                    f"(limit +{100 * share:g}%; {_believed(before, after, name)})"
                 )
     return found
+
+
+def _believed(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> str:
+    """How many samples lie beyond a percentile that got worse, and whether a run by itself differs as much."""
+    samples = beyond(int(min(before["count"], after["count"])), name)
+    many = f"{samples:,} sample{'' if samples == 1 else 's'} beyond it"
+    if samples < MOST_BY_CHANCE:
+        return f"only {many}: it may be chance"
+    spread = most_spread(before, after, name)
+    if spread is None:
+        return many
+    within = after[f"{name}_ns"] <= before[f"{name}_ns"] * (1 + spread)
+    return f"{many}; parts of a run differ by {spread:.0%}{': it may be chance' if within else ''}"
+
+
+def most_spread(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> float | None:
+    """By how much a percentile differs between parts of one of two runs, of the less steady one; None: not known."""
+    known = [one for figures in (before, after) if (one := figures.get("spread", {}).get(name)) is not None]
+    return max(known, default=None)
+
+
+def within_spread(
+    old: Mapping[str, Any], new: Mapping[str, Any], limits: Mapping[str, float], unjudged: Container[str] = ()
+) -> list[str]:
+    """Stages and percentiles whose limit is less than what parts of a run differ by, each with that."""
+    return [
+        f"{stage} {name} {spread:.0%}"
+        for stage in old
+        if stage in new
+        for name, share in limits.items()
+        if f"{stage} {name}" not in unjudged
+        and (spread := most_spread(old[stage], new[stage], name)) is not None
+        and share < spread
+    ]
 
 
 def too_few(old: Mapping[str, Any], new: Mapping[str, Any], limits: Iterable[str]) -> list[str]:
@@ -213,6 +276,5 @@ def too_few(old: Mapping[str, Any], new: Mapping[str, Any], limits: Iterable[str
         for stage in old
         if stage in new
         for name in limits
-        # 1 - 0.999 is a little less than a thousandth.
-        if min(old[stage]["count"], new[stage]["count"]) * (1 - PERCENTILES[name] / 100) < MOST_BY_CHANCE - 1e-6
+        if beyond(int(min(old[stage]["count"], new[stage]["count"])), name) < MOST_BY_CHANCE
     ]

@@ -42,9 +42,11 @@ from tools.histograms import (
     histogram_of,
     hlog_text,
     regressions,
+    spread_of,
     svg_plot,
     terminal_plot,
     too_few,
+    within_spread,
 )
 from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, DUE_STAGE, Stages, Step, stages_of
 from tools.launch import MachineDied, RunningMachine, launch
@@ -63,6 +65,8 @@ RECORDED_S: Final = 1.5
 MOST_RECORDED: Final = 50_000
 """Round trips whose stages are found out, unless somebody wants the recording; each has 27 records of 64 bytes."""
 HOT_PLUGS: Final = 20
+MOST_TOLD: Final = 3
+"""Figures that differ by themselves, told by name in one line."""
 _PACKET_NAMES: Final = ("p50", "p90", "p99", "p999")
 
 
@@ -146,6 +150,8 @@ def latency(
     The stages are those of a second machine, which records: for 1.5 seconds at most, or 50,000 round trips at a rate,
     unless --record keeps what it did. Where that one ends early the round trips of the first are told.
 
+    With --compare a percentile may be worse by chance: what is found says by how much parts of one run differ.
+
     \b
     Example:
       vmbus-emu latency --duration 2
@@ -193,7 +199,9 @@ def latency(
     if recorded is not None:
         samples |= {RECORDED: recorded.trips.lengths(), **recorded.stages.all()}
     histograms = {name: histogram_of(values, name) for name, values in samples.items()}
-    figures = {name: figures_of(histogram) for name, histogram in histograms.items()}
+    figures: dict[str, dict[str, Any]] = {
+        name: {**figures_of(histogram), "spread": spread_of(samples[name])} for name, histogram in histograms.items()
+    }
     if hgrm is not None:
         write_text(hgrm, hgrm_text(histograms[ROUND_TRIP]), "--hgrm")
     if hlog is not None:
@@ -219,6 +227,7 @@ def latency(
         "faults": summed([one.faults for one in machines]),
         "regressions": worse,
         "unjudged": unjudged,
+        "within_spread": within_spread(before.stages, figures, limits, unjudged),
         "finding": None,
         **ended,
     }
@@ -399,9 +408,9 @@ def _limit(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Older:
-    """An older report: count and percentiles (ns) of each stage by their names in it, and what it was measured with."""
+    """An older report: count, percentiles (ns) and spread of each stage, and what it was measured with."""
 
-    stages: dict[str, dict[str, float]]
+    stages: dict[str, dict[str, Any]]
     measured_with: dict[str, Any]
 
     def otherwise(self, report: Mapping[str, Any]) -> str:
@@ -416,20 +425,24 @@ def _read_report(path: Path) -> Older:
         document = json.loads(path.read_text(encoding="utf-8"))
         name, stages = document["schema"]["name"], {}
         if name == REPORT:
-            figures = ["count", *(f"{percentile}_ns" for percentile in _PACKET_NAMES)]
-            stages = {
-                stage: {figure: float(one[figure]) for figure in figures} for stage, one in document["stages"].items()
-            }
+            stages = {stage: _read_stage(one) for stage, one in document["stages"].items()}
             stages[ROUND_TRIP]  # without it nothing would be compared, and nothing worse
     except OSError as error:
         raise UserError(f"--compare {path}: {error.strerror}; give what `vmbus-emu latency --json` printed") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"--compare {path}: no report; give what `vmbus-emu latency --json` printed") from None
     if name != REPORT:
         raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
     measured_with = {key: document[key] for key in ("rate", "size", "vcpus", "poll") if key in document}
     # One that does not say is from before there was another.
     return Older(stages, {**measured_with, "build": document.get("build", PURE)})
+
+
+def _read_stage(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a stage that are compared; it has no spread if the report is from before that was told."""
+    spread = {name: float(value) for name, value in one.get("spread", {}).items() if value is not None}
+    figures = {f"{name}_ns": float(one[f"{name}_ns"]) for name in _PACKET_NAMES}
+    return {"count": int(one["count"]), **figures, "spread": spread}
 
 
 def _change(before: Mapping[str, float], now: Mapping[str, float]) -> Iterator[str]:
@@ -457,6 +470,13 @@ def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{report['records_dropped']:,} records were dropped: the stages are those of what was left"
     if report["unjudged"]:
         yield f"too few samples for --fail, not judged: {', '.join(report['unjudged'])}; --duration makes them more"
+    if wide := report["within_spread"]:
+        more = len(wide) - MOST_TOLD
+        yield (
+            "parts of a run differ by more than --fail allows, so that runs of one and the same program may, too: "
+            f"{', '.join(wide[:MOST_TOLD])}{f', and {more} more (--json tells all)' if more > 0 else ''}; "
+            "a wider limit, a lower percentile or several runs tell more"
+        )
 
 
 def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:

@@ -9,7 +9,7 @@ import signal
 import tempfile
 from array import array
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from xml.etree import ElementTree
 
 import pytest
@@ -30,9 +30,11 @@ from tools.histograms import (
     hlog_text,
     nearest_rank,
     regressions,
+    spread_of,
     svg_plot,
     terminal_plot,
     too_few,
+    within_spread,
 )
 from tools.latency import RECORDED, Trips, _cautions, _recorded_s
 from tools.latency_stages import DATA_STAGES, DUE_STAGE
@@ -41,6 +43,12 @@ from tools.report_data import stage_of
 from tools.testing import assert_gone, wait_for
 
 SAMPLES = [1_000 * n for n in range(1, 1_001)]
+
+
+def _round_trip_of(*, count: str = "1", spread: str = "{}") -> str:
+    """The stages of a report, which has the round trip alone."""
+    figures = '"p50_ns": 1, "p90_ns": 1, "p99_ns": 1, "p999_ns": 1'
+    return f'{{"round_trip": {{"count": {count}, {figures}, "spread": {spread}}}}}'
 
 
 def test_figures_keep_the_tail() -> None:
@@ -136,16 +144,83 @@ def test_pictures_show_every_stage() -> None:
 @pytest.mark.parametrize(("now", "worse"), [(100, False), (110, False), (111, True), (50, False)])
 def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
     """Exactly the limit is still allowed, and better is no regression."""
-    old, new = {"isr": {"p99_ns": 100}}, {"isr": {"p99_ns": now}, "other": {"p99_ns": 9}}
+    old, new = {"isr": {"count": 5, "p99_ns": 100}}, {"isr": {"count": 5, "p99_ns": now}, "other": {"p99_ns": 9}}
 
     assert bool(regressions(old, new, {"p99": 0.1})) is worse
 
 
 def test_limit_is_told_as_it_was_typed() -> None:
     """Half a per cent is neither none nor one."""
-    (line,) = regressions({"isr": {"p99_ns": 1_000}}, {"isr": {"p99_ns": 2_000}}, {"p99": 0.005})
+    old, new = ({"isr": {"count": 2_000, "p99_ns": ns}} for ns in (1_000, 2_000))
+    (line,) = regressions(old, new, {"p99": 0.005})
 
-    assert line == "isr p99: 1.0 us before, 2.0 us now (limit +0.5%)"
+    assert line == "isr p99: 1.0 us before, 2.0 us now (limit +0.5%; 20 samples beyond it)"
+
+
+@pytest.mark.parametrize(
+    ("count", "spreads", "said"),
+    [
+        (5_000, (0.1, 0.29), "50 samples beyond it; parts of a run differ by 29%"),
+        (5_000, (0.1, 0.3), "50 samples beyond it; parts of a run differ by 30%: it may be chance"),
+        (5_000, (0.3, 0.1), "50 samples beyond it; parts of a run differ by 30%: it may be chance"),
+        (5_000, (None, 0.3), "50 samples beyond it; parts of a run differ by 30%: it may be chance"),
+        (5_000, (None, None), "50 samples beyond it"),
+        (199, (None, None), "only 1 sample beyond it: it may be chance"),
+        (0, (None, None), "only 0 samples beyond it: it may be chance"),
+    ],
+)
+def test_regression_says_how_far_it_can_be_believed(
+    count: int, spreads: tuple[float | None, float | None], said: str
+) -> None:
+    """It stays one; a change that parts of either run show by themselves, or a few samples make, may be chance."""
+    old, new = (
+        {"isr": {"count": count, "p99_ns": ns, "spread": {"p99": spread}}}
+        for ns, spread in zip((1_000, 1_300), spreads, strict=True)
+    )
+
+    (line,) = regressions(old, new, {"p99": 0.1})
+
+    assert line == f"isr p99: 1.0 us before, 1.3 us now (limit +10%; {said})"
+
+
+def test_spread_is_that_of_the_parts_of_a_run() -> None:
+    """A run whose last fifth is slower has a median that differs by that; one that repeats itself by nothing."""
+    steady = list(range(1, 101)) * 10
+
+    assert spread_of(steady) == {"p50": 0.0, "p90": 0.0, "p99": None, "p999": None}
+    slower = [*steady[:800], *(2 * one for one in steady[800:])]
+    assert spread_of(slower)["p50"] == spread_of(slower)["p90"] == 1.0
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 0), (1_999, 0), (2_000, 2), (2_999, 2), (3_000, 3), (9_000, 5)])
+def test_part_has_ten_samples_beyond_a_percentile(count: int, parts: int) -> None:
+    """A part that had fewer would differ by chance; there are five at most, and none where there cannot be two."""
+    rising = list(range(1, count + 1))
+    spread = spread_of(rising)["p99"]
+
+    if not parts:
+        assert spread is None
+    else:
+        size = count // parts
+        first, last = nearest_rank(size, 99.0), (parts - 1) * size + nearest_rank(size, 99.0)
+        assert spread == pytest.approx(last / first - 1, abs=1e-4)
+
+
+def test_limit_below_the_spread_is_told_whether_it_is_passed_or_not() -> None:
+    """Not of what is not judged, nor of a run whose parts differ by just the limit, nor where nobody knows."""
+    old: dict[str, dict[str, Any]] = {
+        stage: {"spread": {"p50": 0.1}} for stage in ("wide", "equal", "unjudged", "unknown", "gone")
+    }
+    new: dict[str, dict[str, Any]] = {
+        "wide": {"spread": {"p50": 0.34}},
+        "equal": {"spread": {"p50": 0.2}},
+        "unjudged": {"spread": {"p50": 0.34}},
+        "unknown": {"spread": {"p50": 0.34}},
+        "new": {"spread": {"p50": 0.34}},
+    }
+    old["unknown"] = new["unknown"] = {}
+
+    assert within_spread(old, new, {"p50": 0.2}, ["unjudged p50"]) == ["wide p50 34%"]
 
 
 @pytest.mark.parametrize(("name", "sparse"), [("p50", {"a"}), ("p99", {"a", "b"}), ("p999", {"a", "b", "c"})])
@@ -212,14 +287,17 @@ def test_round_trips_have_stages_and_compare_with_an_older_run(run_cli: RunCli, 
     assert all(0 < one["p50_ns"] <= one["p99_ns"] <= one["max_ns"] for one in stages.values())
     assert (tmp_path / "out.hgrm").read_text().count("\n") > 10
 
+    assert all(one["spread"]["p50"] >= 0 for name, one in stages.items() if one["count"] >= 100)
     for figures in stages.values():
         figures["p50_ns"] = 1
+        figures["spread"]["p50"] = 0.5
     (tmp_path / "old.json").write_text(json.dumps({**told, "build": "by hand"}))
     again = ("--duration", "0.1", "--rate", "200", "--compare", "old.json", "--fail", "p50:+10%", "--fail", "p999:+0%")
     done = run_cli("latency", *again, timeout_s=60)
     assert done.returncode == 1, done.stderr
     assert "worse: round_trip p50" in done.stdout
     assert re.search("too few samples for --fail, not judged: .*queue_to_handler p999", done.stderr)
+    assert "parts of a run differ by more than --fail allows" in done.stderr
     assert "worse: queue_to_handler p999" not in done.stdout
     assert re.search(r"^round_trip +0\.0 +[0-9.]+ +\+[0-9]+% ", done.stdout, re.MULTILINE)
     assert "old.json was measured otherwise: one after the other, build by hand\n" in done.stderr
@@ -257,12 +335,32 @@ def test_latency_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pyte
 def test_rate_that_is_not_reached_is_told() -> None:
     """Its round trips are as long as the backlog, whatever the channel does; one that is reached says nothing."""
     held = {"rate": 1_000, "achieved": 1_000.0, "achieved_recorded": 990.0, "records_dropped": 0, "unjudged": []}
+    held["within_spread"] = []
 
     assert list(_cautions(held)) == list(_cautions({**held, "rate": None})) == []
     (line,) = _cautions({**held, "achieved_recorded": 500.0})
     assert line.startswith("1000 a second were not reached: 1,000, and 500 by the machine that records")
     (line,) = _cautions({**held, "records_dropped": 37_530})
     assert line.startswith("37,530 records were dropped")
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [(1, ": s0 p99 9%; a wider"), (3, ": s0 p99 9%, s1 p99 9%, s2 p99 9%; a"), (5, ", s2 p99 9%, and 2 more (--json")],
+)
+def test_figures_that_differ_by_themselves_are_told_in_a_line(stages: int, said: str) -> None:
+    """Three by name, the round trip first; how many more there are, and where."""
+    report: dict[str, Any] = {
+        "rate": None,
+        "achieved": 1.0,
+        "achieved_recorded": 1.0,
+        "records_dropped": 0,
+        "unjudged": [],
+    }
+
+    (line,) = _cautions({**report, "within_spread": [f"s{n} p99 9%" for n in range(stages)]})
+
+    assert said in line
 
 
 def test_what_was_achieved_is_counted_from_the_first_due_to_the_last_taken() -> None:
@@ -276,7 +374,19 @@ def test_what_was_achieved_is_counted_from_the_first_due_to_the_last_taken() -> 
 
 
 @pytest.mark.parametrize(
-    "stages", ["5", "[1]", "{}", '{"isr": 5}', '{"isr": {"p50_ns": 1}}', '{"isr": {"p50_ns": null}}']
+    "stages",
+    [
+        "5",
+        "[1]",
+        "{}",
+        '{"isr": 5}',
+        '{"isr": {"p50_ns": 1}}',
+        '{"isr": {"p50_ns": null}}',
+        _round_trip_of(count="NaN"),
+        _round_trip_of(count="Infinity"),
+        _round_trip_of(spread="5"),
+        _round_trip_of(spread='{"p99": "wide"}'),
+    ],
 )
 def test_a_report_that_was_spoilt_is_none(run_cli: RunCli, tmp_path: Path, stages: str) -> None:
     """Told in one line before anything is measured, not by an error behind it."""
