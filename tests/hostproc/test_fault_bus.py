@@ -308,6 +308,22 @@ def test_packet_changes_in_the_ring() -> None:
     assert guest.hits() == [1]
 
 
+def test_change_of_a_packet_waits_for_one() -> None:
+    """Turned on while the host has written nothing into a ring that is in use, it is not used up by that."""
+    guest = FaultyGuest("vsp.forget_inflight@times=1")
+    guest.boot()
+    guest.open()
+    assert guest.echo(b"is taken") == []
+    guest.turn_on("host.mutate_pkt=17:0xee@times=1")
+    for channel in guest.faulty.faulty_channels():
+        channel.mutate()
+    assert guest.hits() == [1, 0]
+
+    assert guest.echo(b"12345678") == [b"1\xee345678"]
+    assert guest.echo(b"12345678") == [b"12345678"]
+    assert guest.hits() == [1, 1]
+
+
 def test_index_changes_in_the_ring() -> None:
     """An impossible one is found by the guest; the device's next packet puts it right."""
     guest = FaultyGuest()
