@@ -68,6 +68,15 @@ def violations_of(verdicts: Sequence[Verdict]) -> list[Finding]:
     return [violation for verdict in verdicts for violation in verdict.violations]
 
 
+def cut_of(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each rule of whose violations not all were kept: how many more there are."""
+    return [
+        f"{verdict.name}: {verdict.count - kept:,} more like these, which are only counted"
+        for verdict in verdicts
+        if verdict.count > (kept := len(verdict.violations))
+    ]
+
+
 def report_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
     """The object that `--json` prints; `told` is what the run itself saw beside the records."""
     return {
@@ -100,7 +109,7 @@ def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, 
             f"{verdict.name} {verdict.rule.TITLE}",
             failure=f"{verdict.count} violations" if verdict.count and not verdict.undecided else "",
             skipped=verdict.undecided,
-            text="\n".join(line for one in verdict.violations for line in lines_of(one)),
+            text="\n".join([*(line for one in verdict.violations for line in lines_of(one)), *cut_of([verdict])]),
         )
         for verdict in verdicts
     ]
@@ -129,7 +138,7 @@ def keep(verdicts: Sequence[Verdict], recording: Recording, told: Sequence[tuple
         say(f"vmbus-emu: this is the recording of the finding in {folder}")
         return folder
     found = [line for one in violations_of(verdicts) for line in lines_of(one)]
-    found += [f"{name}: {text}" for name, text in told]
+    found += [*cut_of(verdicts), *(f"{name}: {text}" for name, text in told)]
     found += [recording.damage] if recording.damage else []
     case = Case(("check",), None, None, (str(path),), same=True)
     return case.keep(found, no_recording=f"it stays where it is, {path}; it does not say of which scenario it is")
@@ -141,8 +150,10 @@ def show(verdicts: Sequence[Verdict]) -> None:
         for violation in verdict.violations[:SHOWN]:
             for line in lines_of(violation):
                 click.echo(line)
-        if verdict.count > SHOWN:
-            click.echo(f"{verdict.name}: {verdict.count - SHOWN} more like these")
+        if (more := verdict.count - SHOWN) > 0:
+            listed = len(verdict.violations) - SHOWN
+            them = "them" if listed == more else f"{listed} of them"
+            click.echo(f"{verdict.name}: {more:,} more like these (--json lists {them})")
     held = sum(1 for one in verdicts if not one.count and not one.undecided)
     broken = sum(1 for one in verdicts if one.count)
     undecided = [one for one in verdicts if one.undecided]

@@ -214,7 +214,7 @@ def scenario_text(scenario: Scenario) -> str:
 
 def _judged(recording: Path) -> list[str]:
     """What the invariants say of a recording that nobody has checked yet."""
-    from tools.check import check_recording, violations_of
+    from tools.check import check_recording, cut_of, violations_of
 
     try:
         if recording.stat().st_size > MOST_JUDGED:
@@ -222,7 +222,7 @@ def _judged(recording: Path) -> list[str]:
         verdicts, _recording = check_recording(recording)
     except (OSError, UserError) as error:
         return [f"its recording cannot be checked: {error}"]
-    return [f"{one.name}: {one.text}" for one in violations_of(verdicts)]
+    return [*(f"{one.name}: {one.text}" for one in violations_of(verdicts)), *cut_of(verdicts)]
 
 
 def _folders() -> list[Path]:

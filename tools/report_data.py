@@ -373,7 +373,11 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Seque
         found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", shown_in))
     if not missing_of(recording):
         found += [_finding("owed", debt.text, debt.messages) for debt in debts_of(list(recording.records()), flows)]
-    return found[:MOST_FINDINGS]
+    if more := len(found[MOST_FINDINGS:]):
+        found[MOST_FINDINGS:] = [
+            _finding("more", f"{more:,} more are not shown; `vmbus-emu check --json` lists violations")
+        ]
+    return found
 
 
 def _finding(kind: str, text: str, flows: Sequence[str] = ()) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskRow, TaskState
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
-from tools.check import check_recording, violations_of
+from tools.check import check_recording, cut_of, violations_of
 from tools.crash import crash_recorded, failure_report
 from tools.ctl import ask_host, offer_devices, wait_until_open
 from tools.draining import recording
@@ -479,7 +479,8 @@ def _checked(path: Path) -> dict[str, Any]:
     """What the invariants say of the recording."""
     verdicts, _recording = check_recording(path)
     return {
-        "violations": [f"{one.name}: {one.text}" for one in violations_of(verdicts)],
+        "violations": [*(f"{one.name}: {one.text}" for one in violations_of(verdicts)), *cut_of(verdicts)],
+        "violations_count": sum(one.count for one in verdicts),
         "undecided": {one.name: one.undecided for one in verdicts if one.undecided},
         "checked": len(verdicts),
     }
@@ -623,7 +624,7 @@ def _show(report: Mapping[str, Any]) -> None:
         click.echo(f"invariants were not checked: {report['unchecked']}")
     else:
         undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
-        click.echo(f"{report['checked']} invariants checked, {len(report['violations'])} violations{undecided}")
+        click.echo(f"{report['checked']} invariants checked, {report['violations_count']:,} violations{undecided}")
     if report["unjudged"]:
         click.echo(f"what the machine left undone was not judged: {report['unjudged']}")
     if one := report["recording"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from emu.control import ActorKind
 from emu.faults import FaultKind
 from emu.recording import TraceRecord
-from emu.tracing import EVENTS, WaitedFor, refused_words
+from emu.tracing import EVENTS, Context, WaitedFor, refused_words
 from emu.wire.messages import MessageType
 from guestproc.kernel.layout import ChannelState
 from hostproc.protocol.states import ChannelState as HostState
 from tests.conftest import RunCli
 from tests.tools.recorded import Edited
+from tests.tools.recordings import recorders
 from tools.check import violations_of
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
@@ -474,6 +477,41 @@ def test_damaged_recording_is_a_finding(run_cli: RunCli, recording_path: Path, t
     assert "the file ends in " in report["damage"] and report["damage"] in done.stderr
     assert (suite.get("tests"), suite.get("failures")) == (str(len(RULES) + 1), "1")
     assert suite.findall("testcase/failure")[0].get("message") == report["damage"]
+
+
+@pytest.mark.parametrize(
+    ("count", "more", "counted"),
+    [
+        (10, None, None),
+        (11, "INV-30: 1 more like these (--json lists them)\n", None),
+        (100, "INV-30: 90 more like these (--json lists them)\n", None),
+        (
+            1_150,
+            "INV-30: 1,140 more like these (--json lists 90 of them)\n",
+            "INV-30: 1,050 more like these, which are only counted\n",
+        ),
+    ],
+)
+def test_more_violations_than_are_shown_are_counted(
+    run_cli: RunCli, tmp_path: Path, count: int, more: str | None, counted: str | None
+) -> None:
+    """Ten of a rule are shown, a hundred are kept; how many more there are is told, and where to find them."""
+    path, junit = tmp_path / "refused.rec", tmp_path / "j.xml"
+    with recorders(path, (ActorKind.HYPERVISOR, "hypervisor", 0, Context.HOST)) as (host,):
+        for _ in range(count):
+            host.record(REFUSED.number, *refused_words("gpadl-unknown"))
+
+    done = run_cli("check", path, "--junit", junit)
+
+    assert done.returncode == ExitStatus.FINDING
+    told = re.findall("INV-30: .* more like these.*\n", done.stdout)
+    assert told == ([] if more is None else [more])
+    report = json.loads(run_cli("check", path, "--json").stdout)
+    assert len(report["violations"]) == min(count, 100)
+    text = (Path(report["finding"]) / "finding.txt").read_text()
+    assert re.findall("INV-30: .* more like these.*\n", text) == ([] if counted is None else [counted])
+    (failure,) = ElementTree.parse(junit).getroot().findall("testcase/failure")
+    assert (counted is not None) == ("more like these, which are only counted" in (failure.text or ""))
 
 
 def test_file_that_is_none_is_one_line(run_cli: RunCli, tmp_path: Path) -> None:

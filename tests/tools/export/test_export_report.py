@@ -151,6 +151,21 @@ def test_refusals_are_findings_where_check_says_so(tmp_path: Path) -> None:
     assert sum(one["kind"] == "INV-30" for one in found) == 3
 
 
+def test_findings_that_do_not_fit_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gravest are shown, and behind them stands how many more there are."""
+    monkeypatch.setattr("tools.report_data.MOST_FINDINGS", 3)
+    path = tmp_path / "refused.rec"
+    with recorders(path, (ActorKind.HYPERVISOR, "hypervisor", 0, Context.HOST)) as (host,):
+        for _ in range(4):
+            host.record(EVENTS["refused"].number, *refused_words("gpadl-unknown"))
+    with Recording(path) as recording:
+        found = report_of(recording)["findings"]
+
+    assert [one["kind"] for one in found] == ["INV-30", "INV-30", "INV-30", "more"]
+    # The fourth of the rule, and how often it was refused.
+    assert found[-1]["text"].startswith("2 more are not shown")
+
+
 def test_page_finds_what_check_finds(tmp_path: Path) -> None:
     """Of the run of a schedule as well, whose end is judged otherwise, and which saw more than its records tell."""
     path = tmp_path / "a1.rec"
