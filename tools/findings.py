@@ -43,6 +43,8 @@ FINDING, RECORDING, SCENARIO, SEED, REPEAT, CRASH = (
     "repeat",
     "crash.json",
 )
+RECENT_S: Final = 3_600.0
+"""A finding that makes room and is younger than this was somebody's a moment ago: that it went is told."""
 PROGRAM: Final = "vmbus-emu"
 MOST_JUDGED: Final = 32 << 20
 """Bytes of a recording that are checked while a finding is kept; a longer one is left to `vmbus-emu check`."""
@@ -92,6 +94,7 @@ class Case:
             say(f"vmbus-emu: the finding was not kept: {error}")
             return None
         say(f"vmbus-emu: finding kept in {folder}; repeat it: sh {shlex.quote(str(folder / REPEAT))}")
+        _drop_oldest()
         return folder
 
     def line(self, folder: Path) -> str:
@@ -133,8 +136,6 @@ class Case:
             # Half a finding would be taken for a whole one.
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        for old in _folders()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
         return folder
 
 
@@ -229,6 +230,23 @@ def _folders() -> list[Path]:
     """Those that are kept, the oldest first."""
     directory = findings_dir()
     return sorted(one for one in directory.iterdir() if one.is_dir()) if directory.is_dir() else []
+
+
+def _drop_oldest() -> None:
+    """Remove all but the newest; who was told of one just now hears that it is not there any more."""
+    recent = []
+    for old in _folders()[:-KEPT]:
+        try:
+            age_s = time.time() - old.stat().st_mtime
+        except OSError:  # another command that keeps a finding was quicker
+            continue
+        shutil.rmtree(old, ignore_errors=True)
+        if age_s < RECENT_S:
+            recent.append(old.name)
+    if recent:
+        went = "1 of the last hour was" if len(recent) == 1 else f"{len(recent)} of the last hour were"
+        names = ", ".join(recent)
+        say(f"vmbus-emu: only the newest {KEPT} findings are kept, {went} removed: {names}; copy what you need")
 
 
 def _new_folder(name: str) -> Path:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,28 @@ def test_newest_ten_are_kept(state: Path) -> None:
     folders = [case().keep([str(number)]) for number in range(KEPT + 1)]
 
     assert sorted(findings_dir().iterdir()) == folders[1:]
+
+
+def test_finding_that_makes_room_is_told_to_who_was_told_of_it(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than ten at once push each other out: one of the last hour is named; an older one is nobody's news."""
+    folders = [case().keep([str(number)]) for number in range(KEPT)]
+    first, second, third, fourth = folders[:4]
+    assert first and second and third and fourth
+    assert "removed" not in capsys.readouterr().err
+    hours_ago = time.time() - 7_200
+    os.utime(first, (hours_ago, hours_ago))
+    case().keep(["more"])
+    assert not first.exists() and "removed" not in capsys.readouterr().err
+
+    case().keep(["more"])
+    said = capsys.readouterr().err
+    assert not second.exists()
+    assert f"the newest 10 findings are kept, 1 of the last hour was removed: {second.name}; copy" in said
+
+    for number in range(2):
+        (findings_dir() / f"9{number}-of-another-command").mkdir()
+    case().keep(["more"])
+    assert f"3 of the last hour were removed: {third.name}, {fourth.name}, " in capsys.readouterr().err
 
 
 def test_what_is_always_the_same_is_kept_once(state: Path) -> None:
