@@ -30,7 +30,8 @@ NOT_UP: Final = "the launcher ended before its machine was up"
 def run_detached(options: Options) -> int:
     """Fork the launcher into a session of its own and wait for its word, or for its end.
 
-    Whoever interrupts that does not want the machine. VmbusError where somebody killed the launcher.
+    Whoever interrupts that does not want the machine, and who cannot be told its name does not get it (OSError).
+    VmbusError where somebody killed the launcher.
     """
     raise_noted()
     reader, writer = os.pipe()
@@ -46,7 +47,11 @@ def run_detached(options: Options) -> int:
     try:
         with os.fdopen(reader) as word:
             name = word.readline().strip()
-    except (KeyboardInterrupt, SystemExit):
+        if name and options.as_json:
+            print_json("run-detached", 1, {"machine": name, "pid": pid})
+        elif name:
+            click.echo(name)
+    except (KeyboardInterrupt, SystemExit, OSError):
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
         log.unlink(missing_ok=True)
@@ -65,10 +70,6 @@ def run_detached(options: Options) -> int:
         if code > 0:
             return code
         raise VmbusError(NOT_UP)
-    if options.as_json:
-        print_json("run-detached", 1, {"machine": name, "pid": pid})
-    else:
-        click.echo(name)
     return ExitStatus.FINE
 
 

@@ -24,6 +24,7 @@ from emu.layout import MachineState
 from emu.memory import PAGE_SIZE
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from tests.system.commands import (
+    COMMAND,
     ROOT,
     assert_gone,
     call,
@@ -39,6 +40,7 @@ from tests.system.commands import (
 )
 from tools import launch as launcher
 from tools import zygote_start
+from tools.exit_status import ExitStatus
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.zygote import Zygote
 from tools.zygote_start import Link
@@ -582,6 +584,47 @@ def test_who_interrupts_a_detached_boot_does_not_get_the_machine(tmp_path: Path)
     assert report(out)["interrupted"] is True
     assert_gone("t-halfway")
     assert list((tmp_path / "state").rglob("*.log")) == []
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_who_cannot_be_told_of_a_detached_machine_does_not_get_it(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """`run --detach > /dev/full` is one line and status 2; neither machine nor log is left behind."""
+    name = "t-untold"
+    words = [*COMMAND, "run", "--name", name, "--detach", "--device", "echo:1", *more]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    try:
+        assert (done.returncode, done.stderr.count("\n")) == (ExitStatus.USAGE, 1)
+        assert done.stderr.startswith("vmbus-emu: cannot write to stdout: No space left on device; make room")
+        assert_gone(name)
+        assert list((tmp_path / "state").rglob("*.log")) == []
+    finally:
+        call(tmp_path, "stop", name)
+
+
+def test_who_reads_no_name_of_a_detached_machine_does_not_get_it(tmp_path: Path) -> None:
+    """The reader of the output left before it came: status 141, and nothing is left behind."""
+    name = "t-unread"
+    process = start(tmp_path, "run", "--name", name, "--detach", "--device", "echo:1")
+    with ended(process):
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        try:
+            assert process.wait(timeout=60) == ExitStatus.READER_LEFT
+            assert_gone(name)
+        finally:
+            call(tmp_path, "stop", name)
 
 
 def test_detached_machine_is_listed_and_stopped(tmp_path: Path) -> None:
