@@ -41,7 +41,7 @@ from emu.layout import (
 )
 from emu.machine import Machine
 from emu.memory import reserve_ram
-from emu.mirror import Mirror, MirrorChannel
+from emu.mirror import Left, Mirror, MirrorChannel
 from emu.task_board import TaskBoard
 from emu.wire.device_classes import class_of
 from emu.wire.messages import MessageType
@@ -171,6 +171,7 @@ class StateTree:
             "incoming": head.incoming,
             "attached_pid": head.attached_pid,
             "disconnects": head.disconnects,
+            "guest_left": Left(head.left).name.lower() if head.left else None,
             "guest_os_id": hex(partition.guest_os_id),
             "hypercall": hex(partition.hypercall),
         }

@@ -16,7 +16,7 @@ from emu.errors import UserError
 from emu.host_tables import NO_TIMERS, SINTS, HostGpadl, HostTables, HostTimer, HostVp
 from emu.layout import VP_REQUEST, vp_page_offset
 from emu.machine import Machine
-from emu.mirror import Mirror, MirrorChannel
+from emu.mirror import Left, Mirror, MirrorChannel
 from emu.wire.device_classes import BY_NAME
 from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, message_slot, stimer_config
 from guestproc.protocol.numbers import Works
@@ -136,6 +136,21 @@ def test_ram_of_a_foreign_guest_is_not_read(machine: Machine) -> None:
     assert tree["channels"] == tree["queues"] == tree["devices"] == {}
     assert "guest" not in tree["connection"] and "guest" not in tree["vps"]["0"]
     assert tree["machine"]["guest"] == "foreign"
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [(Left.NOBODY, None), (Left.UNLOADED, "unloaded"), (Left.DETACHED, "detached"), (Left.DIED, "died")],
+)
+def test_connection_says_how_the_guest_left(machine: Machine, left: Left, told: str | None) -> None:
+    """That of the newest guest that is gone, whoever made it: the host knows."""
+    machine.config["no_guest"] = True
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("version", "offers", "open_channels", "gpadls", "to_slots", "outgoing", "incoming"), 0
+    )
+    Mirror(machine.control).write_head(**numbers, attached_pid=0, disconnects=1, left=left)
+
+    assert at(machine, "connection/host/guest_left") == told
 
 
 def test_queue_names_the_work_that_waits(machine: Machine, guest: Guest) -> None:
