@@ -94,6 +94,11 @@ class OrderDesk:
         self._slots: Final = tuple(control.order_offset(slot) for slot in range(ORDER_SLOTS))
         self._started: dict[int, int] = {}
         """This process's start time, by its pid: a fork has another."""
+        self.newest: OrderState = OrderState.FREE
+        """What became of the letter that was posted last from here.
+
+        FREE: nobody has read it, nor will; POSTED: it may be carried out, or was; DONE: its answer was read.
+        """
 
     def bell(self, recipient: Recipient) -> Callable[[], int]:
         """Load of a recipient's bell: not 0 when there may be a letter."""
@@ -132,6 +137,7 @@ class OrderDesk:
         **arguments: Any,
     ) -> int:
         """Post a letter and wake its recipient; returns what `wait` wants, which must follow. Raises as `ask`."""
+        self.newest = OrderState.FREE
         text: bytes = msgpack.packb([what, arguments])
         if len(text) > ORDER_TEXT_BYTES:
             raise UserError(f"{what}: arguments of {len(text)} bytes, {ORDER_TEXT_BYTES} is the most; shorten them")
@@ -140,15 +146,16 @@ class OrderDesk:
             self._started = {pid: start_time_of(pid)}
         started = self._started[pid]
         at = self._claim(pid, started, time.monotonic() + timeout_s, timeout_s)
-        self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
-        self._view.store_u32(at + 8, recipient)
-        self._view.store_u32(at + _LENGTH, len(text))
-        self._view.store_u64(at, _word(OrderState.POSTED, pid, started))
-        # Rung behind the state: a recipient takes the bell first and looks at the slots second.
-        self._view.store_u32(self._control.order_bell_offset(recipient), 1)
         try:
+            self._control.memory[at + _HEAD.size : at + _HEAD.size + len(text)] = text
+            self._view.store_u32(at + 8, recipient)
+            self._view.store_u32(at + _LENGTH, len(text))
+            self.newest = OrderState.POSTED
+            self._view.store_u64(at, _word(OrderState.POSTED, pid, started))
+            # Rung behind the state: a recipient takes the bell first and looks at the slots second.
+            self._view.store_u32(self._control.order_bell_offset(recipient), 1)
             wake()
-        except BaseException:  # also who is interrupted leaves no slot behind
+        except BaseException:  # also who is interrupted leaves no slot behind, nor a letter that is read some time
             self._give_up(at)
             raise
         return at
@@ -166,6 +173,7 @@ class OrderDesk:
             raise
         answer = self._text(at)
         self._view.store_u64(at, OrderState.FREE)
+        self.newest = OrderState.DONE
         if "error" in answer:
             raise OrderRefused(answer["error"], answer.get("errno", 0))
         return answer
@@ -200,6 +208,7 @@ class OrderDesk:
         asker = self._view.load_u64(at) & ~_STATE_MASK
         posted, taken = asker | OrderState.POSTED, asker | OrderState.TAKEN
         if self._view.cas_u64(at, posted, OrderState.FREE) == posted:
+            self.newest = OrderState.FREE
             return
         if self._view.cas_u64(at, taken, asker | OrderState.ABANDONED) != taken:
             self._view.store_u64(at, OrderState.FREE)

@@ -14,13 +14,13 @@ from emu import plugin
 from emu.errors import DeadlinePassed, NotOpened, UserError
 from emu.machine import Machine
 from emu.mirror import Mirror
-from emu.orders import OrderDesk, Recipient
+from emu.orders import OrderDesk, OrderState, Recipient
 from emu.scenario import parse_device
 from emu.scenario_text import Nonsense, guid
 from emu.vmexit import HostBell
 from hostproc.protocol.states import ChannelState
 from tools.ctl_cpus import CPU_COMMANDS
-from tools.ctl_guest import GUEST_COMMANDS
+from tools.ctl_guest import GUEST_COMMANDS, telling_what_became_of
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.machines import chosen_machine
 from tools.options import json_option, machine_option, relid_of
@@ -54,8 +54,12 @@ for command in (*GUEST_COMMANDS, *CPU_COMMANDS):
 
 def ask_host(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     """Order something of the host; raises as `OrderDesk.ask` does."""
+    return _ask_at(OrderDesk(machine.control), machine, what, **arguments)
+
+
+def _ask_at(desk: OrderDesk, machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     bell = HostBell(machine.doorbells.view, machine.wakeup("host"))
-    return OrderDesk(machine.control).ask(Recipient.HOST, what, bell.wake, **arguments)
+    return desk.ask(Recipient.HOST, what, bell.wake, **arguments)
 
 
 def offer_devices(
@@ -66,12 +70,13 @@ def offer_devices(
 
 
 def offering(
-    machine: Machine, device: str, *, backend: str | None, instance: str | None
+    machine: Machine, device: str, *, backend: str | None, instance: str | None, desk: OrderDesk | None = None
 ) -> Iterator[list[dict[str, Any]]]:
     """As `offer_devices`, order by order: an answer has room for a few, so many are several orders.
 
     UserError, which also says how many were offered before.
     """
+    desk = desk or OrderDesk(machine.control)
     spec = parse_device(device, plugin.known_from(machine.config), flag="CLASS[:COUNT]")
     if instance and spec.count != 1:
         raise UserError("--instance names one device; leave it or the count out")
@@ -80,7 +85,7 @@ def offering(
     while offered < spec.count:
         count = min(OFFERED_AT_ONCE, spec.count - offered)
         try:
-            some = ask_host(machine, "offer", count=count, **arguments)["offered"]
+            some = _ask_at(desk, machine, "offer", count=count, **arguments)["offered"]
         except UserError as error:
             raise UserError(f"{error}; {offered} were offered before" if offered else str(error)) from None
         offered += len(some)
@@ -142,16 +147,18 @@ def offer(
     """
     chosen_instance = instance_option(instance)
     machine = Machine.attach(chosen_machine(machine_name))
+    desk = OrderDesk(machine.control)
     offered: list[dict[str, Any]] = []
     unopened: list[dict[str, Any]] = []
     try:
         with noting_ending() as ending:
-            for some in offering(machine, device, backend=backend, instance=chosen_instance):
-                offered += some
-                if not as_json:
-                    # Before the wait: who interrupts it has these devices all the same.
-                    for one in some:
-                        click.echo(f"{one['relid']} {one['instance']}")
+            with telling_what_became_of(desk, "offer"):
+                for some in offering(machine, device, backend=backend, instance=chosen_instance, desk=desk):
+                    offered += some
+                    if not as_json:
+                        # Before the wait: who interrupts it has these devices all the same.
+                        for one in some:
+                            click.echo(f"{one['relid']} {one['instance']}")
             if wait:
                 unopened.extend(_waiting_for_each(machine, offered))
         if unseen := sum(not one["relid"] for one in offered):
@@ -160,7 +167,8 @@ def offer(
         machine.close()
     if as_json:
         told = {"machine": machine.name, "offered": offered, "not_open": unopened}
-        print_json("ctl-offer", 1, {**told, **ending.report()})
+        unanswered = desk.newest is OrderState.POSTED
+        print_json("ctl-offer", 1, {**told, "unanswered": unanswered, **ending.report()})
     if ending.late is not None:
         raise ending.late
     return ending.status or (ExitStatus.FINDING if unopened else ExitStatus.FINE)
@@ -196,7 +204,9 @@ def rescind(relid: int | None, instance: str | None, wait: bool, machine_name: s
         raise UserError("give either a relid or --instance GUID")
     machine = Machine.attach(chosen_machine(machine_name))
     try:
-        answer = ask_host(machine, "rescind", relid=relid or 0, instance=chosen_instance or "")
+        desk = OrderDesk(machine.control)
+        with telling_what_became_of(desk, "rescind"):
+            answer = _ask_at(desk, machine, "rescind", relid=relid or 0, instance=chosen_instance or "")
         if not as_json:
             click.echo(f"{answer['relid']} {answer['instance']}")
         with noting_ending() as ending:

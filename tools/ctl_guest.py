@@ -21,14 +21,14 @@ from emu.errors import UserError
 from emu.faults import MOST_TIMES, PLACES
 from emu.ipc.atomics import ACQUIRE
 from emu.machine import USER_WAKEUP, Machine
-from emu.orders import OrderDesk, Recipient
+from emu.orders import OrderDesk, OrderState, Recipient
 from emu.wire.device_classes import BY_NAME
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
 from guestproc.protocol import uevents as ring
 from guestproc.protocol.uevents import Uevent
 from tools.machines import chosen_machine, runs
 from tools.options import json_option, machine_option, relid_of
-from tools.output import print_json, print_table
+from tools.output import print_json, print_table, say
 
 FOLLOW_S: Final = 0.05
 NO_OVERRIDE: Final = "none"
@@ -48,14 +48,39 @@ def machine_with_guest(name: str | None) -> Iterator[Machine]:
 
 def ask_guest(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     """Ask a call of the guest's user space; raises as `OrderDesk.ask` does."""
+    return _ask_at(OrderDesk(machine.control), machine, what, **arguments)
+
+
+def _ask_at(desk: OrderDesk, machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
     wake = machine.wakeup(f"actor.{USER_WAKEUP}").post
-    return OrderDesk(machine.control).ask(Recipient.GUEST, what, wake, **arguments)
+    return desk.ask(Recipient.GUEST, what, wake, **arguments)
+
+
+@contextmanager
+def telling_what_became_of(desk: OrderDesk, what: str) -> Iterator[None]:
+    """Who interrupts an order hears whether it may be carried out all the same: in one line, and is let through."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if desk.newest is OrderState.POSTED:
+            see = "`vmbus-emu ls` and `vmbus-emu inspect` show what there is"
+            say(f"vmbus-emu: interrupted before `{what}` was answered: it may be done all the same; {see}")
+        elif desk.newest is OrderState.FREE:
+            say(f"vmbus-emu: interrupted before `{what}` was read: it is not done")
+        raise
+
+
+def _ask(machine: Machine, what: str, **arguments: Any) -> dict[str, Any]:
+    """Ask it for a user, who may interrupt it; the answer, with the machine's name in front."""
+    desk = OrderDesk(machine.control)
+    with telling_what_became_of(desk, what):
+        return {"machine": machine.name, **_ask_at(desk, machine, what, **arguments)}
 
 
 def ask(name: str | None, what: str, **arguments: Any) -> dict[str, Any]:
     """Ask it of the chosen machine; the answer, with the machine's name in front."""
     with machine_with_guest(name) as machine:
-        return {"machine": machine.name, **ask_guest(machine, what, **arguments)}
+        return _ask(machine, what, **arguments)
 
 
 def _with_class(machine_name: str | None, what: str, driver: str, text: str) -> dict[str, Any]:
@@ -65,7 +90,7 @@ def _with_class(machine_name: str | None, what: str, driver: str, text: str) -> 
         if text not in classes and not _is_guid(text):
             raise UserError(f"{text} is no class and no GUID; there are the classes {', '.join(sorted(classes))}")
         guid = str(classes[text].guid) if text in classes else text
-        return {"machine": machine.name, **ask_guest(machine, what, driver=driver, guid=guid)}
+        return _ask(machine, what, driver=driver, guid=guid)
 
 
 def _is_guid(text: str) -> bool:

@@ -151,6 +151,45 @@ def test_asker_that_is_interrupted(desk: OrderDesk) -> None:
     assert desk.take(HOST) == []
 
 
+def test_asker_that_is_interrupted_before_the_bell_has_rung(
+    control: Control, desk: OrderDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The letter is withdrawn as well: it would be read at the next bell, long behind its asker's end."""
+
+    def interrupt(_recipient: Recipient) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Control, "order_bell_offset", lambda _self, recipient: interrupt(recipient))
+        desk.ask(HOST, "offer", nobody)
+
+    assert desk.newest is OrderState.FREE
+    control.view.store_u32(control.order_bell_offset(HOST), 1)
+    assert desk.take(HOST) == []
+    assert set(desk.states()) == {OrderState.FREE}
+
+
+def test_desk_knows_what_became_of_a_letter(desk: OrderDesk) -> None:
+    """Nothing yet; answered; withdrawn, as nobody had taken it; in somebody's hands, who may carry it out."""
+
+    def read() -> None:
+        assert desk.take(HOST)
+        raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    became = [desk.newest]
+    desk.ask(HOST, "offer", answering(desk, {}))
+    became.append(desk.newest)
+    for wake in (interrupt, read):
+        with pytest.raises(KeyboardInterrupt):
+            desk.ask(HOST, "offer", wake)
+        became.append(desk.newest)
+
+    assert became == [OrderState.FREE, OrderState.DONE, OrderState.FREE, OrderState.POSTED]
+
+
 def test_all_slots_full(desk: OrderDesk) -> None:
     """As many letters as there are slots; one more waits for its turn, and not for ever."""
     taken: list[Any] = []

@@ -7,15 +7,30 @@ import io
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
 import pytest
 
+from emu.control import Control
+from emu.ipc.segments import object_name
+from emu.ipc.semaphores import Wakeup
+from emu.orders import OrderDesk, OrderState
 from emu.scenario import derived_instance
-from tests.system.commands import assert_gone, call, ended, objects, report, start, wait_for, wait_until_open
+from emu.vmexit import HostBell
+from tests.system.commands import (
+    assert_gone,
+    call,
+    ended,
+    inner_pids,
+    objects,
+    report,
+    start,
+    wait_for,
+    wait_until_open,
+)
 from tools import cli
 
 NIC = "f8615163-df3e-46c5-913f-f2d2f965ed0e"
@@ -81,6 +96,26 @@ def said(*arguments: str) -> str:
     done = ctl(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def orders() -> list[OrderState]:
+    """How far each letter to the machine is."""
+    control = Control.attach(object_name(NAME, "control"))
+    try:
+        return OrderDesk(control).states()
+    finally:
+        control.close()
+
+
+@contextlib.contextmanager
+def stopped_host() -> Iterator[None]:
+    """The host reads nothing meanwhile."""
+    pid = inner_pids(NAME)["hypervisor"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def driver(name: str) -> dict[str, Any]:
@@ -268,6 +303,73 @@ def test_wait_that_comes_to_no_end_tells_what_was_done(monkeypatch: pytest.Monke
         answer = report(done.stdout)
         assert (done.returncode, answer["timed_out"], answer["interrupted"]) == (status, late, end == "Ctrl-C")
         assert done.stderr == (f"vmbus-emu: {late}\n" if late else "")
+
+
+@pytest.mark.parametrize(("signum", "words"), [(signal.SIGINT, ("offer", "echo")), (signal.SIGTERM, ("rescind", "1"))])
+def test_order_that_is_interrupted_before_its_answer(
+    home: Path, signum: signal.Signals, words: tuple[str, str]
+) -> None:
+    """While the host stands still: one line, the signal's status, and the host never carries it out."""
+    with stopped_host(), ended(start(home, "ctl", *words, "--machine", NAME)) as asking:
+        wait_for(lambda: OrderState.POSTED in orders(), "the letter")
+        asking.send_signal(signum)
+        out, err = asking.communicate(timeout=20)
+
+    assert (asking.returncode, out) == (128 + signum, "")
+    assert err == f"vmbus-emu: interrupted before `{words[0]}` was read: it is not done\n"
+    assert set(orders()) == {OrderState.FREE} and len(devices()) == 3
+
+
+def interrupt_when(state: OrderState) -> Callable[[HostBell], None]:
+    """A wake-up behind which Ctrl-C comes when the letter is in that state."""
+
+    def wake(bell: HostBell) -> None:
+        woken(bell)
+        wait_for(lambda: state in orders(), f"a letter that is {state.name}")
+        raise KeyboardInterrupt
+
+    woken = HostBell.wake
+    return wake
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_order_that_is_interrupted_when_it_was_read(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    """It may be done all the same, as it was here: that is said, as the command does not know."""
+    monkeypatch.setattr(HostBell, "wake", interrupt_when(OrderState.DONE))
+    done = ctl("offer", "echo", *(["--json"] if as_json else []))
+    monkeypatch.undo()
+
+    assert done.returncode == 130
+    assert done.stderr.startswith("vmbus-emu: interrupted before `offer` was answered: it may be done all the same; ")
+    assert done.stderr.count("\n") == 1
+    if as_json:
+        answer = report(done.stdout)
+        assert (answer["offered"], answer["unanswered"], answer["interrupted"]) == ([], True, True)
+    else:
+        assert done.stdout == ""
+    assert set(orders()) == {OrderState.FREE}
+    wait_for(lambda: len(devices()) == 4, "the device that nobody was told of")
+    device = devices()[-1]
+    said("rescind", str(device["relid"]), "--wait")
+
+
+def test_call_of_the_guest_that_is_interrupted_when_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an administrator does to drivers is told as well: the driver lets go although nobody hears its answer."""
+
+    def wake(wakeup: Wakeup) -> None:
+        woken(wakeup)
+        wait_for(lambda: OrderState.DONE in orders(), "an answer")
+        raise KeyboardInterrupt
+
+    woken = Wakeup.post
+    monkeypatch.setattr(Wakeup, "post", wake)
+    done = ctl("unbind", "2")
+    monkeypatch.undo()
+
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "interrupted before `unbind` was answered: it may be done all the same; " in done.stderr
+    assert listed(2)["driver"] is None
+    said("bind", "hv_echo", "2")
 
 
 def test_instance_names_one_device_and_no_other() -> None:
