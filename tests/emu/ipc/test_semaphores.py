@@ -63,6 +63,43 @@ def test_signal_ends_a_block(name: str) -> None:
     assert ran == [signal.SIGALRM]
 
 
+def test_wait_does_not_end_by_the_wall_clock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks `posix_ipc` to wait: its deadline is one of the wall clock, which somebody may set back."""
+    wakeup = Wakeup.create(name)
+
+    def acquire(timeout_s: float) -> None:
+        assert timeout_s <= 0, "this is a wait until a time of the wall clock"
+        wakeup.semaphore.acquire(timeout_s)
+
+    monkeypatch.setattr(wakeup, "_acquire", acquire)
+
+    assert wakeup.block(0.01) is False
+    wakeup.post()
+    assert wakeup.block(30) is True
+    assert wakeup.try_take() is False
+
+
+def test_wait_where_the_c_library_knows_the_wall_clock_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks all the same, by that clock."""
+    monkeypatch.setattr("emu.ipc.semaphores._sem_clockwait", None)
+    wakeup = Wakeup.create(name)
+
+    assert wakeup.block(0.01) is False
+    wakeup.post()
+    assert wakeup.block(30) is True
+
+
+def test_name_that_is_gone_before_the_first_wait(name: str) -> None:
+    """A machine that ends takes its names away first: who is still there waits all the same."""
+    wakeup = Wakeup.create(name)
+    posix_ipc.unlink_semaphore(name)
+
+    wakeup.post()
+
+    assert wakeup.block(30) is True
+    assert wakeup.block(0.01) is False
+
+
 def test_full_semaphore_takes_another_post(name: str) -> None:
     """A guest that posted all tokens there can be does not make the host fail at its own post."""
     posix_ipc.Semaphore(name, posix_ipc.O_CREX, initial_value=posix_ipc.SEMAPHORE_VALUE_MAX)
