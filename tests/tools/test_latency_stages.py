@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
 from emu.tracing import (
     E_FLAG_SET,
     E_IRQ_RAISE,
@@ -73,10 +75,34 @@ def test_packets_of_two_channels_are_told_apart() -> None:
 
 
 def test_two_packets_at_once_on_a_channel_are_not_followed() -> None:
-    """Whose answer is whose cannot be seen in the records, so there is no sample rather than a guess."""
-    first, *rest = round_trip(1000)
+    """Whose answer is whose cannot be seen in the records, so there is no sample rather than a guess.
 
-    assert not any(data(stages_of(steps(first, (1000, E_RING_PUBLISH, (RELID, 0, 8, BYTES)), *rest))))
+    Nor is there one of what is sent behind them: how many have come back cannot be seen, either.
+    """
+    first, *rest = round_trip(1000)
+    second = (1000, E_RING_PUBLISH, (RELID, TO_HOST, 8, BYTES))
+
+    assert not any(data(stages_of(steps(first, second, *rest, *round_trip(5000)))))
+
+
+def test_channel_is_followed_from_when_the_records_tell_of_each_packet() -> None:
+    """What its ends took and answered before, of packets that could not be told apart, counts for none of these."""
+    early = [(at, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)) for at in (10, 11)]
+    early += [
+        (12, E_RING_RELEASE, (RELID, TO_HOST, 0, 2 * BYTES)),
+        (13, E_RING_PUBLISH, (RELID, TO_GUEST, 0, 2 * BYTES)),
+    ]
+    rows = [
+        (99, E_REQUEST_START, (RELID, 2)),
+        (100, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)),
+        (200, E_RING_PUBLISH, (RELID, TO_HOST, 0, BYTES)),
+        (300, E_RING_RELEASE, (RELID, TO_HOST, 0, BYTES)),
+        (400, E_RING_RELEASE, (RELID, TO_HOST, 0, BYTES)),
+        (500, E_RING_PUBLISH, (RELID, TO_GUEST, 0, BYTES)),
+        (600, E_RING_PUBLISH, (RELID, TO_GUEST, 0, BYTES)),
+    ]
+
+    assert data(stages_of(steps(*early, *rows)))[:2] == [[200, 200], [200, 200]]
 
 
 def test_each_of_several_packets_is_followed_where_the_records_tell_of_each() -> None:
@@ -135,16 +161,77 @@ def test_answer_whose_taking_is_not_on_record_has_no_stage_behind_it() -> None:
     late = (rest[0][0] + 1, *release[1:])
     stages = stages_of(steps(start, first, rest[0], late, *rest[1:], *round_trip(5000)))
 
-    assert data(stages)[1:] == [[n] for n in range(2, 9)]
+    assert data(stages) == [[n] for n in range(1, 9)]
 
 
-def test_missing_step_ends_the_path_and_no_later_one() -> None:
+@pytest.mark.parametrize("missing", range(1, 8))
+def test_missing_step_ends_the_path_and_no_later_one(missing: int) -> None:
     """A record that was overwritten costs that packet's later stages, not those of the next packet."""
     whole = round_trip(1000)
-    stages = stages_of(steps(*whole[:4], *whole[5:], *round_trip(5000)))
+    stages = stages_of(steps(*whole[:missing], *whole[missing + 1 :], *round_trip(5000)))
 
-    assert data(stages)[:3] == [[n, n] for n in range(1, 4)]
-    assert data(stages)[3:] == [[n] for n in range(4, 9)]
+    assert data(stages)[: missing - 1] == [[n, n] for n in range(1, missing)]
+    assert data(stages)[missing - 1 :] == [[n] for n in range(missing, 9)]
+
+
+@pytest.mark.parametrize("missing", [None, 3, 4, 5, 6])
+def test_missing_step_is_not_taken_from_the_packet_behind(missing: int | None) -> None:
+    """Of two under way: what comes for the second one is not taken for the step that the first one lacks."""
+    first, second = round_trip(1000)[:-1], round_trip(1050)[:-1]
+    start, took = (999, E_REQUEST_START, (RELID, 2)), (1100, E_TASK_TAKE, (RELID, 2))
+    if missing is not None:
+        del first[missing]
+    stages = stages_of(steps(start, *first, *second, took), dues=[990, 1030])
+
+    whole = 8 if missing is None else missing
+    assert data(stages)[: whole - 1] == [[n, n] for n in range(1, whole)]
+    assert data(stages)[whole - 1 : 7] == [[n] for n in range(whole, 8)]
+    ends = [second[-1][0]] if missing is not None else [first[-1][0], second[-1][0]]
+    assert data(stages)[7] == [1100 - end for end in ends]
+    assert stages.due == [10, 20]
+
+
+def test_packet_of_which_the_host_left_no_record_is_not_found_in_those_of_the_next() -> None:
+    """Its answer was read, so it is past all that: what the host takes then is another one."""
+    first, second = round_trip(1000), round_trip(1050)
+    start = (999, E_REQUEST_START, (RELID, 2))
+
+    assert data(stages_of(steps(start, first[0], *first[3:8], *second[:2])))[0] == []
+
+
+def test_packets_that_lack_different_steps_stay_in_their_order() -> None:
+    """The first has come further than the second when both are taken: each is told as late as it was sent."""
+    rows = [
+        (999, E_REQUEST_START, (RELID, 2)),
+        *round_trip(1000)[:6],
+        *round_trip(1050)[:4],
+        (1090, E_RING_RELEASE, (RELID, TO_GUEST, 0, 2 * BYTES)),
+        (1100, E_TASK_TAKE, (RELID, 2)),
+    ]
+
+    assert stages_of(steps(*rows), dues=[990, 1030]).due == [10, 20]
+
+
+def test_flag_of_a_packet_behind_leaves_the_one_before_it_alone() -> None:
+    """Both wait for the same interrupt, of the same processor."""
+    first, second = round_trip(1000), round_trip(1050)
+    start = (999, E_REQUEST_START, (RELID, 2))
+    stages = stages_of(steps(start, *first[:4], *second[:6]))
+
+    assert data(stages)[3:5] == [[second[4][0] - first[3][0], 4], [5, 5]]
+
+
+@pytest.mark.parametrize("waiting", [4, 5])
+def test_channel_that_is_moved_leaves_its_interrupt_behind(waiting: int) -> None:
+    """One that waits for its interrupt, or its ISR, when a flag is set on another VP: which was for it is unknown."""
+    first, second = round_trip(1000), round_trip(1050)
+    flag = (second[3][0], E_FLAG_SET, (0, 2, RELID, 0))
+    irq = (second[4][0], E_IRQ_RAISE, (0, VECTOR))
+    rows = [(999, E_REQUEST_START, (RELID, 2)), *first[:waiting], *second[:3], flag, irq]
+    isr = Step(second[5][0], E_ISR_ENTER, (VECTOR,), 0)
+    stages = stages_of([*steps(*rows), isr])
+
+    assert data(stages)[3:5] == ([[4], [5]] if waiting == 4 else [[4, 4], [5]])
 
 
 def test_interrupt_of_another_processor_or_vector_is_not_ours() -> None:
