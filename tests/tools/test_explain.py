@@ -175,6 +175,20 @@ def test_guest_that_keeps_a_rescinded_relid_owes(records: list[TraceRecord]) -> 
     assert f"the guest owes the host RELID_RELEASED of relid {relid}" in owed(records[: sent + 1])
 
 
+def test_relid_is_owed_from_when_the_host_took_it_back(records: list[TraceRecord]) -> None:
+    """Not from when the guest heard of it; and no longer than until the guest gives it back."""
+    heard = max(i for i, one in enumerate(records) if one.event.name == "rescind" and one.actor.kind != "HYPERVISOR")
+    relid = records[heard].values[0]
+    sent = max(i for i, one in enumerate(records) if one.event.name == "rescind" and one.actor.kind == "HYPERVISOR")
+    released = index_of(records, "release", relid)
+    assert records[sent].values[0] == relid and sent < heard < released
+
+    kept, given = (debts_of(records[:end], flows_of(records[:end], (0, 1))) for end in (heard + 1, released + 1))
+    (debt,) = [debt for debt in kept if debt.what == f"RELID_RELEASED of relid {relid}"]
+    assert debt.since_ns == records[sent].t_ns
+    assert [debt.what for debt in given if "RELID_RELEASED" in debt.what] == []
+
+
 def test_work_that_waits_is_its_queues(records: list[TraceRecord]) -> None:
     """Queued, and its worker has not begun."""
     work = records[index_of(records, "work_queue", 2)].values
@@ -258,6 +272,30 @@ def test_unload_that_is_not_answered_is_owed(records: list[TraceRecord]) -> None
 
     (debt,) = debts_after(left)
     assert (debt.what, debt.messages, debt.given_up) == ("the answer to UNLOAD", (unload,), False)
+
+
+def test_offers_that_are_never_all_there_are_owed_until_the_connection_ends(records: list[TraceRecord]) -> None:
+    """From when the host took REQUESTOFFERS, to who sent it, whatever other messages came since."""
+    left = without_the_answer(records, MessageType.ALLOFFERS_DELIVERED)
+    taken = left[index_of(left, "message_take", MessageType.REQUESTOFFERS)]
+    unload = index_of(left, "message_take", MessageType.UNLOAD)
+
+    (debt,) = debts_after(left[:unload])
+    assert (debt.what, debt.since_ns) == ("the answer to REQUESTOFFERS", taken.t_ns)
+    assert debt.whom == "vcpu0"
+    assert debts_after(left) == []
+
+
+def test_contact_that_is_not_answered_is_owed_once(records: list[TraceRecord]) -> None:
+    """By who keeps a list of requests; and also by a guest that keeps none and goes on as if it had been answered."""
+    left = without_the_answer(records, MessageType.VERSION_RESPONSE)
+    contact = index_of(left, "message_take", MessageType.INITIATE_CONTACT)
+    offers = index_of(left, "message_take", MessageType.REQUESTOFFERS)
+    without_a_list = [one for one in left[: offers + 1] if not one.event.name.startswith("req_")]
+
+    owed_once, owed_by_host = debts_after(left[: contact + 1]), debts_after(without_a_list)
+    assert [debt.what.partition(" (")[0] for debt in owed_once] == ["the answer to INITIATE_CONTACT"]
+    assert [debt.what for debt in owed_by_host] == ["the answer to INITIATE_CONTACT", "the answer to REQUESTOFFERS"]
 
 
 def test_answer_that_is_owed_is_a_debt_of_each_of_its_messages(records: list[TraceRecord]) -> None:
