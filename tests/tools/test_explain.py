@@ -189,6 +189,18 @@ def test_relid_is_owed_from_when_the_host_took_it_back(records: list[TraceRecord
     assert [debt.what for debt in given if "RELID_RELEASED" in debt.what] == []
 
 
+def test_message_that_the_host_has_not_handled_is_owed_to_who_sent_it(records: list[TraceRecord]) -> None:
+    """Of our own guest the records say who that was."""
+    got = max(i for i, one in enumerate(records) if one.event.name == "post" and one.actor.kind == "HYPERVISOR")
+    left = records[: got + 1]
+    flows = flows_of(left, (0, 1))
+    flow = flows.flows[flows.of_record(records[got])]
+    sender = flow.steps[0].record.actor
+    assert sender.kind != "HYPERVISOR"
+
+    assert f"hypervisor owes {sender.name} the handling of {flow.name} ({flow.id})" in owed(left)
+
+
 def test_work_that_waits_is_its_queues(records: list[TraceRecord]) -> None:
     """Queued, and its worker has not begun."""
     work = records[index_of(records, "work_queue", 2)].values

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from emu.errors import UserError
 from emu.wire.messages import RelidReleased, RescindChannelOffer, parse
 from guestproc.protocol import rescinds
-from tools.explore import explore
+from tools.explore import INTERRUPTED, explore, report_of, show
 from tools.explore_cores import Setting
 from tools.explore_events import Names
 from tools.explore_guest import Guest
@@ -40,10 +40,12 @@ def test_the_right_machine_breaks_nothing() -> None:
     """Two devices and a sub-channel, every order to depth 6: no violation, and every state counted once."""
     with exploring() as explorer:
         found = explorer.explore(6)
+        report = report_of(explorer, found, 2.0)
 
     assert found.violation is None
     assert found.depth == 6 and not found.stopped
     assert found.transitions > found.states > 500
+    assert (report["stopped"], report["transitions_per_second"]) == (None, round(found.transitions / 2))
 
 
 def test_a_step_is_the_same_each_time() -> None:
@@ -244,6 +246,49 @@ def test_a_rescind_that_is_not_sent_is_found() -> None:
 
     assert found.violation is not None
     assert found.violation.problems == ["INV-01: relid 1 was rescinded and is never released"]
+
+
+def _report(**more: Any) -> dict[str, Any]:
+    """What an exploration found, as `show` is given it: nothing, in any order there is."""
+    core = {"states": 1_200, "steps": 3_400, "made": 5_600}
+    figures = {"transitions": 40_000, "states": 30_000, "transitions_per_second": 20_000, "seconds": 2.04}
+    ends = {"depth": 9, "asked_depth": 12, "exhausted": False, "stopped": None, "violation": None}
+    return {**figures, **ends, "guest": core, "host": core, **more}
+
+
+@pytest.mark.parametrize(
+    ("more", "last"),
+    [
+        ({}, ["no violation"]),
+        ({"stopped": "states"}, ["stopped by the limit of states, before the depth of 12", "no violation"]),
+        ({"stopped": INTERRUPTED}, ["interrupted, before the depth of 12", "no violation"]),
+    ],
+)
+def test_what_was_explored_is_told_to_people(
+    more: dict[str, Any], last: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures, and what ended it before its depth, if anything did."""
+    show(_report(**more))
+
+    assert capsys.readouterr().out.splitlines() == [
+        "40,000 transitions, 30,000 distinct states, depth 9 completed",
+        "20,000 transitions a second, 2.0 s",
+        "guest: 1,200 states, 3,400 different steps, 5,600 made",
+        "host: 1,200 states, 3,400 different steps, 5,600 made",
+        *last,
+    ]
+
+
+def test_counterexample_is_told_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was done, numbered from 1, then what is wrong behind it; and that there are no other states."""
+    violation = {"problems": ["INV-07: one", "INV-11: two"], "schedule": [{"text": "contact"}, {"text": "offer 1"}]}
+    show(_report(violation=violation, exhausted=True))
+
+    first, second, *problems, figures, _rate, _guest, _host, last = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("   1  contact", "   2  offer 1")
+    assert problems == ["      INV-07: one", "      INV-11: two"]
+    assert figures.endswith("depth 9 completed, and there are no others")
+    assert last == "2 violations"
 
 
 def test_an_exploration_that_is_cut_short_says_so() -> None:
