@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from xml.etree import ElementTree
 
@@ -76,6 +79,14 @@ def test_what_two_cpus_sent_is_compared_with_what_the_owner_got() -> None:
 def test_packet_that_nobody_sent_is_a_loss_too() -> None:
     """More than was sent is as wrong as less."""
     assert add_up([report(0, lane(5, 3, {0: 4}))]).lost == 1
+    assert add_up([report(0, lane(5, 3, {0: 3, 7: 2}))]).lost == 2, "of a CPU that reports nothing of that channel"
+
+
+def test_complaint_is_of_what_is_missing_alone() -> None:
+    """A channel that lost nothing has none."""
+    sums = add_up([report(0, lane(5, 3, {0: 3}), lane(6, 3, {0: 2}))])
+
+    assert sums.complaints == ["relid 6: of 3 packets of cpu0, 1 lost"]
 
 
 def test_channel_that_was_taken_away_takes_its_packets_with_it() -> None:
@@ -84,6 +95,143 @@ def test_channel_that_was_taken_away_takes_its_packets_with_it() -> None:
 
     assert (sums.lost, sums.taken_away) == (0, 6)
     assert (sums.packets, sums.nbytes) == (8, 64)
+    more = add_up([report(0, lane(5, 10, {0: 12}, gone=True)), report(1, lane(5, 4, {}))])
+    assert more.taken_away == 4, "what came back too often of one CPU hides nothing of another"
+
+
+def ordered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[Scenario, int, stress.Limit | None, dict[str, Any]]:
+    """What a command line orders: scenario, seed and limit; and the object that it prints."""
+    given: list[Any] = []
+
+    def run_stress(*arguments: Any, **_options: Any) -> dict[str, Any]:
+        given.extend(arguments)
+        return {"seed": arguments[1], "complaints": []}
+
+    monkeypatch.setattr(stress, "run_stress", run_stress)
+    assert cli.main(["stress", "--json", *words]) == ExitStatus.FINE
+    scenario, seed, _duration_s, _ingredients, limit = given[:5]
+    return scenario, seed, limit, json.loads(capsys.readouterr().out)
+
+
+def test_scenario_keeps_its_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without one there are as many echo channels as are asked for."""
+    path = tmp_path / "one.toml"
+    path.write_text('[[device]]\nclass = "netlike"\n')
+
+    theirs, *_rest = ordered(monkeypatch, capsys, str(path))
+    ours, *_rest = ordered(monkeypatch, capsys, "--channels", "5")
+
+    assert [(one.class_name, one.count) for one in theirs.device_specs] == [("netlike", 1)]
+    assert [(one.class_name, one.count) for one in ours.device_specs] == [("echo", 5)]
+
+
+def test_seed_is_drawn_where_nobody_gives_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And told, with the line that does the same again; 0 is one that was given."""
+    monkeypatch.setattr(random.SystemRandom, "randrange", lambda _self, stop: stop - 3)
+
+    (_, drawn, limit, told), (_, given, _, again) = (
+        ordered(monkeypatch, capsys, *words) for words in ((), ("--seed", "0"))
+    )
+
+    assert (drawn, given, limit) == (2**31 - 3, 0, None)
+    assert f"--seed {drawn} " in told["again"] and "--seed 0 " in again["again"]
+
+
+def test_limit_is_counted_from_now(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not from when the computer was started, or never."""
+    _scenario, _seed, limit, _told = ordered(monkeypatch, capsys, "--time-limit", "3600")
+
+    assert limit is not None
+    assert limit.seconds == 3600 and 3000 < limit.left_s <= 3600
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--fault", "guest.die=1ms"), "stress: guest.die would end what is measured"),
+        (("old.toml",), "the guest of era current speaks no version that a host of 1.1 has"),
+    ],
+)
+def test_what_would_only_fail_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str], said: str
+) -> None:
+    """In one line, before a machine is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("old.toml").write_text('[machine]\nhost_version = "1.1"\n')
+    monkeypatch.setattr(stress, "run_stress", lambda *_: pytest.fail("a machine was made"))
+
+    assert cli.main(["stress", *words]) == ExitStatus.USAGE
+    assert said in capsys.readouterr().err
+
+
+class Chance:
+    """Draws in a row, instead of chance."""
+
+    def __init__(self, *draws: float) -> None:
+        self.draws = list(draws)
+
+    def random(self) -> float:
+        """The next of them."""
+        return self.draws.pop(0)
+
+    def randrange(self, _stop: int) -> int:
+        """The next of them."""
+        return int(self.draws.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("mix", "hot", "draws", "done"),
+    [
+        ({"move", "hot"}, 0, (0.29, 0.1), ["move"]),
+        ({"move", "hot"}, 0, (0.3, 0.09, 1), ["add"]),
+        ({"move", "hot"}, 1, (0.0, 0.0, 2), ["move", "add"]),
+        ({"move", "hot"}, 2, (0.3, 0.09, 2), ["remove"]),
+        ({"hot"}, 2, (0.0, 1), ["remove"]),
+        ({"move"}, 0, (0.0,), ["move"]),
+        (set(), 0, (), []),
+    ],
+)
+def test_trouble_is_of_what_the_mix_has(
+    monkeypatch: pytest.MonkeyPatch, mix: set[str], hot: int, draws: tuple[float, ...], done: list[str]
+) -> None:
+    """A vCPU is moved in three turns of ten; in one a device comes, or goes where there are more than were drawn."""
+    did: list[str] = []
+    for name in ("move", "add", "remove"):
+        monkeypatch.setattr(stress.Troubles, name, lambda _self, name=name: did.append(name))
+    chance = Chance(*draws)
+    troubles = stress.Troubles(cast(RunningMachine, None), cast(random.Random, chance), frozenset(mix), [0, 1])
+    troubles.hot.extend({} for _ in range(hot))
+
+    troubles.turn()
+
+    assert (did, chance.draws) == (done, [])
+
+
+def test_vcpu_that_has_just_died_is_not_moved() -> None:
+    """That it died is told by the launcher; a move that came to nothing is not counted."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    fake = SimpleNamespace(machine=SimpleNamespace(vp_count=1), inner={"vcpu0": SimpleNamespace(pid=child.pid)})
+    troubles = stress.Troubles(cast(RunningMachine, fake), random.Random(1), frozenset({"move"}), [0])
+
+    troubles.move()
+    assert troubles.moves == 0
+
+    fake.inner["vcpu0"].pid = 0  # this process
+    before = os.sched_getaffinity(0)
+    troubles.cores = sorted(before)
+    try:
+        for _ in range(20):
+            troubles.move()
+        assert troubles.moves == 20 and os.sched_getaffinity(0) <= before
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize("name", ["lost", "corrupt", "not_open", "failed_tasks", "leaked"])
