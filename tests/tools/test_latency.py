@@ -17,7 +17,7 @@ from hdrh.histogram import HdrHistogram
 from hdrh.log import HistogramLogReader
 
 from emu.build_kind import BUILD
-from emu.errors import UserError
+from emu.errors import DeadlinePassed, UserError
 from tests.conftest import RunCli
 from tests.system.commands import ended, start, wait_until_open
 from tools import cli, latency
@@ -36,8 +36,9 @@ from tools.histograms import (
     too_few,
     within_spread,
 )
-from tools.latency import RECORDED, Trips, _cautions, _recorded_s
+from tools.latency import RECORDED, Measured, Trips, _cautions, _recorded_s
 from tools.latency_stages import DATA_STAGES, DUE_STAGE
+from tools.launch import Death, MachineDied
 from tools.profile_samples import identity_of
 from tools.report_data import stage_of
 from tools.testing import assert_gone, wait_for
@@ -415,6 +416,101 @@ def test_a_machine_without_echo_is_no_finding(
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert said in done.stderr
+
+
+def trips(length_ns: int) -> Trips:
+    """Three round trips, a microsecond apart, each of this length."""
+    return Trips(array("Q", range(0, 3_000, 1_000)), array("Q", range(length_ns, length_ns + 3_000, 1_000)), 0.0, 1.0)
+
+
+def fault(hits: int) -> list[dict[str, Any]]:
+    """One that struck so often."""
+    return [{"fault": "vsp.stall=1ms", "on": True, "seen": 9, "hits": hits}]
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, state: Path, plain: Measured | Exception, recorded: Measured | BaseException
+) -> None:
+    """Let the two machines tell this, or end so."""
+
+    def measure(*_arguments: Any, record: bool = False, **options: Any) -> Measured:
+        told = recorded if record else plain
+        if isinstance(told, BaseException):
+            raise told
+        if record:
+            options["kept"].write_bytes(b"")
+        return told
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    monkeypatch.setattr(latency, "measure", measure)
+
+
+def test_what_both_machines_tell_is_added_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A round trip that never came back is a finding, whichever lost it; what the second is longer is the recorder."""
+    plain = Measured(trips(500), lost=1, faults=fault(2))
+    recorded = Measured(trips(2_000), lost=2, dropped=5, faults=fault(3))
+    measured(monkeypatch, tmp_path, plain, recorded)
+
+    assert cli.main(["latency", "--size", "77", "--json"]) == ExitStatus.FINDING
+    told = json.loads(capsys.readouterr().out)
+    assert (told["lost"], told["records_dropped"], told["faults"][0]["hits"]) == (3, 5, 5)
+    assert told["recorder_ns"] == pytest.approx(1_500, rel=0.01)
+    assert "lost: 3\n" in (Path(told["finding"]) / "finding.txt").read_text()
+
+    figures = {"count": 3, "p50_ns": 0, "p90_ns": 600, "p99_ns": 600, "p999_ns": 600}
+    old = {"schema": {"name": latency.REPORT}, "stages": {"round_trip": figures, "gone": figures}, "size": 77}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    words = ["--size", "77", "--compare", str(tmp_path / "old.json"), "--fail", "p90:+10%"]
+    assert cli.main(["latency", *words]) == ExitStatus.FINDING
+    shown = capsys.readouterr().out
+    assert f"round trip, 77 bytes, one after the other, 2 vCPUs, poll adaptive, {BUILD}:\n    p50  █" in shown
+    assert re.search(r"^p50 in the machine that records: \+1\.5 us; [0-9,]+ round trips a second; 3 lost$", shown, re.M)
+    assert "fault vsp.stall=1ms: 5 hits of 18 occasions\n" in shown
+    assert re.search(r"^round_trip +0\.0 +0\.5 +- +0\.6 +0\.5 +-17%$", shown, re.M), "of nothing there is no share"
+    assert "worse:" not in shown and not re.search("^gone", shown, re.M)
+
+
+def test_who_is_interrupted_has_found_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the first machine lost something: it is told and not kept."""
+    measured(monkeypatch, tmp_path, Measured(trips(500), lost=1), KeyboardInterrupt())
+
+    assert cli.main(["latency", "--json"]) == ExitStatus.INTERRUPTED
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["lost"], told["finding"], told["interrupted"]) == (1, None, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (MachineDied([Death("vcpu1", 77, 9)]), ExitStatus.FAILED, "vcpu1"),
+        (DeadlinePassed("the guest tasks to end", 10**9), ExitStatus.TIME_LIMIT, "the guest tasks to end"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_first_machine_that_does_not_come_to_its_end_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: ExitStatus,
+    said: str,
+    as_json: bool,
+) -> None:
+    """There is nothing to show: what ended it, with its own status, and no second machine is begun."""
+    measured(monkeypatch, tmp_path, error, AssertionError("a second machine"))
+
+    assert cli.main(["latency", *(["--json"] if as_json else [])]) == status
+
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert (json.loads(shown.out)["schema"]["name"] if as_json else shown.out) == (
+        "vmbus-emu.latency" if as_json else ""
+    )
 
 
 @pytest.mark.parametrize(
