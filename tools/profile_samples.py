@@ -59,7 +59,7 @@ class ProcessCost:
     minor_faults: int = 0
     major_faults: int = 0
     cores: dict[int, int] = field(default_factory=dict)
-    """How many samples found it on each core."""
+    """How many samples found it on each core: its first thread, the only one but in the workqueue."""
     threads: dict[int, ThreadCost] = field(default_factory=dict)
     timeline: list[tuple[float, float, float]] = field(default_factory=list)
     """From, to (seconds since the beginning), and the share of a core in between."""
@@ -73,7 +73,7 @@ class Watched:
     def __init__(self, name: str, kind: str, pid: int, now_s: float, *, from_birth: bool) -> None:
         self.cost = ProcessCost(name, kind, pid)
         self._process = psutil.Process(pid)
-        self._run_ns: dict[str, int] = {}
+        self._of_threads: dict[str, tuple[int, int, int]] = {}
         counts = self._counts()
         self._first = tuple(0.0 for _ in counts) if from_birth else counts
         self._threads: dict[int, tuple[float, float]] = {}
@@ -117,18 +117,12 @@ class Watched:
         # A thread that has ended takes its figure with it, and what it cost was spent all the same.
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                self._run_ns[task.name] = int((task / "schedstat").read_text().split()[0])
-        times, switches = self._process.cpu_times(), self._process.num_ctx_switches()
+                run_ns = int((task / "schedstat").read_text().split()[0])
+                self._of_threads[task.name] = run_ns, *_switches((task / "status").read_text())
+        times = self._process.cpu_times()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (
-            sum(self._run_ns.values()),
-            times.user,
-            times.system,
-            switches.voluntary,
-            switches.involuntary,
-            int(fields[7]),
-            int(fields[9]),
-        )
+        run_ns, voluntary, involuntary = (sum(one[which] for one in self._of_threads.values()) for which in range(3))
+        return (run_ns, times.user, times.system, voluntary, involuntary, int(fields[7]), int(fields[9]))
 
 
 class MachineWatch:
@@ -243,6 +237,12 @@ def identity_of(name: str) -> tuple[str, int]:
         return name, (SHM / object_name(name, "control").lstrip("/")).stat().st_ino
     except OSError:
         return name, 0
+
+
+def _switches(status: str) -> tuple[int, int]:
+    """Context switches of one thread, voluntary and not; a process's `status` has those of its first thread alone."""
+    voluntary, involuntary = (line.split()[1] for line in status.splitlines() if "voluntary_ctxt_switches:" in line)
+    return int(voluntary), int(involuntary)
 
 
 def _thread_name(pid: int, thread: int) -> str:

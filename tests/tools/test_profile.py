@@ -99,6 +99,42 @@ def test_what_an_ended_thread_or_process_cost_is_not_forgotten(monkeypatch: pyte
     assert watched.cost.rss >= watched.cost.pss >= watched.cost.uss > 0
 
 
+WAITS_IN_A_THREAD = """
+import sys, threading
+
+def wait():
+    for line in iter(sys.stdin.readline, "end\\n"):
+        print(line, end="", flush=True)
+
+worker = threading.Thread(target=wait)
+worker.start()
+worker.join()
+"""
+
+
+def test_switches_are_those_of_all_threads() -> None:
+    """Where a thread waits a hundred times its process has, though the first thread stands still meanwhile."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS_IN_A_THREAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def said(line: str) -> str:
+            print(line, file=process.stdin, flush=True)
+            assert process.stdout is not None
+            return process.stdout.readline()
+
+        assert said("there") == "there\n"
+        watched = profile_samples.Watched("one", "workqueue", process.pid, 0.0, from_birth=False)
+        for number in range(200):
+            assert said(str(number)) == f"{number}\n"
+        watched.sample(1.0)
+        process.communicate("end\n")
+
+    # Now and then its next line is there before it waits for it.
+    assert watched.cost.voluntary + watched.cost.involuntary > 100
+
+
 @pytest.mark.parametrize("from_birth", [True, False])
 def test_what_a_process_did_before_it_was_watched(from_birth: bool) -> None:
     """It is the profile's of one that it started, with its threads'; of one that ran before it is left out."""
