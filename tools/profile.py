@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ SHOWN_COUNTERS: Final = (
     help="Seconds to watch; default 5, or until COMMAND ends.",
 )
 @click.option("--plot", type=FileToWrite(), help="Write processor time over time, stacked (SVG).")
-@click.option("--flame", type=FileToWrite(), help="Write a flame graph of all processes (SVG; needs py-spy).")
+@click.option("--flame", type=FileToWrite(), help="Write a flame graph of the first machine (SVG; needs py-spy).")
 @machine_option
 @json_option
 @click.argument("command", metavar="[SCENARIO.toml] [-- COMMAND…]", nargs=-1)
@@ -95,7 +96,8 @@ def profile(
     check_svg(plot, "--plot", "the picture is")
     check_svg(flame, "--flame", "the graph is")
     with _target(command, machine_name) as target:
-        found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, flame, spy)
+        spying = None if flame is None else Spying(spy, flame)
+        found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, spying)
         status = target.end(interrupted=interruption.status is not None)
     if interruption.status is not None:
         status = interruption.status
@@ -112,6 +114,10 @@ def profile(
         print_json("profile", 1, {**report_of(found, command, status), "interrupted": interrupted})
     else:
         show(found)
+    if spying is not None and spying.trouble:
+        if not status:
+            raise UserError(spying.trouble)
+        say(f"vmbus-emu: {spying.trouble}")
     return status
 
 
@@ -182,27 +188,25 @@ def _target(command: tuple[str, ...], machine_name: str | None) -> Iterator[_Run
 
 
 def watch(
-    target: _Running | _Command, duration_s: float | None, flame: Path | None = None, spy: str = ""
+    target: _Running | _Command, duration_s: float | None, spying: Spying | None = None
 ) -> tuple[Profile, Interruption]:
     """Sample until the time is over, there is nothing to watch any more, or somebody interrupts: all are ends."""
     began_s = time.monotonic()
     watches: dict[tuple[str, int], MachineWatch] = {}
     launchers: dict[int, Watched] = {}
-    spying: subprocess.Popen[bytes] | None = None
     try:
         with noting_interruption() as interruption:
             while not target.over() and (duration_s is None or time.monotonic() - began_s < duration_s):
                 _look(target, began_s, watches, launchers)
-                if flame is not None and spying is None and watches:
-                    spying = _spy(spy, flame, next(iter(watches.values())), duration_s)
+                if spying is not None and watches:
+                    spying.begin(next(iter(watches.values())), duration_s)
                 time.sleep(EVERY_S)
         for one in watches.values():
             one.end()
         found = merged(time.monotonic() - began_s, watches.values())
     finally:
         if spying is not None:
-            spying.send_signal(2)
-            spying.wait()
+            spying.end()
         for one in watches.values():
             one.end()
     return found, interruption
@@ -234,13 +238,42 @@ def _py_spy() -> str:
     return found
 
 
-def _spy(spy: str, flame: Path, watched: MachineWatch, duration_s: float | None) -> subprocess.Popen[bytes]:
-    """py-spy on the zygote and all that it forked; ended by SIGINT, upon which it writes its picture."""
-    zygote = next(row.pid for row in watched.machine.control.rows() if row.name == "zygote")
-    seconds = [] if duration_s is None else ["-d", str(max(1, round(duration_s)))]
-    command = [spy, "record", "-p", str(zygote), "--subprocesses", "--nonblocking", "-o", str(flame), *seconds]
-    say(f"py-spy writes {flame}")
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+class Spying:
+    """py-spy on the zygote of one machine and on all that it forked; `trouble` is why there is no flame graph."""
+
+    def __init__(self, spy: str, flame: Path) -> None:
+        self.trouble = ""
+        self._spy = spy
+        self._flame = flame
+        self._process: subprocess.Popen[str] | None = None
+
+    def begin(self, watched: MachineWatch, duration_s: float | None) -> None:
+        """Start it, once."""
+        if self._process is not None:
+            return
+        zygote = next(row.pid for row in watched.machine.control.rows() if row.name == "zygote")
+        seconds = [] if duration_s is None else ["-d", str(max(1, round(duration_s)))]
+        command = [self._spy, "record", "-p", str(zygote), "--subprocesses", "--nonblocking"]
+        say(f"py-spy writes {self._flame}")
+        self._process = subprocess.Popen(
+            [*command, "-o", str(self._flame), *seconds],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+
+    def end(self) -> None:
+        """Let it write its picture, which it does upon SIGINT."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        said = self._process.communicate()[1].splitlines()
+        if self._process.returncode:
+            # Above its own words may be a line of its log, below them are its functions.
+            errors = [line.removeprefix("Error: ") for line in said if line.startswith("Error: ")]
+            why = next(iter(errors or filter(None, said)), f"it ended with {self._process.returncode}")
+            self.trouble = f"--flame {self._flame}: py-spy wrote none: {why}"
 
 
 def report_of(found: Profile, command: tuple[str, ...], status: int) -> dict[str, Any]:

@@ -269,6 +269,40 @@ def test_picture_that_cannot_be_written_is_told_before_the_command_runs(run_cli:
     )
 
 
+IDLE = """[2026-11-30T23:13:44.372618958Z ERROR inferno::flamegraph] No stack counts found
+Error: Failed to write flamegraph: No stack counts found
+
+Stack backtrace:
+   0: anyhow::error::<impl anyhow::Error>::msg
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "told"),
+    [
+        ("Permission Denied: Try running again with elevated permissions\n", 1, "Permission Denied: Try running"),
+        (IDLE, 1, "Failed to write flamegraph: No stack counts found"),
+        ("", 4, "it ended with 4"),
+        ("", 0, None),
+    ],
+)
+def test_flame_graph_that_py_spy_did_not_write_is_told(
+    run_cli: RunCli, tmp_path: Path, said: str, status: int, told: str | None
+) -> None:
+    """The profile is shown all the same; then comes py-spy's own reason, and status 2."""
+    spy = tmp_path / "py-spy"
+    (tmp_path / "said").write_text(said)
+    spy.write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit {status}\n")
+    spy.chmod(0o755)
+    words = ("profile", "--json", "--flame", str(tmp_path / "x.svg"), "--", "run", "--duration", "0.3")
+    done = run_cli(*words, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout_s=60)
+
+    assert done.returncode == (2 if told else 0)
+    assert json.loads(done.stdout)["counters"]["packets"] > 0
+    line = f"vmbus-emu: --flame {tmp_path}/x.svg: py-spy wrote none"
+    assert f"{line}: {told}" in done.stderr if told else line not in done.stderr
+
+
 @pytest.mark.parametrize(("said", "flight"), [(None, "0"), ("5", "5")])
 def test_command_that_is_measured_does_not_record(
     monkeypatch: pytest.MonkeyPatch, said: str | None, flight: str
