@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from emu.control import Control
 from emu.mirror import Left
 from emu.recording import RecordingWriter
 from emu.scenario import Scenario
@@ -202,6 +203,35 @@ def tell_faults(faults: list[dict[str, Any]]) -> None:
         click.echo(f"fault {one['fault']}: {one['hits']} hits of {one['seen']} occasions")
 
 
+def tell_refused(refused: Mapping[str, int], refusals: Sequence[Mapping[str, Any]]) -> None:
+    """What the host refused, by rule, and the newest reasons (as `Control.refusals` gives both)."""
+    if not refused:
+        return
+    click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(refused.items())))
+    for line in refused_because(refusals):
+        click.echo(f"  {line}")
+
+
+def refused_because(refusals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The newest reasons, a line each, the oldest of them first."""
+    # Who asks an old host for four newer versions is told so four times, in the same words.
+    lines = [f"{one['rule']}: {one['text']}" for one in refusals if not one["legal"]]
+    newest = dict.fromkeys(reversed(lines))
+    return [*newest][SHOWN_REFUSALS - 1 :: -1]
+
+
+def refused_in_bad_faith(control: Control) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """What the host refused, as `Control.refusals`, without what a guest that is right may ask for (INV-30)."""
+    # Here, as `run` does not want it: what is imported at the top holds up the boot.
+    from tools.invariants_messages import is_in_good_faith
+
+    refused, refusals = control.refusals()
+    return (
+        {rule: count for rule, count in refused.items() if not is_in_good_faith(rule)},
+        [one for one in refusals if not one["legal"] and not is_in_good_faith(one["rule"])],
+    )
+
+
 def show_devices(outcome: Outcome) -> None:
     """The table of devices, and what the exercise found."""
     rows = [
@@ -276,13 +306,7 @@ def _tell_people(outcome: Outcome) -> None:
             click.echo(f"{outcome.stream['path']}: {moved}, SHA-256 equal")
         else:
             click.echo(_wrong_stream(outcome.stream))
-    if outcome.refused:
-        click.echo("refused: " + ", ".join(f"{rule} {count}" for rule, count in sorted(outcome.refused.items())))
-        # Who asks an old host for four newer versions is told so four times, in the same words.
-        lines = [f"  {one['rule']}: {one['text']}" for one in outcome.refusals if not one["legal"]]
-        newest = dict.fromkeys(reversed(lines))
-        for line in [*newest][SHOWN_REFUSALS - 1 :: -1]:
-            click.echo(line)
+    tell_refused(outcome.refused, outcome.refusals)
     tell_faults(outcome.faults)
     if lost := outcome.lost():
         click.echo(f"not open: {lost} of {outcome.offers} channels")

@@ -53,7 +53,7 @@ from tools.options import (
 )
 from tools.output import narrates, print_json, say
 from tools.run_machine import note_boot
-from tools.run_outcome import Outcome, recording_report, tell_faults
+from tools.run_outcome import Outcome, recording_report, refused_because, refused_in_bad_faith, tell_faults
 
 INGREDIENTS: Final = {"move": "vCPUs are moved between cores", "hot": "devices come and go"}
 """What `--mix` may name beside the traffic, and what that is."""
@@ -216,8 +216,8 @@ def _mix(text: str) -> frozenset[str]:
     words = [] if text == "none" else text.split(",")
     for word in words:
         if word not in INGREDIENTS:
-            known = ", ".join((*INGREDIENTS, "none"))
-            raise UserError(f"--mix {text}: {word or 'nothing'} is no ingredient; there are {known}")
+            known = ", ".join(INGREDIENTS)
+            raise UserError(f"--mix {text}: {word or 'nothing'} is no ingredient; there are {known}, or none alone")
     return frozenset(words)
 
 
@@ -417,7 +417,7 @@ def run_stress(
         state = state_report(running.machine, running.pump, unjudged=ordered)
         in_time = running.shut_down_guest()
         leaked = running.leaked()
-        refused = running.machine.control.refusals()[0]
+        refused, refusals = refused_in_bad_faith(running.machine.control)
         running.stop()
         # Behind the end of all processes: each has published its last ones then.
         counters = running.machine.control.counter_totals()
@@ -448,7 +448,8 @@ def run_stress(
             "not_open": lost,
             "complaints": sums.complaints,
             "failed_tasks": sum(task.state == TaskState.FAILED for task in tasks),
-            "refused": _unexpected(refused),
+            "refused": refused,
+            "refusals": refusals,
             "leaked": leaked if in_time else leaked or 1,
             "faults": faults,
             **state,
@@ -543,11 +544,6 @@ def _watch(
             )
 
 
-def _unexpected(refused: Mapping[str, int]) -> dict[str, int]:
-    """What the host refused, but for messages that crossed a rescind of its own."""
-    return {rule: count for rule, count in refused.items() if "revoked" not in rule}
-
-
 def _guest_tables(running: RunningMachine) -> KernelTables:
     """The guest's records."""
     return KernelTables.attach(running.machine.ram.apart)
@@ -578,7 +574,8 @@ def junit_of(report: Mapping[str, Any]) -> str:
     """One test case for each count that must be nothing; what was not looked at is skipped, not left out."""
     found = findings_of(report)
     reasons = {"violations": report.get("unchecked", ""), "state_violations": report.get("unjudged", "")}
-    details = {"lost": report.get("complaints"), "corrupt": report.get("complaints")}
+    complaints = report.get("complaints")
+    details = {"lost": complaints, "corrupt": complaints, "refused": refused_because(report.get("refusals", ()))}
     cases = [
         JunitCase(
             name,
@@ -613,11 +610,13 @@ def _show(report: Mapping[str, Any]) -> None:
     )
     click.echo(f"lost {report['lost']}, corrupt {report['corrupt']}, leaked {report['leaked']}, seed {report['seed']}")
     for text in report["complaints"]:
-        click.echo(f"corrupt: {text}")
+        click.echo(f"  {text}")
     tell_faults(report["faults"])
     found = findings_of(report)
-    for text in found.values():
+    for name, text in found.items():
         click.echo(f"finding: {text}")
+        for line in refused_because(report["refusals"]) if name == "refused" else ():
+            click.echo(f"  {line}")
     if found:
         click.echo(f"the same again: {report['again']}")
     if report["unchecked"]:

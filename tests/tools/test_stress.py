@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import time
 from functools import partial
@@ -266,6 +267,30 @@ def test_stressed_machine_loses_nothing(run_cli: RunCli, tmp_path: Path) -> None
     assert told["requested"] == told["merged"] + told["interrupts"], "what was ordered at the launcher counts as well"
     assert told["requested"] == told["merged"] + sum(told["kicks"].values())
     assert ElementTree.parse(tmp_path / "out.xml").getroot().get("failures") == "0"
+
+
+def test_old_host_is_no_finding(run_cli: RunCli, tmp_path: Path) -> None:
+    """A guest that asks for newer versions first is refused in good faith; `run` and INV-30 say so as well."""
+    (tmp_path / "old.toml").write_text('[machine]\nhost_version = "3.0"\n')
+    done = run_cli("stress", "old.toml", "--duration", "0.2", "--mix", "none", "--json", timeout_s=60)
+
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["refused"], told["refusals"], told["violations"]) == (0, {}, [], [])
+    assert told["packets"] > 0
+
+
+def test_why_the_host_refused_is_told(run_cli: RunCli, tmp_path: Path) -> None:
+    """Of a back end that raised there is its exception: for people, in the object, and in the JUnit file."""
+    plugin = Path(__file__).with_name("slammed_echo.py")
+    (tmp_path / "m.toml").write_text(f'plugins = ["{plugin}"]\n[[device]]\nclass = "echo"\nbackend = "slammed"\n')
+    words = ("stress", "m.toml", "--duration", "0.1", "--mix", "none", "--flight", "0", "--junit", "out.xml")
+    done = run_cli(*words, timeout_s=60)
+
+    assert done.returncode == 1, done.stderr
+    why = "backend-error: slammed: close of channel 1: RuntimeError: the door jams"
+    assert re.search(rf"finding: refused: .* \(seed \d+\)\n  {re.escape(why)}\n", done.stdout), done.stdout
+    (failure,) = ElementTree.parse(tmp_path / "out.xml").iter("failure")
+    assert "refused" in str(failure.get("message")) and why in str(failure.text)
 
 
 def test_what_no_file_was_asked_for_is_checked_as_well(run_cli: RunCli, tmp_path: Path) -> None:
