@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
-from tools.run_outcome import tell_faults
+from tools.run_outcome import refused_in_bad_faith, tell_faults, tell_refused
 
 REPORT: Final = "vmbus-emu.latency"
 ROUND_TRIP: Final = "round_trip"
@@ -79,6 +80,9 @@ class Measured:
     stages: Stages = field(default_factory=Stages)
     dropped: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    """What the host refused, and why the newest (`refused_in_bad_faith`): a back end that raised is among it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +229,8 @@ def latency(
         "records_dropped": sum(one.dropped for one in machines),
         "lost": sum(one.lost for one in machines),
         "faults": summed([one.faults for one in machines]),
+        "refused": dict(sum((Counter(one.refused) for one in machines), Counter())),
+        "refusals": [text for one in machines for text in one.refusals],
         "regressions": worse,
         "unjudged": unjudged,
         "within_spread": within_spread(before.stages, figures, limits, unjudged),
@@ -245,7 +251,7 @@ def latency(
             say("vmbus-emu: the machine that records did not come to its end: there are no stages")
     if failure is not None:
         raise failure
-    return interruption.status or (ExitStatus.FINDING if report["lost"] or worse else ExitStatus.FINE)
+    return interruption.status or (ExitStatus.FINDING if _found(report) else ExitStatus.FINE)
 
 
 def _scenario(path: Path | None, vcpus: int | None, poll: str | None, faults: tuple[str, ...] = ()) -> Scenario:
@@ -285,14 +291,15 @@ def measure(
                 hot_plug(running)
             running.shut_down_guest()
             trips = _trips(samples, began_s, duration_s)
+            refused = refused_in_bad_faith(running.machine.control)
             if recorded is None:
-                return Measured(trips, lost, faults=running.faults.report())
+                return Measured(trips, lost, Stages(), 0, running.faults.report(), *refused)
             running.stop()
         faults = running.faults.report()
         steps = _steps(recorded.path, running.machine.config["vp_indices"])
         # With records missing nobody knows which packet is which round trip.
         stages = stages_of(steps, () if recorded.dropped else trips.dues)
-        return Measured(trips, lost, stages, recorded.dropped, faults)
+        return Measured(trips, lost, stages, recorded.dropped, faults, *refused)
 
 
 def _nameless(file: IO[bytes]) -> Path:
@@ -313,10 +320,17 @@ def _case(
     return Case(("latency",), scenario, 0, (InFolder(SCENARIO), *words))
 
 
-def _kept(case: Case, report: dict[str, Any], recording: Path) -> str | None:
-    """The folder of what was found; None if nothing was, or if it could not be kept."""
+def _found(report: Mapping[str, Any]) -> list[str]:
+    """What is wrong with what was measured, a line each."""
     found = [f"lost: {report['lost']}"] if report["lost"] else []
     found += [f"worse: {line}" for line in report["regressions"]]
+    raised = report["refused"].get("backend-error", 0)
+    return [*found, f"plugin errors: {raised}"] if raised else found
+
+
+def _kept(case: Case, report: dict[str, Any], recording: Path) -> str | None:
+    """The folder of what was found; None if nothing was, or if it could not be kept."""
+    found = _found(report)
     folder = case.keep(found, recording=recording, judge=True) if found else None
     return None if folder is None else str(folder)
 
@@ -460,10 +474,11 @@ def _pace(rate: int | None) -> str:
 def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
     """What the figures do not say by themselves, and somebody would read them wrongly without."""
     rate, plain, recorded = report["rate"], report["achieved"], report["achieved_recorded"]
-    if rate is not None and min(plain, plain if recorded is None else recorded) < HELD * rate:
-        and_recorded = "" if recorded is None else f", and {recorded:,.0f} by the machine that records"
+    reached = {"": plain} | ({} if recorded is None else {" by the machine that records": recorded})
+    slower = [f"{by:,.0f}{whom}" for whom, by in reached.items() if rate is not None and by < HELD * rate]
+    if slower:
         yield (
-            f"{rate} a second were not reached: {plain:,.0f}{and_recorded}; the rest waited, "
+            f"{rate} a second were not reached: {', and '.join(slower)}; the rest waited, "
             "and the round trips are as long as the backlog: a lower --rate tells more"
         )
     if report["records_dropped"]:
@@ -498,6 +513,7 @@ def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
     recorded = "" if added is None else f"p50 in the machine that records: {added / US:+.1f} us; "
     click.echo(f"\n{recorded}{report['achieved']:,.0f} round trips a second; {report['lost']} lost")
     tell_faults(report["faults"])
+    tell_refused(report["refused"], report["refusals"])
     shared = [stage for stage in report["stages"] if stage in before.stages]
     if shared:
         click.echo("")

@@ -333,6 +333,19 @@ def test_latency_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pyte
     assert list(temporary.iterdir()) == []
 
 
+def test_back_end_that_raised_is_told(run_cli: RunCli, tmp_path: Path) -> None:
+    """It is a finding, with the newest reasons of both machines, as `run` has it."""
+    plugin = Path(__file__).with_name("slammed_echo.py")
+    (tmp_path / "m.toml").write_text(f'plugins = ["{plugin}"]\n[[device]]\nclass = "echo"\nbackend = "slammed"\n')
+    words = ("latency", "m.toml", "--duration", "0.05")
+    people, told = run_cli(*words, timeout_s=60), json.loads(run_cli(*words, "--json", timeout_s=60).stdout)
+
+    assert people.returncode == 1 and "finding kept in " in people.stderr
+    assert "\nrefused: backend-error 2\n  backend-error: slammed: close of channel 1: RuntimeError" in people.stdout
+    assert (told["refused"], told["lost"]) == ({"backend-error": 2}, 0)
+    assert [one["text"] for one in told["refusals"]] == ["slammed: close of channel 1: RuntimeError: the door jams"] * 2
+
+
 def test_rate_that_is_not_reached_is_told() -> None:
     """Its round trips are as long as the backlog, whatever the channel does; one that is reached says nothing."""
     held = {"rate": 1_000, "achieved": 1_000.0, "achieved_recorded": 990.0, "records_dropped": 0, "unjudged": []}
@@ -340,7 +353,11 @@ def test_rate_that_is_not_reached_is_told() -> None:
 
     assert list(_cautions(held)) == list(_cautions({**held, "rate": None})) == []
     (line,) = _cautions({**held, "achieved_recorded": 500.0})
-    assert line.startswith("1000 a second were not reached: 1,000, and 500 by the machine that records")
+    assert line.startswith("1000 a second were not reached: 500 by the machine that records; the rest")
+    (line,) = _cautions({**held, "achieved": 600.0, "achieved_recorded": 500.0})
+    assert line.startswith("1000 a second were not reached: 600, and 500 by the machine that records; the rest")
+    (line,) = _cautions({**held, "achieved": 600.0, "achieved_recorded": None})
+    assert line.startswith("1000 a second were not reached: 600; the rest")
     (line,) = _cautions({**held, "records_dropped": 37_530})
     assert line.startswith("37,530 records were dropped")
 
