@@ -338,7 +338,10 @@ class Stresser:
 
 
 def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
-    """Stress for `wanted` ns; what each channel did goes into the file `path` as JSON, `errors` counts bad packets."""
+    """Stress for `wanted` ns; what each channel did is one line of JSON more in the file `path`.
+
+    The file is that of all CPUs, so a line is written in one go. `errors` counts bad packets.
+    """
     stresser = Stresser(current, vcpu, row)
     tally = Tally()
     try:
@@ -358,5 +361,6 @@ def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
         "complaints": stresser.complaints,
         "lanes": [lane.report() for lane in stresser.finished],
     }
-    Path(row.path).write_text(json.dumps(report), encoding="utf-8")
+    with Path(row.path).open("ab", buffering=0) as out:
+        out.write(json.dumps(report).encode() + b"\n")
     return tally

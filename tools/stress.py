@@ -277,8 +277,8 @@ def stress(
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     ended_early = f"ended early; the same again: {again}"
     report: dict[str, Any] | None = None
-    # A file without a name: of this one nothing is left either, if somebody kills us.
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-stress-") as folder, tempfile.TemporaryFile() as nameless:
+    # Files without a name: nothing is left of them either, if somebody kills us.
+    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as nameless:
         recorded = Path(f"/proc/self/fd/{nameless.fileno()}")
         try:
             with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
@@ -289,7 +289,7 @@ def stress(
                     duration_s,
                     ingredients,
                     limit,
-                    Path(folder),
+                    Path(f"/proc/{os.getpid()}/fd/{told.fileno()}"),
                     recorded,
                     live=narrates() and not as_json,
                     record_path=record_path,
@@ -373,7 +373,7 @@ def run_stress(
     duration_s: float,
     mix: frozenset[str],
     limit: Limit | None,
-    folder: Path,
+    reports: Path,
     own_recording: Path,
     *,
     live: bool,
@@ -382,7 +382,8 @@ def run_stress(
 ) -> dict[str, Any]:
     """Boot, stress, settle, check; the report. OwnLimit when `limit` comes first.
 
-    What the programs report goes into `folder`, what is recorded, if it is not to be kept, into `own_recording`.
+    What the programs report goes into the file `reports`, what is recorded, if it is not to be kept, into
+    `own_recording`.
     """
     cores = sorted(os.sched_getaffinity(0))
     unchecked = _unchecked(scenario, record_path, flight_s)
@@ -401,17 +402,16 @@ def run_stress(
         if "hot" not in mix and not lost and not any(one.driver == EchoDriver.name for one in booted.devices):
             raise UserError("nothing would be sent: give a scenario with an echo device, or --mix hot")
         troubles = Troubles(running, random.Random(seed), mix, cores)
-        paths = {cpu: folder / f"cpu{cpu}" for cpu in range(scenario.machine.vcpus)}
         rows = [
-            running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(path))
-            for cpu, path in paths.items()
+            running.order(Program.STRESS, cpu, wanted=int(duration_s * 1e9), path=str(reports))
+            for cpu in range(scenario.machine.vcpus)
         ]
         _watch(running, troubles, duration_s, limit, live=live)
         tasks = _ended(running, rows, duration_s, limit)
         faults = running.faults.report()
         if any(one["hits"] for one in faults):
             lost += troubles.not_open(lambda: _look(running, limit, duration_s))
-        sums = add_up([json.loads(path.read_text(encoding="utf-8")) for path in paths.values()])
+        sums = add_up([json.loads(line) for line in reports.read_text(encoding="utf-8").splitlines()])
         rings = _ring_transitions(_guest_tables(running))
         ordered = "faults were ordered" if faults else ""
         state = state_report(running.machine, running.pump, unjudged=ordered)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 from functools import partial
@@ -21,12 +22,14 @@ from emu.errors import DeadlinePassed, OwnLimit
 from emu.recording import Recording
 from emu.scenario import DeviceSpec, Scenario
 from tests.conftest import RunCli
+from tests.system.commands import ended, start, wait_until_open
 from tools import cli, stress
 from tools.ctl import ask_host
 from tools.exit_status import ExitStatus
 from tools.invariant_table import RULES
 from tools.launch import RunningMachine, launch
 from tools.stress import INGREDIENTS, add_up, findings_of, junit_of
+from tools.testing import assert_gone
 
 
 def lane(handle: int, sent: int, received: dict[int, int], *, gone: bool = False, corrupt: int = 0) -> dict[str, Any]:
@@ -291,6 +294,20 @@ def test_why_the_host_refused_is_told(run_cli: RunCli, tmp_path: Path) -> None:
     assert re.search(rf"finding: refused: .* \(seed \d+\)\n  {re.escape(why)}\n", done.stdout), done.stdout
     (failure,) = ElementTree.parse(tmp_path / "out.xml").iter("failure")
     assert "refused" in str(failure.get("message")) and why in str(failure.text)
+
+
+def test_stress_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what its programs report nor what was recorded of them."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with ended(start(tmp_path, "stress", "--duration", "60")) as process:
+        name = f"vm{process.pid}"
+        wait_until_open(name, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert_gone(name)
+
+    assert list(temporary.iterdir()) == []
 
 
 def test_what_no_file_was_asked_for_is_checked_as_well(run_cli: RunCli, tmp_path: Path) -> None:
