@@ -11,13 +11,12 @@ from typing import Any, Final
 import click
 
 from emu.build_kind import BUILD
-from emu.errors import DeadlinePassed, MissingPrerequisite, UserError
+from emu.errors import MissingPrerequisite, UserError, VmbusError
 from tools.anchors import Anchor
 from tools.bench_machine import machines_like
 from tools.crash import failure_report
 from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
-from tools.launch import MachineDied
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 
@@ -130,7 +129,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
     left = list(chosen)
     lacking: list[str] = []
     status = ExitStatus.FINE
-    failure: MachineDied | DeadlinePassed | None = None
+    failure: VmbusError | None = None
     path = Path(paths[0]) if paths else None
     with machines_like(path), noting_interruption() as interruption:
         raise_noted()
@@ -144,7 +143,7 @@ def bench(names: tuple[str, ...], peers: bool, strict: bool, short: bool, runs: 
                 status = ExitStatus.USAGE if isinstance(error, UserError) else status or ExitStatus.MISSING
                 lacking.append(f"{name}: {error}")
                 anchors.append(Anchor.of(name, (), "-", better="higher", reason=str(error)))
-            except (MachineDied, DeadlinePassed) as error:
+            except VmbusError as error:
                 # What was measured before took long enough: it is told, and then this.
                 failure = error
                 break

@@ -213,11 +213,8 @@ def _tell_failure(asked: list[str], error: Exception) -> None:
 
     def body() -> dict[str, Any]:
         from tools.crash import failure_report
-        from tools.launch import MachineDied
 
-        if isinstance(error, (MachineDied, DeadlinePassed, NotOpened)):
-            return failure_report(error)
-        return {"interrupted": False, "error": str(error) or type(error).__name__}
+        return failure_report(error)
 
     _give_object(asked, "failed", body)
 

@@ -33,11 +33,13 @@ def crash_recorded(running: RunningMachine, flight_s: float = 0.0) -> Iterator[N
         raise
 
 
-def failure_report(error: MachineDied | DeadlinePassed | NotOpened) -> dict[str, Any]:
-    """What `--json` tells of a command that one of these has ended, by the names that `run` has for it.
+def failure_report(error: Exception) -> dict[str, Any]:
+    """What `--json` tells of a command that this has ended: by the names that `run` has for it, or as `error`.
 
     `run` counts channels that are `not_open`; why one is not is `unopened` here.
     """
+    if not isinstance(error, (MachineDied, DeadlinePassed, NotOpened)):
+        return {"interrupted": False, "error": str(error) or type(error).__name__}
     death = error if isinstance(error, MachineDied) else None
     return {
         "interrupted": False,

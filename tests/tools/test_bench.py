@@ -367,3 +367,28 @@ def test_boot_that_cannot_be_says_why(
 
     with pytest.raises(error, match=f"^{why}$"):
         launch_to_open()
+
+
+def test_boot_with_a_finding_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the scenario that keeps a channel closed makes it one; the others are open, and that is the boot."""
+    told = json.dumps({"opened_at_ns": time.monotonic_ns() + 10**12}).encode()
+    ended = subprocess.CompletedProcess[bytes]([], ExitStatus.FINDING, told, b"finding kept in there\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: ended)
+
+    assert 900 < launch_to_open() < 1000
+
+
+def test_boot_that_died_is_told_behind_what_was_measured_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is a process of its own, whose words say who died; what other benches found is not lost."""
+    ended = subprocess.CompletedProcess[bytes]([], ExitStatus.FAILED, b"{}", b"vmbus-emu: vcpu0 (pid 7) died\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_arguments, **_options: ended)
+    monkeypatch.setitem(module.BENCHES, "ring", lambda *_how: [Anchor.of("one", (1.0,), "s", better="lower")])
+    status = cli.main(["bench", "ring", "boot", "--json"])
+
+    said = capsys.readouterr()
+    why = "`vmbus-emu run` ended with 4: vcpu0 (pid 7) died"
+    told = json.loads(said.out)
+    assert (status, [one["name"] for one in told["results"]], told["error"]) == (4, ["one"], why)
+    assert said.err == f"vmbus-emu: {why}\n"
