@@ -8,6 +8,7 @@ every 20 ms where nobody looks at the plan.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -159,7 +160,11 @@ class FaultyBus(Bus):
                     step = next(inner)
                 except StopIteration:
                     return
-                yield step
+                try:
+                    yield step
+                except TypeError as wrong:  # of what was yielded (`Task.step`): it is for who yielded it
+                    with contextlib.suppress(StopIteration):
+                        inner.throw(wrong)
         finally:
             inner.close()
 

@@ -33,7 +33,10 @@ AGAIN: Final = Step.AGAIN
 
 TaskBody = Generator[Step, None, None]
 AnyBody = Generator[object, None, None]
-"""Such a task of an author's, who may have yielded anything: what is not AGAIN is as good as WAIT."""
+"""Such a task of an author's, who may have yielded anything: what is not AGAIN is as good as WAIT.
+
+But for another generator, which would wait or send if it ran: that is a `yield from` without its `from`.
+"""
 
 
 class Task:
@@ -59,11 +62,15 @@ class Task:
         # Cleared before the body runs: a wake from inside it queues the task again.
         self.queued = False
         try:
-            again = next(self._body) is AGAIN
+            step = next(self._body)
+            if step is not AGAIN and step is not WAIT and isinstance(step, Generator):
+                # It is raised where that was yielded, so the traceback has the author's line.
+                what = getattr(step, "__qualname__", type(step).__name__)
+                self._body.throw(TypeError(f"{what} was yielded and has not run; write `yield from` before it"))
         except StopIteration:
             self.finished = True
             return
-        if again:
+        if step is AGAIN:
             self.wake()
 
     def close(self) -> None:

@@ -986,6 +986,36 @@ def test_a_back_end_that_yields_no_step_waits(said: object) -> None:
     assert guest.bus.refusals.refused == {}
 
 
+class Fromless(Echo):
+    """Forgets the `from`, so that what would wait never runs."""
+
+    name = "fromless"
+
+    def open(self, channel: HostChannel) -> TaskBody:
+        """A task that seems to wait for packets."""
+        return self._serve_nobody(channel)
+
+    def _serve_nobody(self, channel: HostChannel) -> TaskBody:
+        yield channel.wait_for_packets()  # type: ignore[misc]
+
+
+def test_a_back_end_that_forgets_the_from_of_a_yield_is_told_so() -> None:
+    """What it yielded would have waited: that is an error at its line, where it would be a device that is silent."""
+    said: list[str] = []
+    guest = Guest(Echo(), Fromless())
+    guest.bus._log = said.append
+    guest.boot()
+    guest.open(2)
+    guest.doorbell(2)
+    guest.partition.run()
+
+    assert guest.bus.refusals.refused == {"backend-error": 1}
+    assert "wait_for_packets" in guest.bus.refusals.records()[-1]["text"]
+    assert "yield channel.wait_for_packets()" in said[0] and "`yield from`" in said[0]
+    guest.open(1)
+    assert guest.echo(b"12345678") == [b"12345678"]
+
+
 @pytest.mark.parametrize("where", ["serve", "no generator", "leave", "close", "close says nothing"])
 def test_a_back_end_that_raises_stops_its_channel_alone(where: str) -> None:
     """It is counted once; the channel closes and opens again, and the other device goes on."""
