@@ -221,6 +221,8 @@ def main() -> int:
     launcher_pid = int(sys.argv[2])
     os.setpgid(0, 0)
     set_process_name("zygote")
+    # Its stdout leads nowhere, as the command's may be read by a program: what a plugin prints goes to stderr.
+    sys.stdout = sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # What whoever started us ignores is inherited, and children of such a process leave no status behind.

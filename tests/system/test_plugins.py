@@ -66,6 +66,33 @@ def test_a_machine_survives_what_a_plugin_raises_where_it_may_sleep(
     assert_gone("t-raises")
 
 
+@pytest.mark.parametrize("fault", [(), ("--fault", "vsp.stall=1us@class=tempsensor,times=1")])
+def test_a_forgotten_from_is_told_with_its_line(tmp_path: Path, sensor: Path, fault: tuple[str, ...]) -> None:
+    """A back end that yields what would have waited waits for ever otherwise, and says nothing; faults or not."""
+    changed(sensor, "yield from channel.wait_for_packets()", "yield channel.wait_for_packets()")
+    done = call(tmp_path, "run", "--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.1", *fault)
+
+    assert done.returncode == 1
+    assert "refused: backend-error 1\n  backend-error: tempsensor: channel 1: TypeError: " in done.stdout
+    assert "    yield channel.wait_for_packets()\n" in done.stderr and "write `yield from`" in done.stderr
+
+
+def test_what_a_machines_plugin_prints_is_on_stderr(tmp_path: Path, sensor: Path) -> None:
+    """From a probe, a callback and a back end, in three processes; stdout is the command's."""
+    for where, word in (
+        ("        device.driver_state[READINGS] =", "in the probe"),
+        ("        state[READINGS] += 1\n", "in the callback"),
+        ("            answers = []\n", "in the back end"),
+    ):
+        indent = " " * (len(where) - len(where.lstrip()))
+        changed(sensor, where, f'{indent}print("{word}")\n{where}')
+    words = ("--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.3", "--json")
+    done = call(tmp_path, "run", *words)
+
+    assert (done.returncode, report(done.stdout)["plugin_errors"]) == (0, 0)
+    assert all(f"in the {where}\n" in done.stderr for where in ("probe", "callback", "back end"))
+
+
 def test_a_callback_that_raises_stops_the_machine_by_name(sensor: Path) -> None:
     """As a panic in interrupt context would: the processor's process ends, the report names plugin and callback."""
     changed(sensor, "        state[READINGS] += 1\n", "        raise ValueError(1)\n")
