@@ -293,10 +293,12 @@ class Halt:
     see; now and then it looks as well.
     Where guests may write the run state, nobody may have meant to post: `owed_s` bounds the wait for a token from
     somebody who took the announcement away, and every `look_again_s` of a block it looks, whatever the state says.
-    A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn.
+    A block ends after `longest_s`, the watchdog; without `look_again_s` it is one turn. `aside` is called where another
+    poller shares the core while an answer is due.
     """
 
     __slots__ = (
+        "_aside",
         "_block",
         "_counters",
         "_glance",
@@ -327,6 +329,7 @@ class Halt:
         owed_s: float | None = None,
         look_again_s: float | None = None,
         longest_s: float | None = None,
+        aside: Callable[[], object] | None = None,
     ) -> None:
         self._owed_s = WATCHDOG_S if owed_s is None else owed_s
         self._longest_s = WATCHDOG_S if longest_s is None else longest_s
@@ -336,6 +339,7 @@ class Halt:
         self._look = look
         self._glance = glance
         self._glance_too = glance_too
+        self._aside = aside
         self._looks = LOOKS_BEFORE_YIELD
         self._quickest_yield_ns = LONG_YIELD_NS
         self._hold_off_ns = 0
@@ -416,12 +420,13 @@ class Halt:
         Who shares its core with other pollers gives it away after each glance: they wait for their turn as we do.
         """
         now, yield_core, glance = time.monotonic_ns, os.sched_yield, self._glance or look
-        glance_too, looks, since = self._glance_too, self._looks, 0
+        glance_too, looks, since, aside = self._glance_too, self._looks, 0, self._aside
         end = (before := now()) + window_ns
         if before < self._hold_off_until:
             return False
         while before < end:
             if looks == 1:
+                shortest = LONG_YIELD_NS
                 for _ in _TURNS:
                     yield_core()
                     # The clock first: who lost its core must know, also where an answer has come meanwhile.
@@ -429,6 +434,8 @@ class Halt:
                     before = after
                     if took > LONG_YIELD_NS:
                         break
+                    if took < shortest:
+                        shortest = took
                     if glance() or glance_too is not None and glance_too():
                         return self._paid()
                 else:
@@ -436,6 +443,13 @@ class Halt:
                         return self._paid()
                     if took <= SHARED_YIELD * self._quickest_yield_ns:
                         self._looks = looks = LOOKS_BEFORE_YIELD
+                    elif (
+                        aside is not None
+                        and shortest > SHARED_YIELD * self._quickest_yield_ns
+                        and self.policy.answer_is_due()
+                    ):
+                        aside()
+                        before = now()
                     continue
             else:
                 if glance_too is None:

@@ -80,7 +80,7 @@ class HostBell:
 class ExitClient:
     """The guest's side, for one VP; safe to use by several threads at once.
 
-    `relax` gives the processor away while polling, `poll_ns` says how long to poll before blocking.
+    `poll_ns` says how long to poll before blocking; `aside` is called when the host had been waiting for this core.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class ExitClient:
         poll_ns: int = POLL_NS,
         stopping: Callable[[], bool],
         deadline_ns: int = DEADLINE_NS,
+        aside: Callable[[], object] | None = None,
     ) -> None:
         base = vp_page_offset(position) + VP_EXIT_SLOT
         self._memory = memory
@@ -110,6 +111,7 @@ class ExitClient:
         self._claimer = claimer
         self._poll_ns = poll_ns
         self._keep_ns = KEEP_NS
+        self._aside = aside
         self._stopping = stopping
         self._deadline_ns = deadline_ns
         self.position = position
@@ -170,6 +172,8 @@ class ExitClient:
             if passed > keep:
                 os.sched_yield()
                 self._keep_ns = 0 if load() == DONE and now() - passed > SHARED_YIELD_NS else KEEP_NS
+                if not self._keep_ns and self._aside is not None:
+                    self._aside()
         # A token is posted only to a slot that says SLEEPING: whoever leaves RUNG first decides.
         if cas(RUNG, SLEEPING) != RUNG:
             return

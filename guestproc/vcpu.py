@@ -16,8 +16,9 @@ from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn, Protocol
 
+from emu.aside import Aside, Cores, leave_core
 from emu.blocked import told
-from emu.control import ActorKind
+from emu.control import ActorKind, ActorState
 from emu.counters import Counters
 from emu.errors import MachineStopping
 from emu.interrupt_trace import halt_of, requester_of
@@ -46,6 +47,7 @@ CALL_FUNCTION_VECTOR: Final = 0xFB
 RESCHEDULE_VECTOR: Final = 0xFD
 
 STOPPING: Final = int(MachineState.STOPPING)
+HOST: Final = ActorKind.HYPERVISOR
 _TURN: Final = int(Point.TURN)
 LONG_WATCHDOG_S: Final = 10.0
 """Who posts wakes; this is only for a poster that was killed, and then the launcher stops the machine anyway."""
@@ -63,8 +65,24 @@ HELD_NS: Final = 1_000_000_000
 Report = Callable[..., None]
 
 
-def exit_client(machine: Machine, position: int, claimer: int, stopping: Callable[[], bool]) -> ExitClient:
-    """VM exits of the actor `claimer` on a VP page, under the machine's deadline.
+def aside_of(machine: Machine) -> Callable[[], None]:
+    """What the calling thread is to call where the host seems to be in its way."""
+
+    def host_pid() -> int:
+        rows = machine.control.rows()
+        return next((row.pid for row in rows if row.state == ActorState.ALIVE and row.kind == HOST), 0)
+
+    return Aside(Cores(host_pid), leave_core).in_the_way
+
+
+def exit_client(
+    machine: Machine,
+    position: int,
+    claimer: int,
+    stopping: Callable[[], bool],
+    aside: Callable[[], object] | None = None,
+) -> ExitClient:
+    """VM exits of the actor `claimer` on a VP page, under the machine's deadline; `aside` as `ExitClient` has it.
 
     Where a process is started by hand the host may be the one that is still to come, or stand in a debugger.
     """
@@ -80,6 +98,7 @@ def exit_client(machine: Machine, position: int, claimer: int, stopping: Callabl
         claimer=claimer,
         stopping=stopping,
         deadline_ns=PATIENT_TIMEOUT_NS if config.get("by_hand") else deadline_ns,
+        aside=aside,
     )
 
 
@@ -174,6 +193,7 @@ class Vcpu:
             # Nothing runs for a look that finds nothing. Where a race is shown nobody mends it by chance.
             look_again_s=LONG_WATCHDOG_S if machine.races else LOOK_AGAIN_S,
             longest_s=LONG_WATCHDOG_S,
+            aside=aside_of(machine),
         )
         self.now = machine.clock.now
         self.exits = exit_client(machine, self.position, self.row.number, self.stopping)
@@ -503,7 +523,7 @@ class WorkerThread:
         self._sleep = told(machine.control, self.row.slot, sleep) if machine.races else sleep
         self.now = machine.clock.now
         self.wake = self.peers.wake
-        self.exits = exit_client(machine, position, self.row.number, self.stopping)
+        self.exits = exit_client(machine, position, self.row.number, self.stopping, aside_of(machine))
 
     def stop_at_turns(self, armed: Armed, reach: Callable[[int], None]) -> None:
         """In a machine that runs schedules: each sleep ends at a sync point, so that who was woken can be held."""

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import chain, count, cycle
 from types import FrameType
 from typing import cast
 
@@ -716,6 +716,33 @@ def test_poller_yields_as_often_as_its_core_is_wanted(monkeypatch: pytest.Monkey
 
     turns = [1] * (TURNS - 1)
     assert between == [1 + 20, 40, 80, 160, 160, 160, 0, *turns, 1 + 1, *turns, 1 + 1 + 20]
+
+
+@pytest.mark.parametrize(
+    ("due", "first_ns", "times"),
+    [
+        (True, 10_000, 3),
+        (True, 1_000, 0),  # nobody was there in one of the turns: the others were of who had something to do
+        (False, 10_000, 0),  # nobody waits for what it polls for
+    ],
+)
+def test_poller_beside_a_poller_steps_aside(
+    monkeypatch: pytest.MonkeyPatch, due: bool, first_ns: int, times: int
+) -> None:
+    """While an answer is due, behind each row of turns that all took the time of somebody's look (240 of 200 us)."""
+    clock, took = [0], chain([1_000, 10_000], cycle([first_ns, *[10_000] * (TURNS - 1)]))
+    monkeypatch.setattr("emu.interrupts.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("emu.interrupts.os.sched_yield", lambda: clock.__setitem__(0, clock[0] + next(took)))
+    told: list[int] = []
+    sleeper, policy = Sleeper(), PollPolicy("adaptive", lambda: due)
+    policy.window_ns = policy.maximum_ns
+    wakeup = cast(Wakeup, sleeper.semaphore)
+
+    Halt(sleeper.view, 0, wakeup, lambda: False, policy, sleeper.counters, aside=lambda: told.append(clock[0])).halt(
+        10**8
+    )
+
+    assert len(told) == times
 
 
 def test_poll_ends_with_a_glance_or_a_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,13 @@ class Exits:
     """Client of one VP and server of `vp_count`, on bytearrays; `serve_when_asked` answers while it polls."""
 
     def __init__(
-        self, vp_count: int = 1, position: int = 0, *, deadline_ns: int = 5 * 10**9, poll_ns: int = -1
+        self,
+        vp_count: int = 1,
+        position: int = 0,
+        *,
+        deadline_ns: int = 5 * 10**9,
+        poll_ns: int = -1,
+        aside: Callable[[], object] | None = None,
     ) -> None:
         buffer = bytearray(vps_bytes(vp_count))
         self.memory = memoryview(buffer)
@@ -99,6 +105,7 @@ class Exits:
             poll_ns=poll_ns,
             stopping=lambda: self.stopping,
             deadline_ns=deadline_ns,
+            aside=aside,
         )
 
     def at(self, position: int, slot: int, field: int = 0) -> int:
@@ -595,8 +602,13 @@ def test_killed_host_is_noticed_by_the_deadline(make_machine: MakeMachine) -> No
 
 
 def test_a_host_that_waits_for_this_core_is_let_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exit keeps its core 20 us; behind one whose answer came with a long yield, the next yields at once."""
-    pair, moment = Exits(poll_ns=1_000_000), SimpleNamespace(now=0, took=0, yielded=0)
+    """An exit keeps its core 20 us; behind one whose answer came with a long yield, the next yields at once.
+
+    That it was so is told to whoever may take the thread to another core.
+    """
+    told: list[int] = []
+    moment = SimpleNamespace(now=0, took=0, yielded=0)
+    pair = Exits(poll_ns=1_000_000, aside=lambda: told.append(moment.took))
 
     def tick() -> int:
         moment.now += 1_000
@@ -617,3 +629,4 @@ def test_a_host_that_waits_for_this_core_is_let_run_at_once(monkeypatch: pytest.
         kept.append(moment.yielded - began >= KEEP_NS)
 
     assert kept == [True, False, False, True]
+    assert told == [30_000, 30_000]
