@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 from emu.tracing import E_PAGE_ALLOC, E_PAGE_FREE, Recorder
-from guestproc.kernel.pages import PageAllocator, PageRun
+from guestproc.kernel.page_records import PageRun
+from guestproc.kernel.pages import PageAllocator
 
 
 class PageTrace:

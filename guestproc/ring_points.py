@@ -19,7 +19,8 @@ from emu.tracing import E_STALE_READ, Side
 from emu.wire.packets import VM_PKT_DATA_INBAND
 from emu.wire.ring_layout import CONTROL_PAGE_SIZE
 from guestproc.kernel.layout import Channel
-from guestproc.kernel.pages import PAGE_SHIFT, owner_text
+from guestproc.kernel.page_records import PAGE_SHIFT
+from guestproc.kernel.pages import owner_text
 from guestproc.vmbus.connection import vmbus_setevent
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from guestproc.drivers.table import add_plugins
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import KernelTables
 from guestproc.kernel.wait_trace import record_waits
-from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import WORKERS, QueueNumber
 from guestproc.protocol.era import ERAS
 from guestproc.user_threads import start_user_space
 from guestproc.vcpu import WorkerThread

@@ -23,7 +23,8 @@ from hostproc.event_ports import BindInterrupt, EventPort, HostEventPort
 from hostproc.loop import AGAIN, WAIT, Loop, TaskBody
 from hostproc.partition import Partition
 from hostproc.points import NoPoints
-from hostproc.ports import HostMessagePort, MessagePort, PostedMessage
+from hostproc.ports import HostMessagePort, MessagePort
+from hostproc.posted import PostedMessage
 from hostproc.protocol.versions import message_connections
 from hostproc.synthetic_timers import NEVER, SyntheticTimer
 

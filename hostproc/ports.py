@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from emu.values import valueclass
+from emu.compile_hints import mypyc_attr
 from emu.wire.hypercalls import PORT_MESSAGE_BUFFERS, HvStatus
 from emu.wire.synic import MESSAGE_HEADER
 from hostproc.event_ports import EventPort, HostEventPort
 from hostproc.message_queues import MessageQueues, QueuedMessage
+from hostproc.posted import PostedMessage
 
 
 class MessagePort:
@@ -51,16 +52,7 @@ def _nothing() -> None:
     """No one waits for a buffer of this port."""
 
 
-@valueclass()
-class PostedMessage:
-    """A message that the guest posted to a port of the host."""
-
-    connection_id: int
-    message_type: int
-    payload: bytes
-    serial: int
-
-
+@mypyc_attr(allow_interpreted_subclasses=True)
 class HostMessagePort:
     """A port that the host reads: at most 16 messages wait in `queue`; `wake` tells its reader."""
 

@@ -28,6 +28,7 @@ from emu.tracing import (
     E_TIMER_WITHDRAWN,
     Recorder,
 )
+from emu.wire.hv_message import HvMessage
 from emu.wire.synic import (
     HV_STIMER_AUTOENABLE,
     HV_STIMER_DIRECT_MODE,
@@ -39,7 +40,6 @@ from emu.wire.synic import (
     HV_X64_MSR_STIMER0_CONFIG,
     HVMSG_TIMER_EXPIRED,
     TIMER_PAYLOAD,
-    HvMessage,
     stimer_sint,
 )
 from hostproc.message_queues import MessageQueues, QueuedMessage

@@ -19,7 +19,7 @@ from emu.orders import OrderDesk, Recipient
 from emu.scenario import parse_device
 from emu.vmexit import HostBell
 from guestproc.kernel.layout import Channel, ChannelState, KernelTables
-from guestproc.protocol import uevents
+from guestproc.protocol import uevent_text
 from guestproc.protocol.uevents import Action
 from tools.anchors import Against, Anchor
 from tools.bench_machine import bench_scenario
@@ -109,7 +109,7 @@ class HotPlug:
             if time.monotonic() > end:
                 raise DeadlinePassed(f"the end of what `{what}` began", int(_DEADLINE_S * 1e9))
         self._desk.wait(slot, what)
-        told = [one for one in uevents.since(self._tables, seqnum) if one.head.endswith(f"/channels/{self._relid}")]
+        told = [one for one in uevent_text.since(self._tables, seqnum) if one.head.endswith(f"/channels/{self._relid}")]
         assert [one.head.partition("@")[0] for one in told] == [action.name.lower()], [one.head for one in told]
         return told[0].machine_ns - began
 

@@ -24,8 +24,8 @@ from emu.machine import USER_WAKEUP, Machine
 from emu.orders import OrderDesk, OrderState, Recipient
 from emu.wire.device_classes import BY_NAME
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, KernelTables
-from guestproc.protocol import uevents as ring
-from guestproc.protocol.uevents import Uevent
+from guestproc.protocol import uevent_text
+from guestproc.protocol.uevent_text import Uevent
 from tools.machines import chosen_machine, runs
 from tools.options import json_option, machine_option, relid_of
 from tools.output import print_json, print_table, say
@@ -348,7 +348,7 @@ def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
         raise UserError("--follow prints as it goes and --json one object at the end; choose one of them")
     with machine_with_guest(machine_name) as machine:
         tables = _tables_of(machine)
-        found = ring.since(tables, 0)
+        found = uevent_text.since(tables, 0)
         if as_json:
             rows = [
                 {"seqnum": one.seqnum, "machine_ns": one.machine_ns, "head": one.head, "variables": one.variables}
@@ -359,7 +359,7 @@ def uevents(follow: bool, machine_name: str | None, as_json: bool) -> None:
         _print_uevents(found)
         last = found[-1].seqnum if found else 0
         while follow and not machine.stopping and launcher_runs(machine.control):
-            found = ring.since(tables, last)
+            found = uevent_text.since(tables, last)
             _print_uevents(found)
             last = found[-1].seqnum if found else last
             time.sleep(FOLLOW_S)

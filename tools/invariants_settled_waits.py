@@ -19,7 +19,8 @@ from guestproc.drivers.claims import CLAIMS, REMOVING
 from guestproc.kernel.layout import Channel, Connection, Cpu, Device, Request
 from guestproc.kernel.napi import WAITED as NAPI_WAITED
 from guestproc.kernel.tasklet import CPU_MASK, CPU_SHIFT, WAITED
-from guestproc.kernel.workqueue import Queue, QueueNumber
+from guestproc.kernel.work_records import Queue
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.numbers import Works
 from hostproc.protocol.states import ChannelState
 from tools.invariants import Finding

@@ -57,7 +57,8 @@ from emu.wire.synic import (
     page_register_gpa,
 )
 from guestproc.kernel.layout import BOOT_MAGIC, BOOT_RECORD_GPA, Channel, KernelTables
-from guestproc.kernel.workqueue import WORKERS, QueueNumber, WorkItem
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import WORKERS, QueueNumber
 from guestproc.protocol.era import ERAS
 from guestproc.protocol.numbers import Works
 from guestproc.protocol.triage import payload_of

@@ -18,7 +18,7 @@ from guestproc.kernel.records import INDEX_MASK, Part, Record, Table, field_of
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.wait import Completion, WaitQueue
 from guestproc.kernel.waiters import Waiter, WaiterState
-from guestproc.kernel.workqueue import Queue
+from guestproc.kernel.work_records import Queue
 
 CALL_WAIT: Final = 16
 """Offset of the wait queue in a CallRecord."""

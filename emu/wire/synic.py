@@ -9,9 +9,7 @@ lie (TLFS; hyperv-tlfs.h).
 from __future__ import annotations
 
 from struct import Struct
-from typing import ClassVar, Final, Self
-
-from emu.values import valueclass
+from typing import Final
 
 # Partition-wide and per-VP registers.
 HV_X64_MSR_GUEST_OS_ID: Final = 0x4000_0000
@@ -251,26 +249,3 @@ def page_register_enabled(value: int) -> bool:
 def linux_guest_os_id(version_code: int) -> int:
     """What Linux writes to GUEST_OS_ID, for a LINUX_VERSION_CODE such as 0x060C75 (6.12.117)."""
     return 0x8100 << 48 | version_code << 16
-
-
-@valueclass()
-class HvMessage:
-    """`hv_message`: what lies in a slot of the message page."""
-
-    LAYOUT: ClassVar[Struct] = Struct("<IBBxxQ240s")
-
-    message_type: int
-    payload: bytes
-    message_flags: int = 0
-    sender: int = 0
-
-    def pack(self) -> bytes:
-        """Write 256 bytes, filled up with zeros; `payload_size` is the payload's length."""
-        assert len(self.payload) <= HV_MESSAGE_PAYLOAD_BYTE_COUNT, len(self.payload)
-        return self.LAYOUT.pack(self.message_type, len(self.payload), self.message_flags, self.sender, self.payload)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """Read a private copy of a slot (256 bytes); a `payload_size` beyond 240 gives 240 bytes."""
-        message_type, payload_size, message_flags, sender, payload = cls.LAYOUT.unpack(data)
-        return cls(message_type, payload[:payload_size], message_flags, sender)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from emu.errors import OutOfMemory
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import Channel, Device
-from guestproc.kernel.pages import PAGE_SHIFT, PageOwner, owned_by
+from guestproc.kernel.page_records import PAGE_SHIFT
+from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.vmbus.channel import vmbus_establish_gpadl, vmbus_teardown_gpadl
 
 if TYPE_CHECKING:

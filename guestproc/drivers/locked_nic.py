@@ -16,7 +16,8 @@ from guestproc.drivers.subchannels import ANSWER, FAILED, GRANTED, OPENED, PENDI
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import Device
 from guestproc.kernel.wait import SECOND_NS
-from guestproc.kernel.workqueue import QueueNumber, WorkItem
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol import devices
 from guestproc.protocol.numbers import Works
 

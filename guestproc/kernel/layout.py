@@ -27,13 +27,15 @@ from guestproc.kernel.frames import Frame
 from guestproc.kernel.lists import GuidHash, RecordList, list_head, list_link
 from guestproc.kernel.locks import Rank, mutex, spinlock
 from guestproc.kernel.napi import napi
-from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, Zone
+from guestproc.kernel.page_records import Zone
+from guestproc.kernel.pages import PAGE_SIZE, PageAllocator
 from guestproc.kernel.records import Atomic32, Atomic64, Blob, Ram, Record, Reserve, Table, Word, Words64, always_there
 from guestproc.kernel.smp import CallRecord
 from guestproc.kernel.tasklet import tasklet
 from guestproc.kernel.wait import completion, wait_queue
 from guestproc.kernel.waiters import Waiter
-from guestproc.kernel.workqueue import Queue, QueueNumber, WorkItem, WorkQueues
+from guestproc.kernel.work_records import Queue, WorkItem
+from guestproc.kernel.workqueue import QueueNumber, WorkQueues
 
 R = TypeVar("R", bound=Record)
 

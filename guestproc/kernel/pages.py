@@ -21,14 +21,11 @@ from struct import Struct
 from typing import Final
 
 from emu.errors import OutOfMemory
-from emu.values import valueclass
 from guestproc.kernel.actors import Actor
-from guestproc.kernel.locks import Rank, spinlock
-from guestproc.kernel.records import Ram, Record, Word, Words64
+from guestproc.kernel.page_records import MAX_ORDER, PAGE_SHIFT, PageRun, Zone
+from guestproc.kernel.records import Ram
 
 PAGE_SIZE: Final = 4096
-PAGE_SHIFT: Final = 12
-MAX_ORDER: Final = 18
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
 POISON_PAGE: Final = bytes([0x6B]) * PAGE_SIZE
 COLUMN_BYTES: Final = (4, 4, 4, 4, 4, 1, 1)
@@ -54,43 +51,6 @@ def owned_by(owner: PageOwner, index: int = 0) -> int:
     """The owner word of the `index`-th object of a kind (a channel's ring: its record's index)."""
     assert 0 <= index < 1 << 24
     return index << 8 | owner
-
-
-class Zone(Record, permanent=True):
-    """The allocator's own record: everything in it is covered by its lock."""
-
-    lock = spinlock(Rank.PAGES)
-    first = Word(4, "set at boot: the first page that may be handed out")
-    end = Word(4, "set at boot: one behind the last page of RAM")
-    high = Word(4, "lock: one behind the highest page ever handed out")
-    last_generation = Word(4, "lock: generation of the last allocation")
-    free_pages = Word(8, "lock")
-    refusals = Word(8, "lock")
-    heads = Words64(MAX_ORDER + 1, "lock: first free block of each order (page number, 0: none)")
-
-
-@valueclass()
-class PageRun:
-    """Pages `pfn` to `pfn + count - 1`, as handed out once: the generation tells this time from the next."""
-
-    pfn: int
-    count: int
-    generation: int
-
-    @property
-    def gpa(self) -> int:
-        """Guest physical address of the first byte."""
-        return self.pfn << PAGE_SHIFT
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.count << PAGE_SHIFT
-
-    @property
-    def pfns(self) -> range:
-        """Every page number, in order."""
-        return range(self.pfn, self.pfn + self.count)
 
 
 Ledger = Callable[[str, PageRun, int], None]

@@ -15,7 +15,7 @@ from typing import Final
 from emu.values import valueclass
 from emu.wire.messages import MAX_USER_DEFINED_BYTES, OpenChannel
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.kernel.pages import PageRun
+from guestproc.kernel.page_records import PageRun
 from guestproc.kernel.records import Fields
 
 _WHERE = Fields(Channel, "ring_gpa", "ring_pfns_gpa")

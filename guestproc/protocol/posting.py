@@ -13,6 +13,9 @@ from typing import Final
 from emu.wire.hypercalls import HvStatus
 from emu.wire.messages import MessageType
 
+_SUCCESS: Final = int(HvStatus.SUCCESS)
+_INVALID_CONNECTION_ID: Final = int(HvStatus.INVALID_CONNECTION_ID)
+_NO_ROOM: Final = (int(HvStatus.INSUFFICIENT_MEMORY), int(HvStatus.INSUFFICIENT_BUFFERS))
 RETRIES: Final = 100
 DOUBLING_STOPS: Final = 22
 
@@ -32,12 +35,12 @@ class Retry(Enum):
 
 def outcome(status: int, msgtype: int) -> int | Retry:
     """0, a negative errno for what will not pass, or that it is to be tried again."""
-    if status == HvStatus.SUCCESS:
+    if status == _SUCCESS:
         return 0
-    if status == HvStatus.INVALID_CONNECTION_ID:
+    if status == _INVALID_CONNECTION_ID:
         # A host below 5.0 has no connection 4: no use to wait for it.
         return -errno.ENXIO if msgtype == MessageType.INITIATE_CONTACT else Retry.AGAIN
-    if status in (HvStatus.INSUFFICIENT_MEMORY, HvStatus.INSUFFICIENT_BUFFERS):
+    if status in _NO_ROOM:
         return Retry.NO_BUFFERS
     return -errno.EINVAL
 

@@ -36,7 +36,8 @@ from guestproc.kernel.cpus import cpus_read_lock
 from guestproc.kernel.functions import CHANNEL_CALLBACKS, WORK_FUNCTIONS
 from guestproc.kernel.layout import Channel, ChannelState, Request
 from guestproc.kernel.wait import SECOND_NS
-from guestproc.kernel.workqueue import QueueNumber, WorkItem
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol import faults, offers, opening, pending, rescinds
 from guestproc.protocol.numbers import Ipis, Works
 from guestproc.protocol.offers import Place

@@ -16,7 +16,7 @@ from emu.wire.messages import MessageType
 from emu.wire.synic import HVMSG_NONE, HVMSG_TIMER_EXPIRED, HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT
 from guestproc.kernel.functions import TASKLET_FUNCTIONS, WORK_FUNCTIONS
 from guestproc.kernel.layout import ConnectionState
-from guestproc.kernel.workqueue import WorkItem
+from guestproc.kernel.work_records import WorkItem
 from guestproc.protocol import faults
 from guestproc.protocol.numbers import Tasklets, Works
 from guestproc.protocol.triage import MESSAGE_BYTES, Triage, payload_of, triage

@@ -8,6 +8,7 @@ from emu.errors import GeneralProtection, OutOfMemory
 from emu.layout import PAGE_SIZE
 from emu.memory import GuestMemory
 from emu.synic import Synic
+from emu.wire.hv_message import HvMessage
 from emu.wire.synic import (
     HV_SYNIC_SINT_COUNT,
     HV_X64_MSR_EOM,
@@ -16,7 +17,6 @@ from emu.wire.synic import (
     HV_X64_MSR_SIMP,
     HV_X64_MSR_SINT0,
     HV_X64_MSR_SVERSION,
-    HvMessage,
     page_register,
     sint_value,
 )

@@ -10,6 +10,7 @@ from emu.fault_plan import FaultPlan, Faults
 from emu.faults import parse
 from emu.memory import GuestMemory
 from emu.synic import Synic
+from emu.wire.hv_message import HvMessage
 from emu.wire.messages import OpenChannelResult
 from emu.wire.synic import (
     HV_X64_MSR_SCONTROL,
@@ -17,7 +18,6 @@ from emu.wire.synic import (
     HV_X64_MSR_SIMP,
     HV_X64_MSR_SINT0,
     HVMSG_CHANNEL_MESSAGE,
-    HvMessage,
     page_register,
     sint_value,
 )

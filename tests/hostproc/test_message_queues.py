@@ -12,12 +12,12 @@ from emu.switches import ALL_FIXED, Fix
 from emu.syncpoint import NOT_ARMED
 from emu.synic import Synic
 from emu.tracing import E_MESSAGE_POST, E_PENDING_SET, E_SLOT_WRITE, Recorder
+from emu.wire.hv_message import HvMessage
 from emu.wire.synic import (
     HV_MESSAGE_FLAG_PENDING,
     HV_X64_MSR_SCONTROL,
     HV_X64_MSR_SIMP,
     HV_X64_MSR_SINT0,
-    HvMessage,
     page_register,
     sint_value,
 )

@@ -19,6 +19,7 @@ from emu.interrupts import InterruptRequester, Lapic
 from emu.ipc.atomics import AtomicView
 from emu.layout import ABI_MAJOR, PAGE_SIZE, VP_AUTO_EOI, ExitOperation, Fault, vp_page_offset, vps_bytes
 from emu.memory import GuestMemory
+from emu.wire.hv_message import HvMessage
 from emu.wire.hypercalls import (
     FAST_SIGNAL_EVENT,
     HV_HYPERCALL_FAST,
@@ -48,7 +49,6 @@ from emu.wire.synic import (
     HV_X64_MSR_VP_RUNTIME,
     MSR_NAMES,
     SINT_RESET,
-    HvMessage,
     page_register,
     sint_value,
 )

@@ -6,19 +6,20 @@ import pytest
 
 from emu.memory import GuestMemory
 from emu.synic import Synic
+from emu.wire.hv_message import HvMessage
 from emu.wire.hypercalls import PORT_MESSAGE_BUFFERS, HvStatus
 from emu.wire.synic import (
     HV_X64_MSR_SCONTROL,
     HV_X64_MSR_SIEFP,
     HV_X64_MSR_SIMP,
     HV_X64_MSR_SINT0,
-    HvMessage,
     page_register,
     sint_value,
 )
 from hostproc.event_ports import EventPort, HostEventPort
 from hostproc.message_queues import MessageQueues
-from hostproc.ports import HostMessagePort, MessagePort, PostedMessage
+from hostproc.ports import HostMessagePort, MessagePort
+from hostproc.posted import PostedMessage
 
 SIMP_GPA = (0x1000, 0x3000)
 SIEFP_GPA = (0x2000, 0x4000)

@@ -17,10 +17,11 @@ from emu.wire.synic import HVMSG_CHANNEL_MESSAGE, MESSAGE_FLAGS_OFFSET, MESSAGE_
 from guestproc.current import Current
 from guestproc.kernel.functions import WORK_FUNCTIONS
 from guestproc.kernel.layout import CallbackMode, Channel
-from guestproc.kernel.pages import PageRun
+from guestproc.kernel.page_records import PageRun
 from guestproc.kernel.rqstor import Requestor
 from guestproc.kernel.tasklet import CPU_SHIFT, RUN, SCHED, tasklet_disable, tasklet_disable_nosync
-from guestproc.kernel.workqueue import QueueNumber, WorkItem
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.numbers import Works
 from guestproc.view import INBOUND, OUTBOUND, GuestView
 from tests.guestproc.conftest import HOST_VERSIONS

@@ -20,6 +20,7 @@ import pytest
 
 import emu.wire
 from emu.wire import gpa_range, hypercalls, packets, ring_layout, synic
+from emu.wire.hv_message import HvMessage
 from emu.wire.messages import (
     HEADER,
     MESSAGES,
@@ -100,7 +101,7 @@ STRUCTS: list[tuple[str, Struct, int, list[str]]] = [
 ENDS_AT_RANGES = {"vmdata_gpa_direct": "range"}
 
 # One Struct for header and payload at once; the message classes are compared below, by what they pack.
-COMPARED_OTHERWISE = {id(synic.HvMessage.LAYOUT)}
+COMPARED_OTHERWISE = {id(HvMessage.LAYOUT)}
 
 
 def test_copy_equals_the_reference_where_there_is_one() -> None:
@@ -330,7 +331,7 @@ def test_longer_form_has_the_size_of_its_struct(message: Message, struct: str) -
 
 def test_hv_message_is_header_and_payload() -> None:
     """A slot is the header's 16 bytes and 240 of payload."""
-    layout = synic.HvMessage.LAYOUT
+    layout = HvMessage.LAYOUT
 
     assert layout.size == LAYOUTS["hv_message"]["size"] == synic.HV_MESSAGE_SIZE
     assert items(layout)[:4] == items(synic.MESSAGE_HEADER)

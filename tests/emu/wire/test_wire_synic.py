@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu.wire.hv_message import HvMessage
 from emu.wire.synic import (
     HV_INTERFACE,
     HV_VENDOR,
@@ -20,7 +21,6 @@ from emu.wire.synic import (
     SINT_RESET,
     TIMER_PAYLOAD,
     VMBUS_MESSAGE_SINT,
-    HvMessage,
     event_flag,
     linux_guest_os_id,
     message_slot,

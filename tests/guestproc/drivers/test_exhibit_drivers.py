@@ -20,7 +20,8 @@ from guestproc.drivers.driver import DRIVER_OBJECTS
 from guestproc.drivers.exhibits import EXHIBIT_DRIVERS, add_exhibit_drivers
 from guestproc.drivers.lender import BUFFER_GPA, BUFFER_GPADL
 from guestproc.kernel.layout import Channel
-from guestproc.kernel.pages import PageOwner, PageRun, owned_by
+from guestproc.kernel.page_records import PageRun
+from guestproc.kernel.pages import PageOwner, owned_by
 from guestproc.user import run_call
 from guestproc.vmbus import channel_mgmt
 from tests.guestproc.conftest import HOST_VERSIONS

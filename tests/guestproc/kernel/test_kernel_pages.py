@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from emu.errors import OutOfMemory
 from guestproc.kernel.actors import Actor
-from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, PageOwner, PageRun, Zone, owned_by, owner_text
+from guestproc.kernel.page_records import PageRun, Zone
+from guestproc.kernel.pages import PAGE_SIZE, PageAllocator, PageOwner, owned_by, owner_text
 from guestproc.kernel.records import Ram, Table
 from guestproc.kernel.waiters import Waiter
 from tests.guestproc.kernel.fakes import WAITERS_GPA, Crowd, Lone

@@ -7,7 +7,8 @@ import pytest
 from emu.errors import DeadlinePassed
 from guestproc.kernel.actors import Actor
 from guestproc.kernel.records import Ram, Table
-from guestproc.kernel.workqueue import MESSAGE_SIZE, Queue, QueueNumber, WorkItem, WorkQueues
+from guestproc.kernel.work_records import MESSAGE_SIZE, Queue, WorkItem
+from guestproc.kernel.workqueue import QueueNumber, WorkQueues
 from tests.guestproc.kernel.fakes import FREE_GPA, SECOND_NS, Crowd, Lone
 
 QUEUES_GPA = FREE_GPA

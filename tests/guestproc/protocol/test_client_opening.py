@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from guestproc.kernel.layout import Channel, ChannelState, KernelTables
-from guestproc.kernel.pages import PageRun
+from guestproc.kernel.page_records import PageRun
 from guestproc.protocol import opening
 from guestproc.protocol.opening import RingPages
 

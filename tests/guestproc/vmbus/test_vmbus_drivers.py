@@ -15,7 +15,7 @@ from guestproc.current import Current
 from guestproc.drivers.driver import DRIVER_OBJECTS
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import CallbackMode, ChannelState, Device
-from guestproc.protocol import uevents
+from guestproc.protocol import uevent_text
 from guestproc.user import end_user_space, run_call
 from guestproc.vmbus.device import (
     vmbus_device_unregister,
@@ -77,7 +77,7 @@ def begin(world: World, name: str, *, cpu: int = 0, **arguments: Any) -> Task[di
 
 def heads(world: World) -> list[str]:
     """What user space was told, by action and place, devices by the last digits of their instance."""
-    found = [one.head for one in uevents.since(world.tables, 0)]
+    found = [one.head for one in uevent_text.since(world.tables, 0)]
     return [head.replace("/devices/vmbus-emu/00000000-0000-0000-0000-0000000000", "") for head in found]
 
 
@@ -382,7 +382,7 @@ def test_call_before_the_bus_is_up(world: World) -> None:
 
 def test_uevents_of_a_device(booted: World) -> None:
     """Added, bound, its channel's directory; unbound and bound by hand; gone with its channel."""
-    before = uevents.since(booted.tables, 0)[-1].seqnum
+    before = uevent_text.since(booted.tables, 0)[-1].seqnum
     offered(booted, 9)
     call(booted, "unbind", device="9")
     call(booted, "bind", driver="hv_echo", device="9")
@@ -399,13 +399,13 @@ def test_uevents_of_a_device(booted: World) -> None:
         "remove@09",
         "remove@09/channels/9",
     ]
-    assert [one.seqnum for one in uevents.since(booted.tables, before)] == list(range(before + 1, before + 9))
+    assert [one.seqnum for one in uevent_text.since(booted.tables, before)] == list(range(before + 1, before + 9))
 
 
 def test_uevent_as_user_space_reads_it(booted: World) -> None:
     """The bytes of the netlink message: head, action, path, subsystem, the driver while there is one, alias, number."""
     offered(booted, 9, NIC)
-    added, bound, channel = uevents.since(booted.tables, 0)[-3:]
+    added, bound, channel = uevent_text.since(booted.tables, 0)[-3:]
     path = f"/devices/vmbus-emu/{UUID(int=9)}"
 
     assert (
@@ -433,12 +433,12 @@ def test_ring_of_uevents_keeps_the_newest(booted: World) -> None:
     for _ in range(40):
         call(booted, "unbind", device="9")
         call(booted, "bind", driver="hv_echo", device="9")
-    found = uevents.since(booted.tables, 0)
+    found = uevent_text.since(booted.tables, 0)
 
     newest = booted.tables.connection.uevent_seqnum
     assert [one.seqnum for one in found] == list(range(newest - 63, newest + 1))
-    assert [one.seqnum for one in uevents.since(booted.tables, newest - 2)] == [newest - 1, newest]
-    assert uevents.since(booted.tables, newest) == []
+    assert [one.seqnum for one in uevent_text.since(booted.tables, newest - 2)] == [newest - 1, newest]
+    assert uevent_text.since(booted.tables, newest) == []
 
 
 # -- races ----------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_bus_itself_tells_of_itself_when_asked(booted: World) -> None:
     """Its place in sysfs, subsystem bus, marked as made up; an action that there is not is refused."""
     call(booted, "bus_uevent", action="change")
     wrong = call(booted, "bus_uevent", action="explode")
-    (told,) = [one for one in uevents.since(booted.tables, 0) if one.head == "change@/bus/vmbus"]
+    (told,) = [one for one in uevent_text.since(booted.tables, 0) if one.head == "change@/bus/vmbus"]
 
     assert told.variables["SUBSYSTEM"] == "bus" and told.variables["SYNTH_UUID"] == "0"
     assert wrong["errno"] == errno.EINVAL
@@ -531,7 +531,7 @@ def test_driver_tells_of_itself_when_asked(booted: World) -> None:
         call(booted, "driver_uevent", driver=driver, action=action)["errno"]
         for driver, action in (("hv_echo", "explode"), ("hv_none", "add"))
     ]
-    first, told = [one for one in uevents.since(booted.tables, 0) if one.head == "add@/bus/vmbus/drivers/hv_echo"]
+    first, told = [one for one in uevent_text.since(booted.tables, 0) if one.head == "add@/bus/vmbus/drivers/hv_echo"]
 
     assert "SYNTH_UUID" not in first.variables and told.variables["SYNTH_UUID"] == "0"
     assert told.variables["SUBSYSTEM"] == "drivers"

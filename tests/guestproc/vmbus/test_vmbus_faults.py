@@ -14,8 +14,9 @@ from emu.wire.messages import MessageType, RescindChannelOffer
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.kernel.functions import CHANNEL_CALLBACKS
 from guestproc.kernel.layout import Channel, ChannelState
-from guestproc.kernel.workqueue import QueueNumber, WorkItem
-from guestproc.protocol import faults, uevents
+from guestproc.kernel.work_records import WorkItem
+from guestproc.kernel.workqueue import QueueNumber
+from guestproc.protocol import faults, uevent_text
 from guestproc.protocol.numbers import Works
 from guestproc.vcpu import WorkerThread
 from guestproc.vmbus.message_dpc import MOST_TRIES, look_at_slot_again
@@ -270,7 +271,7 @@ def test_directory_that_fails_closes_what_probe_opened(booted: World) -> None:
         T.GPADL_TEARDOWN,
         T.RELID_RELEASED,
     ]
-    told = [one.head.partition("@")[0] for one in uevents.since(booted.tables, 0)[-4:]]
+    told = [one.head.partition("@")[0] for one in uevent_text.since(booted.tables, 0)[-4:]]
     assert told == ["add", "bind", "unbind", "remove"]
     assert booted.shut_down() == {}
 
