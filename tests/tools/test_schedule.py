@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tools.director
+from emu.control import ActorKind, ActorRow
 from emu.errors import UserError
 from emu.interrupts import AWAKE
 from emu.ipc.atomics import AtomicView
 from emu.ipc.clock import MachineClock
 from emu.layout import VP_RUN_STATE, vp_page_offset
+from emu.mirror import Mirror, MirrorChannel
+from emu.orders import OrderDesk
+from emu.scenario import derived_instance
 from emu.switches import ALL_FIXED
 from emu.syncpoint import TICKETS, Point, Tickets
+from emu.wire.device_classes import BY_NAME
+from hostproc.protocol.states import ChannelState as HostState
 from tests.guestproc.world import World, new_world
 from tests.tools.settled_world import publish
 from tools.director import Director, Inconclusive, Seen
@@ -258,9 +267,9 @@ def do(director: Director, *lines: str) -> None:
         director.do(step)
 
 
-def arrive(world: World, point: Point, relid: int) -> None:
-    """A processor comes to a point and is held there."""
-    row = next(row for row in world.machine.control.rows() if row.name == "vcpu1")
+def arrive(world: World, point: Point, relid: int, row: ActorRow | None = None) -> None:
+    """An actor, by default a processor, comes to a point and is held there."""
+    row = row or next(row for row in world.machine.control.rows() if row.name == "vcpu1")
     tickets = Tickets(world.machine.control)
     # As the machine's; the world's time is a fake, which nobody can hold.
     tickets.clock = MachineClock(AtomicView(bytearray(4096)), 0)
@@ -318,6 +327,87 @@ def test_more_points_than_there_are_tickets(director: Director) -> None:
 
     with pytest.raises(UserError, match=r"^step 33 `arm g\.open\.timeout as A32`: 32 are armed or held already; "):
         do(director, *arms)
+
+
+def test_only_one_task_of_the_host_stands_still(world: World, director: Director) -> None:
+    """A processor that is held does nothing; the host goes on beside its task, and may be what is waited for."""
+    control = world.machine.control
+    vcpu = next(row for row in control.rows() if row.name == "vcpu1")
+    host, _counters = world.machine.enlist(ActorKind.HYPERVISOR, "hypervisor")
+    for row, point in ((vcpu, Point.OPEN_WAITING), (host, Point.OPEN_TIMEOUT)):
+        director.tickets.arm(point)
+        arrive(world, point, 9, row)
+
+    assert len(director.tickets.parked()) == 2
+    assert director._standing_still() == {vcpu.slot}
+
+
+def test_who_dies_is_heard_while_something_is_waited_for(director: Director, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher listens between two looks: without it nobody would be dead, whatever happened."""
+    heard: list[float] = []
+    monkeypatch.setattr(director.running, "pump", heard.append)
+
+    director._wait("a word", lambda: bool(heard))
+
+    assert heard == [0]
+
+
+def test_advance_wakes_who_sleeps_until_a_time_that_is_over(
+    world: World, director: Director, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock first; and an event that is waited for next is one of behind that."""
+    did: list[object] = []
+    monkeypatch.setattr(world.machine, "clock", SimpleNamespace(advance=did.append))
+    monkeypatch.setattr(world.machine, "wake_everybody", lambda: did.append("awake"))
+    before = time.monotonic_ns()
+
+    do(director, "advance 5ms")
+
+    assert did == [5_000_000, "awake"]
+    assert director._since_ns >= before
+
+
+def test_event_is_looked_for_behind_what_the_host_was_told(director: Director, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came before the order is not what the order brought about."""
+    monkeypatch.setattr(OrderDesk, "ask", lambda *_arguments, **_options: {})
+    before = time.monotonic_ns()
+
+    director.host("rescind", relid=9)
+
+    assert director._since_ns >= before
+
+
+def offered(world: World, relid: int, state: HostState, *, sub_channel_index: int = 0) -> None:
+    """What the host says of a channel of the device under test."""
+    Mirror(world.machine.control).write_channel(
+        MirrorChannel(relid, state, 1, sub_channel_index, 0, 0, 0, 0, 0, BY_NAME["echo"].guid, UUID(int=77))
+    )
+
+
+def test_label_is_the_relid_that_its_device_has_now(world: World, director: Director) -> None:
+    """Of a device that waited for one: neither that of its life before, nor a sub-channel's; then it stays."""
+    director._relids["D"] = 0
+    director._instances["D"] = str(UUID(int=77))
+    assert director.relid("D") == 0
+    offered(world, 13, HostState.CLOSED)
+    offered(world, 14, HostState.OPEN, sub_channel_index=1)
+    offered(world, 15, HostState.REVOKED)
+
+    assert director.relid("D") == 13
+    offered(world, 16, HostState.CLOSED)
+    assert director.relid("D") == 13
+
+
+def test_number_of_a_class_is_counted_from_one(director: Director, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the scenario's file; once found its relid is known, also when the device has gone."""
+    there = [SimpleNamespace(device_id=derived_instance("echo", number), relid=5 + number) for number in (0, 1)]
+    monkeypatch.setattr(tools.director, "list_devices", lambda _machine: there)
+
+    assert (director.relid("echo#1"), director.relid("echo#2")) == (5, 6)
+    there.clear()
+    assert (director.relid("echo#1"), director.relid("7")) == (5, 7)
+    with pytest.raises(UserError, match="^echo#3 is no device of this schedule"):
+        director.relid("echo#3")
 
 
 def test_an_actor_that_nobody_knows(director: Director) -> None:
