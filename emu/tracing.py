@@ -561,7 +561,8 @@ class Recorder:
             segment.reserve(_RINGS + slot * CAPACITY * RECORD_BYTES, CAPACITY * RECORD_BYTES)
         except OSError as error:
             size = CAPACITY * RECORD_BYTES
-            raise MissingPrerequisite(f"no room for {size} bytes of recording: {error.strerror}") from None
+            text = f"no room for {size} bytes of recording in /dev/shm: {error.strerror}; free some, or record nothing"
+            raise MissingPrerequisite(text) from None
         self.vp = vp
         self.context = int(context)
         self._written = segment.view.cell_u64(_HEADS + slot * 64).load

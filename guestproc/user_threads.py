@@ -15,7 +15,7 @@ from typing import Final
 
 from emu.blocked import idle
 from emu.control import slot_of
-from emu.errors import MachineStopping
+from emu.errors import MachineStopping, MissingPrerequisite
 from emu.machine import USER_WAKEUP, Machine
 from emu.orders import Order, OrderDesk, Recipient
 from emu.tracing import Context as TraceContext
@@ -69,6 +69,9 @@ def _thread(
                 hooks.trace.stop(os.getpid(), name)
     except MachineStopping:
         return
+    except MissingPrerequisite as lack:
+        report("lacking", str(lack))
+        os._exit(3)
     except BaseException:
         report("crashed", "workqueue", f"in {name}:\n{traceback.format_exc()}")
         os._exit(4)

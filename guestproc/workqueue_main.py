@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from emu import plugin
 from emu.control import ActorKind
-from emu.errors import MachineStopping
+from emu.errors import MachineStopping, MissingPrerequisite
 from emu.ipc.semaphores import Wakeup
 from emu.limits import not_started
 from emu.machine import Machine
@@ -97,6 +97,9 @@ def _worker(
                 hooks.trace.stop(os.getpid(), name)
     except MachineStopping:
         return
+    except MissingPrerequisite as lack:
+        report("lacking", str(lack))
+        os._exit(3)
     except BaseException:
         report("crashed", "workqueue", f"in {name}:\n{traceback.format_exc()}")
         os._exit(4)

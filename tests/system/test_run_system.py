@@ -878,6 +878,19 @@ def test_no_process_dies_where_shared_memory_ends_within_the_boot(tmp_path: Path
     assert done.stderr.count("\n") == (done.returncode == 3) and ("/dev/shm" in done.stderr) == (done.returncode == 3)
 
 
+def test_no_process_dies_where_a_worker_has_no_room_to_record(tmp_path: Path) -> None:
+    """A thread of the workqueue begins behind the others, whose recordings had just room enough."""
+    words = ("--device", "echo:8", "--flight", "10")
+    sizes = [
+        run_behind(f"mount -t tmpfs -o size={size}k tmpfs /dev/shm", tmp_path, *words)
+        for size in range(7_000, 17_000, 1_000)
+    ]
+
+    assert {done.returncode for done in sizes} <= {0, 3}, [done.stderr for done in sizes]
+    assert any("of recording in /dev/shm" in done.stderr for done in sizes)
+    assert all(done.stderr.count("\n") == (done.returncode == 3) for done in sizes)
+
+
 def test_a_computer_without_proc_is_one_line(tmp_path: Path) -> None:
     """A bare chroot, say: status 3 and how to mend it, before anything is made; no traceback of the zygote's."""
     done = run_behind("mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /proc", tmp_path)
