@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from guestproc.drivers.echo import claim_channels, release_channel
 from guestproc.echo_session import EchoSession
-from guestproc.tally import ChannelGone, Stalled, Tally
+from guestproc.tally import ChannelGone, Stalled, Tally, write_report
 
 if TYPE_CHECKING:
     from emu.task_board import TaskRow
@@ -42,7 +41,7 @@ def exchange(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     tally.packets = sum(session.received for session in sessions)
     tally.nbytes = sum(session.nbytes for session in sessions)
     tally.errors += not tally.packets
-    Path(row.path).write_bytes(array("Q", (tally.packets, now - began)).tobytes())
+    write_report(row.path, array("Q", (tally.packets, now - began)).tobytes())
     return tally
 
 

@@ -12,14 +12,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from pathlib import Path
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR
 from guestproc.drivers.echo import claim_channels, release_channel
 from guestproc.echo_session import EchoSession
-from guestproc.tally import ChannelGone, Stalled, Tally
+from guestproc.tally import ChannelGone, Stalled, Tally, write_report
 
 if TYPE_CHECKING:
     from emu.task_board import TaskRow
@@ -60,7 +59,7 @@ def listen(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
     finally:
         for channel in channels:
             release_channel(current, channel)
-    Path(row.path).write_bytes(samples.tobytes())
+    write_report(row.path, samples.tobytes())
     tally.errors += not samples
     return tally
 

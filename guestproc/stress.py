@@ -19,7 +19,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from emu.ipc.atomics import AtomicU64
@@ -29,7 +28,7 @@ from guestproc.drivers.claims import being_removed, state_word
 from guestproc.drivers.echo import claim_channels, release_channel
 from guestproc.echo_session import EchoSession
 from guestproc.kernel.layout import Channel, Device
-from guestproc.tally import ChannelGone, Stalled, Tally
+from guestproc.tally import ChannelGone, Stalled, Tally, write_report
 from guestproc.vcpu import raise_if_stopping
 
 if TYPE_CHECKING:
@@ -338,9 +337,9 @@ class Stresser:
 
 
 def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
-    """Stress for `wanted` ns; what each channel did is one line of JSON more in the file `path`.
+    """Stress for `wanted` ns; what each channel did is one line of JSON more in the file `path`, that of all CPUs.
 
-    The file is that of all CPUs, so a line is written in one go. `errors` counts bad packets.
+    `errors` counts bad packets.
     """
     stresser = Stresser(current, vcpu, row)
     tally = Tally()
@@ -361,6 +360,5 @@ def stress(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
         "complaints": stresser.complaints,
         "lanes": [lane.report() for lane in stresser.finished],
     }
-    with Path(row.path).open("ab", buffering=0) as out:
-        out.write(json.dumps(report).encode() + b"\n")
+    write_report(row.path, json.dumps(report).encode() + b"\n")
     return tally

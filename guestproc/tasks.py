@@ -33,7 +33,7 @@ from guestproc.listen import listen
 from guestproc.net_check import net_check
 from guestproc.pinger import Pinger
 from guestproc.stress import stress
-from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally
+from guestproc.tally import IDLE_NS, ChannelGone, Stalled, Tally, write_report
 from guestproc.transmit import transmit
 from guestproc.user import run_call
 
@@ -257,7 +257,7 @@ def ping(current: Current, vcpu: Vcpu, row: TaskRow) -> Tally:
                 pinger.run(row.wanted, 1_000_000_000 // row.rate if row.rate else 0)
             # An answer too many is as wrong as one that never came, and a host may send one.
             tally.errors = abs(sessions[0].sent - sessions[0].received)
-    Path(row.path).write_bytes(samples.tobytes())
+    write_report(row.path, samples.tobytes())
     tally.errors += not samples
     return tally
 

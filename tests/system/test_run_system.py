@@ -891,6 +891,22 @@ def test_no_process_dies_where_a_worker_has_no_room_to_record(tmp_path: Path) ->
     assert all(done.stderr.count("\n") == (done.returncode == 3) for done in sizes)
 
 
+@pytest.mark.parametrize(
+    "command", ["latency --duration 0.3", "stress --duration 0.3 --flight 0 --channels 64 --mix none"]
+)
+def test_no_process_dies_where_there_is_no_room_for_what_was_measured(tmp_path: Path, command: str) -> None:
+    """The temporary directory is full: status 3, and one line that says what to do."""
+    script = f"""
+        mount -t tmpfs tmpfs /dev/shm && mkdir small && mount -t tmpfs -o size=8k tmpfs small || exit 99
+        TMPDIR=$PWD/small $0 -m tools.entry {command}; status=$?; test -z "$(ls /dev/shm; ls small)" && exit $status
+    """
+    done = in_namespace(script, tmp_path)
+
+    assert (done.returncode, done.stdout) == (3, ""), (done.stdout, done.stderr)
+    assert "vmbus-emu: no room for what was measured: No space left on device; free some" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_computer_without_proc_is_one_line(tmp_path: Path) -> None:
     """A bare chroot, say: status 3 and how to mend it, before anything is made; no traceback of the zygote's."""
     done = run_behind("mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /proc", tmp_path)
