@@ -48,19 +48,31 @@ void pause_ns(uint64_t nanoseconds)
 	nanosleep(&time, NULL);
 }
 
+/*
+ * Blocks end by a clock that nobody sets: with one that can be set back, a block whose token is lost could last an hour.
+ * sem_clockwait came with glibc 2.30; where there is none, the wall clock has to do.
+ */
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 30)
+#define BLOCK_CLOCK CLOCK_MONOTONIC
+#define wait_until(semaphore, until) sem_clockwait(semaphore, BLOCK_CLOCK, until)
+#else
+#define BLOCK_CLOCK CLOCK_REALTIME
+#define wait_until(semaphore, until) sem_timedwait(semaphore, until)
+#endif
+
 /* Take one token, or give up after BLOCK_NS or a signal; true when there was one. */
 static bool block(sem_t *semaphore)
 {
 	struct timespec until;
 
-	clock_gettime(CLOCK_REALTIME, &until);
+	clock_gettime(BLOCK_CLOCK, &until);
 	uint64_t nanoseconds = (uint64_t)until.tv_nsec + BLOCK_NS;
 	until.tv_sec += (time_t)(nanoseconds / SECOND_NS);
 	until.tv_nsec = (long)(nanoseconds % SECOND_NS);
-	if (sem_timedwait(semaphore, &until) == 0)
+	if (wait_until(semaphore, &until) == 0)
 		return true;
 	if (errno != ETIMEDOUT && errno != EINTR)
-		die("sem_timedwait: %s", strerror(errno));
+		die("waiting for a token: %s", strerror(errno));
 	return false;
 }
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_header_compiles_alone_and_twice(gcc: Path, tmp_path: Path) -> None:
     )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(CDLL(None), "sem_clockwait"), reason="no sem_clockwait (glibc 2.30) here")
+def test_blocks_end_by_a_clock_that_nobody_sets(guest: Path) -> None:
+    """The wall clock may be set back by an hour: a block that only its deadline ends must not last so long."""
+    imported = guest.read_bytes()
+
+    assert b"sem_clockwait" in imported
+    assert b"sem_timedwait" not in imported
 
 
 # -- the ring -----------------------------------------------------------------------------------------------
