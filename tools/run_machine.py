@@ -17,6 +17,7 @@ from emu.control import Ready
 from emu.errors import DeadlinePassed, UserError
 from emu.faults import FaultKind
 from emu.ipc.segments import too_full
+from emu.layout import M_ATTACH_GENERATION
 from emu.mirror import Left, Mirror
 from emu.scenario import Scenario
 from emu.task_board import Program, TaskBoard, TaskRow, TaskState
@@ -42,7 +43,7 @@ from tools.launch import (
     unused_name,
 )
 from tools.output import narrates, print_json, say
-from tools.run_outcome import Outcome, show_devices, tell, tell_faults
+from tools.run_outcome import Outcome, show_devices, tell, tell_faults, tell_refused
 
 ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
@@ -131,6 +132,7 @@ def run_here(options: Options, ready: Callable[[str], object] | None = None) -> 
             if options.as_json:
                 print_json("run", 1, outcome.report())
             else:
+                tell_refused(outcome.refused, outcome.refusals)
                 tell_faults(outcome.faults)
             raise
     return tell(outcome, options.as_json, beside.status or interrupted)
@@ -177,6 +179,7 @@ def run_to_its_end(options: Options, outcome: Outcome, ready: Callable[[str], ob
                 say(line)
             outcome.log = running.log
             outcome.counters, outcome.faults = running.machine.control.counter_totals(), running.faults.report()
+            note_refused(running, outcome)
             if not running.machine.control.shutdown_requested:  # what was there before is told; half of it is gone
                 look(running, outcome)
             raise
@@ -342,7 +345,9 @@ def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: O
             if end == float("inf") and options.duration_s is not None:
                 end = now + options.duration_s
         elif now > patience:
-            raise DeadlinePassed("a guest to attach", int(options.guest_timeout_s * 1e9))
+            came = running.machine.vps.view.load_u32(M_ATTACH_GENERATION) != 0
+            awaited = "a guest to connect (one attached, and left before it did)" if came else "a guest to attach"
+            raise DeadlinePassed(awaited, int(options.guest_timeout_s * 1e9))
         if now > end:
             raise DeadlinePassed("the guest to unload", int((options.duration_s or 0) * 1e9))
         if head.version:
@@ -372,6 +377,13 @@ def look(running: RunningMachine, outcome: Outcome) -> None:
         outcome.devices = devices
 
 
+def note_refused(running: RunningMachine, outcome: Outcome) -> None:
+    """Note what the host refused and ignored: who writes a guest has little else to go by."""
+    control = running.machine.control
+    outcome.refused, outcome.refusals = control.refusals()
+    outcome.ignored = control.ignored()
+
+
 def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None:
     """Let the guest unload, then read the last figures; DeadlinePassed when it never did."""
     running.let_go()
@@ -386,8 +398,7 @@ def settle(running: RunningMachine, outcome: Outcome, *, no_guest: bool) -> None
         outcome.leaked = running.leaked()
     running.stop()
     outcome.counters = running.machine.control.counter_totals()
-    outcome.refused, outcome.refusals = running.machine.control.refusals()
-    outcome.ignored = running.machine.control.ignored()
+    note_refused(running, outcome)
     outcome.faults = running.faults.report()
     control = running.machine.control
     if control.shutdown_requested and not control.shutdown_done and not running.deaths:

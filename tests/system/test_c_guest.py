@@ -21,6 +21,8 @@ from emu.layout import EXIT_SLOT, EXIT_SLOTS, VP_EXIT_SLOT, X_STATE, ExitState, 
 from emu.mirror import Mirror
 from emu.ring import Packet, RingConsumer, RingMemory, RingProducer
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
+from emu.wire.messages import RequestOffers
+from tests.system.python_guest import PythonGuest
 from tools import cli, run_machine
 from tools.exit_status import ExitStatus
 from tools.launch import RunningMachine, launch
@@ -265,6 +267,35 @@ def test_run_tells_of_a_guest_that_died(
         return
     told = json.loads(shown.out)
     assert (told["guest_left"], told["channels_open"], told["leaked"]) == ("died", 1, 0)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_run_tells_why_no_guest_connected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    """A guest that leaves because its contact was refused is waited for in vain: what was refused is told."""
+    waits = run_machine.wait_for_foreign_guest
+
+    def looks_late(machine: RunningMachine, options: Options, outcome: Outcome) -> None:
+        machine.wait_until(lambda: machine.machine.control.ready >= Ready.HOST_RUNS, DEADLINE_S, "the host")
+        with PythonGuest(machine.name) as guest:
+            guest.bring_up()
+            guest.send(RequestOffers())
+            machine.wait_until(lambda: bool(machine.machine.control.refusals()[0]), DEADLINE_S, "the refusal")
+            guest.detach()
+        waits(machine, options, outcome)
+
+    monkeypatch.setattr(run_machine, "wait_for_foreign_guest", looks_late)
+    command = ["run", "--no-guest", "--guest-timeout", "0.1", *(["--json"] if as_json else [])]
+
+    assert cli.main(command) == ExitStatus.TIME_LIMIT
+
+    shown = capsys.readouterr()
+    assert "a guest to connect (one attached, and left before it did): no answer within 0.1 s" in shown.err
+    if as_json:
+        assert json.loads(shown.out)["refused"] == {"not-connected": 1}
+    else:
+        assert "refused: not-connected 1\n" in shown.out
 
 
 def test_many_offers_reach_a_foreign_guest(guest: Path) -> None:
