@@ -59,3 +59,16 @@ class DoorbellServer:
                     for bit in BITS[self._swap[word](0)]:
                         ids.append(word << 6 | bit)  # noqa: PERF401 (a list comprehension is a call of its own)
         return ids
+
+
+def unannounced(doorbells: AtomicView) -> list[int]:
+    """Connection ids whose bit is set and whose summary bit is not, lowest first: no host ever looks there.
+
+    A guest on its way from the one to the other is seen so for an instant; one that stays so rings in the wrong order.
+    """
+    ids: list[int] = []
+    for word in range(CONNECTIONS // 64):
+        bits = doorbells.load_u64(D_CONNECTION + 8 * word)
+        if bits and not doorbells.load_u64(D_CONNECTION_SUMMARY + 8 * (word >> 6)) >> (word & 63) & 1:
+            ids += [word << 6 | bit for bit in BITS[bits]]
+    return ids

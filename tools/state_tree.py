@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from emu import plugin
 from emu.control import ActorKind, ActorRow
+from emu.doorbells import unannounced
 from emu.fault_plan import FaultPlan
 from emu.host_tables import HostGpadl, HostTables, HostTimer
 from emu.ipc.atomics import ACQUIRE
@@ -174,6 +175,7 @@ class StateTree:
             "guest_left": Left(head.left).name.lower() if head.left else None,
             "guest_os_id": hex(partition.guest_os_id),
             "hypercall": hex(partition.hypercall),
+            "unannounced_doorbells": [hex(connection) for connection in unannounced(self._machine.doorbells.view)],
         }
         if self._view is None:
             return {"host": host}

@@ -14,7 +14,7 @@ import pytest
 from emu.control import ActorKind
 from emu.errors import UserError
 from emu.host_tables import NO_TIMERS, SINTS, HostGpadl, HostTables, HostTimer, HostVp
-from emu.layout import VP_REQUEST, vp_page_offset
+from emu.layout import D_CONNECTION, D_CONNECTION_SUMMARY, VP_REQUEST, vp_page_offset
 from emu.machine import Machine
 from emu.mirror import Left, Mirror, MirrorChannel
 from emu.wire.device_classes import BY_NAME
@@ -151,6 +151,19 @@ def test_connection_says_how_the_guest_left(machine: Machine, left: Left, told: 
     Mirror(machine.control).write_head(**numbers, attached_pid=0, disconnects=1, left=left)
 
     assert at(machine, "connection/host/guest_left") == told
+
+
+def test_doorbell_that_nobody_announced_is_named(machine: Machine) -> None:
+    """A bit whose summary bit is missing is never seen by the host; one with both is on its way."""
+    view = machine.doorbells.view
+    assert at(machine, "connection/host/unannounced_doorbells") == []
+
+    view.store_u64(D_CONNECTION + 8 * 128, 0b10)
+    view.store_u64(D_CONNECTION + 8 * 200, 1 << 63)
+    assert at(machine, "connection/host/unannounced_doorbells") == ["0x2001", "0x323f"]
+
+    view.store_u64(D_CONNECTION_SUMMARY + 8 * 2, 1)
+    assert at(machine, "connection/host/unannounced_doorbells") == ["0x323f"]
 
 
 def test_queue_names_the_work_that_waits(machine: Machine, guest: Guest) -> None:
