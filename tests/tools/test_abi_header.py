@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -27,13 +29,17 @@ from emu.ring import RingMemory, RingProducer
 from emu.wire.device_classes import ECHO
 from emu.wire.hypercalls import HvStatus, PostMessageInput
 from emu.wire.messages import (
+    MESSAGES,
     AllOffersDelivered,
     CloseChannel,
+    Direction,
     GpadlCreated,
     GpadlTeardown,
     GpadlTorndown,
     InitiateContact,
     Message,
+    MessageType,
+    OfferChannel,
     OpenChannel,
     OpenChannelResult,
     RelidReleased,
@@ -49,6 +55,7 @@ from tools import abi_header
 
 SOURCES = Path(__file__).resolve().parent.parent.parent
 HEADER = SOURCES / "include" / "vmbus_emu.h"
+LAYOUTS: dict[str, Any] = json.loads((SOURCES / "tests" / "data" / "layouts.json").read_text(encoding="utf-8"))
 PAGE = (SOURCES / "docs" / "abi.md").read_text(encoding="utf-8")
 
 
@@ -152,6 +159,22 @@ def test_operations_registers_and_statuses_are_named_with_their_numbers() -> Non
     by_name = {name: number for number, name in MSR_NAMES.items()}
     for name, number in registers.items():
         assert by_name[re.split(r"[ ,]", name)[0]] == int(re.split(r"[ ,]", number)[0], 16), name
+
+
+@pytest.mark.parametrize(
+    "cells", [one for one in rows(section("10. Above it")) if one[0].isdigit()], ids=lambda cells: cells[1]
+)
+def test_messages_of_the_page_have_their_structs_layout(cells: list[str]) -> None:
+    """Number, direction and size of a message are the table's, and every offset is one of its struct's fields."""
+    number, _name, to, size, text = cells
+    spec = MESSAGES[MessageType(int(number))]
+    offsets = {at for at, _size in LAYOUTS[spec.struct_name]["fields"].values()}
+    if spec.cls is OfferChannel:
+        offsets |= {8 + at for at, _size in LAYOUTS["vmbus_channel_offer"]["fields"].values()}
+
+    assert spec.direction is (Direction.GUEST_TO_HOST if to == "host" else Direction.HOST_TO_GUEST)
+    assert int(size.split()[0]) == spec.least_size
+    assert {int(at) for at in re.findall(r"@(\d+)", text)} <= offsets
 
 
 def worked_messages() -> list[tuple[str, Message]]:
