@@ -179,14 +179,16 @@ def test_relid_is_owed_from_when_the_host_took_it_back(records: list[TraceRecord
     """Not from when the guest heard of it; and no longer than until the guest gives it back."""
     heard = max(i for i, one in enumerate(records) if one.event.name == "rescind" and one.actor.kind != "HYPERVISOR")
     relid = records[heard].values[0]
-    sent = max(i for i, one in enumerate(records) if one.event.name == "rescind" and one.actor.kind == "HYPERVISOR")
-    released = index_of(records, "release", relid)
-    assert records[sent].values[0] == relid and sent < heard < released
+    # Others may be taken back between the two, and each relid is given back and taken anew.
+    before = [(i, one) for i, one in enumerate(records[:heard]) if one.event.name == "rescind"]
+    sent = max(i for i, one in before if one.actor.kind == "HYPERVISOR" and one.values[0] == relid)
+    released = heard + index_of(records[heard:], "release", relid)
 
     kept, given = (debts_of(records[:end], flows_of(records[:end], (0, 1))) for end in (heard + 1, released + 1))
-    (debt,) = [debt for debt in kept if debt.what == f"RELID_RELEASED of relid {relid}"]
-    assert debt.since_ns == records[sent].t_ns
-    assert [debt.what for debt in given if "RELID_RELEASED" in debt.what] == []
+    what = f"RELID_RELEASED of relid {relid}"
+    assert [debt.since_ns for debt in kept if debt.what == what] == [records[sent].t_ns]
+    # The host may not have handled that message yet, and owes it then.
+    assert what not in [debt.what for debt in given]
 
 
 def test_message_that_the_host_has_not_handled_is_owed_to_who_sent_it(records: list[TraceRecord]) -> None:
