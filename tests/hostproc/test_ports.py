@@ -189,6 +189,31 @@ def test_flag_of_a_port_is_relative_to_its_base(flag: int) -> None:
     assert (vps.flag(0, flag), vps.flag(1, flag)) == (True, True)
 
 
+def test_port_that_was_moved_signals_where_it_leads_now() -> None:
+    """Where a flag lies is kept from one signal to the next, but not beyond a move (MODIFYCHANNEL)."""
+    vps = TwoVps()
+    port = vps.event_port(5)
+    port.signal()
+    port.position = 1
+    port.signal()
+
+    assert vps.flag(1, 5)
+    assert vps.interrupts == [(0, VECTOR), (1, VECTOR)]
+
+
+def test_port_whose_synic_changed_signals_by_what_it_is_now() -> None:
+    """Nor beyond a write to a register of that SynIC: its flags lie on another page, then it is masked."""
+    vps = TwoVps()
+    port = vps.event_port(5)
+    port.signal()
+    vps.synics[0].write_msr(HV_X64_MSR_SIEFP, page_register(SIEFP_GPA[1]))
+    port.signal()
+    assert vps.flag(1, 5)
+
+    vps.synics[0].write_msr(HV_X64_MSR_SINT0 + SINT, sint_value(VECTOR, masked=True))
+    assert port.signal() is HvStatus.INVALID_SYNIC_STATE
+
+
 def test_flag_beyond_the_port_is_refused() -> None:
     """A flag number that the port does not have sets nothing."""
     vps = TwoVps()
