@@ -161,13 +161,14 @@ class _Steps:
 class Lapic:
     """The VP's own side of its interrupt words; used by the one thread that is this processor."""
 
-    __slots__ = ("_base", "_from_the_top", "_highest", "_in_service", "_load", "_steps", "_vps")
+    __slots__ = ("_base", "_from_the_top", "_highest", "_in_service", "_load", "_load_highest", "_steps", "_vps")
 
     def __init__(self, vps: AtomicView, position: int) -> None:
         self._vps = vps
         self._base = vp_page_offset(position)
         self._load = tuple(vps.cell_u64(self._base + VP_REQUEST + 8 * word).load for word in range(VECTOR_WORDS))
         self._from_the_top = self._load[::-1]
+        self._load_highest: Final = self._load[3]
         self._steps: dict[int, _Steps] = {}
         self._highest: dict[int, _Steps] = {}
         """By what the word of vectors 192 and up holds."""
@@ -197,16 +198,16 @@ class Lapic:
     @property
     def glance(self) -> Callable[[], int]:
         """The load of the word of vectors 192 and up, the hypervisor's and ours: for a poll's quick looks."""
-        return self._load[3]
+        return self._load_highest
 
     def take(self) -> int:
         """Take the highest deliverable vector: clear its request, put it in service; 0 when there is none."""
-        load3, load2, load1, load0 = self._from_the_top
-        if bits := load3():  # the hypervisor's vectors and ours
+        if bits := self._load_highest():  # the hypervisor's vectors and ours
             steps = self._highest.get(bits) or self._bind_highest(bits)
-        elif not (load2() or load1() or load0()) or not (highest := self.highest_request()):
-            return 0
         else:
+            _load3, load2, load1, load0 = self._from_the_top
+            if not (load2() or load1() or load0()) or not (highest := self.highest_request()):
+                return 0
             steps = self._steps.get(highest) or self._bind(highest)
         serving, vector = self._in_service, steps.vector
         if serving and vector >> 4 <= serving[-1] >> 4:

@@ -13,7 +13,7 @@ from guestproc.drivers.claims import REMOVING, claims_word
 from guestproc.drivers.echo_inbox import INBOXES
 from guestproc.kernel.layout import Channel
 from guestproc.tally import IDLE_NS, STALL_NS, ChannelGone, Stalled
-from guestproc.vcpu import raise_if_stopping
+from guestproc.vcpu import STOPPING, raise_if_stopping
 from guestproc.vmbus.packets import vmbus_cancel_room, vmbus_sendpacket, vmbus_sendpackets, vmbus_wait_for_room
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class EchoSession:
         # What `being_removed` looks at; both words stay while the channel is claimed.
         self._claims = claims_word(current, channel).load
         self._rescind = channel.rescind.load
-        self._stopping = vcpu.stopping
+        self._machine_state = current.machine.control.state_word.load
 
     def begin(self) -> None:
         """Something new begins: until now nobody waited for anything, however long that was."""
@@ -92,9 +92,12 @@ class EchoSession:
         inbox = self.inbox
         if not inbox:
             return []
-        # No interrupt comes between the two lines: this is a task with safe points, and neither is one.
-        packets = list(inbox)
-        inbox.clear()
+        # No interrupt comes in between: this is a task with safe points, and none of these is one.
+        if len(inbox) == 1:  # an answer that was waited for mostly comes alone
+            packets = [inbox.popleft()]
+        else:
+            packets = list(inbox)
+            inbox.clear()
         self._moved = True
         self.received += len(packets)
         return packets
@@ -113,7 +116,7 @@ class EchoSession:
         self._check_time()
 
     def _check_channel(self) -> None:
-        if self._stopping():
+        if self._machine_state() == STOPPING:
             raise_if_stopping(self.vcpu)
         if self._claims() & REMOVING or self._rescind():
             raise ChannelGone

@@ -216,7 +216,8 @@ class TaskletQueue:
         return ran
 
     def _call(self, tasklet: Tasklet) -> None:
-        function: Callable[..., None] = TASKLET_FUNCTIONS.lookup(tasklet.load_function())
+        number = tasklet.load_function()
+        function: Callable[..., None] = TASKLET_FUNCTIONS.known.get(number) or TASKLET_FUNCTIONS.lookup(number)
         function(self._owner, tasklet.load_argument())
         # The tasklet may be killed and its record freed right after this operation: touch it no more.
         seen = tasklet.word.fetch_and(_RUN_IS_OVER)

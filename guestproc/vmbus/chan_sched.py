@@ -11,6 +11,7 @@ this processor's chan_list; one that is being rescinded, or whose callback is go
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from emu.bits import BITS
@@ -157,7 +158,8 @@ def vmbus_on_event(current: Current, handle: int) -> None:
         if found is None:
             return
         channel, words = found, found.words
-    if not words[ONCHANNEL_CALLBACK]:
+    callback = words[ONCHANNEL_CALLBACK]
+    if not callback:
         return
     records = None
     if current.trace:
@@ -170,8 +172,9 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
-    while callback := words[ONCHANNEL_CALLBACK]:
-        if CHANNEL_CALLBACKS.lookup(callback)(current, channel) is LEFT_TO_ANOTHER:
+    while callback:
+        function: Callable[..., object] = CHANNEL_CALLBACKS.known.get(callback) or CHANNEL_CALLBACKS.lookup(callback)
+        if function(current, channel) is LEFT_TO_ANOTHER:
             return  # masked: another processor runs this tasklet next, for which this one has to end
         # Its callback may have taken a while: whether the channel is still there is asked again.
         if words[0] != channel.generation:
@@ -186,6 +189,7 @@ def vmbus_on_event(current: Current, handle: int) -> None:
             assert current.tasklets is not None
             current.tasklets.schedule(channel.callback_event)
             return
+        callback = words[ONCHANNEL_CALLBACK]
 
 
 def _bytes_left(current: Current, channel: Channel, records: LaneRecords | None) -> bool:
