@@ -89,6 +89,10 @@ class EchoSession:
     def take(self) -> list[Packet]:
         """What has come back since the last time."""
         self.vcpu.safe_point()
+        return self.collect()
+
+    def collect(self) -> list[Packet]:
+        """The same behind a wait, which has taken interrupts already."""
         inbox = self.inbox
         if not inbox:
             return []
@@ -109,6 +113,13 @@ class EchoSession:
         self._check_channel()
         if not self.inbox:  # what has come needs no clock
             self._check_time()
+
+    def pause(self) -> None:
+        """As `wait`, for who sends again as soon as something has come: sending looks at the channel, too."""
+        if not self.inbox:
+            self.vcpu.idle(IDLE_NS)
+            if not self.inbox:
+                self.check()
 
     def check(self) -> None:
         """Go on only if there is any sense in it: MachineStopping, ChannelGone, Stalled."""

@@ -83,8 +83,8 @@ class Pinger:
         """Answers that have come; a halt if there are none."""
         packets = self.session.take()
         if not packets:
-            self.session.wait()
-            packets = self.session.take()
+            self.session.pause()
+            packets = self.session.collect()
         self.taken(packets)
 
     def taken(self, packets: list[Packet]) -> None:
