@@ -50,7 +50,11 @@ class EchoSession:
         if self.sent == self.received and not self._wished:
             self._moved = True  # nothing was awaited until now
         self._check_channel()
-        count = self._send(payloads, first_trans_id, flags)
+        if len(payloads) == 1:  # the shorter way
+            result = vmbus_sendpacket(self.current, self.channel, payloads[0], first_trans_id, flags=flags)
+            count = 1 if not result else 0 if result == -errno.EAGAIN else result
+        else:
+            count = vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
         if count == 0 and payloads:
             self._check_time()
             count = -self._wait_for_room(ring_bytes(len(payloads[0])))
@@ -66,15 +70,6 @@ class EchoSession:
         self.sent += count
         self.nbytes += len(payloads[0]) if count == 1 else sum(map(len, payloads[:count]))
         return count
-
-    def _send(self, payloads: list[bytes], first_trans_id: int, flags: int) -> int:
-        """As `vmbus_sendpackets`; a single packet takes the shorter way."""
-        if len(payloads) != 1:
-            return vmbus_sendpackets(self.current, self.channel, payloads, first_trans_id, flags)
-        result = vmbus_sendpacket(self.current, self.channel, payloads[0], first_trans_id, flags=flags)
-        if result:
-            return 0 if result == -errno.EAGAIN else result
-        return 1
 
     def _wait_for_room(self, size: int) -> int:
         """Publish the wish, then halt; an errno when the channel or its ring is gone, else 0."""

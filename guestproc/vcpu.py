@@ -246,7 +246,8 @@ class Vcpu:
             return
         # The state before the look (lost-wakeup rule); the caller's loop in `take_interrupts` looks.
         self._set_state(AWAKE)
-        if self.tasklets and not self._softirq and self.softirq_pending():
+        # Whether one of them may run is seen by who runs it: those that are pending nearly always may.
+        if self.tasklets and not self._softirq:
             self.run_softirqs()
 
     def run_softirqs(self) -> None:
