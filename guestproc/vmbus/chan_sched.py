@@ -42,7 +42,6 @@ INBOUND: Final = 1
 """The `side` of a trace record for the host-to-guest ring."""
 _ALL: Final = (1 << 64) - 1
 _FIRST: Final[tuple[int, ...]] = (0,)
-_NONE: Final[tuple[int, ...]] = ()
 _NO_FLAG: Final = bytes(8)
 
 
@@ -58,11 +57,12 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     if page is None:
         return
     words, cleared = page.words, hv_cpu.flag_cleared
-    # One look at each flag; whatever is set after it brings an interrupt of its own.
-    found = _FIRST if page.load_first() else _NONE
+    # One look at each flag; whatever is set after it brings an interrupt of its own. The first word is exchanged without
+    # a look before: a flag is nearly always in there, and a look brings the host's cache line here once more.
+    found = _FIRST
     behind = hv_cpu.buffer[page.behind]
     if behind != page.none_behind:
-        found = (*found, *words_with_flags(behind, 1))
+        found = (*_FIRST, *words_with_flags(behind, 1))
     for word in found:
         # The bits of one word are cleared together, by one locked operation, before any of their rings is looked at.
         for bit in BITS[words[word].exchange(0)]:

@@ -73,12 +73,11 @@ class FlagPage:
     The first is all that most machines have: relids below 64.
     """
 
-    __slots__ = ("behind", "load_first", "none_behind", "words")
+    __slots__ = ("behind", "none_behind", "words")
 
     def __init__(self, atomics: AtomicView, gpa: int, words: tuple[FlagWord, ...]) -> None:
         """`gpa`: of the first word."""
         self.words: Final = words
-        self.load_first: Final = atomics.cell_u64(gpa).load
         self.behind: Final = slice(gpa + 8, gpa + 8 * len(words))
         self.none_behind: Final = bytes(8 * len(words) - 8)
 

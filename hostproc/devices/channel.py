@@ -209,13 +209,15 @@ class HostChannel:
         ProtocolViolation when the guest's read_index cannot be: `write` alone looks at it only when it has to.
         """
         outgoing = self._outgoing if self._unmapped is None else self.outgoing
-        outgoing.check_read_index()
         try:
-            if outgoing.write(payload, trans_id, flags, packet_type):
-                self.signals += 1
-                self._signal()
+            signal = outgoing.write(payload, trans_id, flags, packet_type)
         except RingFull:
             return False
+        # Behind the write, for which the line with the indices had to come anyway: a look before would bring it twice.
+        outgoing.check_read_index()
+        if signal:
+            self.signals += 1
+            self._signal()
         return True
 
     def send_all(
