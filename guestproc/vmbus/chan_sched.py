@@ -57,8 +57,8 @@ def vmbus_chan_sched(current: Current, hv_cpu: PerCpuContext) -> None:
     if page is None:
         return
     words, cleared = page.words, hv_cpu.flag_cleared
-    # One look at each flag; whatever is set after it brings an interrupt of its own. The first word is exchanged without
-    # a look before: a flag is nearly always in there, and a look brings the host's cache line here once more.
+    # One look at each flag; whatever is set after it brings an interrupt of its own. The first word is exchanged
+    # without a look before: a flag is nearly always in there, and a look would bring the host's cache line twice.
     found = _FIRST
     behind = hv_cpu.buffer[page.behind]
     if behind != page.none_behind:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from emu.ipc.atomics import AtomicU64, AtomicView
+from emu.ipc.atomics import AtomicU64
 from emu.syncpoint import Point
 from emu.tracing import E_FLAG_CLEAR
 from emu.wire.synic import VMBUS_MESSAGE_SINT
@@ -52,6 +52,8 @@ class PointedFlags:
         """Take the word; wrong on purpose: load it, and store behind whatever the host sets meanwhile."""
         current, atomic = self._current, self._current.fix.atomic_flag_clear
         bits = self._word.exchange(value) if atomic else self._word.load()
+        if not bits:
+            return 0  # the ISR exchanges its first word without a look: nothing was loaded that could be lost
         if current.armed[_AFTER_FLAG_LOAD]:
             current.reach(_AFTER_FLAG_LOAD, (bits & -bits).bit_length() - 1)
         if not atomic:
@@ -68,14 +70,14 @@ class PointedFlags:
 
 
 class FlagPage:
-    """Where channels have their flags: the words, and what looks at the first of them and at those behind it.
+    """Where channels have their flags: the words, and what looks at those behind the first of them.
 
     The first is all that most machines have: relids below 64.
     """
 
     __slots__ = ("behind", "none_behind", "words")
 
-    def __init__(self, atomics: AtomicView, gpa: int, words: tuple[FlagWord, ...]) -> None:
+    def __init__(self, gpa: int, words: tuple[FlagWord, ...]) -> None:
         """`gpa`: of the first word."""
         self.words: Final = words
         self.behind: Final = slice(gpa + 8, gpa + 8 * len(words))
@@ -102,7 +104,7 @@ class PerCpuContext:
         self.event_words: Final[tuple[FlagWord, ...]] = (
             tuple(PointedFlags(current, word) for word in event_words) if pointed else tuple(event_words)
         )
-        self.event_flags: Final = FlagPage(atomics, self.event_gpa, self.event_words)
+        self.event_flags: Final = FlagPage(self.event_gpa, self.event_words)
         """Where channels have their flags, unless they share an interrupt (`channel_flags`)."""
         self.serial_gate: Final = current.machine.control.view.cell_u64(
             current.machine.control.serial_offset(current.hooks.position, VMBUS_MESSAGE_SINT)
@@ -149,7 +151,7 @@ class PerCpuContext:
             self._int_page_gpa, self._int_page = gpa, None
             if gpa:
                 words = tuple(self._atomics.cell_u64(gpa + 8 * word) for word in range(INT_PAGE_WORDS))
-                self._int_page = FlagPage(self._atomics, gpa, words)
+                self._int_page = FlagPage(gpa, words)
         return self._int_page
 
     def add_interrupt_randomness(self) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from emu.ipc.atomics import AtomicView
 from emu.wire.versions import VERSION_WIN10, VERSION_WIN10_V5_3
 from guestproc.current import Current
 from guestproc.protocol.numbers import Tasklets
 from guestproc.user import run_call
 from guestproc.vmbus.channel import vmbus_close
+from guestproc.vmbus.percpu import PointedFlags
 from tests.guestproc.world import World, new_world
 
 EVENT_DPC = int(Tasklets.VMBUS_EVENT_DPC)
@@ -79,3 +82,20 @@ def test_words_of_a_channels_rings() -> None:
         channel = world.channel(9)
         world.call(lambda current: vmbus_close(current, channel))
         assert world.call(lambda current: run_call(current, "ring_debuginfo", asked))["errno"] == errno.EINVAL
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_interrupt_without_a_flag_has_no_point_between_load_and_clear(atomic: bool) -> None:
+    """The ISR takes its first word whatever is in it; where nothing is, no schedule stops and nothing is stored."""
+    view = AtomicView(bytearray(8))
+    reached: list[int] = []
+    current: Any = SimpleNamespace(
+        fix=SimpleNamespace(atomic_flag_clear=atomic),
+        armed=bytes([1]) * 256,
+        reach=lambda _point, bit: reached.append(bit),
+    )
+    flags = PointedFlags(current, view.cell_u64(0))
+
+    assert flags.exchange(0) == 0 and reached == []
+    view.store_u64(0, 1 << 9)
+    assert flags.exchange(0) == 1 << 9 and reached == [9] and view.load_u64(0) == 0
