@@ -10,11 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -28,6 +27,7 @@ from tools.anchors import Against, Anchor
 from tools.bench_machine import bench_scenario
 from tools.device_list import list_devices
 from tools.launch import RunningMachine, launch
+from tools.nameless_file import nameless_file
 from tools.pinned import pin, two_cores
 from tools.sem_pair import NAME, SemPair, sem_pair
 
@@ -128,8 +128,8 @@ def ring_in_turn(running: RunningMachine, rings: int, how: Listening) -> list[fl
     """Ring every vCPU so often, one after the other; microseconds from each ring to its ISR."""
     channels = {one.cpu: one.relid for device in list_devices(running.machine) for one in device.channels}
     rings += WARM_UP
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-doorbell-") as folder:
-        paths = {cpu: Path(folder, str(cpu)) for cpu in channels}
+    with ExitStack() as stack:
+        paths = {cpu: stack.enter_context(nameless_file()) for cpu in channels}
         rows = [
             running.order(
                 Program.LISTEN, cpu, relid=relid, wanted=rings, size=how, rate=len(channels), path=str(paths[cpu])

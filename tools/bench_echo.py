@@ -7,11 +7,9 @@ each other by semaphores.
 
 from __future__ import annotations
 
-import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Final
 
@@ -22,6 +20,7 @@ from tools.anchors import Against, Anchor
 from tools.bench_machine import bench_scenario
 from tools.device_list import list_devices
 from tools.launch import RunningMachine, launch
+from tools.nameless_file import nameless_file
 from tools.pinned import pin, two_cores
 from tools.sem_pair import NAME, sem_pair
 
@@ -122,8 +121,7 @@ def echo_machine(poll: str, cores: tuple[int, int]) -> Iterator[RunningMachine]:
 def round_trips(running: RunningMachine, seconds: float, device: int = 0) -> list[float]:
     """Microseconds of each round trip with a device, one after the other, for so long."""
     channel = list_devices(running.machine)[device].channels[0]
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-echo-") as folder:
-        path = Path(folder, "samples")
+    with nameless_file() as path:
         row = running.order(
             Program.PING, channel.cpu, relid=channel.relid, wanted=int(seconds * 1e9), size=SIZE, path=str(path)
         )

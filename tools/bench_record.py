@@ -15,12 +15,10 @@ What is not recorded costs one look at whether there is a recorder.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import repeat
-from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -30,6 +28,7 @@ from tools.anchors import Against, Anchor
 from tools.bench_echo import round_trips
 from tools.bench_path import Streamed, stream
 from tools.exchanges import exchanged, exchanging_machine
+from tools.nameless_file import nameless_file
 from tools.pinned import pin
 from tools.two_ends import Cpus, two_cpus
 
@@ -96,10 +95,10 @@ def measure(runs: int, *, short: bool = False) -> list[Anchor]:
 def _streams(runs: int, cpus: Cpus | None) -> dict[bool, list[Streamed]]:
     """Runs without and with recording, in turn: each in a machine of its own, whose luck with memory is its own."""
     streams: dict[bool, list[Streamed]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-record-") as folder:
+    with nameless_file() as path:
         for _ in range(runs):
             for record, done in streams.items():
-                done.append(stream(cpus, Path(folder, "recording") if record else None))
+                done.append(stream(cpus, path if record else None))
     return streams
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from emu.errors import VmbusError
@@ -16,6 +14,7 @@ from emu.task_board import Program, TaskState
 from tools.bench_machine import bench_scenario
 from tools.draining import recording
 from tools.launch import RunningMachine, launch
+from tools.nameless_file import nameless_file
 
 RING_PAGES: Final = 16
 """A ring of 64 KiB, with the page of its indices."""
@@ -44,8 +43,7 @@ def exchanging_machine(
     with ExitStack() as stack:
         running = stack.enter_context(launch(scenario, record=record, races=races))
         if record:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-emu-exchange-"))
-            stack.enter_context(recording(running, Path(folder, "recording")))
+            stack.enter_context(recording(running, stack.enter_context(nameless_file())))
         running.wait_ready()
         yield running
         running.shut_down_guest()
@@ -53,15 +51,15 @@ def exchanging_machine(
 
 def exchanged(running: RunningMachine, seconds: float) -> Exchanged:
     """Let every processor exchange batches on all its channels for so long."""
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-exchange-") as folder:
-        paths = [Path(folder, str(cpu)) for cpu in range(running.scenario.machine.vcpus)]
+    with nameless_file() as path:
         rows = [
             running.order(Program.EXCHANGE, cpu, wanted=int(seconds * 1e9), size=SIZE, path=str(path))
-            for cpu, path in enumerate(paths)
+            for cpu in range(running.scenario.machine.vcpus)
         ]
         tasks = running.take_tasks(rows, seconds + _TIMEOUT_S)
         if any(task.state == TaskState.FAILED for task in tasks):
             raise VmbusError("an exchange of batches failed")
-        moved = [array("Q", path.read_bytes()) for path in paths]
-    per_packet = sum(elapsed for _, elapsed in moved) / sum(packets for packets, _ in moved)
-    return Exchanged(per_packet, sum(packets * 1e9 / elapsed for packets, elapsed in moved))
+        moved = array("Q", path.read_bytes())
+    packets, elapsed = moved[::2], moved[1::2]
+    per_second = sum(count * 1e9 / took for count, took in zip(packets, elapsed, strict=True))
+    return Exchanged(sum(elapsed) / sum(packets), per_second)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import click
 
@@ -52,6 +50,7 @@ from tools.histograms import (
 from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, DUE_STAGE, Stages, Step, stages_of
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_svg, write_text
+from tools.nameless_file import nameless_file
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import refused_in_bad_faith, tell_faults, tell_refused
@@ -173,8 +172,7 @@ def latency(
     scenario = _scenario(scenario_path, vcpus, poll, fault_texts)
     case = _case(scenario, rate, size, duration_s, compare, fail)
     # The command's context closes it.
-    drained = click.get_current_context().with_resource(tempfile.TemporaryFile())  # noqa: SIM115
-    recorded_at = record_path or _nameless(drained)
+    recorded_at = record_path or click.get_current_context().with_resource(nameless_file())
     plain: Measured | None = None
     recorded: Measured | None = None
     failure: DeadlinePassed | MachineDied | NotOpened | None = None
@@ -277,14 +275,13 @@ def measure(
     `kept` is where the recording goes, if somebody wants it.
     """
     with (
-        tempfile.TemporaryFile() as sampled,
-        tempfile.TemporaryFile() as drained,
+        nameless_file() as samples,
+        nameless_file() as drained,
         launch(scenario, record=record) as running,
         crash_recorded(running),
     ):
-        with recording(running, (kept or _nameless(drained)) if record else None) as recorded:
+        with recording(running, (kept or drained) if record else None) as recorded:
             running.wait_ready()
-            samples = _nameless(sampled)
             began_s = time.time()
             lost = _ping(running, rate, size, duration_s, samples)
             if record:
@@ -300,11 +297,6 @@ def measure(
         # With records missing nobody knows which packet is which round trip.
         stages = stages_of(steps, () if recorded.dropped else trips.dues)
         return Measured(trips, lost, stages, recorded.dropped, faults, *refused)
-
-
-def _nameless(file: IO[bytes]) -> Path:
-    """The name by which other processes of this user find it too; of one that is killed no file is left."""
-    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def _case(

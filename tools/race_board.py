@@ -6,15 +6,14 @@ machine, which is reset to another setting between two runs; the tables and the 
 
 from __future__ import annotations
 
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
 from emu.errors import UserError
 from emu.switches import Fix
+from tools.nameless_file import nameless_file
 from tools.race_run import HELD, INCONCLUSIVE, VIOLATED, RaceMachine, RaceRun
 from tools.race_sentences import name_of, number_of
 from tools.schedule import Schedule
@@ -150,14 +149,11 @@ class Game:
 
     def play(self, times: int = 1, seed: int = 0) -> Iterator[Cell]:
         """Run every cell so often, on one machine; each time that one has been run, it is given."""
-        with (
-            tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as home,
-            RaceMachine(self.schedules[0], fix=True, seed=seed) as machine,
-        ):
+        with nameless_file() as path, RaceMachine(self.schedules[0], fix=True, seed=seed) as machine:
             for cell in self.cells:
                 for _ in range(times):
                     machine.take(self.under(cell), fix=cell.setting == _BOTH_ON)
-                    cell.runs.append(machine.run(Path(home, "run.rec")))
+                    cell.runs.append(machine.run(path))
                     yield cell
 
     def under(self, cell: Cell) -> Schedule:

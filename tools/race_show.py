@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import click
 from emu.errors import UserError
 from emu.recording import Recording
 from tools.director import Broken
+from tools.nameless_file import nameless_file
 from tools.output import colored, print_json
 from tools.race_rows import Diagram, Kind, diagram_of
 from tools.race_run import RaceMachine, RunNote
@@ -74,8 +74,7 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
 
 def run_and_show(schedule: Schedule, *, fix: bool, told: bool = False) -> Shown:
     """Run it once on a machine of its own; the recording goes."""
-    with tempfile.TemporaryDirectory(prefix="vmbus-emu-") as home, RaceMachine(schedule, fix=fix) as machine:
-        path = Path(home) / "run.rec"
+    with nameless_file() as path, RaceMachine(schedule, fix=fix) as machine:
         machine.run(path)
         return of_recording(path, schedule, told=told)
 

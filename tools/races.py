@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,6 +21,7 @@ from tools.exit_status import ExitStatus, noting_interruption
 from tools.findings import RECORDING, REPEAT, Case, InFolder
 from tools.junit import JunitCase, suite_of, write_end
 from tools.named_files import check_apart, write_text
+from tools.nameless_file import nameless_file
 from tools.options import FileToWrite, json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
@@ -144,11 +144,17 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
             print_json("races-run", 1, report_of(none, None, None))
         return ExitStatus.TIME_LIMIT
     runs: list[RaceRun] = []
-    with _told_if_it_ends(junit), tempfile.TemporaryDirectory(prefix="vmbus-emu-races-") as folder:
+    with _told_if_it_ends(junit), ExitStack() as deciding:
         with RaceMachine(schedule, fix=fix == "on", seed=SEED) as machine, noting_interruption() as interruption:
-            for number in range(times):
-                kept = record_path if times == 1 and record_path else Path(folder, f"{number}.rec")
-                runs.append(machine.run(kept))
+            for _ in range(times):
+                with ExitStack() as recorded:
+                    once = record_path if times == 1 else None
+                    runs.append(machine.run(once or recorded.enter_context(nameless_file())))
+                    # Of all recordings there is only that of the run that decides, so far.
+                    if worst_of(runs) is runs[-1]:
+                        before = deciding.pop_all()
+                        deciding.enter_context(recorded.pop_all())
+                        before.close()
                 if not as_json:
                     click.echo(line_of(runs[-1]))
         if interruption.status is not None:

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shlex
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from tools.invariants_settled import state_report
 from tools.junit import JunitCase, suite_of, write_end
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, write_text
+from tools.nameless_file import nameless_file
 from tools.options import (
     FileToWrite,
     Seconds,
@@ -277,9 +277,7 @@ def stress(
     case = _case(scenario, chosen, duration_s, mix, limit_s, flight_s)
     ended_early = f"ended early; the same again: {again}"
     report: dict[str, Any] | None = None
-    # Files without a name: nothing is left of them either, if somebody kills us.
-    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as nameless:
-        recorded = Path(f"/proc/self/fd/{nameless.fileno()}")
+    with nameless_file() as told, nameless_file() as recorded:
         try:
             with noting_interruption() as interruption, kept_if_it_fails(case, record_path):
                 raise_noted()
@@ -289,7 +287,7 @@ def stress(
                     duration_s,
                     ingredients,
                     limit,
-                    Path(f"/proc/{os.getpid()}/fd/{told.fileno()}"),
+                    told,
                     recorded,
                     live=narrates() and not as_json,
                     record_path=record_path,

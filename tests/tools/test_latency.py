@@ -543,7 +543,7 @@ def test_recorded_part_ends_when_it_has_told_enough(rate: int | None, duration_s
 def test_no_file_is_left_to_the_collector(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
-    """What the command opened it closes, also where it records elsewhere: Python warns of others under -W error."""
+    """What the command opened it closes, and opens nothing where it records elsewhere: Python warns under -W error."""
     opened = []
     make = tempfile.TemporaryFile
 
@@ -555,10 +555,11 @@ def test_no_file_is_left_to_the_collector(
         raise UserError("enough")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.latency.tempfile.TemporaryFile", noted)
+    monkeypatch.setattr("tools.nameless_file.tempfile.TemporaryFile", noted)
     monkeypatch.setattr(latency, "measure", measure)
 
     assert cli.main(["latency", *more]) == ExitStatus.USAGE
 
-    assert opened and all(file.closed for file in opened)
+    assert len(opened) == (0 if more else 1)
+    assert all(file.closed for file in opened)
     capsys.readouterr()
