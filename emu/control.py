@@ -582,7 +582,7 @@ class Control:
         return b""
 
     def refusals(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """What the host refused so far: counts by rule, and the newest full records."""
+        """What the host refused so far: counts by rule, and the newest kinds in full, each with its count."""
         counts, last, _ignored = self._refusals()
         return counts, last
 

@@ -53,7 +53,7 @@ from tools.named_files import check_apart, check_svg, write_text
 from tools.nameless_file import nameless_file
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
-from tools.run_outcome import refused_in_bad_faith, tell_faults, tell_refused
+from tools.run_outcome import joined_refusals, refused_in_bad_faith, tell_faults, tell_refused
 
 REPORT: Final = "vmbus-emu.latency"
 ROUND_TRIP: Final = "round_trip"
@@ -228,7 +228,7 @@ def latency(
         "lost": sum(one.lost for one in machines),
         "faults": summed([one.faults for one in machines]),
         "refused": dict(sum((Counter(one.refused) for one in machines), Counter())),
-        "refusals": [text for one in machines for text in one.refusals],
+        "refusals": joined_refusals([one.refusals for one in machines]),
         "regressions": worse,
         "unjudged": unjudged,
         "within_spread": within_spread(before.stages, figures, limits, unjudged),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -218,6 +218,16 @@ def refused_because(refusals: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{one['rule']}: {one['text']}" for one in refusals if not one["legal"]]
     newest = dict.fromkeys(reversed(lines))
     return [*newest][SHOWN_REFUSALS - 1 :: -1]
+
+
+def joined_refusals(machines: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The newest refusals of several machines, one after the other; those that are alike once, with their sum."""
+    sums: dict[tuple[object, ...], dict[str, Any]] = {}
+    for one in (one for refusals in machines for one in refusals):
+        kind = tuple(value for name, value in one.items() if name != "count")
+        before = sums.pop(kind, {"count": 0})
+        sums[kind] = {**one, "count": before["count"] + one["count"]}
+    return [*sums.values()]
 
 
 def refused_in_bad_faith(control: Control) -> tuple[dict[str, int], list[dict[str, Any]]]:

@@ -138,7 +138,7 @@ class LiveMachine:
         return self.machine.control.refusals()[0]
 
     def refusals(self) -> list[dict[str, Any]]:
-        """The newest refusals in full, oldest first."""
+        """The newest refusals in full, those that are alike once, with their `count`; the last is the newest."""
         return self.machine.control.refusals()[1]
 
     def driver_state(self, which: str | int | UUID) -> list[int]:

@@ -1,11 +1,12 @@
-"""What the host refused or found to lead to nothing, counted by rule, and the newest few in full.
+"""What the host refused or found to lead to nothing, counted by rule, and the newest few kinds in full.
 
-A guest can make these as often as it likes, so what is kept does not grow: rules are ours, and few.
+Those that are alike are kept once, with their number: who does one thing wrong for ever displaces nobody. A guest can
+make these as often as it likes, so what is kept does not grow: rules are ours, and few.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from typing import Any, Final
 
 from emu.errors import ProtocolViolation
@@ -23,19 +24,23 @@ class Refusals:
     def __init__(self) -> None:
         self.refused: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
-        self.last: deque[Refused] = deque(maxlen=KEPT)
+        self.last: OrderedDict[Refused, int] = OrderedDict()
+        """How often there was each; the one that came last is the last."""
 
     def add(self, refusal: Refused, times: int = 1) -> None:
         """Count one, or so many that are alike."""
         (self.ignored if refusal.legal else self.refused)[refusal.rule] += times
-        self.last.append(refusal)
+        self.last[refusal] = self.last.get(refusal, 0) + times
+        self.last.move_to_end(refusal)
+        if len(self.last) > KEPT:
+            self.last.popitem(last=False)
 
     def add_violation(self, violation: ProtocolViolation, where: str) -> None:
         """Count what a ring or another piece of logic found; `where` says in what."""
         self.add(Refused(violation.rule, f"{where}: {violation}", violation.field, violation.value))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the newest refusals as plain values, oldest first."""
+        """Return the newest refusals as plain values, each kind with its `count`; those that came last are the last."""
         return [
             {
                 "rule": refusal.rule,
@@ -43,8 +48,9 @@ class Refusals:
                 "value": _plain(refusal.value),
                 "text": refusal.text,
                 "legal": refusal.legal,
+                "count": count,
             }
-            for refusal in self.last
+            for refusal, count in self.last.items()
         ]
 
 

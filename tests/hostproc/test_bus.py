@@ -442,27 +442,37 @@ def test_nobody_listens_for_sockets() -> None:
 
 
 def test_refusals_are_counted_and_the_newest_kept() -> None:
-    """By rule; what was legal apart; the last few in full."""
+    """By rule; what was legal apart; the last few in full, those that are alike as one with their number."""
     guest = Guest()
     guest.boot()
 
     for _ in range(50):
         guest.post(CloseChannel(77))
-    guest.post(Unload(), RelidReleased(1))
+    guest.post(CloseChannel(78), CloseChannel(77), Unload(), RelidReleased(1))
 
     refusals = guest.bus.refusals
-    assert refusals.refused == {"close-unknown-relid": 50}
+    assert refusals.refused == {"close-unknown-relid": 52}
     assert refusals.ignored == {"released-while-disconnected": 1}
     records = refusals.records()
-    assert len(records) == 32
-    assert records[0]["rule"] == "close-unknown-relid" and records[0]["value"] == 77
+    assert [(one["value"], one["count"]) for one in records] == [(78, 1), (77, 51), (1, 1)]
     assert records[-1] == {
         "rule": "released-while-disconnected",
         "field": "child_relid",
         "value": 1,
         "text": "RELID_RELEASED for 1 while nobody is connected",
         "legal": True,
+        "count": 1,
     }
+
+
+def test_only_the_newest_kinds_of_refusals_are_kept() -> None:
+    """The kind that nobody did for the longest time makes room for a new one."""
+    guest = Guest()
+    guest.boot()
+
+    guest.post(*(CloseChannel(relid) for relid in range(100, 132)), CloseChannel(100), CloseChannel(132))
+
+    assert [one["value"] for one in guest.bus.refusals.records()] == [*range(102, 132), 100, 132]
 
 
 @pytest.mark.parametrize("offset", [0, 4])

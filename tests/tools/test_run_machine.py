@@ -202,6 +202,11 @@ def test_refusals_that_are_alike_are_one_line(capsys: pytest.CaptureFixture[str]
         "  unknown-message-connection: hypercall with connectionid 0x4: INVALID_CONNECTION_ID",
     ]
 
+    assert cli.main(["run", str(scenario), "--duration", "0", "--json"]) == 0
+
+    refusals = json.loads(capsys.readouterr().out)["refusals"]
+    assert [(one["rule"], one["count"]) for one in refusals if not one["legal"]] == [("unknown-message-connection", 4)]
+
 
 def test_refusals_that_are_shown_are_those_that_came_last(capsys: pytest.CaptureFixture[str]) -> None:
     """Also one that had come before: told twice, its place is that of the second time."""
