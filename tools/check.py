@@ -23,6 +23,7 @@ from tools.invariant_table import RULES
 from tools.invariants import Finding, Machine, Verdict, judge, missing_of
 from tools.junit import JunitCase, suite_of
 from tools.named_files import check_apart, write_text
+from tools.nouns import counted
 from tools.options import FileToWrite, json_option
 from tools.output import print_json, say
 from tools.trace import as_json
@@ -107,7 +108,7 @@ def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, 
     cases = [
         JunitCase(
             f"{verdict.name} {verdict.rule.TITLE}",
-            failure=f"{verdict.count} violations" if verdict.count and not verdict.undecided else "",
+            failure=counted(verdict.count, "violation") if verdict.count and not verdict.undecided else "",
             skipped=verdict.undecided,
             text="\n".join([*(line for one in verdict.violations for line in lines_of(one)), *cut_of([verdict])]),
         )
@@ -115,7 +116,7 @@ def junit_of(verdicts: Sequence[Verdict], path: Path, told: Sequence[tuple[str, 
     ]
     if told:
         text = "\n".join(f"{name}: {text}" for name, text in told)
-        cases.append(JunitCase("the machine as its run found it", failure=f"{len(told)} violations", text=text))
+        cases.append(JunitCase("the machine as its run found it", failure=counted(len(told), "violation"), text=text))
     if damage:
         cases.append(JunitCase("the recording is whole", failure=damage))
     return suite_of(f"vmbus-emu check {path.name}", "check", cases)
@@ -157,7 +158,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
     held = sum(1 for one in verdicts if not one.count and not one.undecided)
     broken = sum(1 for one in verdicts if one.count)
     undecided = [one for one in verdicts if one.undecided]
-    click.echo(f"{held} invariants held, {broken} broken, {len(undecided)} undecided")
+    click.echo(f"{counted(held, 'invariant')} held, {broken} broken, {len(undecided)} undecided")
     for reason in dict.fromkeys(one.undecided for one in undecided):
         names = ", ".join(one.name for one in undecided if one.undecided == reason)
         click.echo(f"undecided, as {reason}: {names}")

@@ -9,6 +9,7 @@ import click
 
 from emu.ipc.segments import objects_of, unlink_objects
 from tools.machines import Life, find_machines
+from tools.nouns import counted
 from tools.options import json_option
 from tools.output import print_json, say
 
@@ -32,6 +33,6 @@ def clean(dry_run: bool, as_json: bool) -> None:
         print_json("clean", 1, {"dry_run": dry_run, "removed": removed})
         return
     for name, count in removed.items():
-        say(f"machine {name}: {count} objects {'would be ' if dry_run else ''}removed")
+        say(f"machine {name}: {counted(count, 'object')} {'would be ' if dry_run else ''}removed")
     if not removed:
         say("nothing to clean")

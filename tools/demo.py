@@ -22,6 +22,7 @@ from emu.scenario import MachineSpec, Scenario
 from emu.task_board import Program
 from emu.wire.versions import version_text
 from tools.demo_steps import Step, milestones, steps_of
+from tools.nouns import counted
 from tools.options import json_option
 from tools.output import colored, print_json
 from tools.testing import LiveMachine, Offered, running
@@ -157,8 +158,8 @@ class Story:
         if (out := self.narrator) is None:
             return
         out.section(2 + len(DEVICES), "The guest's programs send packets through the rings")
-        what = "every byte compared" if not errors else f"{errors} ERRORS"
-        out.line(f"   {packets} packets there and back over {len(DEVICES)} channels, {what}.")
+        what = "every byte compared" if not errors else counted(errors, "ERROR", "ERRORS")
+        out.line(f"   {counted(packets, 'packet')} there and back over {len(DEVICES)} channels, {what}.")
 
     def vanish(self, offered: Offered) -> None:
         """The host takes one device back, under the guest's feet."""

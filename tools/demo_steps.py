@@ -16,6 +16,7 @@ from emu.wire.synic import HYPERVISOR_CALLBACK_VECTOR, VMBUS_MESSAGE_SINT
 from guestproc.kernel.layout import ChannelState
 from guestproc.kernel.workqueue import QueueNumber
 from guestproc.protocol.numbers import Tasklets, Works
+from tools.nouns import counted
 
 Values = dict[str, int]
 _QUEUES: Final = "kworker/"
@@ -90,7 +91,7 @@ def _rules() -> tuple[Rule, ...]:
         rule("work_run", "QUEUE", add_channel, "vmbus_add_channel_work", True),
         rule("state", "QUEUE", opening, "the driver's probe: vmbus_open"),
         rule("req_alloc", "QUEUE", gpadl, "vmbus_establish_gpadl: waits"),
-        rule("gpadl_add", "HOST", {}, lambda v: f"GPADL of {v['pages']} pages accepted", True),
+        rule("gpadl_add", "HOST", {}, lambda v: f"GPADL of {counted(v['pages'], 'page')} accepted", True),
         rule("req_alloc", "QUEUE", opened, "OPENCHANNEL: waits"),
         rule("map", "HOST", {}, "device attached to both rings", True),
         rule("open", "QUEUE", {"ret": 0}, "vmbus_open: the channel is open", True),

@@ -20,6 +20,7 @@ from emu.switches import SWITCHES
 from tools.exit_status import ExitStatus, deferring_interruption
 from tools.findings import Case, InFolder, folder_of
 from tools.named_files import check_apart, write_text
+from tools.nouns import counted, noun
 from tools.options import FileToWrite, Seconds, json_option
 from tools.output import print_json, say
 
@@ -241,13 +242,16 @@ def show(report: dict[str, Any]) -> None:
         for problem in violation["problems"]:
             click.echo(f"      {problem}")
     depth = f"depth {report['depth']} completed" + (", and there are no others" if report["exhausted"] else "")
-    click.echo(f"{report['transitions']:,} transitions, {report['states']:,} distinct states, {depth}")
-    click.echo(f"{report['transitions_per_second']:,} transitions a second, {report['seconds']:.1f} s")
+    made, states, a_second = report["transitions"], report["states"], report["transitions_per_second"]
+    click.echo(f"{counted(made, 'transition')}, {states:,} distinct {noun(states, 'state')}, {depth}")
+    click.echo(f"{counted(a_second, 'transition')} a second, {report['seconds']:.1f} s")
     for core in ("guest", "host"):
-        one = report[core]
-        click.echo(f"{core}: {one['states']:,} states, {one['steps']:,} different steps, {one['made']:,} made")
+        states, steps = report[core]["states"], report[core]["steps"]
+        said = f"{counted(states, 'state')}, {steps:,} different {noun(steps, 'step')}"
+        click.echo(f"{core}: {said}, {report[core]['made']:,} made")
     if report["stopped"] == INTERRUPTED:
         click.echo(f"interrupted, before the depth of {report['asked_depth']}")
     elif report["stopped"]:
         click.echo(f"stopped by the limit of {report['stopped']}, before the depth of {report['asked_depth']}")
-    click.echo("no violation" if violation is None else f"{len(violation['problems'])} violations")
+    found = 0 if violation is None else len(violation["problems"])
+    click.echo(counted(found, "violation") if found else "no violation")

@@ -15,6 +15,7 @@ from typing import Any, Final
 from hdrh.histogram import HdrHistogram
 
 from tools import svg
+from tools.nouns import counted
 
 MOST_NS: Final = 60_000_000_000
 DIGITS: Final = 3
@@ -238,7 +239,7 @@ def regressions(
 def _believed(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> str:
     """How many samples lie beyond a percentile that got worse, and whether a run by itself differs as much."""
     samples = beyond(int(min(before["count"], after["count"])), name)
-    many = f"{samples:,} sample{'' if samples == 1 else 's'} beyond it"
+    many = f"{counted(samples, 'sample')} beyond it"
     if samples < MOST_BY_CHANCE:
         return f"only {many}: it may be chance"
     spread = most_spread(before, after, name)

@@ -19,6 +19,7 @@ from typing import ClassVar, Final
 from emu.control import ActorKind
 from emu.layout import ExitOperation
 from emu.recording import Recording, TraceRecord
+from tools.nouns import counted
 
 MOST_SHOWN: Final = 100
 """Violations of one rule that are kept; the rest is counted."""
@@ -196,5 +197,5 @@ def missing_of(recording: Recording) -> str:
     if recording.flight and recording.begins_late:
         return "a flight recorder keeps the last records only"
     if recording.dropped:
-        return f"{recording.dropped} records were dropped"
+        return f"{counted(recording.dropped, 'record was', 'records were')} dropped"
     return ""

@@ -15,6 +15,7 @@ from hostproc.protocol.states import ChannelState as HostState
 from tools.invariants import Finding
 from tools.invariants_settled import Scene
 from tools.live_view import LiveView
+from tools.nouns import counted
 
 NOT_THE_GUESTS = CLIENT_RELEASE_STATES | {HostState.CLIENT_RELEASED}
 """States of a channel of which the guest has no relid."""
@@ -56,20 +57,21 @@ def counts_are_right(scene: Scene) -> Iterator[Finding]:
     tables = scene.view.tables
     if tables is None:
         return
-    counted = tables.connection.offer_in_progress.load()
+    in_progress = tables.connection.offer_in_progress.load()
     offers = [work for work in scene.view.work() if work.msgtype == MessageType.OFFERCHANNEL]
     least = sum(not work.worker for work in offers)
     # One that runs may be behind its publish; who is held may have counted one that is not queued yet.
     most = len(offers) + len(scene.parked)
-    if not least <= counted <= most:
-        signed = counted - (1 << 32) if counted >> 31 else counted
-        text = f"offer_in_progress is {signed}, and {len(offers)} offers are between their slot and the relid table"
-        yield Finding(4, text)
+    if not least <= in_progress <= most:
+        signed = in_progress - (1 << 32) if in_progress >> 31 else in_progress
+        between = counted(len(offers), "offer is between its", "offers are between their")
+        yield Finding(4, f"offer_in_progress is {signed}, and {between} slot and the relid table")
     closes = tables.connection.nr_chan_close_on_suspend.load()
     published = tables.relids.published()
     really = sum(closes_before_suspend(one) for one in scene.view.channels() if one.relid in published)
     if not scene.parked and not offers and not _rescinds(scene.view) and closes != really:
-        yield Finding(4, f"nr_chan_close_on_suspend is {closes}, and {really} channels are to be closed then")
+        told = f"nr_chan_close_on_suspend is {closes}"
+        yield Finding(4, f"{told}, and {counted(really, 'channel is', 'channels are')} to be closed then")
 
 
 def _rescinds(view: LiveView) -> bool:

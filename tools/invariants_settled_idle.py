@@ -14,6 +14,7 @@ from tools.invariants_settled_channels import relids_left, request_text
 from tools.invariants_settled_interrupts import open_channels
 from tools.invariants_settled_rings import guest_reads, host_reads, left_lying
 from tools.live_view import LiveView
+from tools.nouns import counted
 from tools.waits import waits
 
 NUMBER = 28
@@ -58,7 +59,7 @@ def _queues(view: LiveView) -> Iterator[Finding]:
     for queue in QueueNumber:
         record = view.tables.queues.at(queue)
         if record.queued != record.finished and not any(one.queue == queue for one in view.work()):
-            text = f"of {record.queued} pieces of work on queue {queue.name}, {record.finished} were done"
+            text = f"of {counted(record.queued, 'piece')} of work on queue {queue.name}, {record.finished} were done"
             yield Finding(NUMBER, text)
     if count := view.tables.connection.offer_in_progress.load():
         yield Finding(NUMBER, f"offer_in_progress is {count}")

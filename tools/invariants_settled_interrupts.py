@@ -14,6 +14,7 @@ from guestproc.view import INBOUND
 from tools.invariants import Finding
 from tools.invariants_settled import Scene
 from tools.live_view import LiveView, SlotMessage
+from tools.nouns import counted
 
 NO_INTERRUPTS: Final = 0xFFFFFFFF
 """`target_vp` of a channel that wants none."""
@@ -28,7 +29,8 @@ def pending_is_served(scene: Scene) -> Iterator[Finding]:
     for vp, position, slot in _slots(scene):
         if slot.pending and not slot.message_type:
             waiting = scene.view.synic(position).waiting[slot.sint]
-            text = f"slot {slot.sint} of VP {vp} is empty with its pending bit set, and {waiting} messages wait for it"
+            told = counted(waiting, "message waits", "messages wait")
+            text = f"slot {slot.sint} of VP {vp} is empty with its pending bit set, and {told} for it"
             yield Finding(9, text, actors=_taker(scene.view, position))
 
 
@@ -155,7 +157,7 @@ def tasklets_run(scene: Scene) -> Iterator[Finding]:
         cpu = word >> CPU_SHIFT & CPU_MASK
         if tasklet.disable_count:
             pending = f", pending on CPU {cpu}" if tasklet.scheduled else ""
-            text = f"the tasklet of {name} is left disabled {tasklet.disable_count} times{pending}"
+            text = f"the tasklet of {name} is left disabled {counted(tasklet.disable_count, 'time')}{pending}"
             yield Finding(18, text, relid=relid)
         elif tasklet.scheduled and not tasklet.running:
             text = f"the tasklet of {name} is scheduled on CPU {cpu}, enabled, and does not run"

@@ -19,6 +19,7 @@ from tools.invariants import Finding
 from tools.invariants_settled import Scene
 from tools.invariants_settled_interrupts import consumer, interrupt_pending, open_channels
 from tools.live_view import LiveView
+from tools.nouns import counted, noun
 
 ALIGNMENT: Final = 8
 """Of what is in a ring; this much of it always stays free."""
@@ -244,7 +245,7 @@ def frames_came_whole(scene: Scene) -> Iterator[Finding]:
         wrong = [(one.rx_gaps, "out of sequence"), (one.rx_checksum_errors, "damaged")]
         said = " and ".join(f"{count} {what}" for count, what in wrong if count)
         if channel is not None and said:
-            text = f"of {one.rx_packets} frames that came on relid {channel.relid} {said}"
+            text = f"of {counted(one.rx_packets, 'frame')} that came on relid {channel.relid} {said}"
             yield Finding(23, text, relid=channel.relid)
 
 
@@ -271,7 +272,8 @@ def stopped_queues_are_woken(scene: Scene) -> Iterator[Finding]:
             text = f"the transmit queue of relid {channel.relid} is stopped, and no completion will come that wakes it"
             yield Finding(22, text, relid=channel.relid)
         if one.rx_owed and not one.napi.scheduled:
-            text = f"{one.rx_owed} completions are owed on relid {channel.relid}, and no poll is due that sends them"
+            owed = counted(one.rx_owed, "completion is", "completions are")
+            text = f"{owed} owed on relid {channel.relid}, and no poll is due that sends them"
             yield Finding(22, text, relid=channel.relid)
 
 
@@ -303,9 +305,11 @@ def pools_add_up(scene: Scene) -> Iterator[Finding]:
             yield Finding(22, text, relid=channel.relid)
     owned = sum(tables.pages.in_use_by_owner().values())
     if owned != tables.pages.pages_in_use:
-        yield Finding(22, f"{tables.pages.pages_in_use} pages are counted as taken, {owned} have an owner")
+        taken = counted(tables.pages.pages_in_use, "page is", "pages are")
+        yield Finding(22, f"{taken} counted as taken, {counted(owned, 'has', 'have')} an owner")
     pools = (tables.channels, tables.requests, tables.waiters, tables.work, tables.devices, tables.net_channels)
     for table in (*pools, tables.frames):
         live = sum(1 for _ in table.live())
         if live != table.in_use:
-            yield Finding(22, f"{table.in_use} records of {table.name} are counted as taken, {live} are")
+            taken = f"{counted(table.in_use, 'record')} of {table.name} {noun(table.in_use, 'is', 'are')}"
+            yield Finding(22, f"{taken} counted as taken, {counted(live, 'is', 'are')}")

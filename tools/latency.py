@@ -51,6 +51,7 @@ from tools.latency_stages import CONTROL_STAGES, DATA_STAGES, DUE_STAGE, Stages,
 from tools.launch import MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, check_svg, write_text
 from tools.nameless_file import nameless_file
+from tools.nouns import counted
 from tools.options import FileToWrite, Seconds, fault_option, json_option, record_option, scenario_argument
 from tools.output import print_json, print_table, say
 from tools.run_outcome import joined_refusals, refused_in_bad_faith, tell_faults, tell_refused
@@ -209,7 +210,7 @@ def latency(
     if hlog is not None:
         write_text(hlog, hlog_text(histograms, _intervals(plain, recorded, began_s)), "--hlog")
     if plot is not None:
-        write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {size} bytes, {_pace(rate)}"), "--plot")
+        write_text(plot, svg_plot(histograms, f"vmbus-emu latency, {counted(size, 'byte')}, {_pace(rate)}"), "--plot")
     # The round trip is judged in any case: it is what was asked for.
     unjudged = too_few({stage: one for stage, one in before.stages.items() if stage != ROUND_TRIP}, figures, limits)
     worse = regressions(before.stages, figures, limits, unjudged)
@@ -474,7 +475,8 @@ def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
             "and the round trips are as long as the backlog: a lower --rate tells more"
         )
     if report["records_dropped"]:
-        yield f"{report['records_dropped']:,} records were dropped: the stages are those of what was left"
+        dropped = report["records_dropped"]
+        yield f"{counted(dropped, 'record was', 'records were')} dropped: the stages are those of what was left"
     if report["unjudged"]:
         yield f"too few samples for --fail, not judged: {', '.join(report['unjudged'])}; --duration makes them more"
     if wide := report["within_spread"]:
@@ -497,7 +499,8 @@ def _show(report: dict[str, Any], curve: list[str], before: Older) -> None:
         for name, one in report["stages"].items()
     ]
     print_table(("stage", "count", "p50 us", "p90 us", "p99 us", "p99.9 us", "max us"), rows)
-    how = f"{report['size']} bytes, {_pace(report['rate'])}, {report['vcpus']} vCPUs, poll {report['poll']}"
+    size, vcpus = report["size"], report["vcpus"]
+    how = f"{counted(size, 'byte')}, {_pace(report['rate'])}, {counted(vcpus, 'vCPU')}, poll {report['poll']}"
     click.echo(f"\nround trip, {how}, {report['build']}:")
     for line in curve:
         click.echo(line)

@@ -63,6 +63,7 @@ from guestproc.protocol.era import ERAS
 from guestproc.protocol.numbers import Works
 from guestproc.protocol.triage import payload_of
 from guestproc.view import GuestView
+from tools.nouns import counted, noun
 
 INNER: Final = (ActorKind.HYPERVISOR, ActorKind.VCPU, ActorKind.TASK, ActorKind.WORKER)
 """Kinds of actors that move a machine; the workqueue process's first thread only waits for the others."""
@@ -291,11 +292,15 @@ class LiveView:
         """Messages between the two ends that nobody has taken yet, in words."""
         head = self.mirror.head()
         counts = (
-            (head.incoming, "of the guest's wait to be read by the host"),
-            (head.outgoing, "of the host's wait for a buffer"),
-            (head.to_slots, "of the host's wait for a slot"),
+            (head.incoming, "of the guest's", "to be read by the host"),
+            (head.outgoing, "of the host's", "for a buffer"),
+            (head.to_slots, "of the host's", "for a slot"),
         )
-        found = [f"{count} messages {text}" for count, text in counts if count]
+        found = [
+            f"{counted(count, 'message')} {whose} {noun(count, 'waits', 'wait')} {what}"
+            for count, whose, what in counts
+            if count
+        ]
         for position in range(self.machine.vp_count):
             full = [one for one in self.slots(position) if one.message_type]
             found += [f"{one.text} is in slot {one.sint} of VP {self.machine.vp_index(position)}" for one in full]

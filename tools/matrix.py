@@ -20,6 +20,7 @@ from tools.early_signals import raise_noted
 from tools.exit_status import ExitStatus, noting_interruption
 from tools.guest_versions import predicted
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
+from tools.nouns import counted
 from tools.options import json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.run_machine import exercise
@@ -172,7 +173,7 @@ def show(results: list[Boot]) -> None:
     wrong, died = sum(not result.ok and not result.died for result in results), sum(result.died for result in results)
     told = [f"{wrong} of them not as the protocol says"] if wrong else []
     told += [f"{died} of them died"] if died else []
-    click.echo(", ".join([f"{len(results)} machines", *told]) if told else f"{len(results)} ok")
+    click.echo(", ".join([counted(len(results), "machine"), *told]) if told else f"{len(results)} ok")
 
 
 def _verdict(result: Boot) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from tools import svg
+from tools.nouns import counted
 from tools.profile_samples import ProcessCost, Profile
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 360, 60, 620, 36, 40
@@ -44,7 +45,7 @@ def _bands(found: Profile) -> list[tuple[str, list[float]]]:
     ]
     rest = [_resampled(one, found.seconds) for one in ordered[MOST_BANDS:]]
     if rest:
-        bands.append((f"{len(rest)} others", [sum(values) for values in zip(*rest, strict=True)]))
+        bands.append((counted(len(rest), "other"), [sum(values) for values in zip(*rest, strict=True)]))
     return bands
 
 

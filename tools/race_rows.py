@@ -27,6 +27,7 @@ from guestproc.protocol.numbers import Tasklets, Works
 from tools.event_names import name_of
 from tools.flows import Flow, Flows, Role, flows_of
 from tools.invariants import is_host
+from tools.nouns import counted
 from tools.race_run import RunNote
 from tools.schedule import Schedule, Step
 
@@ -525,5 +526,6 @@ def _without_earliest(rows: Sequence[Row], count: int) -> list[Row]:
     if not going:
         return list(rows)
     first, gone = rows[going[0]], set(going)
-    said = Row(Kind.LEFT_OUT, f"… {sum(rows[number].count for number in going)} things more …", first.t_ns)
+    things = sum(rows[number].count for number in going)
+    said = Row(Kind.LEFT_OUT, f"… {counted(things, 'thing')} more …", first.t_ns)
     return [said if number == going[0] else row for number, row in enumerate(rows) if number not in gone - {going[0]}]

@@ -11,6 +11,7 @@ from typing import Final
 from emu.switches import SWITCHES
 from tools.director import Broken
 from tools.invariant_table import titles
+from tools.nouns import counted
 from tools.schedule import Schedule, Step, point_of
 
 
@@ -82,9 +83,8 @@ def _until_event(step: Step) -> str:
 
 def _offer(step: Step) -> str:
     count = int(step.options.get("subchannels", 0))
-    return (
-        f"The host offers a device of class {step.words[0]}{f' with {count} sub-channels' * bool(count)}: {step.label}."
-    )
+    with_them = f" with {counted(count, 'sub-channel')}" if count else ""
+    return f"The host offers a device of class {step.words[0]}{with_them}: {step.label}."
 
 
 def _send(step: Step) -> str:

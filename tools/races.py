@@ -22,6 +22,7 @@ from tools.findings import RECORDING, REPEAT, Case, InFolder
 from tools.junit import JunitCase, suite_of, write_end
 from tools.named_files import check_apart, write_text
 from tools.nameless_file import nameless_file
+from tools.nouns import counted
 from tools.options import FileToWrite, json_option
 from tools.output import narrates, print_json, print_table, say
 from tools.race_run import HELD, INCONCLUSIVE, STATUS, VIOLATED, RaceMachine, RaceRun
@@ -158,7 +159,7 @@ def run(name: str, fix: str, times: int, record_path: Path | None, junit: Path |
                 if not as_json:
                     click.echo(line_of(runs[-1]))
         if interruption.status is not None:
-            say(f"interrupted after {len(runs)} of {times} runs")
+            say(f"interrupted after {len(runs)} of {counted(times, 'run')}")
         if not runs:
             write_end(junit, SUITE, CLASSNAME, "interrupted before the first run ended")
             return interruption.status or ExitStatus.FAILED
@@ -367,7 +368,8 @@ def junit_of(runs: list[RaceRun], output: str = "", *, interrupted: bool = False
         )
         for number, one in enumerate(runs, 1)
     ]
-    cases += [JunitCase("ran to its end", error=f"interrupted after {len(runs)} runs")] if interrupted else []
+    early = f"interrupted after {counted(len(runs), 'run')}"
+    cases += [JunitCase("ran to its end", error=early)] if interrupted else []
     return suite_of(SUITE, CLASSNAME, cases, seconds=sum(one.seconds for one in runs), output=output)
 
 

@@ -15,6 +15,7 @@ from emu.errors import UserError
 from emu.recording import Recording
 from tools.exit_status import ExitStatus
 from tools.named_files import check_apart, check_writable, write_text
+from tools.nouns import counted
 from tools.options import FileToWrite, json_option
 from tools.output import print_json, say
 from tools.report_data import CURVE, report_of
@@ -71,7 +72,7 @@ def report(file: Path, output: Path | None, as_json: bool) -> int:
         print_json("report", 1, told)
     else:
         megabytes, messages, findings = len(text.encode()) / 1e6, len(flows["shown"]), len(found["findings"])
-        say(f"{page}: {megabytes:.2f} MB, {messages} messages, {findings} finding{'' if findings == 1 else 's'}")
+        say(f"{page}: {megabytes:.2f} MB, {counted(messages, 'message')}, {counted(findings, 'finding')}")
     return _status(recording)
 
 

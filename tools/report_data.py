@@ -30,6 +30,7 @@ from tools.histograms import nearest_rank
 from tools.invariants import Verdict, is_host, missing_of
 from tools.invariants_messages import is_in_good_faith
 from tools.latency_stages import Step, stages_of
+from tools.nouns import counted, noun
 
 BUCKETS: Final = 240
 FLOW_BYTES: Final = 1_000_000
@@ -361,22 +362,23 @@ def findings_of(recording: Recording, seen: _Seen, flows: Flows, verdicts: Seque
     if recording.damage:
         found.append(_finding("damage", f"the file is damaged: {recording.damage}"))
     if recording.dropped:
-        found.append(_finding("dropped", f"{recording.dropped:,} records were overwritten before they were written"))
+        told = counted(recording.dropped, "record was overwritten before it", "records were overwritten before they")
+        found.append(_finding("dropped", f"{told} {noun(recording.dropped, 'was', 'were')} written"))
     found += [_finding("mark", text) for _at, text in seen.marks]
     for (who, rule), count in seen.refused.items():
-        found.append(_finding("refused", f"{who} refused: {rule}, {count} time{'' if count == 1 else 's'}"))
+        found.append(_finding("refused", f"{who} refused: {rule}, {counted(count, 'time')}"))
     open_ends = [flow for flow in flows if not flow.ended]
     if open_ends and not missing_of(recording):
         names = Counter(flow.name for flow in open_ends)
-        told = ", ".join(f"{count} {name}" for name, count in names.most_common(5))
+        which = ", ".join(f"{count} {name}" for name, count in names.most_common(5))
         shown_in = [flow.id for flow in open_ends]
-        found.append(_finding("unfinished", f"{len(open_ends)} messages did not come to their end: {told}", shown_in))
+        lost = counted(len(open_ends), "message did not come to its end", "messages did not come to their end")
+        found.append(_finding("unfinished", f"{lost}: {which}", shown_in))
     if not missing_of(recording):
         found += [_finding("owed", debt.text, debt.messages) for debt in debts_of(list(recording.records()), flows)]
     if more := len(found[MOST_FINDINGS:]):
-        found[MOST_FINDINGS:] = [
-            _finding("more", f"{more:,} more are not shown; `vmbus-emu check --json` lists violations")
-        ]
+        left_out = counted(more, "more is", "more are")
+        found[MOST_FINDINGS:] = [_finding("more", f"{left_out} not shown; `vmbus-emu check --json` lists violations")]
     return found
 
 

@@ -42,6 +42,7 @@ from tools.launch import (
     launch,
     unused_name,
 )
+from tools.nouns import counted, noun
 from tools.output import narrates, print_json, say
 from tools.run_outcome import Outcome, show_devices, tell, tell_faults, tell_refused
 
@@ -243,7 +244,8 @@ def note_boot(running: RunningMachine, outcome: Outcome) -> None:
     outcome.offers = max(outcome.offers, outcome.surely_offered())
     struck = any(fault["hits"] for fault in running.faults.report())
     lost = 0 if struck else outcome.lost()
-    if lost and (full := too_full(f"{lost} of {outcome.offers} channels are not open")):
+    told = f"{lost:,} of {counted(outcome.offers, 'channel')} {noun(lost, 'is', 'are')} not open"
+    if lost and (full := too_full(told)):
         raise full
 
 

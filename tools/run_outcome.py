@@ -18,6 +18,7 @@ from emu.wire.guids import guid_to_wire
 from emu.wire.versions import VERSION_WIN8, version_from_text
 from tools.device_list import ListedDevice, device_report
 from tools.exit_status import ExitStatus
+from tools.nouns import counted, noun
 from tools.output import print_json, print_table, say
 
 SHOWN_DEVICES: Final = 40
@@ -131,11 +132,12 @@ class Outcome:
     def findings(self) -> list[str]:
         """What is wrong with what was seen, a line each."""
         lost = self.lost()
-        found = [f"{one.program.name.lower()} on cpu{one.cpu}: {one.errors} errors" for one in self.tasks if one.errors]
+        wrong = [one for one in self.tasks if one.errors]
+        found = [f"{one.program.name.lower()} on cpu{one.cpu}: {counted(one.errors, 'error')}" for one in wrong]
         if self.stream is not None and not self.stream["sha256_ok"]:
             found.append(_wrong_stream(self.stream))
         found += [LEFT[self.left]] if self.left is Left.DIED else []
-        found += [f"not open: {lost} of {self.offers} channels"] if lost else []
+        found += [f"not open: {lost:,} of {counted(self.offers, 'channel')}"] if lost else []
         found += [f"leaked: {self.leaked}"] if self.leaked else []
         found += [f"plugin errors: {self.plugin_errors}"] if self.plugin_errors else []
         return [*found, *self.state["state_violations"]]
@@ -193,14 +195,16 @@ def recording_report(recording: RecordingWriter | None) -> dict[str, Any] | None
 def tell_recording(recording: RecordingWriter | None) -> None:
     """One line of how much was recorded, and how much of it was lost."""
     if recording is not None:
-        lost = f"; {recording.dropped:,} more were dropped" if recording.dropped else ", none dropped"
-        say(f"{recording.records:,} events recorded in {recording.path}{lost}")
+        more = f"; {recording.dropped:,} more {noun(recording.dropped, 'was', 'were')} dropped"
+        lost = more if recording.dropped else ", none dropped"
+        say(f"{counted(recording.records, 'event')} recorded in {recording.path}{lost}")
 
 
 def tell_faults(faults: list[dict[str, Any]]) -> None:
     """A line for each fault that the machine was to have."""
     for one in faults:
-        click.echo(f"fault {one['fault']}: {one['hits']} hits of {one['seen']} occasions")
+        hits, seen = one["hits"], one["seen"]
+        click.echo(f"fault {one['fault']}: {counted(hits, 'hit')} of {counted(seen, 'occasion')}")
 
 
 def tell_refused(refused: Mapping[str, int], refusals: Sequence[Mapping[str, Any]]) -> None:
@@ -258,16 +262,17 @@ def show_devices(outcome: Outcome) -> None:
     print_table(("relid", "class", "instance", "driver", "channels", "state"), rows)
     if len(outcome.devices) > SHOWN_DEVICES:
         click.echo(f"… and {len(outcome.devices) - SHOWN_DEVICES} more (vmbus-emu ls lists them)")
-    click.echo(
-        f"VMBus {outcome.version}, {outcome.channels_open} of {outcome.offers} channels open "
-        f"after {outcome.boot_s:.3f} s"
-    )
+    click.echo(f"VMBus {outcome.version}, {_of_channels(outcome)} open after {outcome.boot_s:.3f} s")
+
+
+def _of_channels(outcome: Outcome) -> str:
+    return f"{outcome.channels_open:,} of {counted(outcome.offers, 'channel')}"
 
 
 def _wrong_stream(stream: Mapping[str, Any]) -> str:
     """What is wrong with a file that did not come back: it ended early, or is another one."""
     if stream["bytes"] < stream["file_bytes"]:
-        part = f"{stream['bytes']} of {stream['file_bytes']} bytes there and back"
+        part = f"{stream['bytes']} of {stream['file_bytes']} {noun(stream['file_bytes'], 'byte')} there and back"
         return f"{stream['path']}: {part}, then relid {stream['relid']} was gone, or its device did not answer"
     return f"{stream['path']} came back with another SHA-256"
 
@@ -297,21 +302,21 @@ def tell(outcome: Outcome, as_json: bool, interrupted: int | None) -> int:
 
 def _tell_people(outcome: Outcome) -> None:
     if outcome.foreign and outcome.version:
-        click.echo(f"VMBus {outcome.version}, {outcome.channels_open} of {outcome.offers} channels open at a time")
+        click.echo(f"VMBus {outcome.version}, {_of_channels(outcome)} open at a time")
     if outcome.left:
         click.echo(LEFT[outcome.left])
     if outcome.tasks:
         echoes = [task for task in outcome.tasks if task.program != Program.NET_CHECK]
         frames = [task for task in outcome.tasks if task.program == Program.NET_CHECK]
-        errors = sum(task.errors for task in echoes)
+        errors, packets = sum(task.errors for task in echoes), sum(task.packets for task in echoes)
         kicks = ", ".join(f"{count} {kind}" for kind, count in outcome.kicks().items())
-        click.echo(f"{sum(task.packets for task in echoes)} packets echoed, {errors} errors; kicks: {kicks}")
+        click.echo(f"{counted(packets, 'packet')} echoed, {counted(errors, 'error')}; kicks: {kicks}")
         if frames:
-            errors = sum(task.errors for task in frames)
-            click.echo(f"{sum(task.packets for task in frames)} frames through hv_netlike, {errors} errors")
+            errors, packets = sum(task.errors for task in frames), sum(task.packets for task in frames)
+            click.echo(f"{counted(packets, 'frame')} through hv_netlike, {counted(errors, 'error')}")
     if outcome.stream is not None:
         rate = outcome.stream["bytes"] / max(outcome.stream["seconds"], 1e-9) / 1e6
-        moved = f"{outcome.stream['bytes']} bytes there and back at {rate:.1f} MB/s"
+        moved = f"{outcome.stream['bytes']} {noun(outcome.stream['bytes'], 'byte')} there and back at {rate:.1f} MB/s"
         if outcome.stream["sha256_ok"]:
             click.echo(f"{outcome.stream['path']}: {moved}, SHA-256 equal")
         else:
@@ -319,7 +324,7 @@ def _tell_people(outcome: Outcome) -> None:
     tell_refused(outcome.refused, outcome.refusals)
     tell_faults(outcome.faults)
     if lost := outcome.lost():
-        click.echo(f"not open: {lost} of {outcome.offers} channels")
+        click.echo(f"not open: {lost:,} of {counted(outcome.offers, 'channel')}")
     if outcome.plugin_errors:
         click.echo(f"plugin errors: {outcome.plugin_errors}")
     for text in outcome.state["state_violations"]:

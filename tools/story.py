@@ -17,6 +17,7 @@ from hostproc.state_trace import REMOVED
 from tools.event_names import name_of, shown_text
 from tools.flows import Flow, Flows, Role, Step
 from tools.invariants import is_host
+from tools.nouns import counted
 from tools.trace import as_json
 
 TELLING: Final[Mapping[str, tuple[str, str]]] = {
@@ -274,7 +275,7 @@ def _sum_up(traffic: Sequence[TraceRecord]) -> list[Told]:
     span_us = (traffic[-1].t_ns - traffic[0].t_ns) / 1e3
     text = (
         f"traffic for {span_us:,.1f} us: {moved[0]:,} bytes to the host, {moved[1]:,} to the guest in "
-        f"{names['ring_publish']} publishes; {names['signal']} signals to the host, {names['flag_set']} to the guest; "
-        f"{names['ring_full']} times full"
+        f"{counted(names['ring_publish'], 'publish', 'publishes')}; {counted(names['signal'], 'signal')} to the host, "
+        f"{names['flag_set']} to the guest; {counted(names['ring_full'], 'time')} full"
     )
     return [Told(traffic[0], text, "")]

@@ -42,6 +42,7 @@ from tools.junit import JunitCase, suite_of, write_end
 from tools.launch import BOOT_TIMEOUT_S, MachineDied, RunningMachine, launch
 from tools.named_files import check_apart, write_text
 from tools.nameless_file import nameless_file
+from tools.nouns import counted
 from tools.options import (
     FileToWrite,
     Seconds,
@@ -147,7 +148,8 @@ def add_up(reports: Sequence[Mapping[str, Any]]) -> Sums:
             # More than was sent is as wrong as less.
             sums.lost += abs(missing)
             if missing:
-                sums.complaints.append(f"relid {relids[key[0]]}: of {sent[key]} packets of cpu{key[1]}, {missing} lost")
+                packets = counted(sent[key], "packet")
+                sums.complaints.append(f"relid {relids[key[0]]}: of {packets} of cpu{key[1]}, {missing} lost")
     sums.channels = len(relids)
     return sums
 
@@ -538,7 +540,8 @@ def _watch(
             before = now
             say(
                 f"{said - began:5.1f} s  {rates['packets']:9,.0f} packets/s  {rates['bytes'] / 1e6:7.1f} MB/s  "
-                f"{rates['interrupts']:7,.0f} interrupts/s  {len(troubles.hot)} hot devices, {troubles.moves} moves"
+                f"{rates['interrupts']:7,.0f} interrupts/s  "
+                f"{counted(len(troubles.hot), 'hot device')}, {counted(troubles.moves, 'move')}"
             )
 
 
@@ -591,20 +594,22 @@ def junit_of(report: Mapping[str, Any]) -> str:
 
 def _show(report: Mapping[str, Any]) -> None:
     click.echo(
-        f"{report['packets']:,} packets, {report['bytes'] / 1e6:,.1f} MB there and back through {report['channels']} "
-        f"channels of {report['vcpus']} vCPUs in {report['seconds']:g} s"
+        f"{counted(report['packets'], 'packet')}, {report['bytes'] / 1e6:,.1f} MB there and back through "
+        f"{counted(report['channels'], 'channel')} of {counted(report['vcpus'], 'vCPU')} in {report['seconds']:g} s"
     )
     click.echo(
-        f"{report['requested']:,} interrupts requested, {report['merged']:,} merged, {report['interrupts']:,} taken, "
-        f"{report['spurious']} spurious; {report['wakeups']:,} wake-ups, {report['preemptions']:,} preemptions"
+        f"{counted(report['requested'], 'interrupt')} requested, {report['merged']:,} merged, "
+        f"{report['interrupts']:,} taken, {report['spurious']} spurious; {counted(report['wakeups'], 'wake-up')}, "
+        f"{counted(report['preemptions'], 'preemption')}"
     )
     click.echo(
-        f"rings: {report['empty_transitions']:,} times from empty, {report['full_transitions']:,} times full, "
-        f"{report['room_signals']:,} signals for room"
+        f"rings: {counted(report['empty_transitions'], 'time')} from empty, "
+        f"{counted(report['full_transitions'], 'time')} full, {counted(report['room_signals'], 'signal')} for room"
     )
     click.echo(
-        f"{report['hot_adds']} devices added, {report['hot_removes']} removed, {report['moves']} moves between cores; "
-        f"{report['taken_away']} packets went with their channels"
+        f"{counted(report['hot_adds'], 'device')} added, {report['hot_removes']} removed, "
+        f"{counted(report['moves'], 'move')} between cores; "
+        f"{counted(report['taken_away'], 'packet went with its channel', 'packets went with their channels')}"
     )
     click.echo(f"lost {report['lost']}, corrupt {report['corrupt']}, leaked {report['leaked']}, seed {report['seed']}")
     for text in report["complaints"]:
@@ -621,10 +626,11 @@ def _show(report: Mapping[str, Any]) -> None:
         click.echo(f"invariants were not checked: {report['unchecked']}")
     else:
         undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
-        click.echo(f"{report['checked']} invariants checked, {report['violations_count']:,} violations{undecided}")
+        violations = counted(report["violations_count"], "violation")
+        click.echo(f"{counted(report['checked'], 'invariant')} checked, {violations}{undecided}")
     if report["unjudged"]:
         click.echo(f"what the machine left undone was not judged: {report['unjudged']}")
     if one := report["recording"]:
-        click.echo(f"{one['records']:,} events in {one['path']}, {one['dropped']:,} dropped")
+        click.echo(f"{counted(one['records'], 'event')} in {one['path']}, {one['dropped']:,} dropped")
     if report.get("flight"):
         click.echo(f"flight recording: {report['flight']}")

@@ -97,7 +97,8 @@ def wait_for_subchannels(current: Current) -> None:
         return not unsettled
 
     if unsettled and not current.connection.state_wait.wait_until_timeout(current.actor, settled, TIMEOUT_NS):
-        current.log(f"{len(unsettled)} devices have not got the sub-channels that they asked for")
+        who = "1 device has" if len(unsettled) == 1 else f"{len(unsettled)} devices have"
+        current.log(f"{who} not got the sub-channels that were asked for")
 
 
 def _missing(current: Current, device: Device) -> bool:

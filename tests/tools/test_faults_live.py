@@ -81,8 +81,8 @@ def test_channel_that_a_fault_kept_from_opening_is_a_finding(run_cli: RunCli) ->
     """Exit status 1, and the guest's log, when a driver's channel was offered and is not open."""
     done = run_cli("run", "--device", "echo:1", "--duration", "0", "--fault", "alloc.fail=probe")
 
-    assert done.returncode == 1 and "0 of 1 channels open" in done.stdout
-    assert "not open: 1 of 1 channels" in done.stdout and "finding kept in" in done.stderr
+    assert done.returncode == 1 and "0 of 1 channel open" in done.stdout
+    assert "not open: 1 of 1 channel" in done.stdout and "finding kept in" in done.stderr
     assert "probe failed for device" in done.stderr
 
 

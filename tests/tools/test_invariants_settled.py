@@ -273,7 +273,7 @@ def test_tasklet_left_disabled_or_scheduled(world: World) -> None:
     """INV-18: a disable that nobody takes back, and a tasklet that its processor has forgotten."""
     channel = world.channel(RELID)
     tasklet_disable_nosync(channel.callback_event)
-    assert texts(world, 18) == ["the tasklet of relid 9 is left disabled 1 times"]
+    assert texts(world, 18) == ["the tasklet of relid 9 is left disabled 1 time"]
 
     channel.callback_event.word.store(SCHED | 1 << CPU_SHIFT)
 
@@ -286,7 +286,7 @@ def test_tasklets_of_a_processor(world: World) -> None:
     cpu = world.tables.cpus.at(1)
     for tasklet, name in ((cpu.msg_dpc, "messages"), (cpu.event_dpc, "events")):
         tasklet_disable_nosync(tasklet)
-        assert texts(world, 18) == [f"the tasklet of CPU 1's {name} is left disabled 1 times"]
+        assert texts(world, 18) == [f"the tasklet of CPU 1's {name} is left disabled 1 time"]
         tasklet.word.store(0)
 
 
@@ -396,7 +396,7 @@ def test_pools_whose_parts_are_not_the_whole(world: World) -> None:
 
     tables.work._in_use.fetch_add(1)
 
-    assert texts(world, 22) == ["1 records of work are counted as taken, 0 are"]
+    assert texts(world, 22) == ["1 record of work is counted as taken, 0 are"]
     tables.work._in_use.fetch_sub(1)
 
 
@@ -464,8 +464,8 @@ def test_messages_that_nobody_takes(world: World) -> None:
     world.host.outbox.append((0, b""))
 
     assert texts(world, 28)[:2] == [
-        "1 messages of the guest's wait to be read by the host",
-        "1 messages of the host's wait for a buffer",
+        "1 message of the guest's waits to be read by the host",
+        "1 message of the host's waits for a buffer",
     ]
     world.host.inbox.clear()
     world.host.outbox.clear()
@@ -482,7 +482,7 @@ def test_machine_whose_guest_is_not_ours_is_judged_by_the_hosts_side(world: Worl
 
         found = judge(LiveView(world.machine))
 
-    assert [one.text for one in found] == ["1 messages of the guest's wait to be read by the host"]
+    assert [one.text for one in found] == ["1 message of the guest's waits to be read by the host"]
     world.host.inbox.clear()
 
 

@@ -124,7 +124,7 @@ def test_boot_that_stands_still_says_for_what_it_waits(
     assert f"stands still: {awaited}; faults that struck: {name}" in said and options in said
     assert said.endswith("it gives up 1 s after its begin, with status 124; Ctrl-C ends it now")
     assert "CHANNELS_OPEN: no answer within 1 s; " + awaited in shown.err.splitlines()[-1]
-    assert shown.out.startswith(f"fault {name}") and "1 hits of 1 occasions" in shown.out
+    assert shown.out.startswith(f"fault {name}") and "1 hit of 1 occasion" in shown.out
 
 
 @pytest.mark.parametrize("fault", ["reply.drop@kind=alloffers_delivered", "alloc.fail=alloc_channel"])
@@ -144,7 +144,7 @@ def test_boot_that_fails_on_a_full_dev_shm_is_for_want_of_memory(
     if free:
         assert status == (ExitStatus.TIME_LIMIT if late else ExitStatus.FINDING)
         return
-    what = "did not reach CHANNELS_OPEN" if late else "1 of 1 channels are not open"
+    what = "did not reach CHANNELS_OPEN" if late else "1 of 1 channel is not open"
     told = capsys.readouterr().err
     assert status == ExitStatus.MISSING and told.startswith("vmbus-emu: /dev/shm is full: ") and what in told
     assert told.count("\n") == 1

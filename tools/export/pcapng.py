@@ -27,6 +27,7 @@ from emu.wire.synic import HVMSG_CHANNEL_MESSAGE
 from tools.export.captures import Capture, captures
 from tools.export.rings import SIDES, TO_HOST
 from tools.invariants import is_host
+from tools.nouns import counted
 
 LINKTYPE_WIRESHARK_UPPER_PDU: Final = 252
 SNAP_BYTES: Final = 0
@@ -180,7 +181,8 @@ def section_block(machine: str, dropped: int, seed: int | None = None) -> bytes:
     if seed is not None:
         comment += f", seed {seed}"
     if dropped:
-        comment += f"; {dropped} records were overwritten before they were drained"
+        lost = counted(dropped, "record was overwritten before it was", "records were overwritten before they were")
+        comment += f"; {lost} drained"
     options = [(_OPT_COMMENT, comment.encode()), (_SHB_USERAPPL, b"vmbus-emu")]
     return _block(_SECTION, pack("<IHHq", _BYTE_ORDER, 1, 0, -1) + _options(options))
 

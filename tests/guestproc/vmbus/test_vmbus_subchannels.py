@@ -285,7 +285,7 @@ def test_a_host_that_never_answers_holds_up_nobody(three: World, class_name: str
     three.pass_time(10)
 
     assert task.ended()
-    assert any("1 devices have not got the sub-channels" in line for line in three.log)
+    assert any("1 device has not got the sub-channels" in line for line in three.log)
 
 
 def test_a_host_that_never_offers_what_it_granted_holds_up_nobody(three: World, class_name: str) -> None:
@@ -297,7 +297,7 @@ def test_a_host_that_never_offers_what_it_granted_holds_up_nobody(three: World, 
     three.pass_time(10)
 
     assert task.ended()
-    assert any("1 devices have not got the sub-channels" in line for line in three.log)
+    assert any("1 device has not got the sub-channels" in line for line in three.log)
     assert sorted(opened(three)) == [1, 2]
 
 

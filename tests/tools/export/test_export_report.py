@@ -112,7 +112,7 @@ def test_messages_that_do_not_fit_are_counted(tmp_path: Path, monkeypatch: pytes
     links = Links(page_of(long))
 
     assert 0 < long["flows"]["left_out"] == 4_000 - len(long["flows"]["shown"])
-    assert any("4000 messages did not come to their end" in one["text"] for one in long["findings"])
+    assert any("4,000 messages did not come to their end" in one["text"] for one in long["findings"])
     assert len(links.parts["flows"]) < 60_000
     assert json.loads(links.parts["data"])["meta"]["machine"] == "</script><b>{{js}}"
 
