@@ -27,6 +27,7 @@ from tools.profile_samples import MachineWatch, Profile, Watched, attach_machine
 
 EVERY_S: Final = 0.1
 INTERRUPTED_END_S: Final = 2.0
+"""How long a command may take to end by a Ctrl-C of its own."""
 JOINED: Final = {
     "packets": "a packet",
     "interrupts": "an interrupt",
@@ -98,7 +99,7 @@ def profile(
     with _target(command, machine_name) as target:
         spying = None if flame is None else Spying(spy, flame)
         found, interruption = watch(target, duration_s if duration_s is not None or command else 5.0, spying)
-        status = target.end(interrupted=interruption.status is not None)
+        status = target.end(signum=0 if interruption.status is None else interruption.status - 128)
     if interruption.status is not None:
         status = interruption.status
     if not found.processes:
@@ -135,7 +136,7 @@ class _Running:
         """Whether it has ended."""
         return self.name not in {one.name for one in find_machines()}
 
-    def end(self, *, interrupted: bool) -> int:
+    def end(self, *, signum: int) -> int:
         """It goes on."""
         return 0
 
@@ -159,14 +160,16 @@ class _Command:
         """Whether it has ended."""
         return self.process.poll() is not None
 
-    def end(self, *, interrupted: bool) -> int:
-        """Its exit status; it is ended first if it still runs."""
-        if interrupted:
+    def end(self, *, signum: int) -> int:
+        """Its exit status; it is ended first if it still runs, by the signal that ended us, if one did."""
+        if signum == signal.SIGINT:
             # Ctrl-C reached it, too, most likely, and a second signal would meet it while it cleans up.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(INTERRUPTED_END_S)
+            signum = signal.SIGTERM
         if self.process.poll() is None:
-            self.process.terminate()
+            # Where a whole group is ended it has had this one already, and ignores the second.
+            self.process.send_signal(signum or signal.SIGTERM)
             self.process.wait()
             return 0
         return self.process.returncode

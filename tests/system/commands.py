@@ -79,7 +79,7 @@ def call(home: Path, *arguments: str, timeout_s: float = 60) -> subprocess.Compl
     )
 
 
-def wait_until_open(name: str, process: subprocess.Popen[str]) -> None:
+def wait_until_open(name: str, process: subprocess.Popen[Any]) -> None:
     """Wait until all channels of a machine are open; AssertionError when its launcher ends before."""
     from emu.control import Control, Ready
     from emu.errors import UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from emu.control import is_over
 from tests.conftest import RunCli
+from tests.system.commands import assert_gone, wait_until_open
 from tools import cli, profile_samples
 from tools.exit_status import ExitStatus
 from tools.options import FLIGHT_VARIABLE
@@ -225,6 +227,22 @@ def test_interrupted_profile_tells_what_there_was() -> None:
 
     assert interruption.status == ExitStatus.INTERRUPTED
     assert found.processes == [] and found.seconds > 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_ends_the_profile_ends_the_command_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """Only by Ctrl-C may it end by itself; no signal but ours has reached it here, and it leaves nothing."""
+    monkeypatch.setattr("tools.profile.INTERRUPTED_END_S", 3600.0)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    command = _Command(("run", "--duration", "600"))
+    with command.process as process:
+        wait_until_open(f"vm{process.pid}", process)
+        command.end(signum=signum)
+
+    assert process.returncode == 128 + signum
+    assert_gone(f"vm{process.pid}")
 
 
 def test_scenario_alone_is_run(run_cli: RunCli, tmp_path: Path) -> None:
