@@ -41,12 +41,14 @@ def failure_report(error: Exception) -> dict[str, Any]:
     if not isinstance(error, (MachineDied, DeadlinePassed, NotOpened)):
         return {"interrupted": False, "error": str(error) or type(error).__name__}
     death = error if isinstance(error, MachineDied) else None
+    flight = death.flight if death else error.recording if isinstance(error, DeadlinePassed) else None
     return {
         "interrupted": False,
         "unopened": str(error) if isinstance(error, NotOpened) else None,
         "timed_out": str(error) if isinstance(error, DeadlinePassed) else None,
         "deaths": [one.report() for one in death.deaths] if death else [],
         "crash_record": str(death.crash_record) if death and death.crash_record else None,
+        "flight": str(flight) if flight else None,
         "finding": str(error.finding) if error.finding else None,
     }
 

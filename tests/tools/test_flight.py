@@ -15,7 +15,7 @@ from emu.recording import Recording
 from emu.scenario import Scenario, parse_device
 from tools import flight as module
 from tools import run as run_module
-from tools.crash import crash_recorded
+from tools.crash import crash_recorded, failure_report
 from tools.flight import LEAST_FREE, save_flight, saved_if_it_hangs, usual_s
 from tools.invariants import missing_of
 from tools.launch import MachineDied, launch
@@ -52,6 +52,7 @@ def test_machine_that_dies_leaves_its_last_seconds(state: Path) -> None:
     assert len(list(flights.iterdir())) == 10 and not (flights / "20000101T000000-old.rec").exists()
     assert died.value.crash_record is not None
     assert json.loads(died.value.crash_record.read_text())["flight"] == str(path)
+    assert failure_report(died.value)["flight"] == str(path)
     with Recording(path) as flight:
         assert flight.flight.startswith("crash: vcpu1") and "killed by SIGKILL" in flight.flight
         assert {"hypervisor", "vcpu0", "vcpu1"} <= {actor.name for actor in flight.actors.values()}

@@ -384,7 +384,8 @@ def test_time_limit_ends_it_and_tells_how_to_do_it_again(run_cli: RunCli) -> Non
     assert words[-2:] == list(stalled)
     assert (told["interrupted"], told["timed_out"]) == (False, limit.removeprefix("vmbus-emu: "))
     assert told["timed_out"] == "30 s of stress did not end within the --time-limit of 3 s"
-    with Recording(Path(flight.removeprefix("vmbus-emu: flight recording: "))) as saved:
+    assert flight == f"vmbus-emu: flight recording: {told['flight']}"
+    with Recording(Path(told["flight"])) as saved:
         assert saved.flight == told["timed_out"]
         assert saved.count > 0
 
