@@ -4,15 +4,19 @@ A deadline is one of CLOCK_MONOTONIC, which nobody sets: a wait that only its de
 where the wall clock is set back by one. `posix_ipc` knows `sem_timedwait` alone, so the C library's `sem_clockwait`
 (glibc 2.30) is called beside it, for what really waits. That costs 0.5 us a block.
 
+glibc's `sem_open` makes a semaphore in a file of a random name (`sem.` and six letters) and links that: who is killed
+in between would leave a name that says nothing of a machine. So its file is made here, under its own name.
+
 A token is posted only by whoever took a sleeper's announcement away, so a count hardly grows beyond one. A
 guest may post any semaphore as often as it likes: a full one has a token for every sleeper, and stays full.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
-from pathlib import Path
+import os
 from struct import Struct
 from time import CLOCK_MONOTONIC, monotonic_ns
 from typing import Final
@@ -20,6 +24,7 @@ from typing import Final
 import posix_ipc
 
 from emu.errors import MissingPrerequisite, NameTaken, UserError
+from emu.ipc.segments import SHM
 from emu.limits import limit_behind
 
 WATCHDOG_S = 1.0
@@ -39,6 +44,42 @@ if _sem_clockwait is not None:
     _sem_clockwait.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
 
 
+def _initial_bytes() -> bytes | None:
+    """What glibc keeps in the file of a semaphore without a token; None of another C library, or in another place.
+
+    That is a `sem_t` which processes share, as `sem_init` makes it: 32 bytes where a pointer has 8.
+    """
+    try:
+        library = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (ValueError, OSError):
+        return None
+    semaphore = ctypes.create_string_buffer(64)
+    if not library.startswith("glibc") or ctypes.sizeof(ctypes.c_void_p) != 8 or _libc.sem_init(semaphore, 1, 0):
+        return None
+    return semaphore.raw[:32]
+
+
+_INITIAL: Final = _initial_bytes()
+
+
+def _made(name: str) -> posix_ipc.Semaphore:
+    """A new semaphore without a token. Nobody opens one by its name before its machine has been made."""
+    if _INITIAL is None:
+        return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0)
+    path = SHM / f"sem.{name[1:]}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.write(descriptor, _INITIAL)
+        finally:
+            os.close(descriptor)
+        return posix_ipc.Semaphore(name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
 class Wakeup:
     """The semaphore that one sleeper blocks on; `post` wakes it, `block` waits for one token."""
 
@@ -56,10 +97,10 @@ class Wakeup:
     def create(cls, name: str) -> Wakeup:
         """Make a semaphore with no token; MissingPrerequisite when the system refuses."""
         try:
-            return cls(posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0))
-        except posix_ipc.ExistentialError:
-            if not Path("/dev/shm").is_dir():
-                # The library's one word for "exists already" and "is nowhere to be made".
+            return cls(_made(name))
+        except (posix_ipc.ExistentialError, FileExistsError, FileNotFoundError):
+            if not SHM.is_dir():
+                # posix_ipc has one word for "exists already" and "is nowhere to be made".
                 raise MissingPrerequisite(f"no /dev/shm for semaphore {name}; mount a tmpfs there") from None
             cure = "`vmbus-emu clean` removes what a dead machine left"
             raise NameTaken(f"semaphore {name} exists already; {cure}") from None

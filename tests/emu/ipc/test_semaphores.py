@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 
 import posix_ipc
 import pytest
 
 from emu.errors import MissingPrerequisite, UserError
-from emu.ipc.segments import object_name
+from emu.ipc.segments import SHM, object_name, unlink_semaphore
 from emu.ipc.semaphores import Wakeup
 from tests.processes import Forked
 
@@ -116,6 +118,34 @@ def test_existing_name_is_refused_with_the_cure(name: str) -> None:
 
     with pytest.raises(UserError, match="exists already; `vmbus-emu clean`"):
         Wakeup.create(name)
+
+
+def test_new_semaphore_is_as_the_c_library_makes_one(name: str) -> None:
+    """The same bytes, for the same user alone: whatever program opens it finds what `sem_open` would have made."""
+    path = SHM / f"sem.{name[1:]}"
+    posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
+    theirs = path.read_bytes(), path.stat().st_mode
+    posix_ipc.unlink_semaphore(name)
+
+    Wakeup.create(name).close()
+
+    assert (path.read_bytes(), path.stat().st_mode) == theirs
+
+
+@pytest.mark.parametrize("at", ["write", "close"])
+def test_who_is_killed_while_a_semaphore_is_made_leaves_no_other_name(name: str, at: str) -> None:
+    """The file has the semaphore's own name from the beginning: whoever removes what the machine left finds it."""
+    pid = os.fork()
+    if pid == 0:
+        setattr(os, at, lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL))
+        with contextlib.suppress(BaseException):
+            Wakeup.create(name)
+        os._exit(0)
+    _pid, status = os.waitpid(pid, 0)
+
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert [one.name for one in SHM.iterdir() if name[1:] in one.name] == [f"sem.{name[1:]}"]
+    assert unlink_semaphore(name)
 
 
 def test_missing_name_is_refused(name: str) -> None:
