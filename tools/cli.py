@@ -172,11 +172,11 @@ def status_of(asked: list[str], work: Callable[[], int]) -> int:
             raise
         return _interrupted(asked, ExitStatus(leave.code))
     except BrokenPipeError:
-        _close_stdout()
+        output.silence(sys.stdout)
         return ExitStatus.READER_LEFT
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM and _stdout_fails():
-            _close_stdout()
+            output.silence(sys.stdout)
             said = f"cannot write to stdout: {error.strerror}; make room, or send it somewhere else"
             return _complain(said, ExitStatus.USAGE)
         if _beyond_a_limit(error):
@@ -227,7 +227,7 @@ def _give_object(asked: list[str], name: str, body: Callable[[], dict[str, Any]]
     try:
         output.print_json(name, 1, body())
     except OSError:  # nobody reads it, or there is no room: what ended the command is told all the same
-        _close_stdout()
+        output.silence(sys.stdout)
 
 
 def _stdout_fails() -> bool:
@@ -240,15 +240,13 @@ def _stdout_fails() -> bool:
     return False
 
 
-def _close_stdout() -> None:
-    """What is buffered for a reader who left, or a full disk, must not be tried again when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _complain(text: str, status: int, *, one_line: bool = True) -> int:
     """Say what went wrong on stderr, in one line if it is the user's to mend; gives the exit status back."""
     said = re.sub(r"\s*[\n\t]\s*", " ", text) if one_line else text
-    sys.stderr.write(f"{PROGRAM}: {said.rstrip()}\n")
+    try:
+        output.say(f"{PROGRAM}: {said.rstrip()}")
+    except BrokenPipeError:  # nobody hears it: the status tells it all the same
+        output.silence(sys.stderr)
     return status
 
 

@@ -61,9 +61,21 @@ def print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(text: str) -> None:
-    """Say something to a person, on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Say something to a person, on stderr; where there is no room for it the work goes on all the same."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: IO[str]) -> None:
+    """What is buffered for a reader who left, or a full disk, must not be tried again when the interpreter ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def narrates() -> bool:

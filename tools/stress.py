@@ -300,13 +300,13 @@ def stress(
             write_end(junit, SUITE, CLASSNAME, str(error))
             raise  # no seed makes any difference
         except BaseException as error:
-            click.echo(ended_early, err=True)
+            say(ended_early)
             write_end(junit, SUITE, CLASSNAME, str(error) or type(error).__name__, output=_told(error, again))
             if as_json and isinstance(error, (DeadlinePassed, MachineDied)):
                 print_json("stress", VERSION, {"seed": chosen, "again": again, **failure_report(error)})
             raise
         if interruption.status is not None or report is None:
-            click.echo(ended_early, err=True)
+            say(ended_early)
             write_end(junit, SUITE, CLASSNAME, "interrupted", output=ended_early)
             if as_json:
                 print_json("stress", VERSION, {"seed": chosen, "again": again, "interrupted": True})

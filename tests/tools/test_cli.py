@@ -294,6 +294,33 @@ def test_output_without_room_is_one_line(unbuffered: str) -> None:
     assert (done.returncode, done.stderr) == (ExitStatus.USAGE, said)
 
 
+@pytest.mark.parametrize(
+    ("words", "status"), [(("check", "no.rec"), ExitStatus.USAGE), (("clean", "--dry-run"), ExitStatus.FINE)]
+)
+def test_who_has_no_room_for_what_is_said_gets_the_status(words: tuple[str, ...], status: ExitStatus) -> None:
+    """`vmbus-emu … 2> /dev/full`: what the user did wrong is no finding, and what he asked for is done."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.cli", *words], cwd=SOURCES, stderr=full, timeout=30, check=False
+        )
+
+    assert done.returncode == status
+
+
+def test_who_hears_no_complaint_gets_the_status() -> None:
+    """The reader of stderr has left: wrong use is no finding, and the interpreter ends with nothing to say."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.cli", "check", "no.rec"], cwd=SOURCES, stderr=writing, timeout=30, check=False
+        )
+    finally:
+        os.close(writing)
+
+    assert done.returncode == ExitStatus.USAGE
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_is_printed(run_cli: RunCli, shell: str) -> None:
     """Each shell gets its completion script from the program itself."""

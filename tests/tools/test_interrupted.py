@@ -187,7 +187,7 @@ def test_an_object_that_nobody_reads_does_not_hide_what_ended_the_command(
 
     monkeypatch.setattr(cli, "_carry_out", fail)
     monkeypatch.setattr(output, "print_json", nobody_reads)
-    monkeypatch.setattr(cli, "_close_stdout", lambda: None)
+    monkeypatch.setattr("tools.output.silence", lambda _stream: None)
 
     assert cli.main(["stop", "--json"]) == ExitStatus.TIME_LIMIT
     assert capsys.readouterr().err == "vmbus-emu: the guest to unload: no answer within 1 s\n"
