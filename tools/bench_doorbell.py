@@ -30,6 +30,7 @@ from tools.launch import RunningMachine, launch
 from tools.nameless_file import nameless_file
 from tools.pinned import pin, two_cores
 from tools.sem_pair import NAME, SemPair, sem_pair
+from tools.sysfs_namespace import die_with_parent
 
 CALLER: Final = Path(__file__).parent / "bench_caller.py"
 RINGS: Final = 3_000
@@ -154,7 +155,7 @@ def bare_signals(count: int, cores: tuple[int, int]) -> list[float]:
     """Microseconds from `os.kill` to the first line of a handler in a process that does nothing but compute."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    target = context.Process(target=_be_interrupted, args=(theirs, cores[1]), daemon=True)
+    target = context.Process(target=_be_interrupted, args=(theirs, cores[1], os.getpid()), daemon=True)
     before = os.sched_getaffinity(0)
     target.start()
     try:
@@ -180,8 +181,9 @@ def _expect(ours: Connection, wanted: bytes | None = None) -> bytes:
     return told
 
 
-def _be_interrupted(theirs: Connection, core: int) -> None:
-    """Compute for ever; tell when each handler began."""
+def _be_interrupted(theirs: Connection, core: int, parent: int) -> None:
+    """Compute for as long as the parent lives; tell when each handler began."""
+    die_with_parent(signal.SIGKILL, parent)
     os.sched_setaffinity(0, {core})
     now = time.monotonic_ns
     began = 0

@@ -1,7 +1,7 @@
 """Two processes, one on each of two cores, that do something together while nobody else is measured.
 
-They are forked, so whatever was made before is theirs, too. Neither outlives a failure of the other, nor the
-deadline.
+They are forked, so whatever was made before is theirs, too. Neither outlives a failure of the other, the deadline, nor
+who started them: an end looks again and again, and one that nobody ends takes its core for ever.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import TracebackType
 
 from emu.errors import DeadlinePassed, VmbusError
 from emu.ipc.atomics import AtomicView
+from tools.sysfs_namespace import die_with_parent
 
 End = Callable[[], None]
 Cpus = tuple[int, int]
@@ -85,7 +86,7 @@ def run_both(what: str, first: End, second: End, cpus: Cpus, deadline_s: float) 
     context = multiprocessing.get_context("fork")
     last_words, say = context.Pipe(duplex=False)
     pairs = zip((first, second), cpus, strict=True)
-    ends = [context.Process(target=_run, args=(end, cpu, say), daemon=True) for end, cpu in pairs]
+    ends = [context.Process(target=_run, args=(end, cpu, say, os.getpid()), daemon=True) for end, cpu in pairs]
     deadline = time.monotonic() + deadline_s
     try:
         _start(ends)
@@ -128,8 +129,9 @@ def two_cpus() -> Cpus | None:
     return (cpus[0], cpus[1]) if len(cpus) > 1 else None
 
 
-def _run(end: End, cpu: int, say: connection.Connection[str, str]) -> None:
+def _run(end: End, cpu: int, say: connection.Connection[str, str], parent: int) -> None:
     """One end; what went wrong is told to who started it, in a line."""
+    die_with_parent(signal.SIGKILL, parent)
     os.sched_setaffinity(0, {cpu})
     try:
         end()
