@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from emu.control import ActorRow, ActorState
+from emu.control import ActorRow, ActorState, Control
 from emu.mirror import Mirror
 from emu.recording import TraceRecord
 from emu.scenario import MachineSpec, Scenario
@@ -108,8 +108,13 @@ class Story:
     def boot(self) -> None:
         """The machine is up: its processes, and what guest and host agreed on."""
         control = self.machine.machine.control
-        rows = [row for row in control.rows() if row.state == ActorState.ALIVE]
-        processes = [_process(name, rows) for name in self.machine.running.inner if name in ROLES]
+        inner = [name for name in self.machine.running.inner if name in ROLES]
+        # A processor that gets no core may be later than what guest and host agree on without it.
+        self.machine.running.wait_until(
+            lambda: {row.name for row in _alive(control)} >= {*inner}, TIMEOUT_S, "all processes to be there"
+        )
+        rows = _alive(control)
+        processes = [_process(name, rows) for name in inner]
         boot_s = self.machine.boot_s
         mirror = Mirror(control)
         # A host that gets no core tells of a connection later than the guest.
@@ -199,6 +204,10 @@ class Story:
 
         self.machine.wait_for(there, f"the record of {event} of relid {relid}", TIMEOUT_S)
         return sorted(records, key=lambda record: record.t_ns)
+
+
+def _alive(control: Control) -> list[ActorRow]:
+    return [row for row in control.rows() if row.state == ActorState.ALIVE]
 
 
 def _process(name: str, rows: list[ActorRow]) -> dict[str, Any]:

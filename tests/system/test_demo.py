@@ -6,7 +6,13 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
+from emu.control import ActorRow, Control
+from emu.scenario import MachineSpec, Scenario
 from tests.system.commands import assert_gone, call, ended, objects, report, start, wait_for
+from tools import demo
+from tools.testing import running
 
 
 def test_demo_tells_a_whole_life_in_80_columns(tmp_path: Path) -> None:
@@ -28,6 +34,22 @@ def test_demo_tells_a_whole_life_in_80_columns(tmp_path: Path) -> None:
     ):
         assert function in done.stdout
     assert lines[-1].endswith("docs/writing-a-driver.md")
+
+
+def test_demo_waits_for_a_processor_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gets no core while guest and host agree is not there yet; it is told all the same, with its pid."""
+    alive, looks = demo._alive, []
+
+    def late(control: Control) -> list[ActorRow]:
+        looks.append(control)
+        return [row for row in alive(control) if row.name != "vcpu1" or len(looks) > 2]
+
+    monkeypatch.setattr(demo, "_alive", late)
+    with running(Scenario(MachineSpec(vcpus=demo.VCPUS), ()), record=True) as machine:
+        story = demo.Story(machine, None)
+        story.boot()
+
+    assert {one["name"] for one in story.told["processes"]} == {*demo.ROLES}
 
 
 def test_demo_for_programs_has_every_step_of_every_device(tmp_path: Path) -> None:
