@@ -2,7 +2,7 @@
 
 A link is opened before the two processes are forked, used by each at one end, and closed by who opened it. What
 a peer's library makes in the file system has a name of its own, and is removed at `close`, whatever happened to
-the ends.
+the ends, and also behind one who was killed before that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -226,15 +227,57 @@ class _MessageQueue(Link):
             self.queue.close()
 
 
+class _Remover:
+    """A process that removes what a peer makes under a name, once who made this has closed it or is gone.
+
+    `name` is that of files in /dev/shm, which may have more behind it; `directory` is one that is made here.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.name: Final = _unique()
+        self.directory: Final = base / self.name
+        reading, self._held = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            try:
+                self._wait_and_remove(reading)
+            finally:
+                os._exit(0)
+        os.close(reading)
+        self.directory.mkdir(mode=0o700)
+
+    def _wait_and_remove(self, reading: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        # Also the pipe's other end, by whose closing the end of all who have it is known.
+        os.closerange(3, reading)
+        os.closerange(reading + 1, os.sysconf("SC_OPEN_MAX"))
+        os.read(reading, 1)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        for left in _SHM.glob(f"{self.name}*"):
+            with suppress(OSError):
+                left.unlink()
+
+    def close(self) -> None:
+        """Have it removed now."""
+        os.close(self._held)
+        os.waitpid(self._pid, 0)
+
+
 class _Zmq(Link):
     """pyzmq over ipc, PUSH to PULL."""
 
     module = "zmq"
     package = "pyzmq"
-    directory: Path | None = None
+    made: _Remover | None = None
 
     def open(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="vmbus-emu-zmq-"))
+        self.made = _Remover(Path(tempfile.gettempdir()))
+
+    @property
+    def _address(self) -> str:
+        assert self.made is not None
+        return f"ipc://{self.made.directory}/link"
 
     def _socket(self, kind: str) -> tuple[Any, Any]:
         # A context has threads: it is made in the process that uses it.
@@ -244,7 +287,7 @@ class _Zmq(Link):
 
     def sending(self) -> Sending:
         context, sender = self._socket("PUSH")
-        sender.connect(f"ipc://{self.directory}/link")
+        sender.connect(self._address)
 
         def finish() -> None:
             sender.close()
@@ -254,7 +297,7 @@ class _Zmq(Link):
 
     def receiving(self) -> Receiving:
         context, receiver = self._socket("PULL")
-        receiver.bind(f"ipc://{self.directory}/link")
+        receiver.bind(self._address)
 
         def finish() -> None:
             receiver.close()
@@ -263,8 +306,8 @@ class _Zmq(Link):
         return Receiving(receiver.recv, finish=finish)
 
     def close(self) -> None:
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self.made is not None:
+            self.made.close()
 
 
 class _FasterFifo(Link):
@@ -301,14 +344,14 @@ class _Cloudtoid(Link):
 
     module = "cloudtoid_interprocess"
     package = "cloudtoid-interprocess"
-    directory: Path | None = None
+    made: _Remover | None = None
 
     def open(self) -> None:
-        self.name = _unique()
-        self.directory = Path(tempfile.mkdtemp(prefix="vmbus-emu-cloudtoid-", dir=_SHM if _SHM.is_dir() else None))
+        self.made = _Remover(_SHM if _SHM.is_dir() else Path(tempfile.gettempdir()))
+        self.place = self.made.name, ROOM, self.made.directory
 
     def sending(self) -> Sending:
-        publisher = import_module(self.module).Publisher(self.name, ROOM, path=self.directory)
+        publisher = import_module(self.module).Publisher(*self.place)
         try_send = publisher.try_send
 
         def one(message: bytes) -> None:
@@ -318,12 +361,12 @@ class _Cloudtoid(Link):
         return Sending(one, publisher.try_send_batch, publisher.close)
 
     def receiving(self) -> Receiving:
-        subscriber = import_module(self.module).Subscriber(self.name, ROOM, path=self.directory)
+        subscriber = import_module(self.module).Subscriber(*self.place)
         return Receiving(subscriber.receive, finish=subscriber.close)
 
     def close(self) -> None:
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self.made is not None:
+            self.made.close()
 
 
 class _Zeroq(Link):
@@ -331,10 +374,12 @@ class _Zeroq(Link):
 
     module = "zeroq"
     queue: Any = None
+    made: _Remover | None = None
 
     def open(self) -> None:
         slots = 1 << (ROOM // self.size).bit_length() - 1
-        self.name = _unique()
+        self.made = _Remover(Path(tempfile.gettempdir()))
+        self.name = self.made.name
         self.queue = import_module(self.module).Queue(self.name, element_size=self.size, capacity=slots, create=True)
 
     def _attach(self) -> Any:
@@ -349,19 +394,20 @@ class _Zeroq(Link):
     def close(self) -> None:
         if self.queue is not None:
             self.queue.close()
-        (_SHM / self.name).unlink(missing_ok=True)
+        if self.made is not None:
+            self.made.close()
 
 
 class _Iceoryx2(Link):
     """iceoryx2, publish and subscribe; a reader that finds nothing looks again at once."""
 
     module = "iceoryx2"
-    directory: Path | None = None
+    made: _Remover | None = None
     held: tuple[Any, Any] | None = None
 
     def open(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="vmbus-emu-iceoryx2-"))
-        self.name = _unique()
+        self.made = _Remover(Path(tempfile.gettempdir()))
+        self.name, self.directory = self.made.name, self.made.directory
 
     def _service(self) -> tuple[Any, Any]:
         """Node and service; both ends open or create it, whoever comes first."""
@@ -426,11 +472,8 @@ class _Iceoryx2(Link):
         return Receiving(one, finish=finish)
 
     def close(self) -> None:
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            for left in _SHM.glob(f"{self.name}_*"):
-                with suppress(OSError):
-                    left.unlink()
+        if self.made is not None:
+            self.made.close()
 
 
 def _itself(message: bytes) -> bytes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tools import peers
 from tools.peer_links import LINKS, Link, Receiving, Sending
+from tools.testing import wait_for
 from tools.two_ends import two_cpus
 
 CPUS = two_cpus() or (0, 0)
@@ -74,3 +77,27 @@ def test_peer_that_hangs_or_fails_is_left_out(
 
     with pytest.raises(peers.LeftOut, match=reason):
         peers.messages_per_second("odd", 64, 10, CPUS, deadline_s)
+
+
+@pytest.mark.parametrize("name", ["pyzmq ipc", "cloudtoid-interprocess", "iceoryx2", "zeroq"])
+def test_what_a_peer_makes_goes_with_who_was_killed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kill -9` of a measurement leaves neither a folder in the temporary directory nor a file in /dev/shm."""
+    if reason := peers.missing(name):
+        pytest.skip(reason)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sends = (name, 64, 10**9, CPUS)
+    measuring = multiprocessing.get_context("fork").Process(target=peers.messages_per_second, args=sends)
+    measuring.start()
+    assert measuring.pid is not None
+    of_it = psutil.Process(measuring.pid)
+
+    def made() -> list[Path]:
+        return [*tmp_path.iterdir(), *Path("/dev/shm").glob(f"vmbus-emu-{measuring.pid}-*")]
+
+    try:
+        wait_for(lambda: bool(made()) and sum(one.cpu_times().user > 0 for one in of_it.children()) >= 2, "two ends")
+    finally:
+        measuring.kill()
+        measuring.join()
+
+    wait_for(lambda: not made(), "what the peer made to be gone")
