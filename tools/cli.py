@@ -250,6 +250,9 @@ def _complain(text: str, status: int, *, one_line: bool = True) -> int:
     return status
 
 
+_NUMBERS: Final = {"integer": "is no whole number", "float": "is no number"}
+
+
 def _usage(error: click.ClickException, asked: Sequence[str]) -> str:
     """click's complaint in one line that says where the help is."""
     path = PROGRAM
@@ -257,7 +260,9 @@ def _usage(error: click.ClickException, asked: Sequence[str]) -> str:
         path = error.ctx.command_path
     elif asked and asked[0] in COMMANDS:
         path = f"{PROGRAM} {asked[0]}"  # click's parser does not say whose option lacks its argument
-    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
+    # click has the names of its own types for what somebody has to write.
+    said = re.sub(r"is not a valid (integer|float)( range)?", lambda of: _NUMBERS[of[1]], error.format_message())
+    return f"{said.rstrip('.')}; see `{path} --help`"
 
 
 def _completes() -> bool:

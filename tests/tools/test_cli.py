@@ -321,6 +321,23 @@ def test_who_hears_no_complaint_gets_the_status() -> None:
     assert done.returncode == ExitStatus.USAGE
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ctl", "move", "1", "x"), "Invalid value for 'CPU': 'x' is no whole number"),
+        (("top", "--interval", "x"), "Invalid value for '--interval': 'x' is no number"),
+    ],
+)
+def test_what_is_no_number_is_called_that(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    """Not by the name that click has for a range."""
+    command = "ctl move" if words[0] == "ctl" else words[0]
+
+    assert cli.main(words) == ExitStatus.USAGE
+    assert capsys.readouterr().err == f"vmbus-emu: {said}; see `vmbus-emu {command} --help`\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_is_printed(run_cli: RunCli, shell: str) -> None:
     """Each shell gets its completion script from the program itself."""
