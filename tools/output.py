@@ -9,12 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+_FRAME: Final = 3
+"""Characters that a drawn column needs besides its text: a line, and a blank on each side."""
+
+_CUT: Final = 20
+"""A drawn table may cut words that are longer than so many characters (an instance's UUID), and no others."""
 
 told = False
 """Whether this process has printed its JSON object, or begun to."""
@@ -36,6 +43,7 @@ def print_table(
     """Print rows under headings: a drawn table on a terminal, aligned columns elsewhere.
 
     Columns that are `whole` are not folded on a narrow terminal, as what somebody types again stands in them.
+    Where the terminal is too narrow for the words of a table its frame is left out, or each row is a paragraph.
     """
     texts = [[str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
@@ -44,12 +52,52 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
+    screen = console(sys.stdout)
+    room, framed = screen.width - (_FRAME * len(columns) + 1), True
+    cells = [[column, *below] for column, *below in zip(columns, *texts, strict=True)]
+    natural = [max(map(len, column)) for column in cells]
+    least = [
+        width if column[0] in whole else _least_width(column) for column, width in zip(cells, natural, strict=True)
+    ]
+    if sum(least) > room:
+        room, framed = screen.width - (len(columns) - 1), False
+    if sum(least) > room:
+        _print_paragraphs(columns, texts, title, screen.width)
+        return
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in whole)
+    if not framed:
+        table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False
+    for column, width in zip(columns, _fitted(natural, least, room), strict=True):
+        table.add_column(column, overflow="fold", width=width)
     for row in texts:
         table.add_row(*map(Text, row))
-    console(sys.stdout).print(table)
+    screen.print(table)
+
+
+def _least_width(cells: Sequence[str]) -> int:
+    """Characters that a drawn column must have, so that no word but a very long one is cut."""
+    return min(_CUT, max((len(word) for cell in cells for word in cell.split()), default=1))
+
+
+def _fitted(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that together take no more than `room`: the widest give way first, none below its least."""
+    widths = list(natural)
+    for _ in range(sum(natural) - room):
+        widest = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
+        widths[widest] -= 1
+    return widths
+
+
+def _print_paragraphs(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, width: int) -> None:
+    """Print each row by itself: what stands first in it, then every other cell behind its heading."""
+    if title:
+        sys.stdout.write(title + "\n")
+    for first, *others in rows:
+        cells = ", ".join(f"{column} {cell or '-'}" for column, cell in zip(columns[1:], others, strict=True))
+        paragraph = textwrap.wrap(f"{first}: {cells}" if cells else first, width, subsequent_indent="  ")
+        sys.stdout.write("\n".join(paragraph) + "\n")
+    if not rows:
+        sys.stdout.write(textwrap.fill(", ".join(columns), width) + "\n")
 
 
 def print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -68,11 +68,58 @@ def test_table_on_a_terminal_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_typed_again_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a narrow terminal a column that is whole stays so, and the others give way."""
     screen = terminal(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "44")
 
     print_table(("name", "title"), [("rescind-behind-its-own-offer", "A rescind waits in line " * 3)], whole=("name",))
 
     assert " rescind-behind-its-own-offer " in screen.getvalue()
+
+
+def test_only_long_words_are_cut_where_a_table_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UUID may be folded on a narrow terminal; numbers and names beside it may not."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "44")
+
+    print_table(("relid", "instance", "state"), [(2047, UUID(int=1), "opened")])
+
+    assert "│ 2047  │ 00000000" in screen.getvalue()
+    assert "│ opened │" in screen.getvalue()
+    assert "0001 " in screen.getvalue()
+
+
+def test_table_loses_its_frame_before_its_words_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the words fit only without lines between them, the columns still stand below their headings."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    print_table(("stage", "count", "p50 us", "p99 us"), [("callback_to_task", 168, "5.0", "7.1")])
+
+    assert [line.rstrip() for line in screen.getvalue().splitlines()] == [
+        "                       p50 p99",
+        "stage            count us  us",
+        "callback_to_task 168   5.0 7.1",
+    ]
+
+
+def test_row_is_a_paragraph_where_its_words_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of few columns no number is cut to pieces: each cell stands behind its heading."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "29")
+
+    print_table(("stage", "count", "p50 us", "p99 us"), [("callback_to_task", 168, "5.0", "")], title="Stages")
+
+    assert screen.getvalue() == "Stages\ncallback_to_task: count 168,\n  p50 us 5.0, p99 us -\n"
+
+
+def test_headings_alone_are_a_line_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing found still says what was looked for, on a terminal of few columns, too."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "18")
+
+    print_table(("relid", "instance", "state"), [])
+
+    assert screen.getvalue() == "relid, instance,\nstate\n"
 
 
 @pytest.mark.parametrize(
