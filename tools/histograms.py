@@ -140,11 +140,17 @@ def hlog_text(histograms: Mapping[str, HdrHistogram], intervals: Mapping[str, tu
 # -- pictures -------------------------------------------------------------------------------------------------
 
 _SHOWN: Final = (50.0, 90.0, 99.0, 99.9, 99.99, 100.0)
+_LEAST_BAR, _MOST_BAR, _BESIDE_BAR = 8, 48, 26
+"""Characters of the longest bar, and what its line needs besides: name, blanks, microseconds."""
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 380, 70, 580, 30, 40
 
 
-def terminal_plot(histogram: HdrHistogram, width: int = 48) -> list[str]:
-    """The curve as bars: a line for each percentile, the length by the logarithm of its value."""
+def terminal_plot(histogram: HdrHistogram, columns: int = 80) -> list[str]:
+    """The curve as bars: a line for each percentile, the length by the logarithm of its value.
+
+    Lines are no longer than `columns` where that leaves the bars any room.
+    """
+    width = max(_LEAST_BAR, min(_MOST_BAR, columns - _BESIDE_BAR))
     values = [(level, value_at(histogram, level)) for level in _SHOWN]
     least, most = math.log(max(1, values[0][1]) / 2), math.log(max(2, values[-1][1]))
     lines = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from array import array
 from collections import Counter
@@ -245,7 +246,7 @@ def latency(
     if as_json:
         print_json("latency", 1, report)
     else:
-        _show(report, terminal_plot(histograms[ROUND_TRIP]), before)
+        _show(report, terminal_plot(histograms[ROUND_TRIP], shutil.get_terminal_size().columns), before)
         if recorded is None:
             say("vmbus-emu: the machine that records did not come to its end: there are no stages")
     if failure is not None:

@@ -142,6 +142,15 @@ def test_pictures_show_every_stage() -> None:
     assert terminal_plot(histogram_of([1_500]))[0].endswith(" 1.5 us")
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_bars_end_where_the_terminal_does(columns: int) -> None:
+    """A line of a bar is not folded on a narrow terminal, with round trips of seconds, too."""
+    lines = terminal_plot(histogram_of([30_000] * 9 + [9_999_999_999]), columns)
+
+    assert max(map(len, lines)) <= columns
+    assert max(line.count("█") for line in lines) == min(48, columns - 26)
+
+
 @pytest.mark.parametrize(("now", "worse"), [(100, False), (110, False), (111, True), (50, False)])
 def test_regression_is_what_passes_its_limit(now: int, worse: bool) -> None:
     """Exactly the limit is still allowed, and better is no regression."""
