@@ -16,7 +16,7 @@ from typing import Any, Final
 import click
 
 from emu.errors import MissingPrerequisite, UserError
-from tools.exit_status import Interruption, noting_interruption
+from tools.exit_status import ExitStatus, Interruption, noting_interruption
 from tools.machines import chosen_machine, find_machines, typed
 from tools.named_files import check_apart, check_svg, write_text
 from tools.options import FLIGHT_VARIABLE, FileToWrite, Seconds, json_option, machine_option
@@ -104,7 +104,12 @@ def profile(
         status = interruption.status
     if not found.processes:
         if status:
-            return status  # the command said itself what was wrong
+            # The command said itself what was wrong; wrong use has no object, as elsewhere.
+            if as_json and status not in (ExitStatus.USAGE, ExitStatus.MISSING):
+                print_json(
+                    "profile", 1, {**report_of(found, command, status), "interrupted": bool(interruption.status)}
+                )
+            return status
         within = "" if duration_s is None else f" within {duration_s:g} s"
         cure = "give a command that runs one, like run or latency"
         raise UserError(f"`{' '.join(command)}` ran no machine{within}; {cure}{', or more time' if within else ''}")
@@ -149,6 +154,7 @@ class _Command:
         # What is to be measured does not record, unless the command says so.
         environment = {FLIGHT_VARIABLE: "0", **own_environment()}
         self.process = subprocess.Popen(own_python("tools.entry", *command), stdout=sys.stderr, env=environment)
+        self._words = " ".join(command)
 
     def machines(self) -> list[str]:
         """Names of its machines at the moment."""
@@ -172,6 +178,11 @@ class _Command:
             self.process.send_signal(signum or signal.SIGTERM)
             self.process.wait()
             return 0
+        if self.process.returncode < 0:
+            # It could not say so itself.
+            how = signal.Signals(-self.process.returncode).name
+            say(f"vmbus-emu: `{self._words}` (pid {self.process.pid}) died: killed by {how}")
+            return ExitStatus.FAILED
         return self.process.returncode
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,19 @@ def test_command_that_says_what_is_wrong_is_not_talked_over(run_cli: RunCli) -> 
 
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such command 'nosuch'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_command_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """It could say nothing itself: one line says how it died; the status is a death's, and the object is there."""
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr("tools.profile.own_python", lambda *_words: killed)
+
+    assert cli.main(["profile", "--json", "--", "run"]) == ExitStatus.FAILED
+
+    shown = capfd.readouterr()
+    told = json.loads(shown.out)
+    assert (told["command_status"], told["processes"], told["interrupted"]) == (4, [], False)
+    assert re.fullmatch(r"vmbus-emu: `run` \(pid \d+\) died: killed by SIGKILL\n", shown.err)
 
 
 def test_interrupted_profile_tells_what_there_was() -> None:
