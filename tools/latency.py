@@ -58,6 +58,7 @@ from tools.output import print_json, print_table, say
 from tools.run_outcome import joined_refusals, refused_in_bad_faith, tell_faults, tell_refused
 
 REPORT: Final = "vmbus-emu.latency"
+VERSION: Final = 1
 ROUND_TRIP: Final = "round_trip"
 RECORDED: Final = "round_trip_recorded"
 MOST_SIZE: Final = 8_192
@@ -244,7 +245,7 @@ def latency(
     if compare is not None and (other := before.otherwise(report)):
         say(f"vmbus-emu: {compare} was measured otherwise: {other}")
     if as_json:
-        print_json("latency", 1, report)
+        print_json("latency", VERSION, report)
     else:
         _show(report, terminal_plot(histograms[ROUND_TRIP], shutil.get_terminal_size().columns), before)
         if recorded is None:
@@ -431,8 +432,8 @@ def _read_report(path: Path) -> Older:
     """An older report; UserError when it is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        name, stages = document["schema"]["name"], {}
-        if name == REPORT:
+        name, version, stages = document["schema"]["name"], document["schema"].get("version", VERSION), {}
+        if (name, version) == (REPORT, VERSION):
             stages = {stage: _read_stage(one) for stage, one in document["stages"].items()}
             stages[ROUND_TRIP]  # without it nothing would be compared, and nothing worse
     except OSError as error:
@@ -441,6 +442,8 @@ def _read_report(path: Path) -> Older:
         raise UserError(f"--compare {path}: no report; give what `vmbus-emu latency --json` printed") from None
     if name != REPORT:
         raise UserError(f"--compare {path}: it is a {name}; give what `vmbus-emu latency --json` printed")
+    if version != VERSION:
+        raise UserError(f"--compare {path}: a report of version {version}, where {VERSION} is read; measure it again")
     measured_with = {key: document[key] for key in ("rate", "size", "vcpus", "poll") if key in document}
     # One that does not say is from before there was another.
     return Older(stages, {**measured_with, "build": document.get("build", PURE)})

@@ -426,6 +426,16 @@ def test_a_report_that_was_spoilt_is_none(run_cli: RunCli, tmp_path: Path, stage
     assert "--compare old.json: no report" in done.stderr
 
 
+def test_report_of_another_version_is_not_compared(run_cli: RunCli, tmp_path: Path) -> None:
+    """A field of it may mean something else: told in one line before anything is measured."""
+    (tmp_path / "old.json").write_text('{"schema": {"name": "vmbus-emu.latency", "version": 2}, "stages": 1}')
+
+    done = run_cli("latency", "--compare", "old.json")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("vmbus-emu: --compare old.json: a report of version 2, where 1 is read; measure it again\n")
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
