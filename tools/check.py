@@ -9,7 +9,7 @@ will), and what the run itself found in the machine's memory, which no recording
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -157,11 +157,18 @@ def show(verdicts: Sequence[Verdict]) -> None:
             click.echo(f"{verdict.name}: {more:,} more like these (--json lists {them})")
     held = sum(1 for one in verdicts if not one.count and not one.undecided)
     broken = sum(1 for one in verdicts if one.count)
-    undecided = [one for one in verdicts if one.undecided]
+    undecided = {one.name: one.undecided for one in verdicts if one.undecided}
     click.echo(f"{counted(held, 'invariant')} held, {broken} broken, {len(undecided)} undecided")
-    for reason in dict.fromkeys(one.undecided for one in undecided):
-        names = ", ".join(one.name for one in undecided if one.undecided == reason)
-        click.echo(f"undecided, as {reason}: {names}")
+    for line in undecided_lines(undecided):
+        click.echo(line)
+
+
+def undecided_lines(undecided: Mapping[str, str]) -> list[str]:
+    """A line for each reason why invariants are undecided, and their names; reasons are given by name."""
+    return [
+        f"undecided, as {reason}: {', '.join(name for name, why in undecided.items() if why == reason)}"
+        for reason in dict.fromkeys(undecided.values())
+    ]
 
 
 @click.command()

@@ -27,7 +27,7 @@ from emu.scenario import MAX_OFFERS, DeviceSpec, Scenario
 from emu.task_board import Program, TaskRow, TaskState
 from guestproc.drivers.echo import EchoDriver
 from guestproc.kernel.layout import KernelTables
-from tools.check import check_recording, cut_of, violations_of
+from tools.check import check_recording, cut_of, undecided_lines, violations_of
 from tools.crash import crash_recorded, failure_report
 from tools.ctl import ask_host, offer_devices, wait_until_open
 from tools.draining import recording
@@ -625,9 +625,13 @@ def _show(report: Mapping[str, Any]) -> None:
     if report["unchecked"]:
         click.echo(f"invariants were not checked: {report['unchecked']}")
     else:
-        undecided = f"; undecided: {', '.join(report['undecided'])}" if report["undecided"] else ""
+        undecided = report["undecided"]
+        checked = counted(report["checked"] - len(undecided), "invariant")
         violations = counted(report["violations_count"], "violation")
-        click.echo(f"{counted(report['checked'], 'invariant')} checked, {violations}{undecided}")
+        beside = f", {len(undecided)} undecided" if undecided else ""
+        click.echo(f"{checked} checked, {violations}{beside}")
+        for line in undecided_lines(undecided):
+            click.echo(line)
     if report["unjudged"]:
         click.echo(f"what the machine left undone was not judged: {report['unjudged']}")
     if one := report["recording"]:

@@ -325,6 +325,24 @@ def test_what_no_file_was_asked_for_is_checked_as_well(run_cli: RunCli, tmp_path
     assert f"{len(RULES)} invariants checked" not in done.stdout
 
 
+def test_what_is_undecided_is_not_told_as_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where records were dropped, as behind a Ctrl-Z of the launcher, the text says so, and of which invariants."""
+    reason = "9 records were dropped"
+    undecided = {"INV-02": reason, "INV-05": "the machine did not end in order", "INV-07": reason}
+    found = {"violations": [], "violations_count": 0, "undecided": undecided, "checked": 25}
+    monkeypatch.setattr(stress, "_checked", lambda _path: found)
+
+    assert cli.main(["stress", "--duration", "0.3", "--seed", "5"]) == ExitStatus.FINE
+
+    assert (
+        "\n22 invariants checked, 0 violations, 3 undecided\n"
+        "undecided, as 9 records were dropped: INV-02, INV-07\n"
+        "undecided, as the machine did not end in order: INV-05\n"
+    ) in capsys.readouterr().out
+
+
 def test_violation_is_kept_with_the_recording_that_shows_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
