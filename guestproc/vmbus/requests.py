@@ -62,7 +62,10 @@ def wait_for_reply(current: Current, request: Request, timeout_ns: int = REPLY_T
         return 0
     name = MessageType(request.msgtype).name
     seconds = timeout_ns // SECOND_NS
-    current.log(f"{name}: no answer within {seconds} s (relid {request.child_relid}, gpadl {request.gpadl:#x})")
+    about = [f"relid {request.child_relid}"] if request.child_relid else []
+    about += [f"gpadl {request.gpadl:#x}"] if request.gpadl else []
+    beside = f" ({', '.join(about)})" if about else ""
+    current.log(f"{name}: no answer within {seconds} s{beside}")
     return -errno.ETIMEDOUT
 
 

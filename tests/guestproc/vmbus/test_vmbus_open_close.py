@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 
 import pytest
@@ -274,6 +275,7 @@ def test_gpadl_without_an_answer_ends_and_leaves_its_pages_to_the_host(closed: W
     assert pages_of_rings(closed) == 8
     assert closed.channel(9).state.load() == ChannelState.OPEN_STATE
     assert any("they are not given back" in line for line in closed.log)
+    assert any(re.search(r"GPADL_HEADER: no answer within 45 s \(relid 9, gpadl 0x[1-9a-f]", one) for one in closed.log)
 
 
 def test_late_answer_is_ignored(closed: World) -> None:
@@ -298,6 +300,7 @@ def test_open_without_an_answer_tears_its_gpadl_down(closed: World) -> None:
     assert task.result == -errno.ETIMEDOUT
     assert closed.host.types()[-1] == T.GPADL_TEARDOWN
     assert pages_of_rings(closed) == 0
+    assert any(line.endswith("OPENCHANNEL: no answer within 45 s (relid 9)") for line in closed.log)
 
 
 def test_teardown_without_an_answer_keeps_the_pages(closed: World) -> None:
