@@ -1,11 +1,12 @@
 """Where files of ours go: the XDG directories, never the current one.
 
-A variable that is unset, empty or relative counts as unset, as the XDG specification says.
+A variable that is unset, empty or relative counts as unset, as the XDG specification says; HOME does so, too.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 import tempfile
 from pathlib import Path
@@ -53,8 +54,10 @@ def _below_home(fallback: str) -> Path:
     """
     temporary = Path(tempfile.gettempdir()) / f"{_DIRECTORY}-{os.getuid()}"
     try:
-        place = Path.home() / fallback
-    except RuntimeError:
+        # A HOME that is no place (empty, or ".") would be the root or the current directory.
+        home = os.environ.get("HOME", "")
+        place = Path(home if home.startswith("/") else pwd.getpwuid(os.getuid()).pw_dir) / fallback
+    except KeyError:
         return temporary / fallback
     there = next((one for one in (place, *place.parents) if os.access(one, os.F_OK)), place)
     return place if os.access(there, os.W_OK) or not _is_ours(temporary) else temporary / fallback

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -62,14 +65,28 @@ def test_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
             made(tmp_path / "a" / "b")
 
 
+@pytest.mark.parametrize("home", [None, "", ".", "here"])
+def test_home_that_is_no_place_counts_as_unset(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+    """Nothing goes into the root or the current directory: the user's home is the one in /etc/passwd."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_dir=tempfile.gettempdir()))
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+    else:
+        monkeypatch.setenv("HOME", home)
+
+    assert state_dir() == Path(tempfile.gettempdir()) / ".local/state/vmbus-emu"
+
+
 def test_user_without_a_home_has_a_place_of_his_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """No HOME, and no line in /etc/passwd either."""
 
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def nobody(_uid: int) -> NoReturn:
+        raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
 
     assert state_dir() == Path(tempfile.gettempdir()) / f"vmbus-emu-{os.getuid()}" / ".local/state/vmbus-emu"
 
