@@ -14,6 +14,7 @@ Who ends a command by Ctrl-C has found nothing. Nothing is kept of a command tha
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -91,7 +92,12 @@ class Case:
         try:
             folder = self._kept_already(text) or self._write(text, recording, crash_record, files or {})
         except OSError as error:
-            say(f"vmbus-emu: the finding was not kept: {error}")
+            why = str(error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                why = (
+                    f"{error.strerror} below {findings_dir()}; make room there, or set XDG_STATE_HOME to another place"
+                )
+            say(f"vmbus-emu: the finding was not kept: {why}")
             return None
         say(f"vmbus-emu: finding kept in {folder}; repeat it: sh {shlex.quote(str(folder / REPEAT))}")
         _drop_oldest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -228,6 +229,23 @@ def test_what_is_always_the_same_is_kept_once(state: Path) -> None:
 
     assert first == again != other
     assert len(list(findings_dir().iterdir())) == 2
+
+
+def test_finding_for_which_there_is_no_room_says_what_to_do(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder that is full, in the system's words, and the cure."""
+
+    def full(*_arguments: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Case, "_write", full)
+
+    assert case().keep(["one"]) is None
+    assert capsys.readouterr().err == (
+        f"vmbus-emu: the finding was not kept: No space left on device below {findings_dir()}; "
+        "make room there, or set XDG_STATE_HOME to another place\n"
+    )
 
 
 def test_finding_that_cannot_be_written_leaves_no_half(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
