@@ -102,7 +102,9 @@ def _trouble(path: Path) -> int:
                 return errno.EISDIR
     except OSError as error:  # also a name that is too long, or in a folder that is somebody else's
         return error.errno or errno.EIO
-    return 0 if os.access(path, os.W_OK) else errno.EACCES
+    if os.access(path, os.W_OK):
+        return 0
+    return errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
 
 
 def _unwritable(path: Path, option: str, why: str | None) -> UserError:

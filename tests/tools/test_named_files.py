@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Final
 
 import click
@@ -51,6 +52,15 @@ def test_a_folder_that_is_somebody_elses_is_one_line(
         monkeypatch.setattr(Path, "stat", shut)
 
     with pytest.raises(UserError, match="Permission denied; choose a file that can be written"):
+        check_writable(tmp_path / "out.svg", "--plot")
+
+
+def test_a_file_system_that_takes_nothing_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's permissions are in the way of who writes to a read-only mount, root's neither."""
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=os.ST_RDONLY))
+
+    with pytest.raises(UserError, match="Read-only file system; choose a file that can be written"):
         check_writable(tmp_path / "out.svg", "--plot")
 
 
