@@ -64,11 +64,12 @@ def _resampled(one: ProcessCost, seconds: float) -> list[float]:
 
 def _grid(seconds: float, top: float) -> list[str]:
     parts = []
-    for quarter in range(5):
-        y, x = _y(top * quarter / 4, top), _LEFT + (_RIGHT - _LEFT) * quarter / 4
-        parts.append(svg.line(_LEFT, y, _RIGHT, y))
-        parts.append(svg.text(_LEFT - 6, y + 4, f"{top * quarter / 4:.2f}", anchor="end"))
-        parts.append(svg.text(x, _HEIGHT - 18, f"{seconds * quarter / 4:.1f} s", anchor="middle"))
+    for share, words in svg.ticks(top):
+        parts.append(svg.line(_LEFT, _y(share, top), _RIGHT, _y(share, top)))
+        parts.append(svg.text(_LEFT - 6, _y(share, top) + 4, words, anchor="end"))
+    for at_s, words in svg.ticks(seconds):
+        x = _LEFT + (_RIGHT - _LEFT) * at_s / seconds
+        parts.append(svg.text(x, _HEIGHT - 18, f"{words} s", anchor="middle"))
     return parts
 
 

@@ -17,7 +17,7 @@ import pytest
 from emu.control import is_over
 from tests.conftest import RunCli
 from tests.system.commands import assert_gone, wait_until_open
-from tools import cli, profile_samples
+from tools import cli, profile_samples, svg
 from tools.exit_status import ExitStatus
 from tools.options import FLIGHT_VARIABLE
 from tools.profile import _Command, _Running, watch
@@ -63,6 +63,32 @@ def test_bands_stand_on_each_other_within_the_picture() -> None:
     assert max(below) == 360.0 - 40.0 and min(below) == max(above)
     assert max(below) - min(below) == pytest.approx(3 * unit, rel=0.01)
     assert 36.0 < min(above) < 36.0 + 0.1 * (max(below) - 36.0)
+
+
+@pytest.mark.parametrize(
+    ("span", "words"),
+    [
+        (2.15, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+        (0.98, ["0.0", "0.2", "0.4", "0.6", "0.8"]),
+        (0.1, ["0.00", "0.02", "0.04", "0.06", "0.08", "0.10"]),
+        (1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (3600.0, ["0", "1000", "2000", "3000"]),
+    ],
+)
+def test_axes_have_round_numbers(span: float, words: list[str]) -> None:
+    """A grid line stands where its number says: a rounded quarter of 2.15 s is no 1.1 s."""
+    ticks = svg.ticks(span)
+
+    assert [written for _, written in ticks] == words
+    assert all(value == pytest.approx(float(written)) for value, written in ticks)
+
+
+@pytest.mark.parametrize("exponent", range(-4, 5))
+def test_axes_have_three_to_six_numbers(exponent: int) -> None:
+    """Of whatever size."""
+    for tenths in range(10, 100):
+        ticks = svg.ticks(tenths * 10.0**exponent / 10)
+        assert 3 <= len(ticks) <= 6 and ticks[-1][0] <= tenths * 10.0**exponent / 10 * (1 + 1e-9)
 
 
 WORKS_IN_A_THREAD = """
