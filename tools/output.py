@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -142,4 +143,8 @@ def console(stream: IO[str]) -> Console:
 
     if colored(stream):
         return Console(file=stream, highlight=False)
+    if os.environ.get("TERM") == "dumb":
+        # rich takes it for 80 columns wide, whatever it is.
+        width, height = shutil.get_terminal_size()
+        return Console(file=stream, highlight=False, color_system=None, no_color=True, width=width, height=height)
     return Console(file=stream, highlight=False, color_system=None, no_color=True)

@@ -139,6 +139,16 @@ def test_colour_is_left_out_where_it_is_not_wanted(
     assert ("\x1b" in screen.getvalue()) is not plain
 
 
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_terminal_is_as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch, term: str) -> None:
+    """A dumb one, too, so that a table fits it."""
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", "60")
+
+    assert console(screen).width == 60
+
+
 def test_nobody_watches_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     """Progress is for terminals."""
     assert not narrates()
