@@ -420,18 +420,27 @@ class Control:
 
     def enlist(self, kind: ActorKind, name: str, *, cpu: int = 0, pid: int | None = None) -> ActorRow:
         """Claim a free row for the calling thread, or for `pid`; AssertionError when all 160 are taken."""
-        pid = os.getpid() if pid is None else pid
+        return self.arrive(self.claim(kind, name, cpu=cpu), os.getpid() if pid is None else pid)
+
+    def claim(self, kind: ActorKind, name: str, *, cpu: int = 0) -> ActorRow:
+        """A row for a process that is still to come: it has its number, and is STARTING until it arrives."""
         for slot in range(ACTORS):
             at = self._row_offset(slot)
             if self.view.cas_u32(at, ActorState.FREE, ActorState.STARTING) != ActorState.FREE:
                 continue
             generation = self.view.load_u32(at + 4) + 1
-            text = name.encode()[:40]
-            # The state stays STARTING until the row is whole: one that were FREE for a moment could be claimed again.
-            store_row(self.memory, at + 4, _BEHIND_STATE, generation, pid, kind, cpu, 0, start_time_of(pid), text)
-            self.view.store_u32(at, ActorState.ALIVE)
+            store_row(self.memory, at + 4, _BEHIND_STATE, generation, 0, kind, cpu, 0, 0, name.encode()[:40])
             return self.row(slot)
         raise AssertionError(f"process table full: no row for {name}")
+
+    def arrive(self, row: ActorRow, pid: int) -> ActorRow:
+        """The process of a claimed row is there."""
+        at, text = self._row_offset(row.slot), row.name.encode()[:40]
+        start_time = start_time_of(pid)
+        store_row(self.memory, at + 4, _BEHIND_STATE, row.generation, pid, row.kind, row.cpu, 0, start_time, text)
+        # Last, when the row is whole. Until here it was STARTING, for one that is FREE could be claimed again.
+        self.view.store_u32(at, ActorState.ALIVE)
+        return self.row(row.slot)
 
     def blocked_word(self, slot: int) -> AtomicU32:
         """Whether the actor in `slot` is inside a wait; 0 for those who do not say (see `emu.blocked`)."""

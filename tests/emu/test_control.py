@@ -173,6 +173,21 @@ def test_enlisted_actor_is_found(control: Control) -> None:
     assert row.start_time == start_time_of(os.getpid()) > 0
 
 
+def test_claimed_row_is_of_nobody_until_its_process_arrives(control: Control) -> None:
+    """It has the number that it will have, no pid that a signal could go to, and is no free row for the next one."""
+    claimed = control.claim(ActorKind.VCPU, "vcpu3", cpu=3)
+    other = control.enlist(ActorKind.VCPU, "vcpu4", cpu=4)
+
+    assert (claimed.state, claimed.pid, claimed.start_time) == (ActorState.STARTING, 0, 0)
+    assert other.slot != claimed.slot
+
+    arrived = control.arrive(claimed, os.getpid())
+
+    assert (arrived.state, arrived.pid) == (ActorState.ALIVE, os.getpid())
+    assert arrived.start_time == start_time_of(os.getpid())
+    assert (arrived.number, arrived.kind, arrived.cpu, arrived.name) == (claimed.number, ActorKind.VCPU, 3, "vcpu3")
+
+
 def test_row_can_be_written_for_another_process(control: Control) -> None:
     """The launcher writes the zygote's row."""
     row = control.enlist(ActorKind.ZYGOTE, "zygote", pid=1)
