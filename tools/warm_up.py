@@ -27,8 +27,10 @@ _LARGEST_BLOCK: Final = 512
 _BLOCK_STEP: Final = 16
 _BYTES_HEAD: Final = 33
 """What a `bytes` object has beside its bytes. Blocks above 512 bytes are malloc's."""
-_BLOCKS_OF_A_SIZE: Final = 250
-_FILLERS: Final[list[bytes]] = []
+_POOL_BYTES: Final = 16 << 10
+_POOL_HEAD: Final = 48
+"""Where the first block of a pool begins."""
+_MOST_HOLES: Final = 2_000
 
 
 class _Hooks:
@@ -84,14 +86,25 @@ def warm_up() -> None:
         _kernel(tables, actor, tasklets)
 
 
-def fill_holes() -> None:
-    """Use up the blocks that are free between what was imported, once, just before the heap is frozen.
+def fill_holes() -> list[bytes]:
+    """Use up the blocks that are free between other objects, just before a fork; they are free again with the list.
 
     A child's new objects would go there, and each would un-share a page for itself; now they lie together, on pages
-    that nobody had. The blocks (2 MB in all) are never given back.
+    that nobody had. Of each size so many blocks are taken that the next one begins a pool (16 KiB that CPython cuts
+    into blocks of one size): a child would also write to the head of a pool that is in use.
     """
+    fillers = []
     for size in range(_LEAST_BLOCK, _LARGEST_BLOCK + 1, _BLOCK_STEP):
-        _FILLERS.extend([bytes(size - _BYTES_HEAD) for _ in range(_BLOCKS_OF_A_SIZE)])
+        # Bounded: another allocator than CPython's has no pools.
+        for _ in range(_MOST_HOLES):
+            block = bytes(size - _BYTES_HEAD)
+            if id(block) % _POOL_BYTES == _POOL_HEAD:
+                behind = bytes(size - _BYTES_HEAD)
+                if id(behind) == id(block) + size:  # a new pool's blocks come in order; both are given back to it
+                    break
+                fillers.append(behind)
+            fillers.append(block)
+    return fillers
 
 
 def _messages() -> None:

@@ -233,14 +233,16 @@ def main() -> int:
     keep_freed_memory()
     warm_up()
     gc.collect()
-    fill_holes()
+    fillers = fill_holes()
     # What is looked up in a class takes the place of what was looked up before, and counts both names down and up: a
     # child's would write to a page of each name that the imports had used.
     if sys.version_info < (3, 12):  # from then on names are not counted
         sys._clear_type_cache()
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as link:
-        return Zygote(link, launcher_pid).run()
+        status = Zygote(link, launcher_pid).run()
+    del fillers
+    return status
 
 
 if __name__ == "__main__":
