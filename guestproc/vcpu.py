@@ -117,11 +117,17 @@ class Peers:
         """Request an interrupt of another guest CPU."""
         requester = self._requesters.get(cpu)
         if requester is None:
-            position = self._positions[cpu]
-            kick = VpKick(self._machine, position, cpu)
-            requester = requester_of(self._trace, self._machine.vps.view, position, kick, self._counters)
-            self._requesters[cpu] = requester
+            requester = self.reach(cpu)
         requester.request(vector)
+
+    def reach(self, cpu: int) -> InterruptRequester:
+        """What requests interrupts of another guest CPU, and its semaphore, before the first one or at it."""
+        position = self._positions[cpu]
+        kick = VpKick(self._machine, position, cpu)
+        requester = requester_of(self._trace, self._machine.vps.view, position, kick, self._counters)
+        self._machine.wakeup(f"vp.{position}")
+        self._requesters[cpu] = requester
+        return requester
 
     def wake(self, actor: int) -> None:
         """Wake an actor from its block: a worker by its semaphore, a processor by the reschedule interrupt."""
@@ -146,14 +152,13 @@ class Vcpu:
         self.machine = machine
         self.cpu = cpu
         self.position: int = machine.config["cpu_positions"][cpu]
-        self.row, self.counters = machine.enlist(ActorKind.VCPU, f"vcpu{cpu}", cpu=cpu)
+        self.row = machine.control.claim(ActorKind.VCPU, f"vcpu{cpu}", cpu=cpu)
+        self.counters = machine.control.counters(self.row.slot)
         vps = machine.vps.view
         self.vp_index = machine.vp_index(self.position)
         self.trace = machine.recorder(self.row, vp=self.vp_index, context=TraceContext.TASK)
         self._bound: dict[int, tuple[Bound, Bound]] = {}
         """By vector: the records around its handler."""
-        if self.trace:
-            self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         self.lapic = Lapic(vps, self.position)
         self.vectors: dict[int, Callable[[], None]] = {
             RESCHEDULE_VECTOR: self._reschedule,
@@ -197,6 +202,12 @@ class Vcpu:
         )
         self.now = machine.clock.now
         self.exits = exit_client(machine, self.position, self.row.number, self.stopping)
+
+    def begin(self) -> None:
+        """The calling process is this processor from now on, whoever has made it."""
+        self.row = self.machine.control.arrive(self.row, os.getpid())
+        if self.trace:
+            self.trace.start(self.row.pid, self.row.kind, self.row.cpu, self.row.name)
         signal.signal(KICK_SIGNAL, self._on_kick)
 
     # -- interrupts ---------------------------------------------------------------------------------

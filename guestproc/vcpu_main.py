@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from emu import plugin
-from emu.control import Ready
+from emu.control import ActorKind, ActorState, Ready
 from emu.errors import DeadlinePassed, MachineStopping, MissingPrerequisite, OutOfMemory, VmbusError
 from emu.layout import ABI_MAJOR, ABI_MINOR, ExitOperation
 from emu.machine import Machine
@@ -38,6 +38,7 @@ from guestproc.vmbus import isr as _isr  # noqa: F401 (registers vmbus_isr)
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start, vmbus_wait_for_offers
 from guestproc.vmbus.cpu_hotplug import cpuhp_thread_fun, hv_synic_online
 from guestproc.vmbus.device import vmbus_shutdown
+from guestproc.vmbus.percpu import PerCpuContext
 from guestproc.vmbus.ring_buffer import RingCache
 from guestproc.vmbus.vector import Gate
 
@@ -54,13 +55,40 @@ class BootFailed(VmbusError):
     """The guest could not come up; the text says at which step and why."""
 
 
-def run(machine: Machine, cpu: int, report: Report) -> int:
-    """Boot or come online, then serve until the machine stops; the process's exit status."""
+class Processor(NamedTuple):
+    """A processor that is to come online, as far as it can be made before there is its process."""
+
+    vcpu: Vcpu
+    current: Current
+    gate: Gate
+
+
+def make(machine: Machine, cpu: int, report: Report) -> Processor:
+    """A processor, not the boot CPU, of a guest that has laid out its RAM."""
+    vcpu = Vcpu(machine, cpu, report)
+    current = _current(vcpu, KernelTables.attach(machine.ram.memory), report)
+    assert current.tasklets is not None
+    current.percpu = PerCpuContext(current, current.tasklets)
+    # Which waits for it to come online.
+    vcpu.peers.reach(BOOT_CPU)
+    return Processor(vcpu, current, Gate(current, vcpu))
+
+
+def run(machine: Machine, cpu: int, report: Report, made: Processor | None = None) -> int:
+    """Boot or come online, then serve until the machine stops; the process's exit status.
+
+    `made`: the processor, where somebody has made it before there was this process.
+    """
     add_plugins(plugin.attach(machine.config))
     add_exhibit_drivers(machine)
-    vcpu = (SharedVcpu if machine.races else Vcpu)(machine, cpu, report)
+    vcpu = made.vcpu if made else (SharedVcpu if machine.races else Vcpu)(machine, cpu, report)
+    vcpu.begin()
     try:
-        current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
+        if made:
+            current = made.current
+            _synic_online(current, made.gate)
+        else:
+            current = _boot(vcpu, report) if cpu == BOOT_CPU else _come_online(vcpu, report)
         if isinstance(vcpu, SharedVcpu):
             _share(current, vcpu, report)
         _serve(current, vcpu)
@@ -178,7 +206,7 @@ def _boot(vcpu: Vcpu, report: Report) -> Current:
     _note_numa(machine, tables)
     _expect(vmbus_bus_init(current, machine.vp_count), "vmbus_bus_init")
     _release_others(machine, vcpu)
-    _synic_online(current, vcpu)
+    _synic_online(current, Gate(current, vcpu))
     connection = tables.connection
     try:
         connection.state_wait.wait_until(
@@ -219,9 +247,13 @@ def _reached(machine: Machine, vcpu: Vcpu, report: Report, stage: Ready) -> None
 def _release_others(machine: Machine, vcpu: Vcpu) -> None:
     """RAM is laid out: the other CPUs and the workqueue process may attach to it."""
     machine.control.set_guest_formatted()
-    machine.wakeup("actor.0").post()
-    for cpu in range(machine.vp_count):
-        vcpu.kick_cpu(cpu)
+    gate = machine.wakeup("actor.0")
+    gate.post()  # for the workqueue process
+    gate.post()  # for the zygote, which makes the other CPUs
+    # Who is not there yet looks at the word above when he is.
+    for row in machine.control.rows():
+        if row.kind == ActorKind.VCPU and row.state == ActorState.ALIVE and row.cpu != vcpu.cpu:
+            vcpu.kick_cpu(row.cpu)
 
 
 def _note_numa(machine: Machine, tables: KernelTables) -> None:
@@ -239,13 +271,13 @@ def _come_online(vcpu: Vcpu, report: Report) -> Current:
         raise_if_stopping(vcpu)
         vcpu.idle(IDLE_NS)
     current = _current(vcpu, KernelTables.attach(machine.ram.memory), report)
-    _synic_online(current, vcpu)
+    _synic_online(current, Gate(current, vcpu))
     return current
 
 
-def _synic_online(current: Current, vcpu: Vcpu) -> None:
+def _synic_online(current: Current, gate: Gate) -> None:
     """The gate first, which stays; then this CPU's SynIC."""
-    Gate(current, vcpu).install()
+    gate.install()
     hv_synic_online(current)
 
 

@@ -78,9 +78,9 @@ def replace_guest(running: RunningMachine) -> None:
     )
     control.forget_guest()
     _clear(running.machine.ram)
-    for name, (kind, number) in names.items():
+    for name in names:
         del running.inner[name]
-        running.start(name, kind, number)
+    running.start_all(names)
     running.wait_until(lambda: control.guest_formatted, BOOT_TIMEOUT_S, "the next guest to begin")
 
 

@@ -46,6 +46,7 @@ from guestproc.vcpu import Vcpu, WorkerThread
 from guestproc.vmbus.bus import vmbus_bus_init, vmbus_exit, vmbus_start
 from guestproc.vmbus.cpu_hotplug import cpuhp_thread_fun
 from guestproc.vmbus.ring_buffer import RingCache
+from guestproc.vmbus.vector import Gate
 from hostproc.partition import Partition
 
 T = TypeVar("T")
@@ -291,6 +292,8 @@ class World:
         self._handler = signal.getsignal(KICK_SIGNAL)
         self.cpus = [self.VCPU(self.machine, cpu, self._report) for cpu in range(cpus)]
         for cpu in self.cpus:
+            cpu.begin()
+        for cpu in self.cpus:
             cpu.exits = cast(ExitClient, DirectExits(self, cpu.position))
             cpu._die_of_isr = _raise_again  # type: ignore[method-assign]
         vp_indices = [self.machine.vp_index(cpu.position) for cpu in self.cpus]
@@ -504,7 +507,7 @@ class World:
         """Everything up to the connection: handler, drivers, pages, each CPU's SynIC."""
         assert self.call(lambda current: vmbus_bus_init(current, len(self.cpus))) == 0
         for cpu in self.cpus:
-            self.call(lambda current, cpu=cpu: vcpu_main._synic_online(current, cpu), cpu=cpu.cpu)  # type: ignore[misc]
+            self.call(lambda current, cpu=cpu: vcpu_main._synic_online(current, Gate(current, cpu)), cpu=cpu.cpu)  # type: ignore[misc]
 
     def boot(self) -> None:
         """Connected, offers asked for."""

@@ -130,6 +130,8 @@ class RunningMachine:
     """The newest lines that processes said, each with who said it; also in `control`, for `inspect log`."""
     _said: int = 0
     """How many lines were ever said."""
+    _early: dict[str, str] = field(default_factory=dict)
+    """Tracebacks of processes of which the zygote has not yet told that it has forked them."""
     peers: Peers | None = None
     on_pump: Callable[[], object] | None = None
     """Called at each look at the zygote: a recording is drained there, or tells that its file cannot be written."""
@@ -244,7 +246,7 @@ class RunningMachine:
     def _hear(self, verb: str, *arguments: Any) -> None:
         if verb == "forked":
             name, pid = arguments
-            self.inner[name] = Inner(name, pid)
+            self.inner[name] = Inner(name, pid, traceback=self._early.pop(name, ""))
             if name == "sweeper":
                 with contextlib.suppress(OSError):  # it may have died at once, which is heard next
                     self._sweeper = os.pidfd_open(pid)
@@ -254,6 +256,8 @@ class RunningMachine:
             name, text = arguments
             if name in self.inner:
                 self.inner[name].traceback = text
+            else:
+                self._early[name] = text
         elif verb == "exited":
             self._exited(*arguments)
         elif verb == "log":
@@ -366,8 +370,14 @@ class RunningMachine:
 
     def start(self, name: str, kind: str, number: int = 0) -> None:
         """Fork one inner process and wait until the zygote has said its pid."""
-        self.tell_zygote("fork", name, kind, number)
-        self.wait_until(lambda: name in self.inner, STOP_TIMEOUT_S, f"the zygote to fork {name}")
+        self.start_all({name: (kind, number)}, STOP_TIMEOUT_S)
+
+    def start_all(self, names: dict[str, tuple[str, int]], timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Fork inner processes (name: kind and number), and wait until the zygote has said all their pids."""
+        self.tell_zygote("fork", [(name, kind, number) for name, (kind, number) in names.items()])
+        self.wait_until(lambda: names.keys() <= self.inner.keys(), timeout_s, f"the zygote to fork {', '.join(names)}")
+        for name in names:  # from here on in the order in which they were asked for
+            self.inner[name] = self.inner.pop(name)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to an inner process (for tests of death)."""
@@ -494,6 +504,7 @@ class RunningMachine:
         )
         self._stopping = False
         self.deaths.clear()
+        self._early.clear()
         self.log.clear()
         self.peers = None
         self.inner = {name: inner for name, inner in self.inner.items() if name == "sweeper"}
@@ -723,6 +734,7 @@ def _start_processes(running: RunningMachine, *, no_guest: bool) -> None:
         raise MissingPrerequisite("the zygote did not start within 60 s; is this computer overloaded?")
     running.machine.set_state(MachineState.RUNNING)
     running.tell_zygote("attach", running.name)
+    running.wait_until(lambda: "sweeper" in running.inner, BOOT_TIMEOUT_S, "the zygote to fork the sweeper")
     _fork_all(running, no_guest=no_guest)
 
 
@@ -735,12 +747,7 @@ def _made_alike(one: MachineSpec, other: MachineSpec) -> bool:
 
 def _fork_all(running: RunningMachine, *, no_guest: bool) -> None:
     names = process_names(running.machine.vp_count, no_guest=no_guest)
-    expected = {"sweeper"}
-    for name, (kind, number) in names.items():
-        if name not in running.by_hand:
-            running.tell_zygote("fork", name, kind, number)
-            expected.add(name)
-    running.wait_until(lambda: expected <= set(running.inner), BOOT_TIMEOUT_S, "the zygote to fork all processes")
+    running.start_all({name: what for name, what in names.items() if name not in running.by_hand})
 
 
 def process_names(vp_count: int, *, no_guest: bool = False) -> dict[str, tuple[str, int]]:

@@ -1,11 +1,13 @@
 """The zygote: one warmed, single-threaded process from which a machine's inner processes are forked.
 
 It imports what they need, collects and freezes the heap (otherwise each child's first collection would
-un-share it: 6 x the memory), and forks on demand: 1 ms and 1 MB a child. It is their parent: it reaps them
+un-share it: 6 x the memory), and forks on demand. Processors that are to come online it makes itself, when the boot CPU
+has laid out RAM, and forks them in one go: a process that ran all that for itself would have a megabyte more of its own
+(each call counts references on the pages of what it uses), and need twice the time. It is their parent: it reaps them
 and reports name and status to the launcher over a SEQPACKET socket, one msgpack array a datagram. Until it has forked
 the sweeper it outlives a launcher that is killed, and unlinks what that has made of a machine.
 
-    launcher -> zygote   ["making", machine] ["attach", machine] ["fork", name, kind, number] ["configured"]
+    launcher -> zygote   ["making", machine] ["attach", machine] ["fork", [[name, kind, number], ...]] ["configured"]
                          ["kill", name] ["bye"]
     zygote   -> launcher ["warm"] ["forked", name, pid] ["exited", name, pid, status]
     children -> launcher ["crashed", name, traceback] ["stage", name, stage] ["lacking", why]
@@ -24,13 +26,15 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import msgpack
 
-from emu.errors import MissingPrerequisite, UserError
+from emu.errors import MissingPrerequisite, UserError, VmbusError
 from emu.ipc.heap import keep_freed_memory
 from emu.ipc.segments import unlink_unheld
 from emu.limits import not_started
@@ -44,6 +48,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 LACKING: Final = 3
 """Exit status of a child that the system does not give what it needs."""
+RAM_TIMEOUT_S: Final = 0.25
+"""A boot CPU lays out RAM within milliseconds of its fork. Whoever dies meanwhile is reported so much later."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -116,7 +122,7 @@ class Zygote:
                 # Its launcher was interrupted and has taken the machine away again: nobody needs a zygote.
                 return False
         elif verb == "fork":
-            self._fork_inner(*arguments)
+            self._fork_inner([(name, kind, number) for name, kind, number in arguments[0]])
         elif verb == "configured":
             assert self._machine is not None, "configured before attach"
             self._machine.read_config()
@@ -152,15 +158,60 @@ class Zygote:
             if child == name:
                 os.kill(pid, signal.SIGKILL)
 
-    def _fork_inner(self, name: str, kind: str, number: int) -> None:
+    def _fork_inner(self, orders: list[tuple[str, str, int]]) -> None:
+        """Fork processes of the machine (name, kind, number); processors that come online last."""
         machine = self._machine
         assert machine is not None, "fork before attach"
-        bodies: dict[str, Callable[[], int]] = {
-            "hypervisor": lambda: hypervisor_main.run(machine, self._report),
-            "vcpu": lambda: vcpu_main.run(machine, number, self._report),
-            "workqueue": lambda: workqueue_main.run(machine, self._report),
-        }
-        self._fork(name, bodies[kind])
+        further = {number: name for name, kind, number in orders if kind == "vcpu" and number != vcpu_main.BOOT_CPU}
+        first = [order for order in orders if order[0] not in further.values()]
+        for name, kind, number in first:
+            self._fork(name, partial(self._run, machine, kind, number))
+        if not further:
+            return
+        boots = any(kind == "vcpu" for _name, kind, _number in first)
+        made = self._make(machine, list(further)) if self._wait_for_ram(machine, boots=boots) else {}
+        self._fork_together(
+            [(name, partial(vcpu_main.run, machine, cpu, self._report, made.get(cpu))) for cpu, name in further.items()]
+        )
+
+    def _run(self, machine: Machine, kind: str, number: int) -> int:
+        """What an inner process does."""
+        if kind == "vcpu":
+            return vcpu_main.run(machine, number, self._report)
+        if kind == "workqueue":
+            return workqueue_main.run(machine, self._report)
+        return hypervisor_main.run(machine, self._report)
+
+    def _wait_for_ram(self, machine: Machine, *, boots: bool) -> bool:
+        """Whether RAM is laid out, or is so before long; if not, processors wait for that themselves.
+
+        So they do where somebody starts processes by hand, who may take his time, and where a director holds them.
+        """
+        if machine.races or machine.config["by_hand"]:
+            return False
+        gate, end = machine.wakeup("actor.0"), time.monotonic() + RAM_TIMEOUT_S
+        while not machine.control.guest_formatted:
+            if not boots or machine.stopping or time.monotonic() > end:
+                return False
+            gate.block(RAM_TIMEOUT_S)
+        return True
+
+    def _make(self, machine: Machine, cpus: list[int]) -> dict[int, vcpu_main.Processor]:
+        """Processors whose processes are still to come, by number; none where one cannot be made."""
+        try:
+            return {cpu: vcpu_main.make(machine, cpu, self._report) for cpu in cpus}
+        except (VmbusError, OSError):
+            return {}  # each process meets the same, and says it as its own
+
+    def _fork_together(self, bodies: list[tuple[str, Callable[[], int]]]) -> None:
+        """Fork several, and do in between as little as can be: what is written then, the child before has to itself."""
+        fillers = fill_holes()
+        forked = []
+        for name, body in bodies:
+            forked.append((name, self._fork_child(name, body)))
+        del fillers
+        for name, pid in forked:
+            self._adopt(name, pid)
 
     def _report(self, *message: Any) -> None:
         """What a child tells the launcher by itself; of one that was killed nobody hears, and its child ends soon."""
@@ -168,14 +219,24 @@ class Zygote:
             self._send(*message)
 
     def _fork(self, name: str, body: Callable[[], int], *, detached: bool = False) -> None:
+        self._adopt(name, self._fork_child(name, body, detached=detached))
+
+    def _fork_child(self, name: str, body: Callable[[], int], *, detached: bool = False) -> int:
+        """The pid of a new child, or 0 where the system gives us none, which the launcher is told."""
         zygote_pid = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory for one more
             self._send("lacking", str(not_started(name, error.strerror)))
-            return
+            return 0
         if pid == 0:
             self._child(name, body, zygote_pid, detached=detached)
+        return pid
+
+    def _adopt(self, name: str, pid: int) -> None:
+        """Look after a child from now on, and tell the launcher of it."""
+        if not pid:
+            return
         descriptor = os.pidfd_open(pid)
         self._children[descriptor] = (name, pid)
         self._poll.register(descriptor, select.EPOLLIN)
@@ -184,6 +245,8 @@ class Zygote:
     def _child(self, name: str, body: Callable[[], int], zygote_pid: int, *, detached: bool) -> None:
         """Never returns: a child must not run the zygote's loop, nor Python's shutdown."""
         status = 4
+        # What it was born with is not garbage, and a collection would write to all of it.
+        gc.freeze()
         try:
             self._poll.close()
             for descriptor in self._children:

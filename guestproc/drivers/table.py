@@ -28,6 +28,8 @@ def check_plugins(plugins: Plugins) -> None:
 
 def add_plugins(plugins: Plugins) -> None:
     """Add what plugins register to this process, their drivers before ours."""
+    if not (plugins.drivers or plugins.callbacks):
+        return
     check_plugins(plugins)
     for name, callback in plugins.callbacks.items():
         CHANNEL_CALLBACKS.register(callback.number, name)(plugged_callback(name, callback))

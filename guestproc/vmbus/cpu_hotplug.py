@@ -136,7 +136,8 @@ def _end_softirqs(current: Current) -> None:
 def hv_synic_online(current: Current) -> None:
     """`hv_synic_init` on this processor, with its pages at hand before the first interrupt."""
     assert current.tasklets is not None
-    current.percpu = PerCpuContext(current, current.tasklets)
+    if current.percpu is None:
+        current.percpu = PerCpuContext(current, current.tasklets)
     hv_synic_init(current)
     current.connection.state_wait.wake_all(current.actor)
 

@@ -43,7 +43,7 @@ class Gate:
     def __init__(self, current: Current, vcpu: Vcpu) -> None:
         self.current = current
         self.vcpu = vcpu
-        self.hints = cpuid(current, CPUID_ENLIGHTENMENT_INFO)[0]
+        self.hints = 0
         self.irq_regs: PtRegs | None = None
         self.cpu = current.cpu_record()
         self._handler = current.connection.vmbus_handler.load
@@ -57,7 +57,8 @@ class Gate:
         self._regs = PtRegs(HYPERVISOR_CALLBACK_VECTOR)
 
     def install(self) -> None:
-        """Put the gate into the processor's vector table; there is no way to take it out again."""
+        """Put the gate into the processor's vector table; there is no way to take it out again. Runs on it."""
+        self.hints = cpuid(self.current, CPUID_ENLIGHTENMENT_INFO)[0]
         self.vcpu.vectors[HYPERVISOR_CALLBACK_VECTOR] = partial(hyperv_vector_handler, self, self._regs)
 
     def set_irq_regs(self, regs: PtRegs | None) -> PtRegs | None:

@@ -150,6 +150,7 @@ def _processor(machine: Machine, cpu: int, words: Words, share: int, seed: str) 
     _never_look_again()
     chance = random.Random(seed)
     vcpu = Vcpu(machine, cpu, lambda *_: None)
+    vcpu.begin()
     answered = 0
     taken = words.answered.load
 

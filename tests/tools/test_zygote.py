@@ -1,10 +1,136 @@
-"""What the zygote does for its children before there are any: pages that nobody has written to."""
+"""What the zygote does for its children before there are any: processors, and pages that nobody has written to."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from emu.control import ActorKind, ActorState, start_time_of
+from emu.errors import MissingPrerequisite
+from emu.scenario import Scenario
+from guestproc import vcpu_main
+from tools import zygote
+from tools.launch import RunningMachine, launch
+
+VCPUS = 4
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningMachine]:
+    """A machine whose channels are open."""
+    with launch(Scenario.default().with_overrides(vcpus=VCPUS)) as machine:
+        machine.wait_ready()
+        yield machine
+        machine.shut_down_guest()
+
+
+@pytest.fixture
+def nobody() -> Iterator[zygote.Zygote]:
+    """A zygote whose launcher says nothing."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield zygote.Zygote(theirs, os.getpid())
+
+
+def test_processor_that_was_made_for_it_is_a_process_of_its_own(running: RunningMachine) -> None:
+    """Each row of the process table has the pid of the process that was forked for it, and when that began."""
+    rows = {row.name: row for row in running.machine.control.rows() if row.kind == ActorKind.VCPU}
+
+    assert len(rows) == VCPUS
+    for name, row in rows.items():
+        assert row.state == ActorState.ALIVE
+        assert row.pid == running.inner[name].pid
+        assert row.start_time == start_time_of(row.pid) > 0
+
+
+def test_processor_that_comes_online_has_half_the_memory_of_one_that_boots(running: RunningMachine) -> None:
+    """It ran next to nothing to become what it is: else it would have three quarters."""
+    own = {name: psutil.Process(inner.pid).memory_full_info().uss for name, inner in running.inner.items()}
+
+    assert all(own[f"vcpu{cpu}"] < 0.6 * own["vcpu0"] for cpu in range(1, VCPUS))
+
+
+def test_processor_that_died_gets_a_new_process(running: RunningMachine) -> None:
+    """While the guest runs its RAM is laid out: the new one is made and forked by the same way."""
+    before = running.inner["vcpu2"].pid
+    running.expected_deaths.add(before)
+    running.kill("vcpu2")
+    running.wait_until(lambda: running.inner["vcpu2"].exited, 10.0, "vcpu2 to be gone")
+    del running.inner["vcpu2"]
+
+    running.start("vcpu2", "vcpu", 2)
+    running.wait_until(lambda: running.machine.find_actor(ActorKind.VCPU, 2) is not None, 10.0, "a vcpu2")
+
+    row = running.machine.find_actor(ActorKind.VCPU, 2)
+    assert row is not None
+    assert row.pid == running.inner["vcpu2"].pid != before
+
+
+@pytest.mark.parametrize(
+    ("boots", "laid_out", "by_hand", "races", "expected"),
+    [
+        pytest.param(True, True, False, False, True, id="laid-out"),
+        pytest.param(True, False, False, False, False, id="late"),
+        pytest.param(False, False, False, False, False, id="nobody-boots"),
+        pytest.param(True, True, True, False, False, id="by-hand"),
+        pytest.param(True, True, False, True, False, id="a-director-holds-them"),
+    ],
+)
+def test_processors_are_made_where_ram_is_laid_out_soon(
+    nobody: zygote.Zygote,
+    monkeypatch: pytest.MonkeyPatch,
+    boots: bool,
+    laid_out: bool,
+    by_hand: bool,
+    races: bool,
+    expected: bool,
+) -> None:
+    """Otherwise they are forked at once, and wait for themselves."""
+    monkeypatch.setattr(zygote, "RAM_TIMEOUT_S", 0.0)
+    machine: Any = SimpleNamespace(
+        races=races,
+        config={"by_hand": by_hand},
+        stopping=False,
+        wakeup=lambda _part: SimpleNamespace(block=lambda _timeout_s: False),
+        control=SimpleNamespace(guest_formatted=laid_out),
+    )
+
+    assert nobody._wait_for_ram(machine, boots=boots) is expected
+
+
+def test_processor_that_cannot_be_made_is_left_to_its_process(
+    nobody: zygote.Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zygote lives on, and the process says by itself what it lacks."""
+
+    def lacks(*_: Any) -> vcpu_main.Processor:
+        raise MissingPrerequisite("no room for its recording")
+
+    monkeypatch.setattr(vcpu_main, "make", lacks)
+    machine: Any = None
+
+    assert nobody._make(machine, [1, 2]) == {}
+
+
+def test_traceback_that_comes_before_its_process_is_kept() -> None:
+    """Of several that are forked in one go the zygote tells afterwards; one may have crashed by then."""
+    machine: Any = None
+    running = RunningMachine("m", Scenario.default(), machine, machine, 0.0)
+
+    running._hear("crashed", "vcpu1", "Traceback: why")
+    running._hear("forked", "vcpu1", 7)
+    running._hear("forked", "vcpu2", 8)
+
+    assert (running.inner["vcpu1"].traceback, running.inner["vcpu2"].traceback) == ("Traceback: why", "")
+
 
 FILL_AND_TELL = """
 from tools.warm_up import fill_holes
