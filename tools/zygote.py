@@ -48,8 +48,10 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 LACKING: Final = 3
 """Exit status of a child that the system does not give what it needs."""
-RAM_TIMEOUT_S: Final = 0.25
-"""A boot CPU lays out RAM within milliseconds of its fork. Whoever dies meanwhile is reported so much later."""
+RAM_TIMEOUT_S: Final = 2.0
+"""A boot CPU lays out RAM within milliseconds of its fork, where the computer is not overloaded."""
+_LOOK_S: Final = 0.02
+"""Whoever dies meanwhile is reported so much later."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -191,10 +193,14 @@ class Zygote:
             return False
         gate, end = machine.wakeup("actor.0"), time.monotonic() + RAM_TIMEOUT_S
         while not machine.control.guest_formatted:
-            if not boots or machine.stopping or time.monotonic() > end:
+            if not boots or machine.stopping or self._somebody_ended() or time.monotonic() > end:
                 return False
-            gate.block(RAM_TIMEOUT_S)
+            gate.block(_LOOK_S)
         return True
+
+    def _somebody_ended(self) -> bool:
+        """Whether a child is to be reaped, which is done later."""
+        return any(descriptor in self._children for descriptor, _event in self._poll.poll(0))
 
     def _make(self, machine: Machine, cpus: list[int]) -> dict[int, vcpu_main.Processor]:
         """Processors whose processes are still to come, by number; none where one cannot be made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -104,6 +105,25 @@ def test_processors_are_made_where_ram_is_laid_out_soon(
     )
 
     assert nobody._wait_for_ram(machine, boots=boots) is expected
+
+
+def test_no_ram_is_waited_for_where_somebody_died(nobody: zygote.Zygote) -> None:
+    """The boot CPU, or the host without which it does not come so far: that is to be told, not waited for."""
+    nobody._fork("vcpu0", lambda: 4)
+    (descriptor,) = nobody._children
+    ended = select.poll()
+    ended.register(descriptor, select.POLLIN)
+    assert ended.poll(10_000)
+    machine: Any = SimpleNamespace(
+        races=False,
+        config={"by_hand": False},
+        stopping=False,
+        wakeup=lambda _part: SimpleNamespace(block=lambda _timeout_s: pytest.fail("it waited")),
+        control=SimpleNamespace(guest_formatted=False),
+    )
+
+    assert not nobody._wait_for_ram(machine, boots=True)
+    nobody._reap(descriptor)
 
 
 def test_processor_that_cannot_be_made_is_left_to_its_process(
