@@ -44,7 +44,7 @@ from tools.launch import (
 )
 from tools.nouns import counted, noun
 from tools.output import narrates, print_json, say
-from tools.run_outcome import Outcome, show_devices, tell, tell_faults, tell_refused
+from tools.run_outcome import Outcome, show_devices, tell, tell_faults, tell_noted, tell_refused
 
 ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
@@ -134,6 +134,8 @@ def run_here(options: Options, ready: Callable[[str], object] | None = None) -> 
                 print_json("run", 1, outcome.report())
             else:
                 tell_refused(outcome.refused, outcome.refusals)
+                if outcome.foreign:
+                    tell_noted(outcome.ignored, outcome.refusals)
                 tell_faults(outcome.faults)
             raise
     return tell(outcome, options.as_json, beside.status or interrupted)

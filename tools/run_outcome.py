@@ -23,6 +23,8 @@ from tools.output import print_json, print_table, say
 
 SHOWN_DEVICES: Final = 40
 SHOWN_REFUSALS: Final = 5
+NOTED: Final = frozenset({"message-on-contact-connection"})
+"""What somebody else's guest did that is let pass, and that its author will want to know all the same."""
 LEFT: Final = {
     Left.UNLOADED: "the guest unloaded",
     Left.DETACHED: "the guest detached without UNLOAD",
@@ -216,6 +218,16 @@ def tell_refused(refused: Mapping[str, int], refusals: Sequence[Mapping[str, Any
         click.echo(f"  {line}")
 
 
+def tell_noted(ignored: Mapping[str, int], refusals: Sequence[Mapping[str, Any]]) -> None:
+    """What the host let pass and is worth knowing, by rule, and why (as `Control.ignored` and `refusals` give it)."""
+    noted = {rule: count for rule, count in sorted(ignored.items()) if rule in NOTED}
+    if not noted:
+        return
+    click.echo("noted: " + ", ".join(f"{rule} {count}" for rule, count in noted.items()))
+    for line in dict.fromkeys(f"{one['rule']}: {one['text']}" for one in refusals if one["rule"] in noted):
+        click.echo(f"  {line}")
+
+
 def refused_because(refusals: Sequence[Mapping[str, Any]]) -> list[str]:
     """The newest reasons, a line each, the oldest of them first."""
     # Who asks an old host for four newer versions is told so four times, in the same words.
@@ -322,6 +334,8 @@ def _tell_people(outcome: Outcome) -> None:
         else:
             click.echo(_wrong_stream(outcome.stream))
     tell_refused(outcome.refused, outcome.refusals)
+    if outcome.foreign:
+        tell_noted(outcome.ignored, outcome.refusals)
     tell_faults(outcome.faults)
     if lost := outcome.lost():
         click.echo(f"not open: {lost:,} of {counted(outcome.offers, 'channel')}")

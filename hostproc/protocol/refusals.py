@@ -1,4 +1,4 @@
-"""What the host refused or found to lead to nothing, counted by rule, and the newest few kinds in full.
+"""What the host refused, found to lead to nothing, or let pass, counted by rule, and the newest few kinds in full.
 
 Those that are alike are kept once, with their number: who does one thing wrong for ever displaces nobody. A guest can
 make these as often as it likes, so what is kept does not grow: rules are ours, and few.
@@ -17,7 +17,10 @@ _LONGEST_VALUE: Final = 32
 
 
 class Refusals:
-    """`refused` counts a guest's violations, `ignored` what was legal and led to nothing; by rule."""
+    """`refused` counts a guest's violations, `ignored` what was legal and led to nothing, or was let pass; by rule.
+
+    `last` has the newest of both; of what is legal and comes again at once, the newest alone.
+    """
 
     __slots__ = ("ignored", "last", "refused")
 

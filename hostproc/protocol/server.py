@@ -67,6 +67,7 @@ from hostproc.protocol.sockets import Sockets
 from hostproc.protocol.states import REVOKED_STATES, ChannelState
 from hostproc.protocol.versions import (
     FAILED,
+    MULTICLIENT_CONNECTION_ID,
     VERSIONS,
     Limits,
     Verdict,
@@ -273,6 +274,10 @@ class Server:
         message = parse(payload)
         if not self._legal(message):
             return
+        if connection_id == MULTICLIENT_CONNECTION_ID and not isinstance(message, InitiateContact):
+            # Real hosts take it too: which port a message came in on counts for a contact's SINT and VTL only.
+            text = f"{message.TYPE.name} on connection 4, which is for INITIATE_CONTACT: the rest goes to connection 1"
+            self._session.ignore("message-on-contact-connection", text, "connection_id", connection_id)
         match message:
             case InitiateContact():
                 self._contact(message, connection_id)

@@ -154,7 +154,7 @@ class Guest:
     def post(self, *messages: Message) -> list[Message]:
         """Post messages; return what the host has sent since the last call."""
         for message in messages:
-            self.bus.deliver(message.pack(), 4)
+            self.bus.deliver(message.pack(), 4 if isinstance(message, InitiateContact) else 1)
         return self.sent()
 
     def sent(self) -> list[Message]:

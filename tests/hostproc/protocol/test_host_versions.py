@@ -160,6 +160,36 @@ def test_a_sint_that_does_not_exist_is_refused_on_sint_2() -> None:
     assert answered_on(world) == (0, 2)
 
 
+def test_a_message_on_the_contacts_connection_is_taken_and_noted() -> None:
+    """A guest that does not go on to the connection that VERSION_RESPONSE named gets its answer, and is seen."""
+    world = World()
+    world.offer()
+    world.connect()
+
+    world.post(RequestOffers(), connection_id=4)
+
+    (noted,) = world.happened(Refused)
+    assert isinstance(noted, Refused)
+    assert (noted.rule, noted.legal, noted.field, noted.value) == (
+        "message-on-contact-connection",
+        True,
+        "connection_id",
+        4,
+    )
+    assert noted.text.startswith("REQUESTOFFERS on connection 4")
+    assert [type(message).__name__ for message in world.sent()] == ["OfferChannel", "AllOffersDelivered"]
+
+
+def test_contacts_and_messages_of_the_named_connection_are_not_noted() -> None:
+    """Connection 4 is for INITIATE_CONTACT, a second one as well, and connection 1 for the rest."""
+    world = World()
+    world.connect()
+    world.contact()
+    world.post(RequestOffers(), Unload())
+
+    assert world.refused() == []
+
+
 def test_sint_counts_on_the_multiclient_connection_only() -> None:
     """On message connection 1 the bytes mean nothing, and messages come on SINT 2."""
     world = World()
