@@ -32,6 +32,7 @@ from emu.wire.synic import (
     HV_X64_MSR_SINT15,
     HV_X64_MSR_SVERSION,
     MESSAGE_FLAGS_OFFSET,
+    MESSAGE_PAYLOAD_OFFSET,
     SINT_RESET,
     event_flag,
     message_slot,
@@ -177,6 +178,12 @@ class Synic:
         """message_type in the slot (0: empty). Call only while messages are enabled."""
         assert self.simp.gpa is not None
         return self._memory.atomics.load_u32(self.simp.gpa + message_slot(sint))
+
+    def slot_msgtype(self, sint: int) -> int:
+        """msgtype of a channel message in the slot, as the first word of its payload has it."""
+        assert self.simp.gpa is not None
+        at = self.simp.gpa + message_slot(sint) + MESSAGE_PAYLOAD_OFFSET
+        return self._memory.atomics.load_u32(at)
 
     def write_slot(self, sint: int, message: bytes) -> None:
         """Put a message (at most 256 bytes: type, header, payload) into a slot that was read as empty."""

@@ -141,6 +141,11 @@ class ControlPlane:
         for port in self._ports:
             partition.connections.messages[port.connection_id] = port
 
+    @property
+    def guest_port(self) -> MessagePort:
+        """The port that all channel messages to the guest go through."""
+        return self._guest_ports.port
+
     def wake(self) -> None:
         """A buffer towards the guest is free again."""
         self._task.wake()

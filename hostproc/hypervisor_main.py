@@ -55,6 +55,7 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.versions import Limits
 from hostproc.state_trace import StateTrace
 from hostproc.throttle import FREEZE_NS, Throttle
+from hostproc.undelivered import undelivered
 from hostproc.upkeep import UPKEEP_NS, Upkeep
 
 Report = Callable[..., None]
@@ -475,6 +476,8 @@ class Hypervisor:
         self._forget_pidfd()
         self._changed = True
         self.control_plane.attached_pid = 0
+        if self.machine.config["no_guest"]:
+            self._note_undelivered()
         self.partition.reset()
         self.control_plane.forget_messages()
         self.bus.guest_gone(how)
@@ -482,6 +485,29 @@ class Hypervisor:
             self._set_right()
         # Whoever waits for the end of the guest reads the mirror right behind this exit.
         self.control_plane.publish()
+
+    def _note_undelivered(self) -> None:
+        """Somebody else's guest is gone: tell what it never took out of its slot, and why."""
+        port = self.control_plane.guest_port
+        waiting = port.in_use + self.bus.outgoing
+        if self.control_plane.attached_pid and self.bus.left is Left.UNLOADED and not waiting:
+            return  # the machine ends first: it may just be taking the answer to its UNLOAD
+        vp = self.partition.vps[port.position]
+        at = vp_page_offset(port.position)
+        found = undelivered(
+            vp.synic,
+            vp.vp_index,
+            port.sint,
+            waiting,
+            requested=self._vectors(at + VP_REQUEST),
+            in_service=self._vectors(at + VP_IN_SERVICE),
+        )
+        if found is not None:
+            self.bus.refusals.add(*found)
+
+    def _vectors(self, offset: int) -> int:
+        """Four words of vectors as one number."""
+        return sum(self._vps.load_u64(offset + 8 * word) << 64 * word for word in range(4))
 
     def _forget_pidfd(self) -> None:
         if self._guest_pidfd >= 0:
@@ -508,6 +534,8 @@ class Hypervisor:
         gc.freeze()
         self.loop.run()
         self._thaw()
+        if self.machine.config["no_guest"] and self.control_plane.attached_pid:
+            self._note_undelivered()
         self.control_plane.publish()
         self.bus.close()
         self.counters.flush()

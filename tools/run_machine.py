@@ -50,6 +50,8 @@ ECHO_PACKETS: Final = 32
 CRUNCH_NUMBERS: Final = 400
 NET_FRAMES: Final = 200
 TASK_TIMEOUT_S: Final = 60.0
+TAKES_ANSWER_S: Final = 1.0
+"""How long a guest that has unloaded may take to take the answer; then the machine ends, and what is left is told."""
 BY_HAND_TIMEOUT_S: Final = 3600.0
 
 
@@ -182,6 +184,8 @@ def run_to_its_end(options: Options, outcome: Outcome, ready: Callable[[str], ob
                 say(line)
             outcome.log = running.log
             outcome.counters, outcome.faults = running.machine.control.counter_totals(), running.faults.report()
+            if options.no_guest:
+                running.stop()  # what the guest never took is told when the machine ends
             note_refused(running, outcome)
             if not running.machine.control.shutdown_requested:  # what was there before is told; half of it is gone
                 look(running, outcome)
@@ -358,6 +362,9 @@ def wait_for_foreign_guest(running: RunningMachine, options: Options, outcome: O
             look(running, outcome)
         running.pump(0.02)
     look(running, outcome)  # it may have come and gone since the last one
+    end = time.monotonic() + TAKES_ANSWER_S
+    while (head := mirror.head()).attached_pid and head.to_slots + head.outgoing and time.monotonic() < end:
+        running.pump(0.02)
 
 
 def host_has_told(running: RunningMachine) -> bool:

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 
 from emu.control import Ready
-from emu.wire.messages import AllOffersDelivered, OfferChannel, RequestOffers, Unload, UnloadResponse
+from emu.mirror import Mirror
+from emu.scenario import DeviceSpec, MachineSpec, Scenario
+from emu.wire.messages import AllOffersDelivered, InitiateContact, OfferChannel, RequestOffers, Unload, UnloadResponse
+from emu.wire.synic import HV_X64_MSR_SINT0, VMBUS_MESSAGE_SINT, message_slot
+from emu.wire.versions import VERSION_WIN10_V5_3
 from tests.system.python_guest import CONTACT_CONNECTION, PythonGuest
 from tools import cli, run_machine
-from tools.launch import RunningMachine
+from tools.exit_status import ExitStatus
+from tools.launch import RunningMachine, launch
 from tools.run_machine import Options
 from tools.run_outcome import Outcome
+from tools.state_node import whole
+from tools.state_tree import StateTree
 
 Play = Callable[[RunningMachine, PythonGuest], None]
 DEADLINE_S = 30.0
@@ -25,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """`vmbus-emu run --no-guest` with a guest that plays what it is given; `--json`'s object, or the text."""
     waits = run_machine.wait_for_foreign_guest
 
-    def told(play: Play, *, as_json: bool) -> Any:
+    def told(play: Play, *options: str, as_json: bool, status: int = 0) -> Any:
         def meets(machine: RunningMachine, options: Options, outcome: Outcome) -> None:
             machine.wait_until(lambda: machine.machine.control.ready >= Ready.HOST_RUNS, DEADLINE_S, "the host")
             with PythonGuest(machine.name) as guest:
@@ -33,7 +40,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             waits(machine, options, outcome)
 
         monkeypatch.setattr(run_machine, "wait_for_foreign_guest", meets)
-        assert cli.main(["run", "--no-guest", "--device", "echo:8", *(["--json"] if as_json else [])]) == 0
+        command = ["run", "--no-guest", "--device", "echo:8", *options, *(["--json"] if as_json else [])]
+        assert cli.main(command) == status
         shown = capsys.readouterr().out
         return json.loads(shown) if as_json else shown
 
@@ -69,3 +77,85 @@ def test_json_has_the_count_and_the_reason(run: Callable[..., Any]) -> None:
     assert [(one["rule"], one["value"], one["legal"]) for one in told["refusals"]] == [
         ("message-on-contact-connection", 4, True)
     ]
+
+
+OFFERS = 8
+SHOWN = "of the host's for SINT 2 of VP 0 not taken: "
+
+
+def asks_and_takes_nothing(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Boot, ask for the offers, and leave the first of them in the slot."""
+    guest.bring_up()
+    guest.contact()
+    assert guest.post(RequestOffers().pack()) == 0
+    mirror = Mirror(machine.machine.control)
+    machine.wait_until(lambda: mirror.head().to_slots == OFFERS, DEADLINE_S, "the offers to wait")
+
+
+def never_frees_its_slot(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Detach with the first offer in the slot, the others behind it."""
+    asks_and_takes_nothing(machine, guest)
+    guest.detach()
+
+
+def forgets_eom(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Take the first offer, and write no EOM although there are others."""
+    asks_and_takes_nothing(machine, guest)
+    guest.memory.atomics.store_u32(guest.simp + message_slot(VMBUS_MESSAGE_SINT), 0)
+    guest.detach()
+
+
+def masks_its_sint(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Mask SINT 2 before the contact, whose answer comes without an interrupt then."""
+    guest.bring_up()
+    guest.write_msr(HV_X64_MSR_SINT0 + VMBUS_MESSAGE_SINT, 0x100F3)
+    guest.post(contact().pack())
+    mirror = Mirror(machine.machine.control)
+    machine.wait_until(lambda: mirror.head().version != 0, DEADLINE_S, "the contact to be answered")
+    guest.detach()
+
+
+def contact() -> InitiateContact:
+    """A first contact of 5.3."""
+    return InitiateContact(vmbus_version_requested=VERSION_WIN10_V5_3, msg_sint=VMBUS_MESSAGE_SINT)
+
+
+@pytest.mark.parametrize(
+    ("play", "count", "why"),
+    [
+        (never_frees_its_slot, OFFERS + 1, "the slot was not emptied (its message_type is 0x1, OFFERCHANNEL)"),
+        (forgets_eom, OFFERS, "the slot was emptied, and EOM (MSR 0x40000084) not written"),
+        (masks_its_sint, 1, "the SINT is masked (its register is 0x100f3)"),
+    ],
+)
+def test_what_a_guest_never_took_is_told_with_its_cause(
+    run: Callable[..., Any], play: Play, count: int, why: str
+) -> None:
+    """The end of the run says how many messages were left over, and which step of the hand-over was missing."""
+    shown = run(play, as_json=False)
+
+    assert f"\nnoted: messages-undelivered {count}\n" in shown
+    assert f"{count} message{'s' * (count > 1)} {SHOWN}{why}" in shown
+
+
+def test_what_a_guest_that_is_still_there_has_not_taken_is_told_when_the_run_ends(run: Callable[..., Any]) -> None:
+    """A guest that waits for ever is ended by --duration, and the messages behind its slot are counted then."""
+    told = run(asks_and_takes_nothing, "--duration", "0", as_json=True, status=ExitStatus.TIME_LIMIT)
+
+    assert (told["refused"], told["ignored"]) == ({}, {"messages-undelivered": OFFERS + 1})
+
+
+def test_what_a_guest_never_took_is_to_be_seen_when_it_has_left() -> None:
+    """A machine that goes on has it under `ignored` and `refusals`, until the next one leaves something."""
+    with launch(Scenario(MachineSpec(), (DeviceSpec(count=OFFERS),)), no_guest=True) as machine:
+        machine.wait_until(lambda: machine.machine.control.ready >= Ready.HOST_RUNS, DEADLINE_S, "the host")
+        with PythonGuest(machine.name) as guest:
+            forgets_eom(machine, guest)
+        refusals: Any = whole(StateTree(machine.machine).root()["refusals"])
+        with PythonGuest(machine.name) as guest:
+            guest.live(packets=1)
+        ignored = machine.machine.control.ignored()
+
+    (reason,) = (one["text"] for one in refusals.values())
+    assert reason.startswith(f"{OFFERS} messages {SHOWN}the slot was emptied")
+    assert ignored == {"messages-undelivered": OFFERS}
