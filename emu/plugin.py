@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
+from emu.discarded import compiled, namespace
 from emu.errors import UserError
 from emu.scenario_text import Nonsense, machine_name
 from emu.values import valueclass
@@ -325,7 +326,8 @@ def _execute(path: Path, source: bytes, number: int) -> ModuleType:
     module = ModuleType(f"vmbus_plugin_{number}_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(compile(source, str(path), "exec"), module.__dict__)
+    module.__dict__.update(namespace())
+    exec(compiled(source, str(path)), module.__dict__)
     return module
 
 

@@ -77,6 +77,17 @@ def test_a_forgotten_from_is_told_with_its_line(tmp_path: Path, sensor: Path, fa
     assert "    yield channel.wait_for_packets()\n" in done.stderr and "write `yield from`" in done.stderr
 
 
+def test_answers_that_are_never_sent_are_told_with_their_line(tmp_path: Path, sensor: Path) -> None:
+    """`send_all` without `yield from` is a generator that nobody runs: nothing would be sent, and nothing be said."""
+    changed(sensor, "yield from channel.send_all(answers)", "channel.send_all(answers)")
+    done = call(tmp_path, "run", "--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.1")
+
+    assert done.returncode == 1
+    assert "refused: backend-error 1\n  backend-error: tempsensor: channel 1: TypeError: " in done.stdout
+    assert "send_all" in done.stdout and "write `yield from` before the call" in done.stdout
+    assert f'File "{sensor}"' in done.stderr and "    channel.send_all(answers)\n" in done.stderr
+
+
 def test_what_a_machines_plugin_prints_is_on_stderr(tmp_path: Path, sensor: Path) -> None:
     """From a probe, a callback and a back end, in three processes; stdout is the command's."""
     for where, word in (
