@@ -146,6 +146,7 @@ def device_class(
 
     `perf`: the guest spreads its channels over CPUs. `description` is what `vmbus-emu ls` says of it.
     """
+    _refuse_late(f"device class {name}")
     _check_name("device class", name)
     try:
         value = guid if isinstance(guid, UUID) else UUID(guid)
@@ -172,6 +173,7 @@ def ids(*classes: DeviceClass) -> frozenset[bytes]:
 def backend(cls: Class) -> Class:
     """Class decorator: a `hostproc.devices.backend.Backend`, found by its `name`; each device gets one of its own."""
     name = getattr(cls, "name", None)
+    _refuse_late(f"back end {name}")
     _check_name(f"back end {cls.__name__}: name", name)
     if inspect.isabstract(cls) or not callable(getattr(cls, "open", None)) or not callable(getattr(cls, "close", None)):
         raise UserError(f"back end {name}: no open and close; derive it from hostproc.devices.backend.Backend")
@@ -188,6 +190,7 @@ def driver(cls: Class) -> Class:
     `number` is set here.
     """
     name = getattr(cls, "name", None)
+    _refuse_late(f"driver {name}")
     _check_name(f"driver {cls.__name__}: name", name)
     table = getattr(cls, "id_table", None)
     if not isinstance(table, frozenset) or not all(isinstance(one, bytes) and len(one) == 16 for one in table):
@@ -212,6 +215,7 @@ def channel_callback(function: Callable[[Any, Any], None]) -> Callback:
 
     It runs as the channel's callback mode says (in the channel's tasklet, or in the ISR) and must not sleep.
     """
+    _refuse_late(f"channel callback {function.__name__}")
     if _loading is None:
         return Callback(function, 0)
     callbacks = _loading.plugins.callbacks
@@ -219,6 +223,17 @@ def channel_callback(function: Callable[[Any, Any], None]) -> Callback:
     _own("channel callback", name, callbacks)
     callbacks[name] = Callback(function, FIRST_CALLBACK + len(callbacks))
     return callbacks[name]
+
+
+def _refuse_late(what: str) -> None:
+    """Refuse a registration in the middle of a machine's life: the other processes would know nothing of it."""
+    if _loading is not None or not _installed:
+        return
+    frame = sys._getframe(2)
+    raise UserError(
+        f"plugin {frame.f_code.co_filename}, line {frame.f_lineno}: {what} is registered in {frame.f_code.co_name}, "
+        "while the machine runs: no other process would know it, nor its number; register it at the file's top level"
+    )
 
 
 # -- loading ----------------------------------------------------------------------------------------------

@@ -245,6 +245,32 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize(
+    ("registers", "what"),
+    [
+        ("plugin.channel_callback(late)", "channel callback late"),
+        ("plugin.device_class('late', guid='c3d0a1a4-67a2-4a39-8d77-3fb5c2c0e0a1')", "device class late"),
+        ("plugin.backend(type('B', (), {'name': 'late', 'open': print, 'close': print}))", "back end late"),
+        ("plugin.driver(type('D', (), {'name': 'hv_late'}))", "driver hv_late"),
+    ],
+)
+def test_nothing_is_registered_while_the_machine_runs(tmp_path: Path, registers: str, what: str) -> None:
+    """In a probe it would have number 0, which `vmbus_open` takes for no callback: it is told, with its place."""
+    path = written(tmp_path, f"{WHOLE}def late(current, device):\n    {registers}\nONE_LATE = late\n")
+    plugin.attach(config_of(plugin.load([path])))
+    late = sys.modules["vmbus_plugin_0_one"].late
+
+    with pytest.raises(UserError) as told:
+        late(None, None)
+
+    line = WHOLE.count("\n") + 2
+    assert str(told.value).startswith(
+        f"plugin {path}, line {line}: {what} is registered in late, while the machine runs"
+    )
+    assert str(told.value).endswith("; register it at the file's top level")
+
+
+@pytest.mark.usefixtures("clean")
 def test_a_machine_without_plugins_costs_nothing() -> None:
     """Its configuration does not mention them."""
     assert plugin.attach(MappingProxyType({"machine": {}})) is NO_PLUGINS

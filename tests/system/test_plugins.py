@@ -88,6 +88,18 @@ def test_answers_that_are_never_sent_are_told_with_their_line(tmp_path: Path, se
     assert f'File "{sensor}"' in done.stderr and "    channel.send_all(answers)\n" in done.stderr
 
 
+def test_a_callback_that_is_registered_in_a_probe_is_told(tmp_path: Path, sensor: Path) -> None:
+    """The channel would be opened without one, and no packet be read; so the probe fails, with place and cure."""
+    old = "        callback = tempsensor_onchannelcallback.number\n"
+    within = "plugin.channel_callback(lambda current, channel: None)"
+    changed(sensor, old, f"        callback = {within}.number\n")
+    done = call(tmp_path, "run", "--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.1")
+
+    assert (done.returncode, "plugin errors: 1\n" in done.stdout) == (1, True)
+    assert f"plugin {sensor}, line " in done.stderr
+    assert "is registered in probe, while the machine runs" in done.stderr
+
+
 def test_what_a_machines_plugin_prints_is_on_stderr(tmp_path: Path, sensor: Path) -> None:
     """From a probe, a callback and a back end, in three processes; stdout is the command's."""
     for where, word in (
