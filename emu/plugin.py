@@ -102,6 +102,8 @@ class Plugins:
             "digests": [file.digest for file in self.files],
             "classes": [_class_values(one) for one in self.classes.values()],
             "backends": list(self.backends),
+            "drivers": [one.driver.name for one in self.drivers],
+            "callbacks": list(self.callbacks),
         }
 
     def path_of(self, kind: str, key: object) -> Path:
@@ -252,17 +254,35 @@ def load(paths: Iterable[Path]) -> Plugins:
 
     UserError, in one line that names the file, when one cannot be read, raises, or registers what cannot be.
     """
+    plugins, drawn = _load(paths)
+    for one in drawn:
+        again = _load(file.path for file in plugins.files)[0].classes.get(one.name, one)
+        if again.guid != one.guid:
+            raise UserError(
+                f"plugin {plugins.path_of('device class', one.name)}: device class {one.name}: its GUID is another one "
+                f"each time the file is executed ({one.guid}, then {again.guid}), and each process of a machine "
+                "executes it; write down what `uuidgen` prints"
+            )
+    return plugins
+
+
+def _load(paths: Iterable[Path]) -> tuple[Plugins, list[DeviceClass]]:
+    """As `load`; and the classes whose GUID is not to be read in their file, so that it may be drawn there."""
     plugins = Plugins()
+    drawn: list[DeviceClass] = []
     for path in dict.fromkeys(map(_whole, paths)):
         if len(plugins.files) == MAX_FILES:
             raise UserError(f"plugin {path}: more than {MAX_FILES} plugins; leave some out")
         source = _read(path)
         plugins.owned("plugin", path.stem, path)
+        before = len(plugins.classes)
         with _registering(plugins, path):
             module = _execute(path, source, len(plugins.files))
             _refuse_forgotten(module, plugins)
         plugins.files.append(PluginFile(path, hashlib.sha256(source).hexdigest()))
-    return plugins
+        digits = source.replace(b"-", b"").lower()
+        drawn += [one for one in list(plugins.classes.values())[before:] if one.guid.hex.encode() not in digits]
+    return plugins, drawn
 
 
 def attach(config: Mapping[str, Any]) -> Plugins:
@@ -278,9 +298,23 @@ def attach(config: Mapping[str, Any]) -> Plugins:
     for file, digest in zip(plugins.files, config["plugin_facts"]["digests"], strict=True):
         if file.digest != digest:
             raise UserError(f"plugin {file.path}: changed since the machine was made; start the machine anew")
+    _refuse_other_facts(plugins, config["plugin_facts"])
     remember_classes(plugins.classes.values())
     _installed = plugins
     return plugins
+
+
+def _refuse_other_facts(plugins: Plugins, made: Mapping[str, Any]) -> None:
+    """Refuse what the same files register otherwise than when the machine was made: the processes would not meet."""
+    here = plugins.facts()
+    for kind in ("classes", "backends", "drivers", "callbacks"):
+        if here[kind] != made[kind]:
+            files = ", ".join(map(str, (file.path for file in plugins.files)))
+            raise UserError(
+                f"plugin {files}: its {kind} are {here[kind]} in this process and were {made[kind]} when the machine "
+                "was made: each process executes the file anew; let what it registers, and its order, not hang on "
+                "chance, time or the process"
+            )
 
 
 def installed() -> Plugins:

@@ -271,6 +271,47 @@ def test_nothing_is_registered_while_the_machine_runs(tmp_path: Path, registers:
 
 
 @pytest.mark.usefixtures("clean")
+def test_a_guid_that_is_drawn_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Each process would have another: it is not in the file, and comes out otherwise the second time."""
+    drawn = CLASS.replace(f'"{GUID}"', "uuid4()").replace("\n", "\nfrom uuid import uuid4\n", 1)
+
+    with pytest.raises(UserError, match=r"one\.py: device class one: its GUID is another one each .*`uuidgen` prints"):
+        plugin.load([written(tmp_path, drawn)])
+
+
+def test_a_guid_may_be_computed(tmp_path: Path) -> None:
+    """Of a name, or of a number: it is the same each time."""
+    computed = CLASS.replace(f'"{GUID}"', f"UUID(int={UUID(GUID).int})").replace("\n", "\nfrom uuid import UUID\n", 1)
+
+    assert plugin.load([written(tmp_path, computed)]).classes["one"].guid == UUID(GUID)
+
+
+def test_a_file_is_executed_once_where_its_guids_are_written_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However they are written: with capitals, or without hyphens."""
+    text = "print('once')\n" + CLASS.replace(GUID, GUID.replace("-", "").upper())
+
+    plugin.load([written(tmp_path, text)])
+
+    assert capfd.readouterr().err == "once\n"
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize(
+    ("kind", "known"), [("drivers", "hv_other"), ("callbacks", "one.other"), ("backends", "other")]
+)
+def test_a_process_that_registers_something_else_is_refused(tmp_path: Path, kind: str, known: str) -> None:
+    """The file is the same, but what it registers hangs on chance: numbers would mean other code here."""
+    config = config_of(plugin.load([written(tmp_path, WHOLE)]))
+    there = config["plugin_facts"][kind]
+    config["plugin_facts"][kind] = [known, *there]
+
+    with pytest.raises(UserError, match=rf"one\.py: its {kind} are .* in this process and were .*{known}"):
+        plugin.attach(config)
+
+
+@pytest.mark.usefixtures("clean")
 def test_a_machine_without_plugins_costs_nothing() -> None:
     """Its configuration does not mention them."""
     assert plugin.attach(MappingProxyType({"machine": {}})) is NO_PLUGINS
