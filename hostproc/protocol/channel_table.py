@@ -24,7 +24,7 @@ from hostproc.protocol.offers import (
     offer_message,
 )
 from hostproc.protocol.session import Session
-from hostproc.protocol.states import CLIENT_RELEASE_STATES, ChannelEvent, ChannelState, advance
+from hostproc.protocol.states import CLIENT_RELEASE_STATES, ChannelEvent, ChannelState, advance, named
 
 
 class ChannelTable:
@@ -110,7 +110,10 @@ class ChannelTable:
     def advance(self, channel: Channel, event: ChannelEvent) -> ChannelState | None:
         """Follow the table of states; None: remove the record. ProtocolViolation: nothing has changed."""
         before = channel.state
-        state = advance(before, event)
+        try:
+            state = advance(before, event)
+        except ProtocolViolation as violation:
+            raise named(violation, f"channel {channel.relid}") from None
         self.open_count -= before is ChannelState.OPEN
         self.releasing -= before in CLIENT_RELEASE_STATES
         if state is not None:

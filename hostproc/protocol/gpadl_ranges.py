@@ -59,7 +59,9 @@ class GpadlRecord:
             raise _fault("gpadl-words-left", "range_buflen", left, f"{left} words behind the last range")
         highest = max(max(one.pfns) for one in ranges)
         if highest >= ram_pages:
-            raise _fault("gpadl-page-outside-ram", "pfn_array", highest, f"page {highest:#x} of {ram_pages:#x}")
+            raise _fault(
+                "gpadl-page-outside-ram", "pfn_array", highest, f"page {highest:#x}, and RAM has {ram_pages:#x}"
+            )
         first = ranges[0]
         whole = len(ranges) == 1 and first.byte_offset == 0 and first.byte_count % PAGE_SIZE == 0
         self.ring_pages = len(first.pfns) if whole else 0

@@ -30,6 +30,7 @@ from hostproc.protocol.states import (
     GpadlEvent,
     GpadlState,
     advance_gpadl,
+    named,
 )
 from hostproc.protocol.versions import FAILED
 
@@ -283,7 +284,10 @@ class Gpadls:
     def _advance(self, channel: Channel, gpadl: GpadlRecord, event: GpadlEvent) -> GpadlState | None:
         """Follow the table; None: the record is gone."""
         before = gpadl.state
-        state = advance_gpadl(before, event)
+        try:
+            state = advance_gpadl(before, event)
+        except ProtocolViolation as violation:
+            raise named(violation, f"GPADL {gpadl.handle:#x} of channel {channel.relid}") from None
         if self._session.watcher is not None:
             self._session.watcher.gpadl(channel.relid, gpadl.handle, before, state)
         if state is None:

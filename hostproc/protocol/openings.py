@@ -49,19 +49,27 @@ def judge_opening(channel: Channel, request: OpenChannel, session: Session, door
     """
     handle = request.ringbuffer_gpadlhandle
     gpadl = channel.gpadls.get(handle)
-    if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
-        raise _fault(channel, "open-unknown-gpadl", "ringbuffer_gpadlhandle", handle)
+    if gpadl is None:
+        raise _fault(channel, "open-unknown-gpadl", "ringbuffer_gpadlhandle", handle, "the channel has no such GPADL")
+    if gpadl.state is not GpadlState.ACCEPTED:
+        why = f"that GPADL is {gpadl.state.name}"
+        if gpadl.state in (GpadlState.IN_PROGRESS, GpadlState.OFFERED):
+            why += ": wait for GPADL_CREATED"
+        raise _fault(channel, "open-unknown-gpadl", "ringbuffer_gpadlhandle", handle, why)
     if not gpadl.ring_pages:
-        raise _fault(channel, "open-ring-shape", "ringbuffer_gpadlhandle", handle)
+        why = "that GPADL is not one range of whole pages"
+        raise _fault(channel, "open-ring-shape", "ringbuffer_gpadlhandle", handle, why)
     offset = request.downstream_ringbuffer_pageoffset
     # Each ring is a control page and at least one page of data.
     if not 2 <= offset <= gpadl.ring_pages - 2:
-        raise _fault(channel, "open-ring-offset", "downstream_ringbuffer_pageoffset", offset)
+        why = f"each of the two rings has two pages at least, and the GPADL has {gpadl.ring_pages}"
+        raise _fault(channel, "open-ring-offset", "downstream_ringbuffer_pageoffset", offset, why)
     flag, connection_id = _signals(channel, request, session)
     # Below 1.1 one connection is everybody's.
     possible = _FIRST_FREE_CONNECTION_ID <= connection_id <= _LAST_CONNECTION_ID
     if session.version.dedicated_doorbell and (not possible or connection_id in doorbells):
-        raise _fault(channel, "open-connection-id", "connection_id", connection_id)
+        why = "another channel has it" if possible else f"it must be {_FIRST_FREE_CONNECTION_ID} to 0xffffff"
+        raise _fault(channel, "open-connection-id", "connection_id", connection_id, why)
     return Opening(
         ring_gpadl=handle,
         ring_pages=gpadl.ring_pages,
@@ -82,7 +90,8 @@ def _target_vp(channel: Channel, request: OpenChannel, session: Session) -> int 
     if target_vp == VP_INDEX_DISABLE_INTERRUPT:
         return None
     if target_vp >= session.limits.vp_count:
-        raise _fault(channel, "open-target-vp", "target_vp", target_vp)
+        why = f"VP indices are 0 to {session.limits.vp_count - 1}"
+        raise _fault(channel, "open-target-vp", "target_vp", target_vp, why)
     return target_vp
 
 
@@ -96,9 +105,10 @@ def _signals(channel: Channel, request: OpenChannel, session: Session) -> tuple[
     if request.connection_id is None or not own_choice:
         return channel.relid, event_connection_id(channel.relid)
     if not 0 < request.event_flag <= LAST_RELID:
-        raise _fault(channel, "open-event-flag", "event_flag", request.event_flag)
+        raise _fault(channel, "open-event-flag", "event_flag", request.event_flag, f"it must be 1 to {LAST_RELID}")
     return request.event_flag, request.connection_id
 
 
-def _fault(channel: Channel, rule: str, field: str, value: int) -> ProtocolViolation:
-    return ProtocolViolation(f"OPENCHANNEL of {channel.relid}: {field} {value:#x}", rule=rule, field=field, value=value)
+def _fault(channel: Channel, rule: str, field: str, value: int, why: str) -> ProtocolViolation:
+    text = f"OPENCHANNEL of {channel.relid}: {field} {value:#x}: {why}"
+    return ProtocolViolation(text, rule=rule, field=field, value=value)

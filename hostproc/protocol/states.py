@@ -224,9 +224,22 @@ def advance_gpadl(state: GpadlState, event: GpadlEvent) -> GpadlState | None:
         raise _out_of_place(event, state, "gpadl") from None
 
 
+_MESSAGES: Final = {
+    "OPEN_REQUESTED": "OPENCHANNEL",
+    "CLOSE_REQUESTED": "CLOSECHANNEL",
+    "TEARDOWN_REQUESTED": "GPADL_TEARDOWN",
+}
+"""What a guest calls its part of the events."""
+
+
 def _out_of_place(event: IntEnum, state: IntEnum, what: str) -> ProtocolViolation:
     prefix = "gpadl-" if what == "gpadl" else ""
     rule = f"{prefix}{event.name}-while-{state.name}".lower().replace("_", "-")
-    return ProtocolViolation(
-        f"{event.name} while the {what} is {state.name}", rule=rule, field="state", value=state.name
-    )
+    name = _MESSAGES.get(event.name, event.name)
+    return ProtocolViolation(f"{name} while the {what} is {state.name}", rule=rule, field="state", value=state.name)
+
+
+def named(violation: ProtocolViolation, what: str) -> ProtocolViolation:
+    """The same, said of `what`: the tables know no numbers."""
+    text = f"{what}: {violation}"
+    return ProtocolViolation(text, rule=violation.rule, field=violation.field, value=violation.value)
