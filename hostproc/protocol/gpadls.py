@@ -122,6 +122,15 @@ class Gpadls:
                 text = f"GPADL_TEARDOWN of {gpadl.handle:#x}, the ring of a channel that is {channel.state.name}"
                 self._session.refuse("gpadl-teardown-of-open-ring", text, "gpadl", gpadl.handle)
 
+    def note_incomplete(self) -> None:
+        """The guest leaves: tell of each GPADL that waits for more than ever came, and so had no answer."""
+        for channel, gpadl in self._in_progress.values():
+            text = (
+                f"GPADL {gpadl.handle:#x} of channel {channel.relid}: {len(gpadl.data)} of the {gpadl.words * WORD} "
+                "bytes of ranges came that range_buflen says, so GPADL_CREATED did not"
+            )
+            self._session.ignore("gpadl-never-complete", text, "range_buflen", gpadl.words * WORD)
+
     # -- from the device --------------------------------------------------------------------------
 
     def accepted(self, channel: Channel, handle: int) -> None:

@@ -396,6 +396,7 @@ class Server:
 
     def _disconnect(self) -> None:
         self._session.disconnecting()
+        self._gpadls.note_incomplete()
         self._sockets.clear()
         self._channels.disconnect()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from emu.wire.messages import CloseChannel, GpadlTeardown, Message, gpadl_messages
+from emu.wire.messages import CloseChannel, GpadlHeader, GpadlTeardown, Message, Unload, gpadl_messages
 from hostproc.protocol.effects import Refused
 from tests.hostproc.protocol.fake_partition import RAM_BYTES, RING, World, open_channel
 
@@ -52,3 +54,33 @@ def test_a_refusal_says_of_what_it_is_and_why(messages: list[Message], text: str
     (refused,) = world.happened(Refused)
     assert isinstance(refused, Refused)
     assert refused.text == text
+
+
+@pytest.mark.parametrize("pages", [9, 27])
+def test_a_gpadl_that_says_more_than_comes_is_told_when_the_guest_leaves(pages: int) -> None:
+    """It had no answer, since a body might have come still: so its author hears of it at the end at the latest."""
+    world = World()
+    world.offer()
+    world.connect()
+    world.request_offers()
+    (whole,) = gpadl_messages(1, RING, RING_PAGES)
+    assert isinstance(whole, GpadlHeader)
+    world.post(replace(whole, range_buflen=8 + 8 * pages))
+    assert world.refused() == [] and world.sent() == []
+
+    world.post(Unload())
+
+    (noted,) = world.happened(Refused)
+    assert isinstance(noted, Refused) and (noted.rule, noted.legal) == ("gpadl-never-complete", True)
+    assert noted.text.startswith(f"GPADL {RING:#x} of channel 1: 72 of the {8 + 8 * pages} bytes of ranges came")
+
+
+def test_a_gpadl_that_is_whole_is_not_told_of() -> None:
+    """Nor is one that was given back."""
+    world = World()
+    world.offer()
+    world.connect()
+    world.request_offers()
+    world.post(*gpadl_messages(1, RING, RING_PAGES), *gpadl_messages(1, RING + 1, range(0x300, 0x340)), Unload())
+
+    assert world.refused() == []
