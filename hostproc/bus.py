@@ -73,6 +73,7 @@ from hostproc.protocol.server import Server
 from hostproc.protocol.versions import SHARED_DOORBELL_CONNECTION_ID
 from hostproc.refusal_trace import RecordedRefusals
 from hostproc.throttle import Throttle
+from hostproc.undelivered import left_in_rings
 
 MOST_AHEAD: Final = 256 << 10
 """Bytes of guest pages that are reserved before anybody asks."""
@@ -200,6 +201,8 @@ class Bus:
         self._outgoing: deque[tuple[SendMessage, int]] = deque()
         self.likely = (0, 0)
         """Where the pages of the next GPADL are likely to lie (GPA, bytes); no bytes: that is not known."""
+        self.tells_left_over = False
+        """Whether packets that a closed channel's rings still hold are told of: of somebody else's guest."""
         self.throttle: Throttle | None = None
         """What counts signals without cause, where somebody does; to be set before a device is open."""
         self.cause = 0
@@ -627,8 +630,20 @@ class Bus:
         device = self._devices.get(key)
         if device is None or device.channel is None or device.task is not None:
             return
+        if self.tells_left_over:
+            self._tell_left_over(device.channel)
         self._give_back(device)
         self._answer(key, partial(self.server.device_closed, key))
+
+    def tell_left_over(self) -> None:
+        """The machine ends while a guest is there: tell of the packets in its rings."""
+        for device in self._devices.values():
+            if device.channel is not None:
+                self._tell_left_over(device.channel)
+
+    def _tell_left_over(self, channel: HostChannel) -> None:
+        for refused in left_in_rings(channel.relid, *channel.left_over()):
+            self.refusals.add(refused)
 
     def _stop(self, device: _Device) -> None:
         """A device is gone: whatever it was doing ends here."""

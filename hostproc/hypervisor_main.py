@@ -526,6 +526,7 @@ class Hypervisor:
                 continue
             self.bus.add(offer_of(device.class_name, device.instance), backend)
         if self.machine.config["no_guest"]:
+            self.bus.tells_left_over = True
             self.watch_guest()
         self.show_traffic()
         self.machine.control.reach(Ready.HOST_RUNS)
@@ -536,6 +537,7 @@ class Hypervisor:
         self._thaw()
         if self.machine.config["no_guest"] and self.control_plane.attached_pid:
             self._note_undelivered()
+            self.bus.tell_left_over()
         self.control_plane.publish()
         self.bus.close()
         self.counters.flush()

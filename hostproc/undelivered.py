@@ -7,12 +7,15 @@ left over, and which step of the hand-over (reference 1.3) was missing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Final
+
 from emu.synic import Synic
 from emu.wire.messages import MessageType
 from emu.wire.synic import HV_SYNIC_CONTROL_ENABLE, HV_SYNIC_SINT_POLLING, HVMSG_CHANNEL_MESSAGE
 from hostproc.protocol.effects import Refused
 
-RULE = "messages-undelivered"
+RULE: Final = "messages-undelivered"
 
 
 def undelivered(
@@ -36,6 +39,23 @@ def undelivered(
     else:
         text += _why_full(synic, sint, resident, requested, in_service)
     return Refused(RULE, text, "messages", count, legal=True), count
+
+
+def left_in_rings(relid: int, incoming: tuple[int, int], outgoing: tuple[int, int]) -> Iterator[Refused]:
+    """Say why packets of a channel that is closed were never read; each ring is (bytes unread, interrupt_mask).
+
+    The guest's: the host had unmasked it and slept, so no doorbell was rung. The host's: the guest has it masked.
+    """
+    unread, mask = incoming
+    if unread and not mask:
+        text = f"channel {relid}: {unread} bytes of the guest's packets not read: "
+        yield Refused(
+            "packets-unannounced", f"{text}interrupt_mask is 0, and no doorbell rang", "bytes", unread, legal=True
+        )
+    unread, mask = outgoing
+    if unread and mask:
+        text = f"channel {relid}: {unread} bytes of the host's packets not read: the guest left interrupt_mask at "
+        yield Refused("packets-masked", f"{text}{mask:#x}, so it was not signalled", "interrupt_mask", mask, legal=True)
 
 
 def _why_full(synic: Synic, sint: int, resident: int, requested: int, in_service: int) -> str:

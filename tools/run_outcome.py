@@ -23,7 +23,15 @@ from tools.output import print_json, print_table, say
 
 SHOWN_DEVICES: Final = 40
 SHOWN_REFUSALS: Final = 5
-NOTED: Final = frozenset({"gpadl-never-complete", "message-on-contact-connection", "messages-undelivered"})
+NOTED: Final = frozenset(
+    {
+        "gpadl-never-complete",
+        "message-on-contact-connection",
+        "messages-undelivered",
+        "packets-masked",
+        "packets-unannounced",
+    }
+)
 """What somebody else's guest did that is let pass, and that its author will want to know all the same."""
 LEFT: Final = {
     Left.UNLOADED: "the guest unloaded",

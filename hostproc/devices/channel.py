@@ -111,6 +111,22 @@ class HostChannel:
         incoming = self.incoming
         return incoming.bytes_to_read, incoming.words.load_read()
 
+    def left_over(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Bytes that nobody has read, and that ring's interrupt_mask: of the guest's ring, of ours."""
+        if self._unmapped is not None:
+            incoming, outgoing = self._unmapped.words()
+            sizes = self._unmapped.incoming_bytes, self._unmapped.outgoing_bytes
+        else:
+            one, other = self._incoming.memory, self._outgoing.memory
+            # Its own words: those of a recording would tell of this look.
+            incoming = one.words.load_write(), one.words.load_read(), one.words.load_mask()
+            outgoing = other.words.load_write(), other.words.load_read(), other.words.load_mask()
+            sizes = one.data_size, other.data_size
+        return (
+            ((incoming[0] - incoming[1]) % sizes[0], incoming[2]),
+            ((outgoing[0] - outgoing[1]) % sizes[1], outgoing[2]),
+        )
+
     def wants_room(self) -> bool:
         """Whether the device waits for room in its own ring."""
         return self._unmapped is None and self._outgoing.words.load_pending() != 0

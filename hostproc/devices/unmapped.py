@@ -67,6 +67,15 @@ class UnmappedRings:
         """Bytes of data in the host-to-guest ring."""
         return (len(self._pfns) - self._split - 1) * PAGE_SIZE
 
+    def words(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """write_index, read_index and interrupt_mask as they are now: of the guest's ring, of the host's."""
+        load = self._memory.atomics.load_u32
+        incoming, outgoing = self._incoming, self._outgoing
+        return (
+            (load(incoming + WRITE_INDEX), load(incoming + READ_INDEX), load(incoming + INTERRUPT_MASK)),
+            (load(outgoing + WRITE_INDEX), load(outgoing + READ_INDEX), load(outgoing + INTERRUPT_MASK)),
+        )
+
     def attach(self) -> None:
         """Mask the guest's ring, promise to honour pending_send_sz in ours (reference 4.1)."""
         words = self._memory.atomics

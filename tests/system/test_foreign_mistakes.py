@@ -138,6 +138,59 @@ def test_what_a_guest_never_took_is_told_with_its_cause(
     assert f"{count} message{'s' * (count > 1)} {SHOWN}{why}" in shown
 
 
+def forgets_the_doorbell(_machine: RunningMachine, guest: PythonGuest) -> None:
+    """Write a packet, ring nobody, and close."""
+    channel = guest.open(guest.connect()[0])
+    mask = channel.outgoing.words.load_mask
+    guest.wait(lambda: mask() == 0, "the host to sleep")
+    channel.outgoing.write(b"12345678", 1)
+    guest.close_channel(channel)
+    guest.detach()
+
+
+def leaves_its_mask_set(_machine: RunningMachine, guest: PythonGuest) -> None:
+    """Mask the ring while it reads, forget to unmask, and wait for a signal that does not come."""
+    channel = guest.open(guest.connect()[0])
+    channel.incoming.begin_read()
+    channel.outgoing.write(b"12345678", 1)
+    channel.ring_bell()
+    guest.wait(lambda: channel.incoming.bytes_to_read > 0, "the answer")
+    guest.detach()
+
+
+@pytest.mark.parametrize(
+    ("play", "noted", "why"),
+    [
+        (
+            forgets_the_doorbell,
+            "packets-unannounced 1",
+            "channel 1: 32 bytes of the guest's packets not read: interrupt_mask is 0, and no doorbell rang",
+        ),
+        (
+            leaves_its_mask_set,
+            "packets-masked 1",
+            "channel 1: 32 bytes of the host's packets not read: the guest left interrupt_mask at 0x1, so it was not",
+        ),
+    ],
+)
+def test_packets_that_a_mistake_left_in_a_ring_are_told(
+    run: Callable[..., Any], play: Play, noted: str, why: str
+) -> None:
+    """Neither breaks a rule, and both look like a host that does not answer."""
+    shown = run(play, as_json=False)
+
+    assert f"\nnoted: {noted}\n" in shown
+    assert why in shown
+
+
+def test_of_a_guest_that_makes_no_mistake_nothing_is_noted(run: Callable[..., Any]) -> None:
+    """It has taken and announced everything, and so there is no line more."""
+    shown = run(lambda _machine, guest: guest.live(), as_json=False)
+
+    assert "the guest unloaded\n" in shown
+    assert "noted" not in shown and "refused" not in shown
+
+
 def test_what_a_guest_that_is_still_there_has_not_taken_is_told_when_the_run_ends(run: Callable[..., Any]) -> None:
     """A guest that waits for ever is ended by --duration, and the messages behind its slot are counted then."""
     told = run(asks_and_takes_nothing, "--duration", "0", as_json=True, status=ExitStatus.TIME_LIMIT)
