@@ -51,4 +51,5 @@ def _not_run(value: object) -> None:
     if isinstance(value, GeneratorType) and inspect.getgeneratorstate(value) != inspect.GEN_CREATED:
         return
     what = getattr(value, "__qualname__", type(value).__name__)
-    raise TypeError(f"{what} was called and has not run: it is a generator; write `yield from` before the call")
+    cure = "write `yield from` before the call, or return it"
+    raise TypeError(f"{what} was called and has not run: it is a generator; {cure}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -516,7 +516,7 @@ class Bus:
             self._take(self.server.device_refused(effect.key))
             return
         try:
-            body = device.backend.open(channel)
+            body = _a_task(device.backend.open(channel))
         except DeviceRefused as refused:
             channel.close()
             self._take(self.server.device_refused(effect.key, refused.status))
@@ -594,6 +594,9 @@ class Bus:
         """Run a device's task; a guest that breaks its rings, or an author's mistake, stops this channel's only."""
         try:
             yield from body
+            # Closed it does not come here. It may be meant, but the guest has nobody who reads its packets now.
+            text = f"{name}: its generator has ended; nobody serves channel {channel.relid} until the guest closes it"
+            self.refusals.add(Refused("backend-ended", text, legal=True))
         except ProtocolViolation as violation:
             channel.violation(violation)
         except Exception as error:
@@ -690,6 +693,13 @@ class Bus:
         elif isinstance(message, RescindChannelOffer):
             relid = message.child_relid
             self._record(E_RESCIND, relid, self._meant.pop(relid, self.server.generation(relid)))
+
+
+def _a_task(body: object) -> TaskBody:
+    """What a back end's `open` returned, if that can be a task; TypeError in words for its author otherwise."""
+    if not isinstance(body, Generator):
+        raise TypeError(f"it returned {body!r}, which is no generator; `return` what serves the channel")
+    return body
 
 
 def _page_runs(ranges: tuple[GpaRange, ...]) -> Iterator[tuple[int, int]]:

@@ -25,6 +25,7 @@ SHOWN_DEVICES: Final = 40
 SHOWN_REFUSALS: Final = 5
 NOTED: Final = frozenset(
     {
+        "backend-ended",
         "gpadl-never-complete",
         "message-on-contact-connection",
         "messages-undelivered",
@@ -32,7 +33,7 @@ NOTED: Final = frozenset(
         "packets-unannounced",
     }
 )
-"""What somebody else's guest did that is let pass, and that its author will want to know all the same."""
+"""What somebody else's guest, or a plugin, did that is let pass, and that its author will want to know all the same."""
 LEFT: Final = {
     Left.UNLOADED: "the guest unloaded",
     Left.DETACHED: "the guest detached without UNLOAD",
@@ -342,7 +343,7 @@ def _tell_people(outcome: Outcome) -> None:
         else:
             click.echo(_wrong_stream(outcome.stream))
     tell_refused(outcome.refused, outcome.refusals)
-    if outcome.foreign:
+    if outcome.foreign or outcome.scenario.plugins:
         tell_noted(outcome.ignored, outcome.refusals)
     tell_faults(outcome.faults)
     if lost := outcome.lost():

@@ -952,15 +952,22 @@ class Faulty(Backend):
             raise ValueError(f"in {where}")
 
 
-def test_a_back_end_that_raises_in_open_refuses_the_channel() -> None:
-    """The guest is told so, it is counted, and the other device works."""
-    guest = Guest(Echo(), Faulty("open"))
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("open", "ValueError: in open"),
+        ("no generator", "TypeError: it returned None, which is no generator; `return` what serves the channel"),
+    ],
+)
+def test_a_back_end_that_raises_in_open_refuses_the_channel(where: str, error: str) -> None:
+    """The guest is told so, it is counted, and the other device works; also of an `open` without a generator."""
+    guest = Guest(Echo(), Faulty(where))
     guest.boot()
 
     assert guest.open(2) == [OpenChannelResult(2, 2, STATUS_UNSUCCESSFUL)]
 
     assert guest.bus.refusals.refused == {"backend-error": 1}
-    assert guest.bus.refusals.records()[-1]["text"] == "faulty: open of channel 2: ValueError: in open"
+    assert guest.bus.refusals.records()[-1]["text"] == f"faulty: open of channel 2: {error}"
     guest.open(1)
     assert guest.echo(b"12345678") == [b"12345678"]
 
@@ -1026,7 +1033,7 @@ def test_a_back_end_that_forgets_the_from_of_a_yield_is_told_so() -> None:
     assert guest.echo(b"12345678") == [b"12345678"]
 
 
-@pytest.mark.parametrize("where", ["serve", "no generator", "leave", "close", "close says nothing"])
+@pytest.mark.parametrize("where", ["serve", "leave", "close", "close says nothing"])
 def test_a_back_end_that_raises_stops_its_channel_alone(where: str) -> None:
     """It is counted once; the channel closes and opens again, and the other device goes on."""
     guest = Guest(Echo(), Faulty(where))

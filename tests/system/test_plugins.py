@@ -88,6 +88,36 @@ def test_answers_that_are_never_sent_are_told_with_their_line(tmp_path: Path, se
     assert f'File "{sensor}"' in done.stderr and "    channel.send_all(answers)\n" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        ("pass", "TypeError: it returned None, which is no generator; `return` what serves the channel"),
+        ("return [1]", "TypeError: it returned [1], which is no generator; `return` what serves the channel"),
+        ("self.serve(channel)", "it is a generator; write `yield from` before the call, or return it"),
+    ],
+)
+def test_an_open_that_returns_no_generator_refuses_the_channel(
+    tmp_path: Path, sensor: Path, instead: str, said: str
+) -> None:
+    """The guest's probe fails, instead of a driver with an open channel that nobody serves."""
+    changed(sensor, "return self.serve(channel)", instead)
+    done = call(tmp_path, "run", "--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.1")
+
+    assert done.returncode == 1
+    assert "refused: backend-error 1\n  backend-error: tempsensor: open of channel 1: " in done.stdout
+    assert said in done.stdout
+
+
+def test_a_generator_that_ends_is_noted(tmp_path: Path, sensor: Path) -> None:
+    """That may be meant, so it is no finding; but nobody reads the guest's packets from then on."""
+    changed(sensor, "yield from channel.wait_for_packets()\n                continue", "return")
+    done = call(tmp_path, "run", "--plugin", "tempsensor.py", "--device", "tempsensor", "--duration", "0.1")
+
+    assert done.returncode == 0
+    assert "noted: backend-ended 1\n" in done.stdout
+    assert "its generator has ended; nobody serves channel 1 until the guest closes it\n" in done.stdout
+
+
 def test_a_callback_that_is_registered_in_a_probe_is_told(tmp_path: Path, sensor: Path) -> None:
     """The channel would be opened without one, and no packet be read; so the probe fails, with place and cure."""
     old = "        callback = tempsensor_onchannelcallback.number\n"
