@@ -74,9 +74,11 @@ def test_json_has_the_count_and_the_reason(run: Callable[..., Any]) -> None:
     told = run(stays_on_the_contacts_connection, as_json=True)
 
     assert (told["refused"], told["ignored"]) == ({}, {"message-on-contact-connection": 2})
-    assert [(one["rule"], one["value"], one["legal"]) for one in told["refusals"]] == [
-        ("message-on-contact-connection", 4, True)
+    assert [(one["rule"], one["value"], one["legal"], one["count"]) for one in told["refusals"]] == [
+        ("message-on-contact-connection", 4, True, 1),
+        ("message-on-contact-connection", 4, True, 1),
     ]
+    assert [one["text"].split()[0] for one in told["refusals"]] == ["REQUESTOFFERS", "UNLOAD"]
 
 
 OFFERS = 8
