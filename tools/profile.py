@@ -28,6 +28,8 @@ from tools.profile_samples import MachineWatch, Profile, Watched, attach_machine
 EVERY_S: Final = 0.1
 INTERRUPTED_END_S: Final = 2.0
 """How long a command may take to end by a Ctrl-C of its own."""
+ENDED_S: Final = 10.0
+"""How long it may take by a signal of ours."""
 JOINED: Final = {
     "packets": "a packet",
     "interrupts": "an interrupt",
@@ -176,7 +178,16 @@ class _Command:
         if self.process.poll() is None:
             # Where a whole group is ended it has had this one already, and ignores the second.
             self.process.send_signal(signum or signal.SIGTERM)
-            self.process.wait()
+            try:
+                self.process.wait(ENDED_S)
+            except subprocess.TimeoutExpired:
+                # It takes no notice of that one (below `nohup` of a SIGHUP), or stands still.
+                self.process.terminate()
+                try:
+                    self.process.wait(ENDED_S)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
             return 0
         if self.process.returncode < 0:
             # It could not say so itself.
@@ -197,8 +208,7 @@ def _target(command: tuple[str, ...], machine_name: str | None) -> Iterator[_Run
         yield target
     finally:
         if target.process.poll() is None:
-            target.process.terminate()
-            target.process.wait()
+            target.end(signum=signal.SIGTERM)
 
 
 def watch(

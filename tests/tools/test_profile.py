@@ -276,12 +276,34 @@ def test_signal_that_ends_the_profile_ends_the_command_at_once(
     """Only by Ctrl-C may it end by itself; no signal but ours has reached it here, and it leaves nothing."""
     monkeypatch.setattr("tools.profile.INTERRUPTED_END_S", 3600.0)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    command = _Command(("run", "--duration", "600"))
-    with command.process as process:
-        wait_until_open(f"vm{process.pid}", process)
-        command.end(signum=signum)
+    before = signal.signal(signum, signal.SIG_DFL)  # the tests themselves may run below `nohup`
+    try:
+        command = _Command(("run", "--duration", "600"))
+        with command.process as process:
+            wait_until_open(f"vm{process.pid}", process)
+            command.end(signum=signum)
+    finally:
+        signal.signal(signum, before)
 
     assert process.returncode == 128 + signum
+    assert_gone(f"vm{process.pid}")
+
+
+def test_command_that_takes_no_notice_of_a_signal_is_ended_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below `nohup` a hang-up ends nothing; what profiles it does not wait for ever."""
+    monkeypatch.setattr("tools.profile.ENDED_S", 0.5)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = _Command(("run", "--duration", "600"))
+        with command.process as process:
+            wait_until_open(f"vm{process.pid}", process)
+            assert command.end(signum=signal.SIGHUP) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
     assert_gone(f"vm{process.pid}")
 
 
