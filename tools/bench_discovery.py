@@ -81,9 +81,15 @@ class HotPlug:
         self._desk = OrderDesk(running.machine.control)
         self._wake = HostBell(running.machine.doorbells.view, running.machine.wakeup("host")).wake
         self._mirror = Mirror(running.machine.control)
+        # The host may not have published yet that all is open: it does so when nobody asks for anything for a while.
+        running.wait_until(self._all_open, _DEADLINE_S, "the host to publish its channels", step_s=0.001)
         # The lowest free relid is the next one's.
         self._offers = self._mirror.head().offers
         self._relid = self._offers + 1
+
+    def _all_open(self) -> bool:
+        head = self._mirror.head()
+        return 0 < head.offers == head.open
 
     def add_and_remove(self) -> tuple[int, int]:
         """Nanoseconds from an order until the channel is open, and from the other until its relid was released."""

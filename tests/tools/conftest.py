@@ -1,8 +1,8 @@
-"""What the tools are tested with that is not ours: the kernel's lsvmbus, user namespaces, FUSE, readers of exports.
+"""What the tools are tested with that is not ours: the kernel's lsvmbus, user namespaces, FUSE, readers, transports.
 
-A test asks for it by taking the fixture of that name, or of FUSE by its parameter `technique`. Where it is
-missing such tests are deselected, and the summary names each of them with what to do. Whoever sets
-VMBUS_EMU_TEST_READERS=required has installed the readers, and a missing one is a failure (`test_readers.py`).
+A test asks for it by taking the fixture of that name, or by a parameter: `technique` for FUSE, `peer` for a transport.
+Where it is missing such tests are deselected, and the summary names each of them with what to do. Whoever sets
+VMBUS_EMU_TEST_READERS=required has installed readers and transports; a missing one is a failure (`test_readers.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from emu.recording import TraceRecord
 from tests import lacking
 from tests.tools import browser
 from tests.tools.recorded import read, record_machine
+from tools import peers
 from tools.kernel_source import source_archive, tools_hv
 
 
@@ -65,6 +66,11 @@ def has_vcd_reader() -> bool:
     return find_spec("vcd") is not None
 
 
+def has_peer(name: str) -> bool:
+    """Whether this transport can be used here."""
+    return peers.missing(name) is None
+
+
 def has_tshark() -> bool:
     """Whether Wireshark's terminal program is there, and runs Lua."""
     return shutil.which("tshark") is not None
@@ -72,6 +78,8 @@ def has_tshark() -> bool:
 
 READERS = {"trace_cmd", "tshark", "trace_processor", "vcd_reader", "chromium"}
 """Needs that the exports are shown with."""
+PEERS = ("pyzmq ipc", "cloudtoid-interprocess", "iceoryx2", "zeroq")
+"""Other transports that make files, which a test may be given as `peer`."""
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "lsvmbus": (has_kernel_source, "apt-get install linux-source-6.12 xz-utils"),
@@ -87,6 +95,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "trace_processor": (has_trace_processor, "apt-get install nodejs, pip install 'vmbus-emu[readers]'"),
     "chromium": (lambda: browser.chromium() is not None, "apt-get install chromium"),
     "vcd_reader": (has_vcd_reader, "pip install 'vmbus-emu[readers]'"),
+    **{name: (partial(has_peer, name), "pip install 'vmbus-emu[peers]'") for name in PEERS},
 }
 
 
@@ -108,7 +117,9 @@ def needs_of(item: pytest.Item) -> set[str]:
     """What a test needs."""
     needs = NEEDS.keys() & set(getattr(item, "fixturenames", ()))
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return needs | ({"fuse"} if parameters.get("technique") == "fuse" else set())
+    if parameters.get("technique") == "fuse":
+        needs.add("fuse")
+    return needs | (set(PEERS) & {parameters.get("peer")})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

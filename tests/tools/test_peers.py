@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tools.conftest import PEERS
 from tools import peers
 from tools.peer_links import LINKS, Link, Receiving, Sending
 from tools.testing import wait_for
@@ -79,13 +80,11 @@ def test_peer_that_hangs_or_fails_is_left_out(
         peers.messages_per_second("odd", 64, 10, CPUS, deadline_s)
 
 
-@pytest.mark.parametrize("name", ["pyzmq ipc", "cloudtoid-interprocess", "iceoryx2", "zeroq"])
-def test_what_a_peer_makes_goes_with_who_was_killed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_a_peer_makes_goes_with_who_was_killed(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`kill -9` of a measurement leaves neither a folder in the temporary directory nor a file in /dev/shm."""
-    if reason := peers.missing(name):
-        pytest.skip(reason)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    sends = (name, 64, 10**9, CPUS)
+    sends = (peer, 64, 10**9, CPUS)
     measuring = multiprocessing.get_context("fork").Process(target=peers.messages_per_second, args=sends)
     measuring.start()
     assert measuring.pid is not None
