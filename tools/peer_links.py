@@ -230,7 +230,8 @@ class _MessageQueue(Link):
 class _Remover:
     """A process that removes what a peer makes under a name, once who made this has closed it or is gone.
 
-    `name` is that of files in /dev/shm, which may have more behind it; `directory` is one that is made here.
+    `name` is that of files in /dev/shm, which may have more around it (cloudtoid's semaphore is `sem.ct3ip.…`);
+    `directory` is one that is made here.
     """
 
     def __init__(self, base: Path) -> None:
@@ -254,7 +255,7 @@ class _Remover:
         os.closerange(reading + 1, os.sysconf("SC_OPEN_MAX"))
         os.read(reading, 1)
         shutil.rmtree(self.directory, ignore_errors=True)
-        for left in _SHM.glob(f"{self.name}*"):
+        for left in _SHM.glob(f"*{self.name}*"):
             with suppress(OSError):
                 left.unlink()
 

@@ -91,7 +91,7 @@ def test_what_a_peer_makes_goes_with_who_was_killed(peer: str, tmp_path: Path, m
     of_it = psutil.Process(measuring.pid)
 
     def made() -> list[Path]:
-        return [*tmp_path.iterdir(), *Path("/dev/shm").glob(f"vmbus-emu-{measuring.pid}-*")]
+        return [*tmp_path.iterdir(), *Path("/dev/shm").glob(f"*vmbus-emu-{measuring.pid}-*")]
 
     try:
         wait_for(lambda: bool(made()) and sum(one.cpu_times().user > 0 for one in of_it.children()) >= 2, "two ends")
