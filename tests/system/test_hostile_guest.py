@@ -41,7 +41,7 @@ from emu.layout import (
     vp_page_offset,
 )
 from emu.machine import write_machine_page
-from emu.mirror import Mirror, MirrorHead
+from emu.mirror import Left, Mirror, MirrorHead
 from emu.recording import Recording
 from emu.scenario import DeviceSpec, MachineSpec, Scenario
 from emu.vmexit import InvalidOpcode
@@ -201,14 +201,15 @@ def slot_states(machine: RunningMachine) -> set[int]:
 def wait_until_clean(machine: RunningMachine, pid: int) -> None:
     """Wait until the host has nothing of the guest `pid` any more, and its pages are fit for the next one.
 
-    The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody: what it had is
-    given up when the next one contacts the host.
+    The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody, nor is that of
+    one that contacted the host again behind its DETACH: what it had is given up when the next one contacts the host.
     """
 
     def clean() -> bool:
         now = head(machine)
         left = now.version, now.offers, now.open, now.gpadls, now.to_slots, now.outgoing, now.incoming
-        unseen = now.attached_pid not in (0, pid)
+        behind_its_detach = now.version != 0 and now.attached_pid == 0 and now.left == Left.DETACHED
+        unseen = now.attached_pid not in (0, pid) or behind_its_detach
         return (not any(left) or unseen) and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
 
     machine.wait_until(clean, 10.0, "the machine to be as new", step_s=0.01)
