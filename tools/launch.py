@@ -375,7 +375,20 @@ class RunningMachine:
     def start_all(self, names: dict[str, tuple[str, int]], timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Fork inner processes (name: kind and number), and wait until the zygote has said all their pids."""
         self.tell_zygote("fork", [(name, kind, number) for name, (kind, number) in names.items()])
-        self.wait_until(lambda: names.keys() <= self.inner.keys(), timeout_s, f"the zygote to fork {', '.join(names)}")
+
+        def all_told() -> bool:
+            return names.keys() <= self.inner.keys()
+
+        try:
+            self.wait_until(all_told, timeout_s, f"the zygote to fork {', '.join(names)}")
+        except MachineDied:
+            # A guest that its host refuses may end while further processors are still made: they are forked all the
+            # same, and its end is told to whoever waits next.
+            end = time.monotonic() + timeout_s
+            while not (all_told() or self._zygote_gone) and time.monotonic() < end:
+                self._listen(TOGETHER_S)
+            if not all_told():
+                raise
         for name in names:  # from here on in the order in which they were asked for
             self.inner[name] = self.inner.pop(name)
 
