@@ -307,14 +307,20 @@ class Halts:
         since, self._since = self._since, None
         while since is not None and since < at:
             bucket = since * BUCKETS // self._length
-            until = min(at, -(-(bucket + 1) * self._length // BUCKETS))
+            until = min(at, self._begin_of(bucket + 1))
             self._halted[bucket] += until - since
             since = until
 
     def busy(self) -> list[float]:
         """Percent of each piece in which it was not halted."""
-        width = self._length / BUCKETS
-        return [round(100 * min(1.0, max(0.0, 1 - ns / width)), 1) for ns in self._halted]
+        # By its own width in whole nanoseconds: of a short time a piece that was halted throughout would not be idle else.
+        widths = [self._begin_of(number + 1) - self._begin_of(number) for number in range(BUCKETS)]
+        shares = [1 - ns / width if width else 1.0 for ns, width in zip(self._halted, widths, strict=True)]
+        return [round(100 * min(1.0, max(0.0, share)), 1) for share in shares]
+
+    def _begin_of(self, bucket: int) -> int:
+        """The first nanosecond of a piece."""
+        return -(-bucket * self._length // BUCKETS)
 
 
 def _activity(recording: Recording, seen: _Seen) -> dict[str, Any]:

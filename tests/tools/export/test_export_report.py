@@ -206,6 +206,16 @@ def test_halts_are_no_work() -> None:
     assert halts.count == 2
 
 
+@pytest.mark.parametrize("length", [BUCKETS, 1_001, 99_999, 10**9])
+def test_piece_that_is_halted_throughout_is_idle(length: int) -> None:
+    """However short the time is: no piece has a share that is only rounding."""
+    halts = Halts(length)
+    halts.begin(0)
+    halts.end(length)
+
+    assert halts.busy() == [0.0] * BUCKETS
+
+
 def test_who_halts_last_is_idle_until_the_end(tmp_path: Path) -> None:
     """A processor without a task leaves no more records; the others' say how long it has none."""
     path = tmp_path / "halts.rec"
@@ -218,8 +228,7 @@ def test_who_halts_last_is_idle_until_the_end(tmp_path: Path) -> None:
     with Recording(path) as recording:
         busy = {one["name"]: one["busy"] for one in report_of(recording)["activity"]["actors"]}
 
-    # How soon it comes to its halt is the computer's affair; what counts is that it stays there.
-    assert busy["vcpu0"][-1] == 0.0 and busy["vcpu1"] is None
+    assert busy == {"vcpu0": [0.0] * BUCKETS, "vcpu1": None}
 
 
 def test_command_writes_the_page(real_recording: Path, tmp_path: Path) -> None:
