@@ -451,13 +451,17 @@ class Hypervisor:
         self.loop.call_at(self.machine.clock.now() + again_ns, self.show_traffic)
 
     def _set_right(self) -> None:
-        pages, slots = self.upkeep.look(self.counters.exits, watched=self._guest_pidfd >= 0)
+        pages, slots = self.upkeep.look(self.counters.exits, watched=self._watched())
         counts = {"vps-page-written": pages, "exit-slot-lost": slots}
         counts["exit-bell-without-exit"], self.exits.unknown_bells = self.exits.unknown_bells, 0
         for rule, count in counts.items():
             if count:
                 text = f"{rule.replace('-', ' ')}: {count} since the last look"
                 self.bus.refusals.add(Refused(rule, text, "count", count), count)
+
+    def _watched(self) -> bool:
+        """Whether a guest is attached whose end will be seen."""
+        return self.control_plane.attached_pid != 0 and self._guest_pidfd >= 0
 
     def _guest_died(self) -> bool:
         if self._guest_pidfd < 0:
@@ -468,12 +472,18 @@ class Hypervisor:
 
     def _bury_guest(self) -> None:
         """The guest died: as DETACH, and its threads do not free their exit slots any more."""
+        if not (self.control_plane.attached_pid or self.bus.server.head()[0]):
+            self._forget_pidfd()  # it had detached, and nothing has come of it since
+            return
         self._guest_gone(Left.DIED)
+        self._forget_pidfd()
         self.exits.reclaim()
 
     def _guest_gone(self, how: Left = Left.DETACHED) -> None:
-        """DETACH, or the guest's death: reset the partition, disconnect, go on."""
-        self._forget_pidfd()
+        """DETACH, or the guest's death: reset the partition, disconnect, go on.
+
+        Who detaches is watched still: it may contact the host again without another ATTACH, and then die.
+        """
         self._changed = True
         self.control_plane.attached_pid = 0
         if self.machine.config["no_guest"]:

@@ -313,7 +313,7 @@ class Halts:
 
     def busy(self) -> list[float]:
         """Percent of each piece in which it was not halted."""
-        # By its own width in whole nanoseconds: of a short time a piece that was halted throughout would not be idle else.
+        # By its own width in whole nanoseconds: or a piece of a short time, halted throughout, would not be idle.
         widths = [self._begin_of(number + 1) - self._begin_of(number) for number in range(BUCKETS)]
         shares = [1 - ns / width if width else 1.0 for ns, width in zip(self._halted, widths, strict=True)]
         return [round(100 * min(1.0, max(0.0, share)), 1) for share in shares]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ from emu.wire.synic import (
     MSR_NAMES,
 )
 from tests.hostproc.protocol.test_host_robustness import EXAMPLES
+from tests.processes import Forked
 from tests.system.commands import ROOT, objects, processes
 from tests.system.python_guest import (
     FIRST_HANDLE,
@@ -201,15 +203,14 @@ def slot_states(machine: RunningMachine) -> set[int]:
 def wait_until_clean(machine: RunningMachine, pid: int) -> None:
     """Wait until the host has nothing of the guest `pid` any more, and its pages are fit for the next one.
 
-    The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody, nor is that of
-    one that contacted the host again behind its DETACH: what it had is given up when the next one contacts the host.
+    The end of a guest that attached in the name of a pid which the host cannot see is seen by nobody: what it had is
+    given up when the next one contacts the host.
     """
 
     def clean() -> bool:
         now = head(machine)
         left = now.version, now.offers, now.open, now.gpadls, now.to_slots, now.outgoing, now.incoming
-        behind_its_detach = now.version != 0 and now.attached_pid == 0 and now.left == Left.DETACHED
-        unseen = now.attached_pid not in (0, pid) or behind_its_detach
+        unseen = now.attached_pid not in (0, pid)
         return (not any(left) or unseen) and slot_states(machine) == {ExitState.FREE} and page_is_right(machine)
 
     machine.wait_until(clean, 10.0, "the machine to be as new", step_s=0.01)
@@ -636,6 +637,38 @@ def test_pages_are_right_for_who_attaches(machine: RunningMachine) -> None:
                 guest.vps.view.store_u32(page + VP_INDEX, 0xBAD)
         guest.attach()
         guest.detach()
+
+
+def test_who_contacts_behind_his_detach_is_seen_to_die(machine: RunningMachine) -> None:
+    """His connection ends with the process that had attached and detached; one that did no more leaves none."""
+    named, other = Forked(stand_still), Forked(stand_still)
+    try:
+        with PythonGuest(machine.name) as guest:
+            guest.attach(named.pid)
+            guest.detach()
+            guest.enable_hypercalls()
+            guest.enable_synic()
+            assert guest.contact().version_supported == 1 and guest.offers()
+            machine.wait_until(lambda: head(machine).offers > 0, 5.0, "the host to publish it", step_s=0.01)
+            assert head(machine).attached_pid == 0
+            named.kill()
+            machine.wait_until(lambda: head(machine).version == 0, 5.0, "the host to see his end", step_s=0.01)
+            assert (head(machine).left, head(machine).offers) == (Left.DIED, 0)
+            before = head(machine).disconnects
+            guest.attach(other.pid)
+            guest.detach()
+            other.kill()
+            guest.attach()
+            guest.detach()
+        assert head(machine).disconnects == before
+    finally:
+        named.kill()
+        other.kill()
+
+
+def stand_still() -> None:
+    """Until it is killed."""
+    signal.pause()
 
 
 def test_tokens_for_nobody(guest: PythonGuest) -> None:
