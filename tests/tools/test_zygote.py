@@ -19,7 +19,7 @@ from emu.errors import MissingPrerequisite
 from emu.scenario import Scenario
 from guestproc import vcpu_main
 from tools import zygote
-from tools.launch import RunningMachine, launch
+from tools.launch import MachineDied, RunningMachine, launch
 
 VCPUS = 4
 
@@ -185,3 +185,35 @@ def test_another_allocator_has_no_pools_to_begin() -> None:
     )
 
     assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_who_ends_while_others_are_made_is_told_of_by_the_next_wait(
+    monkeypatch: pytest.MonkeyPatch, *, forked: bool
+) -> None:
+    """A guest that its host refuses may be gone before the zygote has forked the last processor; it still does so."""
+    with launch(Scenario.default().with_overrides(vcpus=1)) as machine:
+        machine.wait_ready()
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        words: list[tuple[Any, ...]] = [("forked", "early", ended.pid), ("exited", "early", ended.pid, 4 << 8), (), ()]
+        words += [("forked", "late", ended.pid), ("exited", "late", ended.pid, 0)] if forked else []
+
+        def listen(machine: RunningMachine, _timeout_s: float) -> bool:
+            if words and (word := words.pop(0)):
+                machine._hear(*word)
+            return bool(words)
+
+        monkeypatch.setattr(RunningMachine, "tell_zygote", lambda *_message: None)
+        monkeypatch.setattr(RunningMachine, "_listen", listen)
+        asked = {"early": ("vcpu", 0), "late": ("vcpu", 1)}
+        if forked:
+            machine.start_all(asked)
+            assert list(machine.inner)[-2:] == ["early", "late"]
+        else:  # nobody has said anything more in all the time that there was
+            with pytest.raises(MachineDied):
+                machine.start_all(asked, 0.2)
+        with pytest.raises(MachineDied, match="early"):
+            machine.pump(0)
+        monkeypatch.undo()
+        machine.deaths.clear()
