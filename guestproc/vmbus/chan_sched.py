@@ -158,8 +158,7 @@ def vmbus_on_event(current: Current, handle: int) -> None:
         if found is None:
             return
         channel, words = found, found.words
-    callback = words[ONCHANNEL_CALLBACK]
-    if not callback:
+    if not words[ONCHANNEL_CALLBACK]:
         return
     records = None
     if current.trace:
@@ -172,7 +171,7 @@ def vmbus_on_event(current: Current, handle: int) -> None:
     current.counters.tasklets += 1
     slice_ns = current.era.event_slice_ns
     end = current.actor.now() + slice_ns if slice_ns else 0
-    while callback:
+    while callback := words[ONCHANNEL_CALLBACK]:
         function: Callable[..., object] = CHANNEL_CALLBACKS.known.get(callback) or CHANNEL_CALLBACKS.lookup(callback)
         if function(current, channel) is LEFT_TO_ANOTHER:
             return  # masked: another processor runs this tasklet next, for which this one has to end
@@ -189,7 +188,6 @@ def vmbus_on_event(current: Current, handle: int) -> None:
             assert current.tasklets is not None
             current.tasklets.schedule(channel.callback_event)
             return
-        callback = words[ONCHANNEL_CALLBACK]
 
 
 def _bytes_left(current: Current, channel: Channel, records: LaneRecords | None) -> bool:

@@ -9,7 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from emu.layout import MachineState
+from guestproc.echo_session import EchoSession
 from guestproc.pinger import MOST_BEHIND, Pinger
+from guestproc.tally import ChannelGone
 
 
 class Recording:
@@ -96,3 +99,24 @@ def test_answer_is_taken_as_soon_as_it_is_there_by_who_is_behind_his_time(monkey
 
     assert len(samples) == 2 * len(prompt.sent_ns) == 2_000
     assert max(done - sent for done, sent in zip(samples[1::2], prompt.sent_ns, strict=True)) <= 2_000
+
+
+def session_of(came: deque[Any], *, rescinded: bool) -> EchoSession:
+    """A session whose halt ends at once, with this in its inbox."""
+    session: Any = EchoSession.__new__(EchoSession)
+    session.inbox = came
+    session.vcpu = SimpleNamespace(idle=lambda _timeout_ns: None, now=lambda: 0)
+    session._machine_state = lambda: int(MachineState.RUNNING)
+    session._claims = lambda: 0
+    session._rescind = lambda: int(rescinded)
+    session._moved = True
+    assert isinstance(session, EchoSession)
+    return session
+
+
+def test_pause_that_brings_nothing_sees_that_the_channel_is_gone() -> None:
+    """Who waits for an answer that never comes would wait for ever; who has one sends again, and hears it then."""
+    session_of(deque(["answer"]), rescinded=True).pause()
+    session_of(deque(), rescinded=False).pause()
+    with pytest.raises(ChannelGone):
+        session_of(deque(), rescinded=True).pause()

@@ -666,6 +666,16 @@ def test_who_contacts_behind_his_detach_is_seen_to_die(machine: RunningMachine) 
         other.kill()
 
 
+def test_slot_that_is_claimed_behind_a_detach_is_freed(machine: RunningMachine, guest: PythonGuest) -> None:
+    """Nobody is attached whose end would free it, though the process that was is there still: in a while it is lost."""
+    guest.detach()
+    slot = vp_page_offset(0) + VP_EXIT_SLOT + EXIT_SLOT.size * 3 + X_STATE
+    guest.vps.view.store_u32(slot, ExitState.CLAIMED)
+
+    assert refused(machine, "exit-slot-lost") == 1
+    assert guest.vps.view.load_u32(slot) == ExitState.FREE
+
+
 def stand_still() -> None:
     """Until it is killed."""
     signal.pause()
